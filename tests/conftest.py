@@ -1,0 +1,37 @@
+"""Engines and servers are slow to start: each is shared by the whole session."""
+
+import os
+
+# Before vLLM is imported anywhere. One process lets tests look into scheduler and cache.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.engine.requests import ENGINE_OPTIONS, TINY
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random LLaVA-1.5: 256 visual tokens, 8 decoder layers, grouped-query heads."""
+    from vitcop_vllm.demo.checkpoint import save_random_llava
+
+    path = tmp_path_factory.mktemp("tiny-llava")
+    save_random_llava(path, TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llm(checkpoint: Path) -> "LLM":
+    """The pruned engine, in this process, as a user of ``LLM`` gets it."""
+    from vllm import LLM
+
+    return LLM(str(checkpoint), **ENGINE_OPTIONS)

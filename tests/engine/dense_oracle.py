@@ -1,0 +1,226 @@
+"""LLaVA with three-stage pruning as one dense forward in plain PyTorch, float32.
+
+No cache, no paging, no batching, no vLLM: the whole sequence goes through every layer, and
+rows are dropped between stages. Selection is the slow oracle's, written from the method's
+description. Slow and obvious; what the engine must equal.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor
+
+from tests.pruning import oracle
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+
+
+@dataclass
+class _Row:
+    """A token alive in some layer: its prompt position and, if visual, its picture."""
+
+    position: int
+    picture: int | None
+
+
+class DenseLlava:
+    """The checkpoint's weights and a forward that reads like the method."""
+
+    def __init__(self, path: Path, boundaries: tuple[int, int], *, renumber_deep: bool = False):
+        self.config = AutoConfig.from_pretrained(path)
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.weights = load_file(path / "model.safetensors")
+        self.boundaries = boundaries
+        self.renumber_deep = renumber_deep
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weights[f"{name}.weight"]
+        if f"{name}.bias" in self.weights:
+            return F.layer_norm(x, weight.shape, weight, self.weights[f"{name}.bias"], 1e-5)
+        eps = self.config.text_config.rms_norm_eps
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+    # The vision tower, up to the layer whose output LLaVA uses.
+
+    def encode(
+        self, image: Image.Image, counts: VisualTokenCounts
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Embeddings (n1, H) after Stage I, and the cluster labels."""
+        config = self.config.vision_config
+        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        tower = "model.vision_tower.vision_model"
+        patches = F.conv2d(
+            pixels["pixel_values"],
+            self.weights[f"{tower}.embeddings.patch_embedding.weight"],
+            stride=config.patch_size,
+        )
+        x = torch.cat(
+            (
+                self.weights[f"{tower}.embeddings.class_embedding"][None],
+                patches[0].flatten(1).T,
+            )
+        )
+        x = x + self.weights[f"{tower}.embeddings.position_embedding.weight"]
+        x = self.norm(f"{tower}.pre_layrnorm", x)
+        heads = config.num_attention_heads
+        for layer in range(config.num_hidden_layers - 1):
+            name = f"{tower}.encoder.layers.{layer}"
+            y = self.norm(f"{name}.layer_norm1", x)
+            query, key, value = (
+                self.linear(f"{name}.self_attn.{p}_proj", y).unflatten(-1, (heads, -1))
+                for p in "qkv"
+            )
+            scores = torch.einsum("qhd,khd->hqk", query, key) * query.shape[-1] ** -0.5
+            attention = scores.softmax(-1)
+            y = torch.einsum("hqk,khd->qhd", attention, value).flatten(1)
+            x = x + self.linear(f"{name}.self_attn.out_proj", y)
+            y = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.layer_norm2", x))
+            y = y * torch.sigmoid(1.702 * y)
+            x = x + self.linear(f"{name}.mlp.fc2", y)
+        features, labels = x[1:], []
+        if counts.is_pruned:
+            saliency = attention[:, 0, 1:].sum(0)
+            n1 = counts.stages[0]
+            kept = sorted(saliency.argsort(descending=True, stable=True)[:n1].tolist())
+            side = config.image_size // config.patch_size
+            labels = oracle.labels(
+                key[1:].flatten(1)[kept].numpy(),
+                oracle.positions(kept, side, side),
+                counts.centres,
+            )
+            features = features[kept]
+        y = self.linear("model.multi_modal_projector.linear_1", features)
+        return self.linear("model.multi_modal_projector.linear_2", F.gelu(y)), labels
+
+    # The decoder.
+
+    def logits(
+        self,
+        tokens: list[int],
+        images: list[Image.Image],
+        counts: list[VisualTokenCounts],
+        prompt_length: int,
+    ) -> torch.Tensor:
+        """(answer tokens, vocabulary): logits after the prompt and each answer token."""
+        text = self.config.text_config
+        image_token = self.config.image_token_index
+        embeds = self.weights["model.language_model.embed_tokens.weight"][torch.tensor(tokens)]
+        rows = [_Row(i, None) for i in range(len(tokens))]
+        labels = []
+        start = 0
+        for number, (image, one) in enumerate(zip(images, counts, strict=True)):
+            start = tokens.index(image_token, start)
+            embedded, picture_labels = self.encode(image, one)
+            assert len(embedded) == one.stages[0]
+            embeds[start : start + len(embedded)] = embedded
+            for i in range(start, start + len(embedded)):
+                rows[i].picture = number
+            labels.append(picture_labels)
+            start += len(embedded)
+
+        x, keys = embeds, torch.empty(0)
+        positions = [row.position for row in rows]
+        for layer in range(text.num_hidden_layers):
+            if layer == self.boundaries[0]:
+                x, rows = self.merge(x, rows, keys, labels, counts)
+                positions = [row.position for row in rows]
+            if layer == self.boundaries[1]:
+                compact = {row.position: i for i, row in enumerate(rows)}
+                x, rows = self.drop(x, rows, keys, counts)
+                positions = [
+                    compact[row.position]
+                    if self.renumber_deep and row.position < prompt_length
+                    else row.position
+                    for row in rows
+                ]
+            x, keys = self.layer(layer, x, positions)
+        x = self.norm("model.language_model.norm", x)
+        answer = len(tokens) - prompt_length + 1
+        return self.linear("lm_head", x[-answer:])
+
+    def layer(
+        self, layer: int, x: torch.Tensor, positions: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        text = self.config.text_config
+        name = f"model.language_model.layers.{layer}"
+        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+        y = self.norm(f"{name}.input_layernorm", x)
+        query = self.linear(f"{name}.self_attn.q_proj", y).unflatten(-1, (heads, -1))
+        key = self.linear(f"{name}.self_attn.k_proj", y).unflatten(-1, (kv_heads, -1))
+        value = self.linear(f"{name}.self_attn.v_proj", y).unflatten(-1, (kv_heads, -1))
+        query, key = self.rotate(query, positions), self.rotate(key, positions)
+        share = heads // kv_heads
+        wide_key, wide_value = (t.repeat_interleave(share, dim=1) for t in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, wide_key) * query.shape[-1] ** -0.5
+        causal = torch.ones(len(x), len(x)).triu(1).bool()
+        attention = scores.masked_fill(causal, float("-inf")).softmax(-1)
+        y = torch.einsum("hqk,khd->qhd", attention, wide_value).flatten(1)
+        x = x + self.linear(f"{name}.self_attn.o_proj", y)
+        y = self.norm(f"{name}.post_attention_layernorm", x)
+        gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
+        y = self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y))
+        return x + y, key
+
+    def rotate(self, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
+        half = x.shape[-1] // 2
+        theta = self.config.text_config.rope_parameters["rope_theta"]
+        frequencies = theta ** -(torch.arange(half, dtype=torch.float32) / half)
+        angle = torch.tensor(positions, dtype=torch.float32)[:, None, None] * frequencies
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    # Between stages.
+
+    @staticmethod
+    def key_norm(keys: torch.Tensor) -> torch.Tensor:
+        return keys.mean(dim=1).norm(dim=-1)
+
+    def merge(self, x, rows, keys, labels, counts):
+        norms = self.key_norm(keys)
+        out_x, out_rows = [], []
+        i = 0
+        while i < len(rows):
+            number = rows[i].picture
+            if number is None:
+                out_x.append(x[i])
+                out_rows.append(rows[i])
+                i += 1
+                continue
+            n1, n2, _ = counts[number].stages
+            if n2 == n1:
+                out_x.extend(x[i : i + n1])
+                out_rows.extend(rows[i : i + n1])
+            else:
+                output = oracle.stage_two(
+                    norms[i : i + n1].numpy(), labels[number], counts[number].centres, n2
+                )
+                assert len(output) == n2
+                for at, members in output:
+                    token = x[i + at]
+                    if members is not None:
+                        token = token + x[[i + m for m in members]].mean(0)
+                    out_x.append(token)
+                    out_rows.append(rows[i + at])
+            i += n1
+        return torch.stack(out_x), out_rows
+
+    def drop(self, x, rows, keys, counts):
+        norms = self.key_norm(keys)
+        keep = []
+        i = 0
+        while i < len(rows):
+            number = rows[i].picture
+            if number is None:
+                keep.append(i)
+                i += 1
+                continue
+            _, n2, n3 = counts[number].stages
+            keep.extend(i + j for j in oracle.smallest(norms[i : i + n2].tolist(), n3))
+            i += n2
+        return x[keep], [rows[j] for j in keep]

@@ -1,0 +1,165 @@
+"""Requests that can be sent to any engine, in this process or another, and their answers.
+
+Run as a program it is an engine in a process of its own: reads one JSON job from standard
+input, writes the answers to the file the job names.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from vitcop_vllm.demo.checkpoint import LlavaShape
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+TINY = LlavaShape(
+    image_size=224,
+    vision_hidden=64,
+    vision_layers=3,
+    vision_heads=2,
+    hidden=128,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    intermediate=256,
+)
+
+ENGINE_OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 2048,
+    # Less than two unpruned pictures: prompts are chunked and spans must stay whole.
+    "max_num_batched_tokens": 400,
+    "max_num_seqs": 16,
+    "limit_mm_per_prompt": {"image": 4},
+}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all."""
+
+    text: str
+    pictures: tuple[int, ...] = ()
+    ratio: float | None = None
+    max_tokens: int = 8
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    def prompt(self) -> dict[str, Any]:
+        prompt: dict[str, Any] = {
+            "prompt": "USER: " + "<image>\n" * len(self.pictures) + self.text + " ASSISTANT:"
+        }
+        if self.pictures:
+            prompt["multi_modal_data"] = {"image": [picture(seed) for seed in self.pictures]}
+        if self.ratio is not None:
+            prompt["mm_processor_kwargs"] = {"pruning_ratio": self.ratio}
+        return prompt
+
+    def params(self) -> Any:
+        from vllm import SamplingParams
+
+        options = {"temperature": 0.0, **self.sampling}
+        return SamplingParams(max_tokens=self.max_tokens, logprobs=3, ignore_eos=True, **options)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Prompt as the engine saw it, tokens, and log-probabilities of the best per step."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+def picture(seed: int) -> Image.Image:
+    """A picture with smooth regions and detail; size depends on the seed."""
+    rng = np.random.default_rng(seed)
+    width, height = int(rng.integers(180, 420)), int(rng.integers(180, 420))
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+    base = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+    noise = rng.integers(-60, 60, base.shape, dtype=np.int16)
+    noise[:, : width // 2] = 0
+    return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
+
+
+def generate(llm: "LLM", asks: list[Ask]) -> list[Answer]:
+    """All at once, in one continuous batch."""
+    outputs = llm.generate(
+        [ask.prompt() for ask in asks], [ask.params() for ask in asks], use_tqdm=False
+    )
+    return [
+        Answer(
+            list(output.prompt_token_ids or ()),
+            list(output.outputs[0].token_ids),
+            [
+                {token: entry.logprob for token, entry in step.items()}
+                for step in output.outputs[0].logprobs or ()
+            ],
+        )
+        for output in outputs
+    ]
+
+
+def generate_in_process(
+    checkpoint: Path, asks: list[Ask], *, env: dict[str, str] | None = None, **options: Any
+) -> list[Answer]:
+    """Answers of an engine in a process of its own, started with ``options``."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
+        job = {
+            "checkpoint": str(checkpoint),
+            "asks": [asdict(ask) for ask in asks],
+            "options": {**ENGINE_OPTIONS, **options},
+            "answers": answers.name,
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", __name__],
+            input=json.dumps(job),
+            env={**os.environ, **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-8000:]
+        return [
+            Answer(
+                a["prompt"],
+                a["tokens"],
+                [{int(token): value for token, value in step.items()} for step in a["logprobs"]],
+            )
+            for a in json.load(answers)
+        ]
+
+
+STOCK: dict[str, Any] = {
+    "enable_prefix_caching": False,
+    "block_size": 32,
+    # Its CPU runner dies of a seeded request whose prompt is chunked.
+    "max_num_batched_tokens": 4096,
+}
+"""Options that stock vLLM needs to run as the pruned engine does."""
+
+NO_PLUGIN = {"VLLM_PLUGINS": ""}
+
+
+def _main() -> None:
+    job = json.load(sys.stdin)
+    from vllm import LLM
+
+    llm = LLM(job["checkpoint"], **job["options"])
+    asks = [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job["asks"]]
+    answers = [asdict(answer) for answer in generate(llm, asks)]
+    Path(job["answers"]).write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,107 @@
+"""Pruned requests equal a dense forward in plain PyTorch with the same stages."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.engine.dense_oracle import DenseLlava
+from tests.engine.requests import TINY, Answer, Ask, generate, generate_in_process, picture
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+RATIOS = (2 / 3, 7 / 9, 8 / 9)
+BOUNDARIES = PruningSettings().boundaries(TINY.layers)
+
+ASKS = [
+    Ask("What is this?", (1,)),
+    Ask("Describe the picture in one word.", (2,), max_tokens=12),
+    Ask("Which is larger, first or second?", (3, 4)),
+]
+
+
+def counts_at(ratio: float) -> VisualTokenCounts:
+    return plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+
+
+def assert_equals_oracle(oracle: DenseLlava, ask: Ask, answer: Answer) -> None:
+    """Greedy tokens and log-probabilities, each given the tokens before it."""
+    assert ask.ratio is not None
+    logits = oracle.logits(
+        answer.prompt + answer.tokens[:-1],
+        [picture(seed) for seed in ask.pictures],
+        [counts_at(ask.ratio)] * len(ask.pictures),
+        len(answer.prompt),
+    )
+    expected = logits.log_softmax(-1)
+    for step, (token, entries) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+        assert token == int(expected[step].argmax())
+        for other, logprob in entries.items():
+            assert logprob == pytest.approx(float(expected[step, other]), abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def pruned_asks() -> list[Ask]:
+    # 0.2 prunes so mildly that Stage II merges nothing and Stage III drops the rest.
+    return [replace(ask, ratio=ratio) for ratio in (*RATIOS, 0.2) for ask in ASKS]
+
+
+def test_pruned_tokens_equal_the_dense_oracle(llm, checkpoint, pruned_asks):
+    oracle = DenseLlava(checkpoint, BOUNDARIES)
+    for ask, answer in zip(pruned_asks, generate(llm, pruned_asks), strict=True):
+        assert_equals_oracle(oracle, ask, answer)
+
+
+def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_asks):
+    answers = generate_in_process(
+        checkpoint, pruned_asks, additional_config={"pruning": {"positions": "reference"}}
+    )
+    oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
+    for ask, answer in zip(pruned_asks, answers, strict=True):
+        assert_equals_oracle(oracle, ask, answer)
+
+
+def test_reference_positions_differ_from_original_ones(checkpoint):
+    """Else the two modes would not test each other."""
+    ask = replace(ASKS[0], ratio=8 / 9)
+    tokens = [1] + [TINY_IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
+    one, other = (
+        DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
+            tokens, [picture(1)], [counts_at(8 / 9)], len(tokens)
+        )
+        for mode in (False, True)
+    )
+    assert ask.pictures == (1,)
+    assert not torch.allclose(one, other, atol=1e-2)
+
+
+TINY_IMAGE_TOKEN = 3
+
+
+def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(llm, pruned_asks):
+    for ask, answer in zip(pruned_asks, generate(llm, pruned_asks), strict=True):
+        assert ask.ratio is not None
+        kept = counts_at(ask.ratio).stages[0] * len(ask.pictures)
+        assert answer.prompt.count(TINY_IMAGE_TOKEN) == kept
+
+
+def test_a_prompt_may_end_with_its_picture(llm, checkpoint):
+    """The answer then begins from the last survivor."""
+    from vllm import SamplingParams
+
+    (output,) = llm.generate(
+        {
+            "prompt": "USER: look: <image>",
+            "multi_modal_data": {"image": [picture(9)]},
+            "mm_processor_kwargs": {"pruning_ratio": 8 / 9},
+        },
+        SamplingParams(temperature=0, max_tokens=4, logprobs=3, ignore_eos=True),
+        use_tqdm=False,
+    )
+    answer = Answer(
+        list(output.prompt_token_ids),
+        list(output.outputs[0].token_ids),
+        [{t: e.logprob for t, e in step.items()} for step in output.outputs[0].logprobs],
+    )
+    assert answer.prompt[-1] == TINY_IMAGE_TOKEN
+    assert_equals_oracle(DenseLlava(checkpoint, BOUNDARIES), Ask("", (9,), 8 / 9), answer)

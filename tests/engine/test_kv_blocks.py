@@ -1,0 +1,174 @@
+"""KV memory: exactly the plan's blocks while a request runs, none of them after it."""
+
+from contextlib import contextmanager
+from math import ceil
+
+import pytest
+
+from tests.engine.requests import TINY, Ask, generate
+from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+from vitcop_vllm.pruning.plan import plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+BLOCK = 32
+
+
+@pytest.fixture
+def engine(llm):
+    return llm.llm_engine
+
+
+@pytest.fixture
+def scheduler(engine):
+    return engine.engine_core.engine_core.scheduler
+
+
+@pytest.fixture(autouse=True)
+def _every_block_comes_back(scheduler):
+    before = free_blocks(scheduler)
+    yield
+    assert free_blocks(scheduler) == before
+    assert not scheduler.plans
+    assert not scheduler.requests
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert not any(manager.req_to_blocks for manager in managers)
+
+
+def free_blocks(scheduler) -> int:
+    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def start(engine, name: str, ask: Ask) -> None:
+    engine.add_request(name, engine.renderer.render_cmpl([ask.prompt()])[0], ask.params())
+
+
+def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
+    """Request -> stage -> numbers of blocks its groups hold; nulls are not held."""
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    held: dict[str, dict[int, set[int]]] = {}
+    for name in scheduler.requests:
+        blocks = scheduler.kv_cache_manager.get_blocks(name).blocks
+        held[name] = {}
+        for group, mine in zip(groups, blocks, strict=True):
+            spec = group.kv_cache_spec
+            stage = spec.stage if isinstance(spec, StagedAttentionSpec) else 0
+            held[name].setdefault(stage, set()).add(len([b for b in mine if not b.is_null]))
+    return held
+
+
+def run(engine, steps: int = 1000):
+    while engine.has_unfinished_requests() and steps:
+        engine.step()
+        steps -= 1
+
+
+@contextmanager
+def only_blocks(scheduler, count: int):
+    """Leave ``count`` free blocks, so that a few requests already do not fit."""
+    pool = scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
+    try:
+        yield
+    finally:
+        pool.free_blocks(taken)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 7 / 9, 8 / 9])
+@pytest.mark.parametrize("pictures", [(1,), (2, 3)])
+def test_a_running_request_holds_what_the_plan_says_in_every_stage(
+    engine, scheduler, ratio, pictures
+):
+    counts = plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+    start(engine, "r", Ask("How many?", pictures, ratio, max_tokens=40))
+    seen = 0
+    while engine.has_unfinished_requests():
+        (request,) = scheduler.requests.values()
+        engine.step()
+        if request.is_finished() or request.num_computed_tokens < request.num_prompt_tokens:
+            continue
+        seen += 1
+        (held,) = held_blocks(scheduler).values()
+        for stage, dropped in enumerate(counts.dropped):
+            slots = request.num_computed_tokens - dropped * len(pictures)
+            assert held[stage] == {ceil(slots / BLOCK)}
+    assert seen > 30
+
+
+def test_a_text_request_holds_the_same_in_every_stage(engine, scheduler):
+    start(engine, "r", Ask("words " * 30, max_tokens=5))
+    for _ in range(2):
+        engine.step()
+    (held,) = held_blocks(scheduler).values()
+    assert len(set.union(*held.values())) == 1
+    run(engine)
+
+
+def test_layers_of_a_stage_share_groups_of_that_stage(scheduler):
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    shallow, deep = PruningSettings().boundaries(TINY.layers)
+    for group in groups:
+        spec = group.kv_cache_spec
+        stage = spec.stage if isinstance(spec, StagedAttentionSpec) else 0
+        for name in group.layer_names:
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            assert stage == (layer >= shallow) + (layer >= deep)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_an_aborted_request_gives_its_blocks_back(engine, steps):
+    start(engine, "gone", Ask("How many?", (1, 2), 8 / 9, max_tokens=50))
+    start(engine, "stays", Ask("How many?", (3,), 2 / 3, max_tokens=8))
+    for _ in range(steps):
+        engine.step()
+    engine.abort_request(["gone"])
+    run(engine)
+
+
+def test_preempted_requests_resume_and_answer_as_if_alone(llm, engine, scheduler):
+    asks = [
+        Ask("Count the " + "very " * i + "small things.", (i, i + 1), ratio, max_tokens=60)
+        for i, ratio in enumerate([8 / 9, 2 / 3, 7 / 9, 8 / 9], start=1)
+    ]
+    alone = [generate(llm, [ask])[0].tokens for ask in asks]
+    preemptions = 0
+    preempt = scheduler._preempt_request
+
+    def counted(*args, **kwargs):
+        nonlocal preemptions
+        preemptions += 1
+        return preempt(*args, **kwargs)
+
+    scheduler._preempt_request = counted
+    try:
+        with only_blocks(scheduler, 150):
+            together = [answer.tokens for answer in generate(llm, asks)]
+    finally:
+        del scheduler._preempt_request
+    assert preemptions > 0
+    assert together == alone
+
+
+@pytest.mark.parametrize("ratio", [0.0, 8 / 9])
+def test_as_many_requests_run_at_once_as_the_plan_says(engine, scheduler, ratio):
+    """The memory of dropped tokens is never taken, so others can take it."""
+    budget, answer = 160, 30
+    ask = Ask("What?", (1,), ratio, max_tokens=answer)
+    counts = plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+    start(engine, "probe", ask)
+    (request,) = scheduler.requests.values()
+    longest = request.num_prompt_tokens + answer
+    groups = [
+        getattr(group.kv_cache_spec, "stage", 0)
+        for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    ]
+    each = sum(ceil((longest - counts.dropped[stage]) / BLOCK) for stage in groups)
+    fit = budget // each
+    assert fit >= (6 if ratio else 2)
+    with only_blocks(scheduler, budget):
+        for i in range(11):
+            start(engine, f"r{i}", ask)
+        most = 0
+        while engine.has_unfinished_requests():
+            engine.step()
+            most = max(most, len(scheduler.running))
+    assert most >= fit

@@ -1,0 +1,132 @@
+"""Nothing may wait for the device, depend on data for a shape, or leave the device.
+
+Fake tensors stand in for CUDA: they know shapes and devices but have no values to ask for.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.pruning.test_clustering import clumps
+from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+from vitcop_vllm.pruning.selection import (
+    mean_key_norm,
+    merge_tokens,
+    select_stage_three,
+    select_stage_two,
+)
+
+
+class _LeftTheDeviceError(Exception):
+    pass
+
+
+class _StaysOnDevice(TorchDispatchMode):
+    """Raises where an operation returns a tensor on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "cuda":
+                raise _LeftTheDeviceError(func)
+        return result
+
+
+@pytest.fixture
+def device_only():
+    with FakeTensorMode(), _StaysOnDevice():
+        yield
+
+
+@pytest.mark.usefixtures("device_only")
+@pytest.mark.parametrize(
+    ("act", "error"),
+    [
+        (lambda x: x.sum().item(), DataDependentOutputException),
+        (lambda x: x.tolist(), DataDependentOutputException),
+        (lambda x: bool((x > 0).any()), DataDependentOutputException),
+        (lambda x: x.nonzero(), DynamicOutputShapeException),
+        (lambda x: x[x > 0], DynamicOutputShapeException),
+        (lambda x: x.unique(), DynamicOutputShapeException),
+        (lambda x: x.cpu(), _LeftTheDeviceError),
+        (lambda x: x + torch.arange(5), _LeftTheDeviceError),
+    ],
+)
+def test_the_guard_catches_synchronisation(act, error):
+    with pytest.raises(error):
+        act(torch.ones(5, device="cuda"))
+
+
+@pytest.mark.usefixtures("device_only")
+def test_stage_one_stays_on_the_device():
+    query = torch.ones(2, 16, 64, device="cuda", dtype=torch.bfloat16)
+    keys = torch.ones(2, 577, 16, 64, device="cuda", dtype=torch.bfloat16)
+    saliency = cls_saliency(query, keys, 0.125)
+    assert saliency.shape == (2, 576)
+    index = most_salient(saliency, 172)
+    assert index.shape == (2, 172)
+    places = patch_positions(index, 24, 24)
+    assert places.shape == (2, 172, 2)
+    features = torch.ones(2, 172, 1024, device="cuda", dtype=torch.bfloat16)
+    assert cluster_labels(features, places, 20).shape == (2, 172)
+
+
+@pytest.mark.usefixtures("device_only")
+@pytest.mark.parametrize(
+    ("n1", "num_centres", "n2", "n3"), [(172, 20, 77, 15), (30, 20, 12, 1), (9, 9, 9, 9)]
+)
+def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
+    key_norm = mean_key_norm(torch.ones(2, n1, 8, 128, device="cuda", dtype=torch.float16))
+    labels = torch.zeros(2, n1, device="cuda", dtype=torch.int64)
+    selection = select_stage_two(key_norm, labels, num_centres, n2)
+    assert selection.index.shape == (2, n2)
+    assert selection.weight.shape == (2, n2, n1)
+    hidden = torch.ones(2, n1, 4096, device="cuda", dtype=torch.bfloat16)
+    assert merge_tokens(hidden, selection).shape == (2, n2, 4096)
+    assert select_stage_three(key_norm[:, :n2], n3).shape == (2, n3)
+
+
+@pytest.fixture
+def half_precision_default():
+    """Engines load models with a half-precision default dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+
+
+def everything(query, keys, features):
+    saliency = cls_saliency(query, keys, 0.3)
+    index = most_salient(saliency, 40)
+    places = patch_positions(index, 7, 10)
+    labels = cluster_labels(features, places, 6)
+    key_norm = mean_key_norm(keys[:, :40])
+    selection = select_stage_two(key_norm, labels, 6, 20)
+    merged = merge_tokens(features, selection)
+    return saliency, index, places, labels, key_norm, *selection, merged
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(0)
+    features = torch.stack([clumps(40, 8, seed) for seed in range(2)])
+    return torch.randn(2, 4, 8), torch.randn(2, 71, 4, 8), features
+
+
+@pytest.fixture
+def usual_results(inputs):
+    return everything(*inputs)
+
+
+@pytest.mark.usefixtures("half_precision_default")
+def test_results_do_not_depend_on_the_default_dtype(usual_results, inputs):
+    for usual, now in zip(usual_results, everything(*inputs), strict=True):
+        assert usual.dtype == now.dtype
+        assert torch.equal(usual, now)

@@ -1,0 +1,253 @@
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vitcop_vllm.pruning.plan import (
+    RequestPlan,
+    VisualSpan,
+    VisualTokenCounts,
+    effective_ratio,
+    plan_counts,
+)
+from vitcop_vllm.pruning.settings import FractionRow, PruningSettings
+
+DEFAULTS = PruningSettings()
+ALIGNED = PruningSettings(counts="block_aligned")
+
+layers = st.integers(4, 80)
+tokens = st.integers(1, 3000)
+ratios = st.floats(0.0, 0.999, allow_subnormal=False) | st.sampled_from(
+    [0.1, 0.25, 0.5, 0.667, 0.75, 0.778, 0.889, 0.9, 0.95]
+)
+
+
+def average(ratio, num_layers, encoder_tokens):
+    counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
+    return counts.layer_average(DEFAULTS.boundaries(num_layers), num_layers)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "stages", "centres", "layer_average"),
+    [
+        (2 / 3, (288, 253, 51), 51, 192.1),
+        (0.667, (288, 253, 51), 51, 192.1),
+        (7 / 9, (230, 165, 33), 34, 127.8),
+        (0.778, (230, 165, 33), 34, 127.8),
+        (8 / 9, (172, 77, 15), 20, 63.6),
+        (0.889, (172, 77, 15), 20, 63.6),
+    ],
+)
+def test_counts_are_the_published_ones(ratio, stages, centres, layer_average):
+    counts = plan_counts(DEFAULTS, ratio, 32, 576)
+    assert counts == VisualTokenCounts(576, centres, stages)
+    assert counts.layer_average((2, 22), 32) == pytest.approx(layer_average, abs=0.05)
+
+
+def test_ratio_zero_prunes_nothing():
+    counts = plan_counts(DEFAULTS, 0.0, 32, 576)
+    assert counts == VisualTokenCounts.unpruned(576)
+    assert not counts.is_pruned
+    assert counts.dropped == (0, 0, 0)
+
+
+@given(ratios, layers, tokens)
+def test_counts_never_grow_from_stage_to_stage(ratio, num_layers, encoder_tokens):
+    counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
+    n1, n2, n3 = counts.stages
+    assert encoder_tokens >= n1 >= n2 >= n3 >= 1
+    assert 0 <= counts.centres <= n1
+    assert (counts.centres == 0) == (not counts.is_pruned)
+
+
+@settings(max_examples=400)
+@given(ratios, layers, tokens)
+def test_layer_average_is_as_asked(ratio, num_layers, encoder_tokens):
+    counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
+    if 1 in counts.stages:
+        return  # one token is the least there can be, whatever was asked
+    asked = (1 - ratio) * encoder_tokens
+    assert abs(average(ratio, num_layers, encoder_tokens) - asked) <= 2
+
+
+@settings(max_examples=400)
+@given(ratios, ratios, layers, tokens)
+@example(0.11, 0.115, 70, 10)
+def test_higher_ratio_keeps_no_more(one, other, num_layers, encoder_tokens):
+    low, high = sorted((one, other))
+    # Counts are whole: one token more or less in a stage is rounding.
+    assert average(high, num_layers, encoder_tokens) <= average(low, num_layers, encoder_tokens) + 1
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.2, 0.3])
+def test_mild_ratios_prune_in_the_deep_stage_alone(ratio):
+    n1, n2, n3 = plan_counts(DEFAULTS, ratio, 32, 576).stages
+    assert n1 == n2 > n3
+
+
+def test_fractions_are_interpolated_between_rows():
+    low, middle, high = (plan_counts(DEFAULTS, ratio, 32, 9000) for ratio in (8 / 9, 5 / 6, 7 / 9))
+    assert middle.stages[0] == pytest.approx((low.stages[0] + high.stages[0]) / 2, abs=1)
+
+
+def test_a_single_row_serves_every_ratio():
+    one = PruningSettings(fractions=(FractionRow(keep=0.2, encoder=0.6, centres=0.1),))
+    for ratio in (0.5, 0.7, 0.8):
+        assert plan_counts(one, ratio, 32, 1000).stages[0] == 600
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
+def test_ratio_out_of_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="outside"):
+        plan_counts(DEFAULTS, ratio, 32, 576)
+
+
+@pytest.mark.parametrize("encoder_tokens", [0, -3])
+def test_picture_without_tokens_is_refused(encoder_tokens):
+    with pytest.raises(ValueError, match="at least one visual token"):
+        plan_counts(DEFAULTS, 0.5, 32, encoder_tokens)
+
+
+@pytest.mark.parametrize(
+    ("centres", "stages"), [(1, (5, 6, 1)), (1, (5, 3, 0)), (6, (5, 3, 1)), (1, (11, 3, 1))]
+)
+def test_impossible_counts_are_refused(centres, stages):
+    with pytest.raises(ValueError, match="impossible"):
+        VisualTokenCounts(10, centres, stages)
+
+
+def test_block_aligned_counts_of_the_strongest_published_row():
+    counts = plan_counts(ALIGNED, 8 / 9, 32, 576, 32)
+    assert counts == VisualTokenCounts(576, 20, (172, 76, 12))
+    assert counts.dropped == (0, 96, 160)
+
+
+@given(ratios, layers, tokens, st.sampled_from([1, 16, 32, 64, 128]))
+def test_block_aligned_drops_are_whole_blocks(ratio, num_layers, encoder_tokens, block_size):
+    exact = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
+    aligned = plan_counts(ALIGNED, ratio, num_layers, encoder_tokens, block_size)
+    assert all(dropped % block_size == 0 for dropped in aligned.dropped)
+    assert aligned.stages[0] == exact.stages[0]
+    assert aligned.centres == exact.centres
+    for a, b in zip(aligned.stages, exact.stages, strict=True):
+        assert abs(a - b) <= block_size
+
+
+def test_block_aligned_counts_need_the_block_size():
+    with pytest.raises(ValueError, match="block size"):
+        plan_counts(ALIGNED, 0.5, 32, 576)
+
+
+@given(ratios, layers, tokens)
+def test_counts_survive_encoding(ratio, num_layers, encoder_tokens):
+    counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
+    assert VisualTokenCounts.decode(counts.encode()) == counts
+
+
+def test_encoding_tells_plans_apart():
+    plans = [plan_counts(DEFAULTS, ratio, 32, 576) for ratio in (0.0, 0.5, 2 / 3, 7 / 9, 8 / 9)]
+    assert len({counts.encode() for counts in plans}) == len(plans)
+
+
+@pytest.mark.parametrize("text", ["", "576", "576.20.172.77", "a.b.c.d.e", "10.1.5.6.1"])
+def test_text_that_encodes_no_counts_is_refused(text):
+    with pytest.raises(ValueError, match=r".+"):
+        VisualTokenCounts.decode(text)
+
+
+def test_effective_ratio_weighs_pictures_by_their_tokens():
+    large, small = VisualTokenCounts(100, 1, (50, 50, 50)), VisualTokenCounts.unpruned(20)
+    assert effective_ratio([large, small], (2, 22), 32) == pytest.approx(50 / 120)
+    assert effective_ratio([small], (2, 22), 32) == 0.0
+    assert effective_ratio([], (2, 22), 32) is None
+
+
+STRONG = VisualTokenCounts(576, 20, (172, 77, 15))
+MILD = VisualTokenCounts(20, 1, (10, 10, 4))
+PLAN = RequestPlan((VisualSpan(5, STRONG), VisualSpan(177, MILD), VisualSpan(200, STRONG)))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "lengths"),
+    [
+        (0, (0, 0, 0)),
+        (5, (5, 5, 5)),
+        (176, (176, 176, 176)),  # one token short of the first span's end
+        (177, (177, 82, 20)),
+        (186, (186, 91, 29)),
+        (187, (187, 92, 24)),
+        (200, (200, 105, 37)),
+        (371, (371, 276, 208)),
+        (372, (372, 182, 52)),
+        (1000, (1000, 810, 680)),
+    ],
+)
+def test_physical_length_drops_a_span_at_its_end(num_tokens, lengths):
+    assert tuple(PLAN.physical_length(num_tokens, stage) for stage in range(3)) == lengths
+
+
+@st.composite
+def request_plans(draw):
+    spans, offset = [], 0
+    for _ in range(draw(st.integers(0, 4))):
+        offset += draw(st.integers(0, 9))
+        encoder = draw(st.integers(1, 30))
+        n1 = draw(st.integers(1, encoder))
+        n2 = draw(st.integers(1, n1))
+        n3 = draw(st.integers(1, n2))
+        spans.append(VisualSpan(offset, VisualTokenCounts(encoder, 1, (n1, n2, n3))))
+        offset = spans[-1].end
+    return RequestPlan(tuple(spans))
+
+
+def cuts_no_span(plan, end):
+    return not any(span.offset < end < span.end for span in plan.spans)
+
+
+@given(request_plans())
+def test_physical_length_is_a_count_of_slots(plan):
+    whole = [end for end in range(150) if cuts_no_span(plan, end)]
+    for stage in range(3):
+        dropped = 0
+        for end in whole:
+            dropped = sum(s.counts.dropped[stage] for s in plan.spans if s.end <= end)
+            assert plan.physical_length(end, stage) == end - dropped
+        lengths = [plan.physical_length(end, stage) for end in whole]
+        assert lengths == sorted(set(lengths))
+    for end in whole:
+        first, second, third = (plan.physical_length(end, stage) for stage in range(3))
+        assert end == first >= second >= third >= 0
+
+
+@given(request_plans(), st.integers(0, 150), st.integers(0, 60))
+def test_last_whole_end_is_the_largest_that_cuts_no_span(plan, start, length):
+    if not cuts_no_span(plan, start):
+        return
+    wanted = max(e for e in range(start, start + length + 1) if cuts_no_span(plan, e))
+    assert plan.last_whole_end(start, start + length) == wanted
+
+
+def test_last_whole_end_of_a_span_too_long_for_the_step_is_its_start():
+    assert PLAN.last_whole_end(5, 100) == 5
+    assert PLAN.last_whole_end(0, 100) == 5
+    assert PLAN.last_whole_end(0, 177) == 177
+
+
+@given(request_plans(), st.integers(0, 100), st.integers(0, 100))
+def test_spans_in_begin_inside(plan, start, end):
+    inside = plan.spans_in(start, end)
+    assert list(inside) == [s for s in plan.spans if s.offset in range(start, end)]
+
+
+def test_plan_without_pictures_changes_nothing():
+    plan = RequestPlan(())
+    assert not plan.is_pruned
+    assert not plan.drops_slots
+    assert plan.physical_length(77, 2) == 77
+    assert plan.last_whole_end(3, 9) == 9
+
+
+def test_plan_pruned_in_the_encoder_alone_drops_no_slots():
+    plan = RequestPlan((VisualSpan(0, VisualTokenCounts(10, 1, (5, 5, 5))),))
+    assert plan.is_pruned
+    assert not plan.drops_slots
+    assert PLAN.drops_slots

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pruning import oracle
+from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+
+
+def attention_inputs(pictures=3, patches=17, heads=4, size=8, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(pictures, heads, size), torch.randn(pictures, 1 + patches, heads, size)
+
+
+@pytest.mark.parametrize("scale", [8**-0.5, 3.0])
+def test_saliency_is_the_attention_of_cls_summed_over_heads(scale):
+    query, keys = attention_inputs()
+    got = cls_saliency(query, keys, scale)
+    assert got.dtype == torch.float32
+    for picture in range(3):
+        wanted = oracle.saliency(query[picture].numpy(), keys[picture].numpy(), scale)
+        np.testing.assert_allclose(got[picture].numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_saliency_leaves_out_what_cls_gives_itself():
+    query, keys = attention_inputs()
+    assert (cls_saliency(query, keys, 0.3).sum(dim=1) < 4).all()
+    keys[:, 0] = -1e4 * query
+    torch.testing.assert_close(cls_saliency(query, keys, 0.3).sum(dim=1), torch.full((3,), 4.0))
+
+
+def test_saliency_grows_with_attention():
+    query, keys = attention_inputs()
+    keys[:, 1 + 5] = query
+    keys[:, 1 + 6] = -query
+    got = cls_saliency(query, keys, 1.0)
+    assert (got[:, 5] > got[:, 6]).all()
+
+
+def test_saliency_of_half_precision_is_computed_in_float32():
+    query, keys = (x.bfloat16() for x in attention_inputs())
+    torch.testing.assert_close(
+        cls_saliency(query, keys, 0.3), cls_saliency(query.float(), keys.float(), 0.3)
+    )
+
+
+def test_saliency_survives_scores_past_the_range_of_exp():
+    query, keys = attention_inputs()
+    assert cls_saliency(1e3 * query, 1e3 * keys, 1.0).isfinite().all()
+
+
+def test_saliency_of_a_batch_is_that_of_its_pictures():
+    query, keys = attention_inputs()
+    single = [cls_saliency(query[i : i + 1], keys[i : i + 1], 0.3) for i in range(3)]
+    torch.testing.assert_close(cls_saliency(query, keys, 0.3), torch.cat(single))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.data())
+def test_most_salient_keeps_order_and_breaks_ties_by_index(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    got = most_salient(torch.tensor([values, values[::-1]], dtype=torch.float32), count)
+    assert got.dtype == torch.int64
+    assert got[0].tolist() == oracle.largest(values, count)
+    assert got[1].tolist() == oracle.largest(values[::-1], count)
+
+
+@pytest.mark.parametrize("count", [288, 230, 172])
+def test_most_salient_at_published_sizes(count):
+    torch.manual_seed(count)
+    values = torch.rand(2, 576)
+    values[1] = 0.25
+    got = most_salient(values, count)
+    assert got[0].tolist() == oracle.largest(values[0].tolist(), count)
+    assert got[1].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 24), (5, 7), (1, 9), (9, 1)])
+def test_positions_are_row_and_column_shares(height, width):
+    index = torch.arange(height * width)[None]
+    got = patch_positions(index, height, width)
+    assert got.dtype == torch.float32
+    assert (got >= 0).all()
+    assert (got < 1).all()
+    np.testing.assert_array_equal(
+        got[0].numpy(), np.array(oracle.positions(range(height * width), height, width))
+    )
+
+
+def test_positions_are_row_major():
+    index = torch.tensor([[0, 6, 7], [20, 8, 34]])
+    wanted = torch.tensor(
+        [[[0, 0], [0, 6 / 7], [1 / 5, 0]], [[2 / 5, 6 / 7], [1 / 5, 1 / 7], [4 / 5, 6 / 7]]]
+    )
+    torch.testing.assert_close(patch_positions(index, 5, 7), wanted)

@@ -1,0 +1,248 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.pruning import oracle
+from vitcop_vllm.pruning.selection import (
+    StageTwoSelection,
+    _quotas,
+    mean_key_norm,
+    merge_tokens,
+    select_stage_three,
+    select_stage_two,
+)
+
+PUBLISHED = [(172, 20, 77, 15), (230, 34, 165, 33), (288, 51, 253, 51)]
+
+
+def rows(selection: StageTwoSelection, picture: int):
+    """A picture's selection as the oracle writes it."""
+    output = []
+    for source, weight in zip(
+        selection.index[picture].tolist(), selection.weight[picture], strict=True
+    ):
+        members = weight.nonzero().flatten().tolist() or None
+        if members is not None:
+            np.testing.assert_allclose(weight[members].numpy(), 1 / len(members), rtol=1e-6)
+        output.append((source, members))
+    return output
+
+
+def some_labels(n1, num_centres, seed, skew=0.0):
+    """Labels that leave no cluster empty; ``skew`` makes the first clusters larger."""
+    generator = torch.Generator().manual_seed(seed)
+    odds = torch.arange(1, num_centres + 1).float() ** -skew
+    free = torch.multinomial(odds, n1, replacement=True, generator=generator)
+    free[torch.randperm(n1, generator=generator)[:num_centres]] = torch.arange(num_centres)
+    return free
+
+
+def agrees(key_norm, labels, num_centres, n2):
+    got = select_stage_two(key_norm[None], labels[None], num_centres, n2)
+    assert got.index.shape == (1, n2)
+    assert got.index.dtype == torch.int64
+    assert got.weight.dtype == torch.float32
+    wanted = oracle.stage_two(key_norm.tolist(), labels.tolist(), num_centres, n2)
+    assert len(wanted) == n2
+    assert rows(got, 0) == wanted
+
+
+def test_mean_key_norm_averages_heads_before_the_norm():
+    torch.manual_seed(0)
+    key = torch.randn(2, 5, 4, 8)
+    wanted = np.linalg.norm(key.numpy().astype(np.float64).mean(axis=2), axis=2)
+    np.testing.assert_allclose(mean_key_norm(key).numpy(), wanted, rtol=1e-5)
+    assert mean_key_norm(key[0, 0]).shape == ()
+
+
+def test_mean_key_norm_of_half_precision_is_float32():
+    key = torch.full((3, 2, 4), 60000.0, dtype=torch.float16)
+    torch.testing.assert_close(mean_key_norm(key), torch.full((3,), 120000.0))
+
+
+@pytest.mark.parametrize(("n1", "num_centres", "n2", "n3"), PUBLISHED)
+@pytest.mark.parametrize("skew", [0.0, 1.5])
+def test_stages_agree_with_the_oracle_at_published_sizes(n1, num_centres, n2, n3, skew):
+    torch.manual_seed(n1)
+    agrees(torch.rand(n1), some_labels(n1, num_centres, n1, skew), num_centres, n2)
+    norms = torch.rand(n2)
+    assert select_stage_three(norms[None], n3)[0].tolist() == oracle.smallest(norms.tolist(), n3)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_stage_two_agrees_with_the_oracle_on_random_pictures(seed):
+    torch.manual_seed(seed)
+    n1 = int(torch.randint(1, 60, ()))
+    num_centres = int(torch.randint(1, n1 + 1, ()))
+    n2 = int(torch.randint(1, n1 + 1, ()))
+    norms = torch.rand(n1) if seed % 2 else torch.randint(1, 4, (n1,)).float()
+    agrees(norms, some_labels(n1, num_centres, seed, skew=seed % 3), num_centres, n2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_stage_two_agrees_with_the_oracle_when_sums_and_norms_tie(data):
+    num_centres = data.draw(st.integers(1, 9))
+    rest = data.draw(st.lists(st.integers(0, num_centres - 1), max_size=18))
+    labels = data.draw(st.permutations([*range(num_centres), *rest]))
+    n2 = data.draw(st.integers(1, len(labels)))
+    norms = data.draw(st.lists(st.integers(1, 3), min_size=len(labels), max_size=len(labels)))
+    agrees(torch.tensor(norms, dtype=torch.float32), torch.tensor(labels), num_centres, n2)
+
+
+@pytest.mark.parametrize("n2", [1, 2, 6, 7, 8, 20, 29, 30])
+def test_stage_two_of_equal_norms_goes_by_label_and_index(n2):
+    agrees(torch.ones(30), some_labels(30, 7, seed=n2), 7, n2)
+
+
+@pytest.mark.parametrize("n2", [40, 52, 100, 165, 253, 287, 288])
+def test_stage_two_of_many_equal_sums_goes_by_label(n2):
+    # Sorts of a few elements are stable even where nobody asked for it.
+    pairs = torch.arange(48).repeat_interleave(6)
+    agrees(torch.ones(288), pairs[torch.randperm(288)], 48, n2)
+
+
+def test_more_clusters_than_rows_merges_the_rest_to_one():
+    norms = torch.tensor([[1.0, 1.0, 9.0, 4.0, 5.0, 2.0]])
+    labels = torch.tensor([[0, 0, 1, 2, 2, 3]])
+    # Sums are 2, 9, 9, 2: clusters 0 and 3 stay clusters, 1 and 2 become one group.
+    got = select_stage_two(norms, labels, 4, 3)
+    assert rows(got, 0) == [(1, [0, 1]), (3, [2, 3, 4]), (5, [5])]
+
+
+def test_within_a_cluster_the_smallest_norms_stay_whole():
+    norms = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
+    got = select_stage_two(norms, torch.zeros(1, 5, dtype=torch.int64), 1, 3)
+    assert rows(got, 0) == [(1, None), (2, [0, 2, 4]), (3, None)]
+
+
+def test_missing_rows_are_handed_to_the_smallest_sums_first():
+    # Six clusters of two tokens, three rows to share: every half rounds to zero.
+    labels = torch.arange(6).repeat_interleave(2)
+    sums = torch.tensor([4.0, 1.0, 5.0, 3.0, 6.0, 2.0])
+    got = select_stage_two((sums / 2).repeat_interleave(2)[None], labels[None], 6, 9)
+    assert got.index[0].tolist() == [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    assert [source for source, members in rows(got, 0) if members is None] == [2, 6, 10]
+
+
+def test_rows_too_many_are_taken_from_the_largest_sums_first():
+    # Clusters of four have quotas of 1.5, rounded to two. The last, of one, has none to give.
+    labels = torch.cat([torch.arange(4).repeat_interleave(4), torch.tensor([4])])
+    norms = torch.tensor([1.0, 4.0, 3.0, 2.0, 99.0])[labels]
+    got = rows(select_stage_two(norms[None], labels[None], 5, 11), 0)
+    whole = [source // 4 for source, members in got if members is None]
+    assert [whole.count(k) for k in range(4)] == [2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("sums", [[1, 2, 3, 4, 5, 6, 7], [3, 3, 3, 1, 1, 1, 3]])
+def test_quotas_add_up_when_one_cluster_is_rich(sums):
+    # One rich cluster and six of two tokens: (13 - 1) / 18 * 11 = 7.33, 1 / 18 * 11 = 0.6.
+    sizes = [13, 2, 2, 2, 2, 2, 2]
+    labels = torch.tensor([k for k, size in enumerate(sizes) for _ in range(size)])
+    norms = torch.tensor([sums[k] / sizes[k] for k in labels.tolist()])
+    for n2 in range(7, 26):
+        agrees(norms, labels, 7, n2)
+
+
+def test_quota_rounds_halves_to_even_in_the_documented_order():
+    # (17 - 1) / 49 * 49 and the like are not whole in floating point.
+    for extra in range(2, 60):
+        sizes = [extra, 50 - extra + 10] if extra < 58 else [extra, 2]
+        labels = torch.tensor([k for k, size in enumerate(sizes) for _ in range(size)])
+        torch.manual_seed(extra)
+        norms = torch.rand(len(labels))
+        for n2 in (7, len(labels) // 2, len(labels) // 2 + 1):
+            agrees(norms, labels, 2, n2)
+
+
+def test_quotas_are_zero_where_there_is_nothing_to_share():
+    ones = torch.ones(1, 5, dtype=torch.int64)
+    assert _quotas(ones.double(), ones, 5, 5).tolist() == [[0] * 5]
+    assert _quotas(ones.double(), 3 * ones, 15, 5).tolist() == [[0] * 5]
+
+
+def test_a_single_row_merges_everything():
+    got = select_stage_two(torch.rand(1, 9), some_labels(9, 4, 0)[None], 4, 1)
+    assert rows(got, 0) == [(4, list(range(9)))]
+
+
+def test_as_many_clusters_as_tokens_merges_each_with_itself():
+    got = select_stage_two(torch.rand(1, 5), torch.tensor([[3, 1, 0, 4, 2]]), 5, 5)
+    assert rows(got, 0) == [(i, [i]) for i in range(5)]
+
+
+def test_one_token_is_enough():
+    agrees(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
+    assert select_stage_three(torch.ones(1, 1), 1).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("n2", [1, 5, 12, 30, 40])
+def test_one_batch_is_its_pictures(n2):
+    torch.manual_seed(n2)
+    norms = torch.rand(4, 40)
+    norms[2] = 1.0
+    labels = torch.stack([some_labels(40, 12, seed, skew=seed) for seed in range(4)])
+    hidden = torch.randn(4, 40, 16)
+    batch = select_stage_two(norms, labels, 12, n2)
+    merged = merge_tokens(hidden, batch)
+    third = select_stage_three(norms[:, :n2], 1)
+    for i in range(4):
+        one = slice(i, i + 1)
+        single = select_stage_two(norms[one], labels[one], 12, n2)
+        assert torch.equal(batch.index[one], single.index)
+        assert torch.equal(batch.weight[one], single.weight)
+        torch.testing.assert_close(merged[one], merge_tokens(hidden[one], single))
+        assert torch.equal(third[one], select_stage_three(norms[one, :n2], 1))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("n2", [3, 12, 25])
+def test_counts_hold_when_norms_are_not_finite(bad, n2):
+    norms = torch.rand(3, 40)
+    norms[1, ::3] = bad
+    norms[2] = bad
+    labels = torch.stack([some_labels(40, 12, seed) for seed in range(3)])
+    got = select_stage_two(norms, labels, 12, n2)
+    assert (got.index.diff(dim=1) > 0).all()
+    torch.testing.assert_close(got.weight.sum(dim=2).round(), got.weight.sum(dim=2))
+    assert (select_stage_three(norms, n2).diff(dim=1) > 0).all()
+
+
+def test_merging_leaves_kept_rows_and_adds_means_to_medians():
+    norms = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
+    hidden = torch.tensor([[[1.0], [20.0], [4.0], [30.0], [7.0]]])
+    got = merge_tokens(hidden, select_stage_two(norms, torch.zeros_like(norms).long(), 1, 3))
+    assert got.flatten().tolist() == [20.0, 4.0 + 4.0, 30.0]
+
+
+@pytest.mark.parametrize(("num_centres", "n2"), [(20, 77), (20, 12)])
+def test_merging_agrees_with_the_oracle(num_centres, n2):
+    torch.manual_seed(n2)
+    norms, hidden = torch.rand(172), torch.randn(172, 33)
+    labels = some_labels(172, num_centres, n2, skew=1.0)
+    selection = select_stage_two(norms[None], labels[None], num_centres, n2)
+    wanted = oracle.merged(
+        hidden.numpy(), oracle.stage_two(norms.tolist(), labels.tolist(), num_centres, n2)
+    )
+    np.testing.assert_allclose(
+        merge_tokens(hidden[None], selection)[0].numpy(), wanted, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_merging_accumulates_half_precision_in_float32():
+    norms = torch.arange(4096.0)[None]
+    hidden = torch.ones(1, 4096, 3, dtype=torch.bfloat16)
+    selection = select_stage_two(norms, torch.zeros(1, 4096, dtype=torch.int64), 1, 1)
+    got = merge_tokens(hidden, selection)
+    assert got.dtype == torch.bfloat16
+    assert (got == 2).all()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.data())
+def test_stage_three_keeps_the_smallest_norms_in_order(values, data):
+    n3 = data.draw(st.integers(1, len(values)))
+    got = select_stage_three(torch.tensor([values], dtype=torch.float32), n3)
+    assert got.dtype == torch.int64
+    assert got[0].tolist() == oracle.smallest(values, n3)

@@ -1,0 +1,89 @@
+"""Imports point one way; the pure layers stay free of vLLM, the server free of torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each layer may import from those before it.
+LAYERS = [
+    "vitcop_vllm.pruning.settings",
+    "vitcop_vllm.pruning.plan",
+    "vitcop_vllm.pruning",
+    "vitcop_vllm.engine",
+    "vitcop_vllm.worker",
+    "vitcop_vllm.models",
+    "vitcop_vllm.plugin",
+]
+
+
+def modules(package: str) -> list[tuple[str, Path]]:
+    return [
+        (".".join(path.relative_to(ROOT).with_suffix("").parts), path)
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ]
+
+
+def imports(path: Path, *, at_run_time_only: bool = True) -> set[str]:
+    """Modules a file imports, inside functions too; not those for type checkers."""
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if at_run_time_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import in {path}"
+            names.add(str(node.module))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return names
+
+
+def layer_of(module: str) -> int | None:
+    found = [i for i, prefix in enumerate(LAYERS) if (module + ".").startswith(prefix + ".")]
+    return min(found) if found else None
+
+
+@pytest.mark.parametrize(("module", "path"), modules("vitcop_vllm"), ids=lambda v: str(v)[-40:])
+def test_imports_point_one_way(module, path):
+    mine = layer_of(module)
+    if mine is None:
+        return
+    for imported in imports(path):
+        theirs = layer_of(imported)
+        assert theirs is None or theirs <= mine, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("module", "path"), modules("vitcop_vllm/pruning"), ids=lambda v: str(v)[-40:]
+)
+def test_the_method_knows_nothing_of_vllm(module, path):
+    roots = {name.split(".")[0] for name in imports(path, at_run_time_only=False)}
+    assert "vllm" not in roots
+    if module.endswith(("settings", "plan")):
+        assert "torch" not in roots
+
+
+@pytest.mark.parametrize(("module", "path"), modules("server"), ids=lambda v: str(v)[-40:])
+def test_the_server_sees_settings_and_plan_only(module, path):
+    for name in imports(path):
+        assert name.split(".")[0] != "torch"
+        if name.startswith("vitcop_vllm"):
+            assert name in {
+                "vitcop_vllm",
+                "vitcop_vllm.pruning.settings",
+                "vitcop_vllm.pruning.plan",
+                "vitcop_vllm.demo.checkpoint",
+            }, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("package", ["vitcop_vllm", "server"])
+def test_nothing_imports_tests(package):
+    for _, path in modules(package):
+        assert not any(name.split(".")[0] == "tests" for name in imports(path))

@@ -1,0 +1,150 @@
+"""A step's arithmetic, against rows written out one by one."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.worker.step import ScheduledRequest, build_step
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def requests(draw):
+    """A request with up to three pictures between texts, and a chunk that cuts none."""
+    spans, length = [], draw(st.integers(0, 5))
+    for _ in range(draw(st.integers(0, 3))):
+        n1, n2, n3 = sorted((draw(st.integers(1, 12)) for _ in range(3)), reverse=True)
+        encoder = n1 + draw(st.integers(0, 3))
+        spans.append(VisualSpan(length, VisualTokenCounts(encoder, 1, (n1, n2, n3))))
+        length += n1 + draw(st.integers(0, 4))
+    prompt = length + draw(st.integers(1, 4))
+    total = prompt + draw(st.integers(0, 6))
+    cuts = [i for i in range(total + 1) if not any(s.offset < i < s.end for s in spans)]
+    start, end = sorted(draw(st.lists(st.sampled_from(cuts), min_size=2, max_size=2, unique=True)))
+    plan = RequestPlan(tuple(spans))
+    return ScheduledRequest(plan if plan.is_pruned else None, start, end, prompt)
+
+
+batches = st.lists(requests(), min_size=1, max_size=4)
+
+
+def rows_of(request: ScheduledRequest, stage: int) -> list[int]:
+    """Prompt positions that have a row in a stage; survivors stand first in their span."""
+    plan = request.plan or RequestPlan(())
+    gone = {
+        position
+        for span in plan.spans
+        for position in range(span.offset + span.counts.stages[stage], span.end)
+    }
+    return [i for i in range(request.start, request.end) if i not in gone]
+
+
+def test_a_step_without_dropped_slots_is_none():
+    unpruned = RequestPlan((VisualSpan(0, VisualTokenCounts.unpruned(4)),))
+    assert build_step([ScheduledRequest(None, 0, 5, 5)], CPU) is None
+    assert build_step([ScheduledRequest(unpruned, 0, 5, 5)], CPU) is None
+
+
+@given(batches)
+def test_stages_hold_the_rows_that_are_left(batch):
+    step = build_step(batch, CPU)
+    if step is None:
+        return
+    for stage, rows in step.stages.items():
+        expected = [rows_of(request, stage) for request in batch]
+        lengths = [len(part) for part in expected]
+        starts = [sum(lengths[:i]) for i in range(len(batch) + 1)]
+        assert rows.query_start_loc.tolist() == starts
+        assert rows.num_rows == sum(lengths)
+        assert rows.max_query_len == max(lengths)
+        physical = [
+            request.end
+            if request.plan is None
+            else request.plan.physical_length(request.end, stage)
+            for request in batch
+        ]
+        assert rows.seq_lens.tolist() == physical
+        assert rows.max_seq_len == max(physical)
+        # Slots follow on from those of earlier steps, without a gap.
+        assert rows.positions.tolist() == [
+            position
+            for length, count in zip(physical, lengths, strict=True)
+            for position in range(length - count, length)
+        ]
+
+
+@given(batches)
+def test_sources_lead_back_to_the_rows_before(batch):
+    step = build_step(batch, CPU)
+    if step is None:
+        return
+    ids = {
+        stage: [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
+        for stage in range(3)
+    }
+    for stage, source in step.sources.items():
+        assert [ids[stage - 1][row] for row in source.tolist()] == ids[stage]
+
+
+@given(batches)
+def test_groups_name_the_rows_of_their_spans(batch):
+    step = build_step(batch, CPU)
+    if step is None:
+        return
+    pictures = [
+        (i, span)
+        for i, request in enumerate(batch)
+        for span in (request.plan.spans if request.plan else ())
+        if request.start <= span.offset < request.end and span.counts.is_pruned
+    ]
+    named = sorted(picture for group in step.groups for picture in group.pictures)
+    assert named == [n for n, (_, span) in enumerate(pictures) if any(span.counts.dropped)]
+    for group in step.groups:
+        for member, picture in enumerate(group.pictures):
+            i, span = pictures[picture]
+            assert span.counts == group.counts
+            for stage in range(3):
+                ids = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
+                expected = [(i, span.offset + k) for k in range(span.counts.stages[stage])]
+                assert [ids[row] for row in group.rows(stage)[member].tolist()] == expected
+
+
+@given(batches)
+def test_outputs_repeat_the_last_survivor_of_a_span(batch):
+    step = build_step(batch, CPU)
+    if step is None:
+        return
+    alive = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, 2)]
+    everything = [(i, p) for i, r in enumerate(batch) for p in range(r.start, r.end)]
+    for row, (i, position) in zip(step.outputs.tolist(), everything, strict=True):
+        assert alive[row] == (i, max(p for j, p in alive if j == i and p <= position))
+
+
+@given(batches)
+def test_reference_positions_count_the_prompt_compacted_and_the_answer_not(batch):
+    step = build_step(batch, CPU, renumber_deep=True)
+    if step is None:
+        return
+    expected = []
+    for request in batch:
+        plan = request.plan or RequestPlan(())
+        for position in rows_of(request, 1):
+            if request.plan is None or position >= request.prompt_tokens:
+                expected.append(position)
+            else:
+                inside = [s for s in plan.spans if s.offset <= position < s.end]
+                before = inside[0].offset if inside else position
+                expected.append(position - plan.dropped_tokens(before)[1])
+    if step.renumbered is None:
+        assert all(r.plan is None or r.start >= r.prompt_tokens for r in batch)
+    else:
+        assert step.renumbered.tolist() == expected
+
+
+@given(batches)
+def test_decode_steps_run_the_unstaged_forward(batch):
+    decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
+    step = build_step(decodes, CPU, renumber_deep=True)
+    assert step is None or not step.needs_staged_forward

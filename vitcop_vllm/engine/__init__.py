@@ -1,0 +1,1 @@
+"""Staged KV cache inside vLLM's core: spec, manager, attention backend, scheduler."""

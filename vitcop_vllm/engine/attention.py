@@ -1,0 +1,152 @@
+"""Attention of a stage, over whichever backend vLLM picked.
+
+The shape follows vLLM's own variants (chunked-local, cross attention): a factory that
+subclasses the backend's metadata builder and implementation, and a thin layer.
+"""
+
+import functools
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    subclass_attention_backend_with_overrides,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+
+from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+
+if TYPE_CHECKING:
+    from vitcop_vllm.worker.step import StagedStep
+
+
+class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
+    """What the worker sees of a stage's builder, whatever backend it builds for.
+
+    Attributes:
+        step: The step to build for; ``None`` where no request of it prunes.
+    """
+
+    step: "StagedStep | None" = None
+
+
+@functools.lru_cache
+def create_staged_attention_backend(
+    underlying: type[AttentionBackend],
+) -> type[AttentionBackend]:
+    """A backend whose queries, lengths and slots are those of a stage."""
+    underlying_builder: Any = underlying.get_builder_cls()
+    underlying_impl: Any = underlying.get_impl_cls()
+
+    class StagedBuilder(underlying_builder, StagedMetadataBuilder):
+        # Groups of one stage differ in block table and slots alone: build once for all.
+        supports_update_block_table = True
+
+        @classmethod
+        def get_cudagraph_support(
+            cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+        ) -> AttentionCGSupport:
+            # A stage's lengths are fresh tensors each step, which no full graph can hold.
+            return AttentionCGSupport.NEVER
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+        ) -> Any:
+            if self.step is not None:
+                rows = self.step.stages[self.kv_cache_spec.stage]
+                common_attn_metadata = rows.narrow(common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def update_block_table(
+            self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
+        ) -> Any:
+            if self.step is not None:
+                slot_mapping = slot_mapping[: metadata.slot_mapping.shape[0]]
+            if underlying_builder.supports_update_block_table:
+                return super().update_block_table(metadata, blk_table, slot_mapping)
+            updated = copy(metadata)
+            updated.block_table = blk_table
+            updated.slot_mapping = slot_mapping
+            return updated
+
+    class StagedImpl(underlying_impl):
+        def forward(
+            self,
+            layer: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> torch.Tensor:
+            # Written here, with the stage's slots: outside of the implementation vLLM
+            # would write with the runner's, one for each unpruned token.
+            if not underlying.forward_includes_kv_cache_update and attn_metadata is not None:
+                slots = attn_metadata.slot_mapping
+                count = slots.shape[0]
+                self.do_kv_cache_update(layer, key[:count], value[:count], kv_cache, slots)
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+            )
+
+    return subclass_attention_backend_with_overrides(
+        name_prefix="Staged",
+        attention_backend_cls=underlying,
+        overrides={
+            "get_builder_cls": staticmethod(lambda: StagedBuilder),
+            "get_impl_cls": staticmethod(lambda: StagedImpl),
+            "forward_includes_kv_cache_update": True,
+        },
+    )
+
+
+class StagedAttention(Attention):
+    """An attention layer of stage 1 or 2."""
+
+    def __init__(self, *args: Any, stage: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+
+    @classmethod
+    def replacing(
+        cls, attention: Attention, stage: int, vllm_config: VllmConfig
+    ) -> "StagedAttention":
+        """The layer that takes ``attention``'s place, under the same name.
+
+        vLLM's decoder layers make their attention themselves and offer no seam for
+        another class; an attention layer without weights is cheap to make anew.
+        """
+        registered = vllm_config.compilation_config.static_forward_context
+        assert registered.pop(attention.layer_name) is attention
+        return cls(
+            attention.num_heads,
+            attention.head_size,
+            attention.impl.scale,
+            num_kv_heads=attention.num_kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=attention.quant_config,
+            prefix=attention.layer_name,
+            attn_backend=create_staged_attention_backend(attention.attn_backend),
+            stage=stage,
+        )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        full = super().get_kv_cache_spec(vllm_config)
+        assert isinstance(full, FullAttentionSpec)
+        return replace_as(
+            full,
+            StagedAttentionSpec,
+            drop=("sliding_window", "attention_chunk_size", "non_causal"),
+            stage=self.stage,
+        )

@@ -1,0 +1,179 @@
+"""Start-up: settle vLLM's configuration for pruning, or refuse with a sentence.
+
+vLLM calls :class:`PrunedModelConfig` while it builds its configuration, before platform,
+workers and scheduler are chosen. Selecting a pruned architecture is thus all a user does.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from vitcop_vllm.pruning.settings import PruningSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+CONFIG_KEY = "pruning"
+"""Key in ``--additional-config``, and attribute of the model's hf_config."""
+
+CPU_BLOCK_SIZE = 32
+"""Tokens. vLLM's CPU kernels want multiples of 32; its default 128 wastes most of the
+last block of a stage that holds a few dozen tokens."""
+
+_SCHEDULER = "vitcop_vllm.engine.scheduler.create_scheduler"
+_WORKERS = {
+    "cpu": "vitcop_vllm.worker.v1.StagedCPUWorker",
+    "cuda": "vitcop_vllm.worker.v1.StagedGPUWorker",
+}
+
+
+def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
+    """The settings start-up has put into a pruned model's configuration."""
+    return PruningSettings(**getattr(hf_config, CONFIG_KEY))
+
+
+def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
+    additional = vllm_config.additional_config
+    given: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"additional config {CONFIG_KEY!r} must be a mapping of pruning settings, "
+            f"got {type(given).__name__}"
+        )
+    try:
+        return PruningSettings(**given)
+    except ValidationError as error:
+        reasons = "; ".join(
+            ".".join(map(str, (CONFIG_KEY, *e["loc"])))
+            + ": "
+            + e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
+        raise ValueError(f"bad pruning settings: {reasons}") from None
+
+
+def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]:
+    """What this engine cannot do right together with pruning, and what to change."""
+    from transformers import CLIPVisionConfig
+
+    model_config = vllm_config.model_config
+    hf_config = model_config.hf_config
+    text_config = model_config.hf_text_config
+    cache_config = vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    scheduler = vllm_config.scheduler_config
+    checks = {
+        "pipeline parallelism splits the stages; use --tensor-parallel-size instead": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "context parallelism shards the KV cache by logical position; unset "
+        "--decode-context-parallel-size and --prefill-context-parallel-size": (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1
+        ),
+        "microbatching cuts a step between stages; remove --enable-dbo / --ubatch-size": (
+            parallel.use_ubatching
+        ),
+        "speculative decoding has no stages in its drafter; remove --speculative-config": (
+            vllm_config.speculative_config is not None
+        ),
+        "a KV connector moves logical blocks; remove --kv-transfer-config": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        "an encoder-cache connector is untested here; remove --ec-transfer-config": (
+            vllm_config.ec_transfer_config is not None
+        ),
+        "LoRA maps adapters to unpruned rows; remove --enable-lora": (
+            vllm_config.lora_config is not None
+        ),
+        "prompt embeddings carry no picture to prune; remove --enable-prompt-embeds": (
+            model_config.enable_prompt_embeds
+        ),
+        "stages need their own KV cache groups; remove --disable-hybrid-kv-cache-manager": (
+            scheduler.disable_hybrid_kv_cache_manager is True
+        ),
+        "another scheduler class is configured; remove --scheduler-cls": (
+            scheduler.scheduler_cls is not None
+        ),
+        "another worker class is configured; remove --worker-cls": (parallel.worker_cls != "auto"),
+        "Stage I reads the [CLS] attention of a CLIP tower and this model's is "
+        f"{type(hf_config.vision_config).__name__}; serve it with stock vLLM "
+        "(VLLM_PLUGINS='')": not isinstance(hf_config.vision_config, CLIPVisionConfig),
+        "Stage I needs one vision_feature_layer": not isinstance(
+            getattr(hf_config, "vision_feature_layer", None), int
+        ),
+        "Stage I needs vision_feature_select_strategy 'default', which leaves [CLS] out": (
+            getattr(hf_config, "vision_feature_select_strategy", None) != "default"
+        ),
+        f"the decoder must be Llama, not {text_config.model_type}; serve it with stock "
+        "vLLM (VLLM_PLUGINS='')": text_config.model_type != "llama",
+        "sliding window attention already drops tokens by position": (
+            bool(getattr(text_config, "sliding_window", None))
+        ),
+        "counts: block_aligned needs to know the block size; set --block-size": (
+            settings.counts == "block_aligned" and not cache_config.user_specified_block_size
+        ),
+        "VLLM_USE_V2_MODEL_RUNNER=1 asks for a model runner that is not supported yet; unset it": (
+            os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        ),
+    }
+    return [sentence for sentence, broken in checks.items() if broken]
+
+
+class PrunedModelConfig(VerifyAndUpdateConfig):
+    """vLLM's hook per architecture, for all pruned ones."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: "VllmConfig") -> None:
+        """Refuse what cannot work, then choose block size, runner, worker, scheduler.
+
+        Raises:
+            ValueError: Naming every obstacle and what to change.
+        """
+        from vllm.platforms import current_platform
+
+        settings = _read_settings(vllm_config)
+        model_config = vllm_config.model_config
+        cache_config = vllm_config.cache_config
+        if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+            cache_config.block_size = CPU_BLOCK_SIZE
+            cache_config.user_specified_block_size = True
+        settings.boundaries(model_config.hf_text_config.num_hidden_layers)
+        if refusals := _refusals(vllm_config, settings):
+            raise ValueError(
+                "visual token pruning cannot start with this configuration: " + "; ".join(refusals)
+            )
+        worker = _WORKERS.get(current_platform.device_type)
+        if worker is None:
+            raise ValueError(
+                f"visual token pruning runs on {', '.join(_WORKERS)}, "
+                f"not on {current_platform.device_type}"
+            )
+
+        # The processor sees the model's configuration and nothing else of vLLM's.
+        setattr(model_config.hf_config, CONFIG_KEY, settings.model_dump(mode="json"))
+        model_config.hf_config.pruning_block_size = cache_config.block_size
+        if cache_config.enable_prefix_caching:
+            logger.info("Prefix caching is off: it does not know of pruned pictures yet.")
+            cache_config.enable_prefix_caching = False
+        # A picture's tokens are selected together, so its span is computed in one step.
+        vllm_config.scheduler_config.disable_chunked_mm_input = True
+        vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
+        vllm_config.parallel_config.worker_cls = worker
+        # Read wherever vLLM asks which runner it has; child processes inherit it.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        logger.info(
+            "Visual token pruning: stages begin at layers 0, %d, %d of %d; ratio %g by "
+            "default, at most %g; %s counts, %s positions.",
+            *settings.boundaries(model_config.hf_text_config.num_hidden_layers),
+            model_config.hf_text_config.num_hidden_layers,
+            settings.default_ratio,
+            settings.max_pruning_ratio,
+            settings.counts,
+            settings.positions,
+        )

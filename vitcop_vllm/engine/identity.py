@@ -1,0 +1,41 @@
+"""The counts of a picture travel in its identity.
+
+vLLM names a processed picture by a hash: key of the processor cache, of the encoder
+cache and of every KV block the picture touches. We end that name with the picture's
+counts. So each process that sees a request knows its plan, from data vLLM never strips,
+and two ratios of one picture can never be taken for each other.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+
+if TYPE_CHECKING:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+_SEPARATOR = "@"
+
+
+def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
+    """A picture's hash with its counts at the end."""
+    return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
+
+
+def counts_of_identifier(identifier: str) -> VisualTokenCounts:
+    """The counts a picture's identity ends with.
+
+    Whatever a client chose as the picture's ``uuid`` stands before the last separator.
+    """
+    return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
+
+
+def plan_request(features: "Iterable[MultiModalFeatureSpec]") -> RequestPlan | None:
+    """Plan of a request with these pictures; ``None`` where nothing is pruned."""
+    plan = RequestPlan(
+        tuple(
+            VisualSpan(feature.mm_position.offset, counts_of_identifier(feature.identifier))
+            for feature in features
+        )
+    )
+    return plan if plan.is_pruned else None

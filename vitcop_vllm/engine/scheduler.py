@@ -1,0 +1,77 @@
+"""vLLM's schedulers, told each request's plan."""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vitcop_vllm.engine.identity import plan_request
+from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
+from vitcop_vllm.pruning.plan import RequestPlan
+
+
+class StagedScheduler(Scheduler):
+    """Keeps the plans of unfinished requests and never splits a visual span.
+
+    Attributes:
+        plans: Request id -> plan, for requests with pruned pictures.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans: dict[str, RequestPlan] = {}
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, StagedKVCacheManager):
+                manager.plans = self.plans
+
+    def _update_plan(self, request: Request) -> None:
+        plan = plan_request(request.mm_features)
+        if plan is not None:
+            self.plans[request.request_id] = plan
+
+    def add_request(self, request: Request) -> None:
+        # Before vLLM sees it: the first thing it may do is count the request's blocks.
+        if request.request_id not in self.requests:
+            self._update_plan(request)
+        super().add_request(request)
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        super()._update_request_as_session(session, update)
+        self._update_plan(session)
+
+    def _free_blocks(self, request: Request) -> None:
+        super()._free_blocks(request)
+        # Not at preemption, which frees blocks too: a resumed request needs its plan.
+        self.plans.pop(request.request_id, None)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        # vLLM rolls a chunk back to before a span it would cut, except where the chunk
+        # begins at that span and the budget left over by others is too small for it.
+        plan = self.plans.get(request.request_id)
+        if plan is not None:
+            end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
+            num_new_tokens = end - num_computed_tokens
+        return super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, *args, **kwargs
+        )
+
+
+class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):
+    """The same for vLLM's asynchronous scheduler."""
+
+
+def create_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
+    """The scheduler vLLM would have chosen, with plans.
+
+    A function, because which one it is is settled after our start-up hook has run.
+    """
+    is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
+    return (StagedAsyncScheduler if is_async else StagedScheduler)(*args, **kwargs)

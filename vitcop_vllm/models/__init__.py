@@ -1,0 +1,1 @@
+"""Pruned variants of vLLM's models: each file holds only what differs."""

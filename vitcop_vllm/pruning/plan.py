@@ -1,0 +1,267 @@
+"""How many visual tokens live in each stage, and where a prefix ends physically.
+
+Pure arithmetic: known to the processor, the scheduler and the worker before a forward
+pass, from the picture's token count and the ratio alone. *Which* tokens survive is
+decided later, on the device, by ``saliency``, ``clustering`` and ``selection``.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import Self
+
+from vitcop_vllm.pruning.settings import FractionRow, PruningSettings
+
+NUM_STAGES = 3
+
+_ROW_SNAP = 5e-4
+"""A ratio rounded to three decimals (0.889 for 8/9) still means the published row."""
+
+_MIN_SECOND_STAGE = 0.1
+"""Smallest n2/n1 that very high ratios are planned with, before Stage I gives way."""
+
+
+@dataclass(frozen=True)
+class VisualTokenCounts:
+    """Visual tokens of one picture: from the encoder, and alive in each stage.
+
+    Attributes:
+        encoder: V, visual tokens the vision encoder computes.
+        centres: K, cluster centres; 0 where nothing is pruned.
+        stages: (n1, n2, n3), tokens alive in each run of decoder layers.
+    """
+
+    encoder: int
+    centres: int
+    stages: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        n1, n2, n3 = self.stages
+        if not self.encoder >= n1 >= n2 >= n3 >= 1 or not 0 <= self.centres <= n1:
+            raise ValueError(f"impossible visual token counts: {self}")
+
+    @classmethod
+    def unpruned(cls, encoder: int) -> Self:
+        return cls(encoder, 0, (encoder, encoder, encoder))
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.stages[-1] < self.encoder
+
+    @property
+    def dropped(self) -> tuple[int, int, int]:
+        """Prompt placeholders without a KV slot, per stage: n1 - n_s."""
+        n1, n2, n3 = self.stages
+        return 0, n1 - n2, n1 - n3
+
+    def layer_average(self, boundaries: tuple[int, int], num_layers: int) -> float:
+        """Visual tokens alive, averaged over the decoder's layers."""
+        n1, n2, n3 = self.stages
+        shallow, deep = boundaries
+        total = shallow * n1 + (deep - shallow) * n2 + (num_layers - deep) * n3
+        return total / num_layers
+
+    def encode(self) -> str:
+        """A short text that travels with the picture's identity; see :meth:`decode`."""
+        return ".".join(map(str, (self.encoder, self.centres, *self.stages)))
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        encoder, centres, n1, n2, n3 = map(int, text.split("."))
+        return cls(encoder, centres, (n1, n2, n3))
+
+
+def _stage_one_fractions(rows: tuple[FractionRow, ...], keep: float) -> tuple[float, float]:
+    """Encoder and centre fractions at ``keep``: on, between or past the given rows."""
+    for row in rows:
+        if abs(row.keep - keep) < _ROW_SNAP:
+            return row.encoder, row.centres
+    if len(rows) == 1:
+        return rows[0].encoder, rows[0].centres
+    upper = min(max(bisect_right([row.keep for row in rows], keep), 1), len(rows) - 1)
+    low, high = rows[upper - 1], rows[upper]
+    t = (keep - low.keep) / (high.keep - low.keep)
+    return (
+        low.encoder + t * (high.encoder - low.encoder),
+        low.centres + t * (high.centres - low.centres),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan_counts(
+    settings: PruningSettings,
+    ratio: float,
+    num_layers: int,
+    encoder_tokens: int,
+    block_size: int | None = None,
+) -> VisualTokenCounts:
+    """Counts per stage for one picture (formulae: ViTCoP, arXiv 2601.17818).
+
+    With keep fraction r = 1 - ratio, Stage I fraction v, boundaries S and D of L layers:
+    n1 = int(v V), n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1),
+    n3 = round(n2 / 5). Where that asks for n2 > n1 (mild pruning), n2 = n1 and the deep
+    stage takes what is left of the budget, so that the layer average is still as asked.
+
+    Args:
+        settings: The operator's settings.
+        ratio: Share of visual tokens removed, averaged over layers, in [0, 1).
+        num_layers: L, decoder layers.
+        encoder_tokens: V, the picture's visual tokens from the encoder.
+        block_size: KV block size in tokens; required for ``counts: block_aligned``.
+
+    Raises:
+        ValueError: If the ratio is outside [0, 1), V is not positive, or the block size
+            is missing.
+    """
+    if not 0.0 <= ratio < 1.0:
+        raise ValueError(f"pruning ratio {ratio} is outside [0, 1)")
+    if encoder_tokens < 1:
+        raise ValueError(f"a picture has at least one visual token, got {encoder_tokens}")
+    if ratio == 0.0:
+        return VisualTokenCounts.unpruned(encoder_tokens)
+    boundaries = shallow, deep = settings.boundaries(num_layers)
+    keep = 1.0 - ratio
+    # Layers that Stage II pays for, when Stage III keeps a fifth of its tokens.
+    weight = (deep - shallow) + (num_layers - deep) / 5
+    encoder_fraction, centre_fraction = _stage_one_fractions(settings.fractions, keep)
+    # Stage I may not leave less than the budget (v >= r), nor spend it all before S.
+    budget_limit = num_layers * keep / (shallow + _MIN_SECOND_STAGE * weight)
+    v = min(max(encoder_fraction, keep), budget_limit, 1.0)
+
+    n1 = max(1, int(v * encoder_tokens))
+    centres = max(1, int(min(max(centre_fraction, 0.0), 1.0) * n1))
+    n2 = round((num_layers * keep / v - shallow) / weight * n1)
+    n3 = round(n2 / 5)
+    if n2 > n1:
+        n2 = n1
+        left = num_layers * keep * encoder_tokens - deep * n1
+        n3 = round(left / (num_layers - deep))
+    n2 = min(max(n2, 1), n1)
+    n3 = min(max(n3, 1), n2)
+    if n3 == encoder_tokens:
+        return VisualTokenCounts.unpruned(encoder_tokens)
+    counts = VisualTokenCounts(encoder_tokens, centres, (n1, n2, n3))
+    if settings.counts == "exact":
+        return counts
+    if block_size is None:
+        raise ValueError("block-aligned counts need the KV block size")
+    return _align(counts, keep * encoder_tokens, boundaries, num_layers, block_size)
+
+
+def _align(
+    counts: VisualTokenCounts,
+    target_average: float,
+    boundaries: tuple[int, int],
+    num_layers: int,
+    block_size: int,
+) -> VisualTokenCounts:
+    """The nearest counts whose drops are whole blocks and whose average fits best."""
+    n1 = counts.stages[0]
+
+    def neighbours(dropped: int) -> set[int]:
+        if dropped % block_size == 0:
+            return {dropped}
+        below = dropped // block_size * block_size
+        most = (n1 - 1) // block_size * block_size
+        return {min(below, most), min(below + block_size, most)}
+
+    def misfit(candidate: VisualTokenCounts) -> tuple[float, int]:
+        average = candidate.layer_average(boundaries, num_layers)
+        moved = sum(abs(a - b) for a, b in zip(candidate.stages, counts.stages, strict=True))
+        return abs(average - target_average), moved
+
+    _, second, third = counts.dropped
+    candidates = (
+        VisualTokenCounts(counts.encoder, counts.centres, (n1, n1 - d2, n1 - d3))
+        for d2, d3 in product(neighbours(second), neighbours(third))
+        if d2 <= d3
+    )
+    return min(candidates, key=misfit)
+
+
+def effective_ratio(
+    counts: Iterable[VisualTokenCounts], boundaries: tuple[int, int], num_layers: int
+) -> float | None:
+    """Share of visual tokens removed, averaged over layers and pictures.
+
+    ``None`` for a request without pictures.
+    """
+    encoder = kept = 0.0
+    for one in counts:
+        encoder += one.encoder
+        kept += one.layer_average(boundaries, num_layers)
+    return 1.0 - kept / encoder if encoder else None
+
+
+@dataclass(frozen=True)
+class VisualSpan:
+    """One picture's placeholders in a prompt: ``stages[0]`` tokens from ``offset``."""
+
+    offset: int
+    counts: VisualTokenCounts
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.counts.stages[0]
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """All visual spans of one request, in prompt order.
+
+    A request's *physical* length in a stage is how many KV slots its prefix takes there:
+    dropped visual tokens take none.
+    """
+
+    spans: tuple[VisualSpan, ...]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [span.end for span in self.spans]
+
+    @cached_property
+    def _dropped(self) -> list[tuple[int, int, int]]:
+        """Tokens dropped per stage by the first k spans, for k = 0..len(spans)."""
+        sums = [(0, 0, 0)]
+        for span in self.spans:
+            a, b, c = sums[-1]
+            x, y, z = span.counts.dropped
+            sums.append((a + x, b + y, c + z))
+        return sums
+
+    @cached_property
+    def is_pruned(self) -> bool:
+        """Whether any picture of the request is pruned, in the encoder or after."""
+        return any(span.counts.is_pruned for span in self.spans)
+
+    @cached_property
+    def drops_slots(self) -> bool:
+        """Whether any stage holds fewer KV slots than the prompt has tokens."""
+        return any(self._dropped[-1])
+
+    def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
+        """Tokens without a slot, per stage, among the first ``num_tokens``.
+
+        A span counts once it has ended: no step ever computes part of one.
+        """
+        return self._dropped[bisect_right(self._ends, num_tokens)]
+
+    def physical_length(self, num_tokens: int, stage: int) -> int:
+        """KV slots that the first ``num_tokens`` tokens take in ``stage``."""
+        return num_tokens - self.dropped_tokens(num_tokens)[stage]
+
+    def spans_in(self, start: int, end: int) -> tuple[VisualSpan, ...]:
+        """Spans that begin in [start, end)."""
+        return tuple(span for span in self.spans if start <= span.offset < end)
+
+    def last_whole_end(self, start: int, end: int) -> int:
+        """The largest e <= ``end`` such that [start, e) cuts no span in two.
+
+        ``start`` must not lie inside a span.
+        """
+        for span in self.spans:
+            if span.offset < end < span.end:
+                return max(start, span.offset)
+        return end

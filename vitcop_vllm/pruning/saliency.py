@@ -1,0 +1,65 @@
+"""Stage I: which patches the vision encoder's [CLS] token looks at.
+
+B pictures of equal token count, V patches, D head size. Shapes depend on arguments
+only, and nothing here waits for the device.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that each patch receives from [CLS]; higher is more salient.
+
+    saliency_i = sum over heads of softmax(scale q_cls K^T)_i, with the softmax taken over
+    [CLS] and all patches (ViTCoP, arXiv 2601.17818, Stage I).
+
+    Args:
+        query: (B, heads, D), the query of [CLS].
+        keys: (B, 1 + V, heads, D), token 0 is [CLS].
+        scale: Factor on the scores, usually D ** -0.5.
+
+    Returns:
+        (B, V) float32.
+    """
+    scores = torch.einsum("bhd,bthd->bht", query.float(), keys.float()) * scale
+    return scores.softmax(dim=-1).sum(dim=1)[:, 1:]
+
+
+def most_salient(saliency: Tensor, count: int) -> Tensor:
+    """The ``count`` patches of highest saliency, in their original order.
+
+    Args:
+        saliency: (B, V), higher is more salient; equals go to the lower index.
+        count: Patches to keep, at most V.
+
+    Returns:
+        (B, count) int64, ascending.
+    """
+    # Not topk: which of several equals topk returns is unspecified.
+    best = saliency.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return best.sort(dim=1).values
+
+
+def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
+    """Where patches stand in the picture, as (row / height, column / width).
+
+    Args:
+        index: (B, n) patch indices in row-major order.
+        grid_height: Rows of patches.
+        grid_width: Columns of patches.
+
+    Returns:
+        (B, n, 2) float32 in [0, 1).
+    """
+    row = index.div(grid_width, rounding_mode="floor").float()
+    column = index.remainder(grid_width).float()
+    # Tensor divisors: CUDA multiplies by the reciprocal of a Python one, which is an ulp
+    # away from the CPU's quotient, and a radius may be met exactly.
+    return torch.stack(
+        (
+            row / torch.full_like(row, grid_height),
+            column / torch.full_like(column, grid_width),
+        ),
+        dim=-1,
+    )

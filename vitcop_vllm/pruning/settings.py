@@ -1,0 +1,169 @@
+"""What an operator may choose about pruning, validated once and then frozen.
+
+The same object is built from a YAML file's ``pruning:`` section, from vLLM's
+``--additional-config`` and from Python; :meth:`PruningSettings.parse_ratio` is the only
+place that decides whether a ratio asked for by a request is acceptable.
+"""
+
+import difflib
+import math
+import re
+import reprlib
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+RATIO_KEY = "pruning_ratio"
+"""Name of the request's ratio wherever it travels: body field, processor keyword."""
+
+_DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
+
+Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
+Positive = Annotated[float, Field(gt=0.0, strict=True)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+Layer = Annotated[int, Field(ge=1, strict=True)]
+
+
+def _quote(value: object) -> str:
+    """A client's value in an error: short, and safe to make whatever was sent."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of too many digits to print
+        return f"a value of type {type(value).__name__}"
+
+
+class _Frozen(BaseModel):
+    """Immutable, hashable, and an unknown key is an error that lists the known ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = list(cls.model_fields)
+        for key in data:
+            if key in known:
+                continue
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"unknown pruning setting {key!r}.{hint} Allowed: {', '.join(sorted(known))}."
+            )
+        return data
+
+
+class FractionRow(_Frozen):
+    """One row of the published table: how Stage I is set at one keep fraction.
+
+    Attributes:
+        keep: Layer-averaged keep fraction, in (0, 1].
+        encoder: Share of the encoder's visual tokens that Stage I keeps, in (0, 1].
+        centres: Cluster centres as a share of the tokens Stage I keeps, in (0, 1].
+    """
+
+    keep: Fraction
+    encoder: Fraction
+    centres: Fraction
+
+
+PUBLISHED_ROWS = (
+    FractionRow(keep=1 / 9, encoder=0.3, centres=0.12),
+    FractionRow(keep=2 / 9, encoder=0.4, centres=0.15),
+    FractionRow(keep=1 / 3, encoder=0.5, centres=0.18),
+)
+"""ViTCoP's settings for LLaVA-1.5-7B (arXiv 2601.17818)."""
+
+
+class PruningSettings(_Frozen):
+    """Settings of the method and the limits put on requests.
+
+    Attributes:
+        shallow_boundary: First decoder layer of the second stage; ``None`` scales the
+            published 2 of 32 to the model's depth.
+        deep_boundary: First decoder layer of the third stage; ``None`` scales the
+            published 22 of 32 to the model's depth.
+        fractions: Stage I fractions per keep fraction, ascending in ``keep``. Ratios in
+            between are interpolated, ratios past the ends extrapolated.
+        density_scale: d_c of the density exp(-(d/d_c)^2), in feature distance.
+        spatial_radius: Farthest a denser neighbour may lie, in picture heights/widths.
+        positions: ``original`` keeps prompt positions in every layer; ``reference``
+            renumbers prefill tokens from the deep boundary on, as the published program.
+        counts: ``exact`` counts, or ``block_aligned`` ones, where the tokens dropped per
+            stage are a multiple of the KV block size.
+        default_ratio: Pruning ratio of a request that names none, in [0, 1).
+        max_pruning_ratio: Largest pruning ratio a request may name, in [0, 1).
+    """
+
+    shallow_boundary: Layer | None = None
+    deep_boundary: Annotated[int, Field(ge=2, strict=True)] | None = None
+    fractions: Annotated[tuple[FractionRow, ...], Field(min_length=1)] = PUBLISHED_ROWS
+    density_scale: Positive = 8.0
+    spatial_radius: Positive = 0.6
+    positions: Literal["original", "reference"] = "original"
+    counts: Literal["exact", "block_aligned"] = "exact"
+    default_ratio: Ratio = 0.0
+    max_pruning_ratio: Ratio = 0.95
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Self:
+        keeps = [row.keep for row in self.fractions]
+        if keeps != sorted(set(keeps)):
+            raise ValueError("fractions must be ascending in keep, each keep once")
+        if self.default_ratio > self.max_pruning_ratio:
+            raise ValueError(
+                f"default_ratio {self.default_ratio} is above "
+                f"max_pruning_ratio {self.max_pruning_ratio}"
+            )
+        shallow, deep = self.shallow_boundary, self.deep_boundary
+        if shallow is not None and deep is not None and shallow >= deep:
+            raise ValueError(f"shallow_boundary {shallow} must be below deep_boundary {deep}")
+        return self
+
+    def boundaries(self, num_layers: int) -> tuple[int, int]:
+        """First layers of the second and third stage for a decoder of ``num_layers``.
+
+        Raises:
+            ValueError: If the boundaries do not satisfy 0 < shallow < deep < num_layers.
+        """
+        shallow = self.shallow_boundary
+        deep = self.deep_boundary
+        if shallow is None:
+            shallow = max(1, round(num_layers * 2 / 32))
+        if deep is None:
+            deep = max(shallow + 1, round(num_layers * 22 / 32))
+        if not 0 < shallow < deep < num_layers:
+            raise ValueError(
+                f"stage boundaries ({shallow}, {deep}) do not fit {num_layers} decoder "
+                "layers: 0 < shallow_boundary < deep_boundary < layers must hold"
+            )
+        return shallow, deep
+
+    def parse_ratio(self, value: object, *, name: str = RATIO_KEY) -> float:
+        """A ratio as a request sent it, checked.
+
+        Args:
+            value: A JSON number, or a header's text (plain decimal, no exponent).
+            name: What to call the value in an error.
+
+        Raises:
+            ValueError: If it is no decimal number in [0, ``max_pruning_ratio``].
+        """
+        expected = (
+            f"{name} must be a decimal number from 0 to {self.max_pruning_ratio:g}: "
+            "the share of visual tokens removed, averaged over the decoder's layers"
+        )
+        shown = _quote(value)
+        if isinstance(value, str):
+            if not _DECIMAL.fullmatch(value.strip(" \t")):
+                raise ValueError(f"{expected}; got {shown}")
+            ratio = float(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            # An integer past float's range must not raise OverflowError.
+            ratio = float(value) if abs(value) <= 1 else math.nan
+        else:
+            raise ValueError(f"{expected}; got {shown}")
+        if not 0.0 <= ratio <= self.max_pruning_ratio:
+            raise ValueError(f"{expected}; got {shown}")
+        return abs(ratio)  # -0.0 is 0

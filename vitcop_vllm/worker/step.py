@@ -1,0 +1,267 @@
+"""One engine step, seen by each stage.
+
+vLLM plans a step in prompt positions. A stage sees fewer rows and shorter sequences; both
+follow from the requests' plans by arithmetic, on the host, before anything is computed.
+Which rows survive is decided on the device and never needed here.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+Ints = npt.NDArray[np.int64]
+
+
+class ScheduledRequest(NamedTuple):
+    """A request's part in a step.
+
+    Attributes:
+        plan: Its plan, ``None`` where it prunes nothing.
+        start: Tokens computed before the step.
+        end: Tokens computed after it.
+        prompt_tokens: Length of its prompt, placeholders included.
+    """
+
+    plan: RequestPlan | None
+    start: int
+    end: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """A step's rows in one stage; R requests, T rows.
+
+    Attributes:
+        query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
+        seq_lens, seq_lens_cpu: (R,) int32, physical length of each request after the step.
+        positions: (T,) int64, physical position of each row, which decides its KV slot.
+    """
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    positions: torch.Tensor
+    num_rows: int
+    max_query_len: int
+    max_seq_len: int
+
+    def narrow(self, common: "CommonAttentionMetadata") -> "CommonAttentionMetadata":
+        """vLLM's metadata of the step, as this stage sees it."""
+        return common.replace(
+            query_start_loc=self.query_start_loc,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            seq_lens=self.seq_lens,
+            seq_lens_cpu_upper_bound=self.seq_lens_cpu,
+            num_actual_tokens=self.num_rows,
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+            slot_mapping=common.slot_mapping[: self.num_rows],
+            positions=self.positions,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+
+
+@dataclass(frozen=True)
+class SpanGroup:
+    """Visual spans of a step with equal counts, selected in one batch; G spans.
+
+    Attributes:
+        counts: What all of them keep.
+        pictures: Which of the step's pruned pictures they are, counted in order of rows.
+        first_rows: (NUM_STAGES, G) int64, first row of each span in each stage.
+    """
+
+    counts: VisualTokenCounts
+    pictures: tuple[int, ...]
+    first_rows: torch.Tensor
+
+    def rows(self, stage: int) -> torch.Tensor:
+        """(G, n_stage) int64: the rows of the spans in ``stage``."""
+        offsets = torch.arange(self.counts.stages[stage], device=self.first_rows.device)
+        return self.first_rows[stage, :, None] + offsets
+
+
+@dataclass(frozen=True)
+class StagedStep:
+    """A step with at least one pruned request.
+
+    Attributes:
+        stages: Rows per stage; stage 0 is vLLM's own and absent.
+        groups: Spans computed in this step that lose tokens after Stage I.
+        sources: Stage -> (T_stage,) int64, each row's row in the stage before; rows of
+            spans in ``groups`` are placeholders until the selection is known.
+        outputs: (T_0,) int64, for each row of stage 0 the row of the last stage that
+            stands for it: itself, or the last survivor of its span.
+        renumbered: (T_1,) int64, rotary positions of stage 1's rows for the deepest
+            stage under ``positions: reference``; ``None`` keeps prompt positions.
+    """
+
+    stages: dict[int, StageRows]
+    groups: tuple[SpanGroup, ...]
+    sources: dict[int, torch.Tensor]
+    outputs: torch.Tensor
+    renumbered: torch.Tensor | None
+
+    @property
+    def needs_staged_forward(self) -> bool:
+        """Whether rows change between stages; else vLLM's own forward is right as it is."""
+        return bool(self.groups) or self.renumbered is not None
+
+
+class _HostRows(NamedTuple):
+    """Rows of a step in one stage, on the host."""
+
+    starts: Ints
+    ends: Ints
+    first: Ints
+
+    @classmethod
+    def of(cls, starts: Ints, ends: Ints) -> "_HostRows":
+        return cls(starts, ends, np.concatenate(([0], np.cumsum(ends - starts))))
+
+    @property
+    def positions(self) -> Ints:
+        lengths = self.ends - self.starts
+        return np.arange(self.first[-1]) + np.repeat(self.starts - self.first[:-1], lengths)
+
+
+def build_step(
+    requests: Sequence[ScheduledRequest],
+    device: torch.device,
+    *,
+    renumber_deep: bool = False,
+) -> StagedStep | None:
+    """What each stage computes in a step.
+
+    Args:
+        requests: The step's requests in row order.
+        device: Where the tensors are needed.
+        renumber_deep: ``positions: reference``.
+
+    Returns:
+        ``None`` where no request of the step is without slots in any stage.
+    """
+    if not any(r.plan is not None and r.plan.drops_slots for r in requests):
+        return None
+    starts = np.array([r.start for r in requests], dtype=np.int64)
+    ends = np.array([r.end for r in requests], dtype=np.int64)
+    before = np.zeros((len(requests), NUM_STAGES), dtype=np.int64)
+    after = np.zeros_like(before)
+    for i, request in enumerate(requests):
+        if request.plan is not None:
+            before[i] = request.plan.dropped_tokens(request.start)
+            after[i] = request.plan.dropped_tokens(request.end)
+    host = [_HostRows.of(starts - before[:, s], ends - after[:, s]) for s in range(NUM_STAGES)]
+
+    def to_device(values: Ints, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.from_numpy(values).to(dtype).to(device, non_blocking=True)
+
+    stages = {}
+    for stage in range(1, NUM_STAGES):
+        rows = host[stage]
+        query_start_loc = torch.from_numpy(rows.first).to(torch.int32)
+        seq_lens = torch.from_numpy(rows.ends).to(torch.int32)
+        stages[stage] = StageRows(
+            query_start_loc=query_start_loc.to(device, non_blocking=True),
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=seq_lens.to(device, non_blocking=True),
+            seq_lens_cpu=seq_lens,
+            positions=to_device(rows.positions),
+            num_rows=int(rows.first[-1]),
+            max_query_len=int((rows.ends - rows.starts).max()),
+            max_seq_len=int(rows.ends.max()),
+        )
+
+    # Spans of this step: (counts -> [(picture's number, first row per stage)]).
+    found: dict[VisualTokenCounts, list[tuple[int, list[int]]]] = defaultdict(list)
+    pictures = 0
+    for i, request in enumerate(requests):
+        if request.plan is None:
+            continue
+        for span in request.plan.spans_in(request.start, request.end):
+            if not span.counts.is_pruned:
+                continue
+            if any(span.counts.dropped):
+                gone = request.plan.dropped_tokens(span.offset)
+                found[span.counts].append(
+                    (
+                        pictures,
+                        [
+                            int(host[s].first[i] + span.offset - gone[s] - host[s].starts[i])
+                            for s in range(NUM_STAGES)
+                        ],
+                    )
+                )
+            pictures += 1
+
+    kept: dict[int, npt.NDArray[np.bool_]] = {}
+    for stage in range(1, NUM_STAGES):
+        kept[stage] = np.ones(int(host[stage - 1].first[-1]), dtype=np.bool_)
+        for counts, members in found.items():
+            for _, first in members:
+                begin = first[stage - 1]
+                kept[stage][begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
+    outputs = np.arange(int(host[0].first[-1]))
+    for stage in range(1, NUM_STAGES):
+        outputs = (np.cumsum(kept[stage]) - 1)[outputs]
+
+    return StagedStep(
+        stages=stages,
+        groups=tuple(
+            SpanGroup(
+                counts,
+                tuple(number for number, _ in members),
+                to_device(np.array([first for _, first in members], dtype=np.int64).T.copy()),
+            )
+            for counts, members in found.items()
+        ),
+        sources={s: to_device(np.flatnonzero(kept[s])) for s in kept},
+        outputs=to_device(outputs),
+        renumbered=(
+            to_device(renumbered)
+            if renumber_deep and (renumbered := _renumber(requests, host[1])) is not None
+            else None
+        ),
+    )
+
+
+def _renumber(requests: Sequence[ScheduledRequest], rows: _HostRows) -> Ints | None:
+    """Positions of stage 1's rows where prefill counts in the compacted sequence.
+
+    Decoded tokens still count from the prompt's length (METHOD of the published program).
+    ``None`` where no prefill token of a pruned request is in the step.
+    """
+    positions = rows.positions
+    prefilling = False
+    for i, request in enumerate(requests):
+        span = slice(int(rows.first[i]), int(rows.first[i + 1]))
+        if request.plan is None:
+            continue
+        missing = request.plan.dropped_tokens(request.prompt_tokens)[1]
+        decoded = positions[span] >= request.prompt_tokens - missing
+        positions[span] += np.where(decoded, missing, 0)
+        prefilling |= bool((~decoded).any())
+    return positions if prefilling else None
+
+
+def fill_positions(step: StagedStep, block_tables: Any, stage_of_group: Sequence[int]) -> None:
+    """Write each staged group's slots for the step, with vLLM's own block tables."""
+    for group, stage in enumerate(stage_of_group):
+        if stage:
+            rows = step.stages[stage]
+            block_tables[group].compute_slot_mapping(
+                rows.seq_lens_cpu.shape[0], rows.query_start_loc, rows.positions
+            )
