@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     "vitcop_vllm.pruning.settings",
     "vitcop_vllm.pruning.plan",
+    "vitcop_vllm.pruning.identity",
     "vitcop_vllm.pruning",
     "vitcop_vllm.engine",
     "vitcop_vllm.worker",
@@ -66,7 +67,7 @@ def test_imports_point_one_way(module, path):
 def test_the_method_knows_nothing_of_vllm(module, path):
     roots = {name.split(".")[0] for name in imports(path, at_run_time_only=False)}
     assert "vllm" not in roots
-    if module.endswith(("settings", "plan")):
+    if module.endswith(("settings", "plan", "identity")):
         assert "torch" not in roots
 
 
@@ -79,6 +80,7 @@ def test_the_server_sees_settings_and_plan_only(module, path):
                 "vitcop_vllm",
                 "vitcop_vllm.pruning.settings",
                 "vitcop_vllm.pruning.plan",
+                "vitcop_vllm.pruning.identity",
                 "vitcop_vllm.demo.checkpoint",
             }, f"{module} imports {name}"
 

@@ -6,8 +6,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vitcop_vllm.engine.identity import plan_request
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
+from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
 
 

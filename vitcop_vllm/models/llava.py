@@ -29,9 +29,9 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
-from vitcop_vllm.engine.identity import tag_identifier
 from vitcop_vllm.models.staged_decoder import stage_layers, staged_forward
 from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.identity import tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings

@@ -11,8 +11,8 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
 from vitcop_vllm.engine.attention import StagedMetadataBuilder
 from vitcop_vllm.engine.config import settings_of
-from vitcop_vllm.engine.identity import plan_request
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
 from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step, fill_positions
 

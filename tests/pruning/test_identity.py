@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from vitcop_vllm.engine.identity import counts_of_identifier, plan_request, tag_identifier
+from vitcop_vllm.pruning.identity import counts_of_identifier, plan_request, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 COUNTS = VisualTokenCounts(576, 20, (172, 77, 15))

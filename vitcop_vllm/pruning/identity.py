@@ -7,14 +7,28 @@ and two ratios of one picture can never be taken for each other.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 
-if TYPE_CHECKING:
-    from vllm.multimodal.inputs import MultiModalFeatureSpec
-
 _SEPARATOR = "@"
+
+
+class Placeholders(Protocol):
+    """Where a picture's tokens stand in the prompt: vLLM's ``PlaceholderRange``."""
+
+    @property
+    def offset(self) -> int: ...
+
+
+class Feature(Protocol):
+    """A picture of a request: vLLM's ``MultiModalFeatureSpec``."""
+
+    @property
+    def identifier(self) -> str: ...
+
+    @property
+    def mm_position(self) -> Placeholders: ...
 
 
 def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
@@ -26,11 +40,19 @@ def counts_of_identifier(identifier: str) -> VisualTokenCounts:
     """The counts a picture's identity ends with.
 
     Whatever a client chose as the picture's ``uuid`` stands before the last separator.
+
+    Raises:
+        RuntimeError: If there are none: the picture passed another processor than ours.
     """
-    return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
+    try:
+        return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
+    except ValueError as error:
+        raise RuntimeError(
+            f"picture {identifier!r} was processed without visual token counts"
+        ) from error
 
 
-def plan_request(features: "Iterable[MultiModalFeatureSpec]") -> RequestPlan | None:
+def plan_request(features: Iterable[Feature]) -> RequestPlan | None:
     """Plan of a request with these pictures; ``None`` where nothing is pruned."""
     plan = RequestPlan(
         tuple(

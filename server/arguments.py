@@ -1,0 +1,130 @@
+"""vLLM's command line with our part beside it."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from yaml import YAMLError
+
+from vitcop_vllm.pruning.settings import PruningSettings
+
+DEMO_MODEL = "demo"
+
+_DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
+request chooses with the header X-Pruning-Ratio. Takes every flag of `vllm serve`, on the command
+line or in the YAML file of --config; the command line wins."""
+
+
+class _MergeKeys(argparse.Action):
+    """Later keys replace earlier ones, so that a flag may change one key of the YAML's."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not isinstance(values, dict):
+            parser.error(f"{option_string} must be a mapping of settings, got {values!r}")
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
+
+
+def make_parser() -> FlexibleArgumentParser:
+    """vLLM's own parser with ``--pruning`` and our defaults.
+
+    vLLM turns a YAML file's nested sections into JSON flags: ``--pruning`` is all it takes for
+    a ``pruning:`` section, and for ``--pruning.default_ratio 0.5``.
+    """
+    parser = FlexibleArgumentParser(
+        prog="python -m server",
+        # Argparse would list hundreds of flags above every error.
+        usage="python -m server [--config FILE.yaml] [MODEL] [options]",
+        description=_DESCRIPTION,
+    )
+    group = parser.add_argument_group(
+        "ViTCoP",
+        "Pruning of visual tokens: --pruning, or the YAML file's pruning section. "
+        f"Also: the model name {DEMO_MODEL!r} is a small model made on first use.",
+    )
+    group.add_argument(
+        "--pruning",
+        type=json.loads,
+        action=_MergeKeys,
+        default=None,
+        metavar="JSON",
+        help="Settings of the method and limits of requests, as JSON or one by one "
+        f"(--pruning.default_ratio 0.5): {', '.join(PruningSettings.model_fields)}.",
+    )
+    make_arg_parser(parser)
+    # Without it a request's ratio never reaches the picture processor. Clients gain nothing by
+    # it: the plugin refuses their own keywords.
+    # "auto" would start an embedding model, where no endpoint plugin of ours is attached.
+    parser.set_defaults(trust_request_mm_kwargs=True, runner="generate")
+    return parser
+
+
+def parse(
+    parser: FlexibleArgumentParser, argv: Sequence[str], environ: dict[str, str]
+) -> argparse.Namespace:
+    """Arguments as vLLM's ``serve`` command takes them.
+
+    Raises:
+        SystemExit: With status 2 and a sentence, on anything that would serve without pruning.
+    """
+    try:
+        args: argparse.Namespace = parser.parse_args(_separate_config(argv))
+    except (OSError, ValueError, YAMLError) as error:  # Of the file that --config names.
+        parser.error(str(error))
+    validate_parsed_serve_args(args)
+    # As in `vllm serve`, the positional model wins.
+    args.model, args.model_tag = args.model_tag or args.model, None
+    _refuse_other_servers(parser, args, environ)
+    try:
+        _write_settings(args)
+    except ValidationError as error:
+        parser.error(f"pruning: {_sentences(error)}")
+    return args
+
+
+def _separate_config(argv: Sequence[str]) -> list[str]:
+    # vLLM reads the file of `--config FILE` but silently not that of `--config=FILE`.
+    separated: list[str] = []
+    for arg in argv:
+        flag, equals, value = arg.partition("=")
+        separated += [flag, value] if flag == "--config" and equals else [arg]
+    return separated
+
+
+def _refuse_other_servers(
+    parser: FlexibleArgumentParser, args: argparse.Namespace, environ: dict[str, str]
+) -> None:
+    if environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        parser.error(
+            "VLLM_USE_RUST_FRONTEND replaces the Python server that reads pruning ratios: unset it"
+        )
+    if args.grpc:
+        parser.error("--grpc replaces the HTTP server that reads pruning ratios: leave it out")
+    if not args.trust_request_mm_kwargs:
+        parser.error("pruning ratios need --trust-request-mm-kwargs: do not turn it off")
+    if args.runner != "generate":
+        parser.error(f"only generating models are pruned: leave out --runner {args.runner}")
+
+
+def _write_settings(args: argparse.Namespace) -> None:
+    """Validate the settings and put them where the engine reads them."""
+    additional = dict(args.additional_config or {})
+    asked = {**additional.get("pruning", {}), **(args.pruning or {})}
+    settings = PruningSettings.model_validate(asked)
+    args.additional_config = {**additional, "pruning": settings.model_dump(mode="json")}
+
+
+def _sentences(error: ValidationError) -> str:
+    return "; ".join(
+        ": ".join([*map(str, detail["loc"]), detail["msg"].removeprefix("Value error, ")])
+        for detail in error.errors()
+    )

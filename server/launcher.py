@@ -1,0 +1,45 @@
+"""``python -m server [--config FILE.yaml] [MODEL] [any flag of vllm serve]``.
+
+Defaults and checks in front of vLLM's own ``serve`` command, whose every mode works: several
+API server processes (``--api-server-count``) load the plugin like one, from ``VLLM_PLUGINS``.
+"""
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+
+from server.plugins import allow_plugin, require_plugin
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until a signal (returns) or until the engine dies (exits with status 1).
+
+    Raises:
+        SystemExit: With a sentence, before anything is loaded, if nothing could be pruned.
+    """
+    allow_plugin(os.environ)
+    # vLLM reads its environment when imported.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    from server.arguments import make_parser, parse
+
+    cli_env_setup()
+    args = parse(make_parser(), sys.argv[1:] if argv is None else argv, dict(os.environ))
+    configure_logging_from_args(args)
+    require_plugin()
+    _make_demo(args)
+    ServeSubcommand.cmd(args)
+
+
+def _make_demo(args: Namespace) -> None:
+    from server.arguments import DEMO_MODEL
+
+    if args.model != DEMO_MODEL:
+        return
+    from vitcop_vllm.demo.checkpoint import ensure_demo_checkpoint
+
+    args.model = str(ensure_demo_checkpoint())
+    args.served_model_name = args.served_model_name or [DEMO_MODEL]

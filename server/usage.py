@@ -1,0 +1,82 @@
+"""What an answer's ``usage`` says about pruning, read from the processed prompt."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from vitcop_vllm.pruning.identity import counts_of_identifier
+from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts, effective_ratio
+from vitcop_vllm.pruning.settings import PruningSettings
+
+_USAGE_MARK = '"usage":{'
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """The served model as far as answers need it: settings and decoder depth."""
+
+    settings: PruningSettings
+    num_layers: int
+
+    @classmethod
+    def from_config(cls, model_config: Any) -> Self:
+        """Read a vLLM ``ModelConfig`` that our config hook has passed over.
+
+        Raises:
+            ValueError: If the hook has not: the architecture is not one of ours.
+        """
+        hf_config = model_config.hf_config
+        pruning = getattr(hf_config, "pruning", None)
+        if pruning is None:
+            raise ValueError(
+                f"{', '.join(hf_config.architectures or ['this model'])} was not set up for "
+                "pruning: serve a supported architecture with a supported version of vLLM (the "
+                "log says if it is not), or take vitcop out of VLLM_PLUGINS to serve unpruned"
+            )
+        num_layers = model_config.hf_text_config.num_hidden_layers
+        model = cls(PruningSettings.model_validate(pruning), num_layers)
+        model.settings.boundaries(num_layers)  # Raises now rather than in the first answer.
+        return model
+
+    def usage_fields(self, pictures: Sequence[VisualTokenCounts]) -> dict[str, Any]:
+        """The fields added to ``usage``, both ``None`` for a request without pictures."""
+        if not pictures:
+            return {"pruning_ratio": None, "visual_tokens": None}
+        boundaries = self.settings.boundaries(self.num_layers)
+        return {
+            "pruning_ratio": effective_ratio(pictures, boundaries, self.num_layers),
+            "visual_tokens": {
+                "encoder": sum(picture.encoder for picture in pictures),
+                "stages": [
+                    sum(picture.stages[stage] for picture in pictures)
+                    for stage in range(NUM_STAGES)
+                ],
+            },
+        }
+
+
+def picture_counts(engine_inputs: Iterable[Mapping[str, Any]]) -> list[VisualTokenCounts]:
+    """Counts of every picture in vLLM's processed prompts.
+
+    Raises:
+        RuntimeError: If a picture's identity tells none, so that it passed another processor.
+    """
+    return [
+        counts_of_identifier(identifier)
+        for engine_input in engine_inputs
+        for identifier in (engine_input.get("mm_hashes") or {}).get("image", ())
+    ]
+
+
+def extend_event(event: str, fields: Mapping[str, Any]) -> str:
+    """A server-sent event of vLLM, with ``fields`` added to its ``usage`` if it has one."""
+    # Most events of a stream carry one token and no usage: do not parse those.
+    if not event.startswith("data: ") or _USAGE_MARK not in event:
+        return event
+    chunk = json.loads(event.removeprefix("data: "))
+    usage = chunk.get("usage")
+    if not isinstance(usage, dict):  # The mark stood in generated text.
+        return event
+    usage.update(fields)
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"

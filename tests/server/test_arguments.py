@@ -1,0 +1,88 @@
+"""The command line: vLLM's, with a pruning section."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from server.arguments import make_parser, parse
+
+
+def parsed(*argv: str, environ: dict[str, str] | None = None) -> Namespace:
+    return parse(make_parser(), argv, environ or {})
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "server.yaml"
+    path.write_text(
+        "model: some/model\nport: 1234\nmax-model-len: 512\n"
+        "pruning:\n  default_ratio: 0.5\n  shallow_boundary: 3\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("style", ["--config {}", "--config={}"])
+def test_yaml(config: str, style: str) -> None:
+    args = parsed(*style.format(config).split(" "))
+    assert (args.model, args.port, args.max_model_len) == ("some/model", 1234, 512)
+    assert args.additional_config["pruning"]["default_ratio"] == 0.5
+    assert args.additional_config["pruning"]["max_pruning_ratio"] == 0.95
+
+
+def test_command_line_wins(config: str) -> None:
+    args = parsed("--config", config, "--port", "99", "--pruning.default_ratio", "0.7")
+    assert args.port == 99
+    assert args.additional_config["pruning"]["default_ratio"] == 0.7
+    assert args.additional_config["pruning"]["shallow_boundary"] == 3
+
+
+def test_positional_model_wins(config: str) -> None:
+    assert parsed("other/model", "--config", config).model == "other/model"
+
+
+def test_defaults() -> None:
+    args = parsed("some/model")
+    assert args.trust_request_mm_kwargs
+    assert args.additional_config["pruning"]["default_ratio"] == 0.0
+
+
+def test_additional_config_is_kept() -> None:
+    given = '{"mine": 1, "pruning": {"default_ratio": 0.1, "deep_boundary": 9}}'
+    args = parsed("m", "--additional-config", given, "--pruning", '{"default_ratio": 0.2}')
+    assert args.additional_config["mine"] == 1
+    assert args.additional_config["pruning"]["default_ratio"] == 0.2
+    assert args.additional_config["pruning"]["deep_boundary"] == 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--pruning.defaut_ratio", "0.5"], "Did you mean 'default_ratio'"),
+        (["--pruning.default_ratio", "2"], "default_ratio: Input should be less than 1"),
+        (["--pruning.default_ratio", "0.96"], "above max_pruning_ratio"),
+        (["--pruning", "0.5"], "--pruning must be a mapping"),
+        (["--no-trust-request-mm-kwargs"], "--trust-request-mm-kwargs"),
+        (["--runner", "pooling"], "--runner pooling"),
+        (["--grpc"], "--grpc"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parsed("m", *argv)
+    assert exit_.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_rust_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed("m", environ={"VLLM_USE_RUST_FRONTEND": "1"})
+    assert "VLLM_USE_RUST_FRONTEND" in capsys.readouterr().err
+
+
+def test_help_shows_ours_beside_vllms() -> None:
+    text = make_parser().format_help()
+    assert "ViTCoP" in text
+    assert "ModelConfig" in text

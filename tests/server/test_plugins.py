@@ -1,0 +1,59 @@
+"""VLLM_PLUGINS as the launcher leaves it."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from server import plugins
+
+
+def test_users_choice_is_kept() -> None:
+    environ = {"VLLM_PLUGINS": "mine,other"}
+    plugins.allow_plugin(environ)
+    assert environ["VLLM_PLUGINS"] == "mine,other,vitcop"
+
+
+@pytest.mark.parametrize("chosen", ["", "vitcop"])
+def test_named_once(chosen: str) -> None:
+    environ = {"VLLM_PLUGINS": chosen}
+    plugins.allow_plugin(environ)
+    assert environ["VLLM_PLUGINS"] == "vitcop"
+
+
+def fake_entry_points(monkeypatch: pytest.MonkeyPatch, *found: EntryPoint) -> None:
+    def entry_points(*, group: str, name: str | None = None) -> list[EntryPoint]:
+        return [e for e in found if e.group == group and name in (None, e.name)]
+
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+
+
+def test_unset_keeps_what_loaded_but_no_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_entry_points(
+        monkeypatch,
+        EntryPoint("lora", "x:y", "vllm.general_plugins"),
+        EntryPoint("chip", "x:y", "vllm.platform_plugins"),
+        EntryPoint("page", "x:y", "vllm.endpoint_plugins"),
+    )
+    environ: dict[str, str] = {}
+    plugins.allow_plugin(environ)
+    assert environ["VLLM_PLUGINS"] == "lora,chip,vitcop"
+
+
+def test_missing_plugin_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_entry_points(monkeypatch, EntryPoint("vitcop", "os:path", "vllm.general_plugins"))
+    with pytest.raises(SystemExit, match=r"vllm\.endpoint_plugins.*pip install"):
+        plugins.require_plugin()
+
+
+def test_broken_plugin_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_entry_points(
+        monkeypatch,
+        EntryPoint("vitcop", "os:path", "vllm.general_plugins"),
+        EntryPoint("vitcop", "no_such_module:x", "vllm.endpoint_plugins"),
+    )
+    with pytest.raises(SystemExit, match="no_such_module"):
+        plugins.require_plugin()
+
+
+def test_installed_plugin_is_found() -> None:
+    plugins.require_plugin()

@@ -1,0 +1,96 @@
+"""Which ratio a request gets, and what it is told when it gets none."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import RequestError
+from server.ratio import RATIO_HEADER, accepted_ratio, ratio_text
+from vitcop_vllm.pruning.settings import PruningSettings
+
+SETTINGS = PruningSettings(default_ratio=0.25)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "ratio"),
+    [
+        ([], None, 0.25),
+        (["0.5"], None, 0.5),
+        ([" 0.5\t"], None, 0.5),
+        ([".5"], None, 0.5),
+        (["0.95"], None, 0.95),
+        (["0"], None, 0.0),
+        ([], 0, 0.0),
+        ([], 0.889, 0.889),
+        ([], 1e-05, 1e-05),
+        (["0.50"], 0.5, 0.5),
+        (["0"], 0.0, 0.0),
+    ],
+)
+def test_accepts(headers: list[str], body: object, ratio: float) -> None:
+    assert accepted_ratio(SETTINGS, headers, body) == ratio
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *["", " ", "abc", "0x1", "0,5", "0.5,0.5", "0.5, 0.6", "0.5; q=1", "-0.1", "-0", "+0.5"],
+        *["1", "1.5", "0.9500001", "nan", "inf", "-inf", "1e-1", "1e-400", "٠.٥", "²"],
+        *["0.5\x00", "0.5\n", "0_5", "9" * 9000],
+    ],
+)
+def test_refuses_header(value: str) -> None:
+    with pytest.raises(RequestError, match=r"X-Pruning-Ratio.* 0 to 0\.95") as refusal:
+        accepted_ratio(SETTINGS, [value], None)
+    assert refusal.value.param == RATIO_HEADER
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize("values", [["0.5", "0.5"], ["0.5", "0.6"], ["", ""], ["x"] * 3])
+def test_refuses_header_sent_twice(values: list[str]) -> None:
+    with pytest.raises(RequestError, match=r"once.* 0 to 0\.95") as refusal:
+        accepted_ratio(SETTINGS, values, None)
+    assert refusal.value.param == RATIO_HEADER
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["abc", -0.1, 1, 1.5, float("nan"), float("inf"), 10**400, True, False, [0.5], {"ratio": 0.5}],
+)
+def test_refuses_body(value: object) -> None:
+    with pytest.raises(RequestError, match=r"pruning_ratio.* 0 to 0\.95") as refusal:
+        accepted_ratio(SETTINGS, [], value)
+    assert refusal.value.param == "pruning_ratio"
+
+
+def test_refuses_two_opinions() -> None:
+    with pytest.raises(RequestError, match=r"X-Pruning-Ratio.*0\.5 .*pruning_ratio.*0\.6"):
+        accepted_ratio(SETTINGS, ["0.50"], 0.6)
+
+
+def test_a_bad_value_is_not_saved_by_a_good_one() -> None:
+    with pytest.raises(RequestError):
+        accepted_ratio(SETTINGS, ["2"], 0.5)
+    with pytest.raises(RequestError):
+        accepted_ratio(SETTINGS, ["0.5"], 2)
+
+
+def test_minus_zero_prints_as_zero() -> None:
+    assert ratio_text(accepted_ratio(SETTINGS, [], -0.0)) == "0.0"
+
+
+@given(st.floats(min_value=1e-15, max_value=0.95))
+def test_text_reads_back(ratio: float) -> None:
+    text = ratio_text(ratio)
+    assert "e" not in text.lower()
+    assert float(text) == ratio
+
+
+def test_error_has_the_shape_of_openai() -> None:
+    error = RequestError("no", param="pruning_ratio").body()["error"]
+    assert error == {
+        "message": "no",
+        "type": "BadRequestError",
+        "param": "pruning_ratio",
+        "code": 400,
+    }

@@ -1,0 +1,194 @@
+"""vLLM's own routes, request types and error handlers, over handlers without an engine."""
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from vllm.entrypoints.openai.chat_completion import api_router as chat_router
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion import api_router as completion_router
+from vllm.entrypoints.openai.completion.protocol import CompletionResponse
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+from server.middleware import PruningMiddleware
+from server.serving import PrunedChat, PrunedCompletion
+from server.usage import PrunedModel
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+HEADER = "X-Pruning-Ratio"
+COUNTS = VisualTokenCounts(576, 20, (172, 83, 17))
+REPORT = {"encoder": 576, "stages": [172, 83, 17]}
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"model": "m", "prompt": "Hi"},
+}
+
+
+class Stock:
+    """Stands for vLLM's methods; remembers what reached the processor."""
+
+    def __init__(self) -> None:
+        self.processor_kwargs: list[Any] = []
+        self.closed_streams = 0
+
+    def render(self, request: Any) -> list[dict[str, Any]]:
+        self.processor_kwargs.append(request.mm_processor_kwargs)
+        if getattr(request, "user", None) == "bad picture":
+            raise ValueError("cannot read picture")
+        with_picture = getattr(request, "user", None) == "picture"
+        hashes = {"image": [f"abc@{COUNTS.encode()}"]} if with_picture else {}
+        return [{"type": "multimodal", "mm_hashes": hashes}]
+
+    async def events(self, usage: str) -> AsyncGenerator[str, None]:
+        try:
+            yield 'data: {"choices":[{"index":0}]}\n\n'
+            yield f'data: {{"choices":[],"usage":{usage}}}\n\n'
+            yield "data: [DONE]\n\n"
+        finally:
+            self.closed_streams += 1
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> Stock:
+    stock = Stock()
+    usage = UsageInfo(prompt_tokens=3, total_tokens=4, completion_tokens=1)
+
+    async def render_chat(self: Any, request: Any) -> Any:
+        return [], stock.render(request)
+
+    async def render_completion(self: Any, request: Any) -> Any:
+        return stock.render(request)
+
+    async def create_chat(self: Any, request: Any, raw_request: Any = None) -> Any:
+        await self.render_chat_request(request)
+        if request.stream:
+            return stock.events(usage.model_dump_json())
+        return ChatCompletionResponse(model="m", choices=[], usage=usage.model_copy())
+
+    async def create_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
+        await self.render_completion_request(request)
+        if request.stream:
+            return stock.events(usage.model_dump_json())
+        return CompletionResponse(model="m", choices=[], usage=usage.model_copy())
+
+    monkeypatch.setattr(OpenAIServingChat, "render_chat_request", render_chat)
+    monkeypatch.setattr(OpenAIServingChat, "create_chat_completion", create_chat)
+    monkeypatch.setattr(OpenAIServingCompletion, "render_completion_request", render_completion)
+    monkeypatch.setattr(OpenAIServingCompletion, "create_completion", create_completion)
+    return stock
+
+
+@pytest.fixture
+def client(stock: Stock) -> Iterator[TestClient]:
+    model = PrunedModel(PruningSettings(default_ratio=0.25), num_layers=32)
+    app = FastAPI()
+    chat_router.attach_router(app)
+    completion_router.attach_router(app)
+    init_exception_handler(app)
+    app.add_middleware(PruningMiddleware)
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    app.state.openai_serving_chat = PrunedChat.adopt(
+        OpenAIServingChat.__new__(OpenAIServingChat), model
+    )
+    app.state.openai_serving_completion = PrunedCompletion.adopt(
+        OpenAIServingCompletion.__new__(OpenAIServingCompletion), model
+    )
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture(params=ROUTES)
+def route(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_ratio_reaches_the_processor(client: TestClient, stock: Stock, route: str) -> None:
+    answer = client.post(route, json=ROUTES[route], headers={HEADER: "0.50"})
+    assert answer.headers[HEADER] == "0.5"
+    client.post(route, json=ROUTES[route] | {"pruning_ratio": 0})
+    client.post(route, json=ROUTES[route])
+    assert stock.processor_kwargs == [{"pruning_ratio": ratio} for ratio in (0.5, 0.0, 0.25)]
+
+
+def test_usage_reports_the_rendered_picture(client: TestClient, route: str) -> None:
+    usage = client.post(route, json=ROUTES[route] | {"user": "picture"}).json()["usage"]
+    assert usage["visual_tokens"] == REPORT
+    assert usage["pruning_ratio"] == pytest.approx(0.882, abs=1e-3)
+    assert usage["prompt_tokens"] == 3
+
+
+def test_usage_of_text_is_null(client: TestClient, route: str) -> None:
+    answer = client.post(route, json=ROUTES[route], headers={HEADER: "0.5"})
+    assert answer.json()["usage"]["pruning_ratio"] is None
+    assert answer.json()["usage"]["visual_tokens"] is None
+
+
+def test_one_request_does_not_see_the_pictures_of_another(client: TestClient, route: str) -> None:
+    for _ in range(2):
+        answer = client.post(route, json=ROUTES[route] | {"user": "picture"})
+        assert answer.json()["usage"]["visual_tokens"] == REPORT
+
+
+def test_stream(client: TestClient, stock: Stock, route: str) -> None:
+    body = ROUTES[route] | {"user": "picture", "stream": True}
+    answer = client.post(route, json=body, headers={HEADER: "0.5"})
+    assert answer.headers[HEADER] == "0.5"
+    first, last, done = answer.text.rstrip().split("\n\n")
+    assert first == 'data: {"choices":[{"index":0}]}'
+    assert json.loads(last.removeprefix("data: "))["usage"]["visual_tokens"] == REPORT
+    assert done == "data: [DONE]"
+    assert stock.closed_streams == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "param"),
+    [
+        ([("X-Pruning-Ratio", "2")], {}, HEADER),
+        ([("x-pruning-ratio", "0.5"), ("X-PRUNING-RATIO", "0.5")], {}, HEADER),
+        ([], {"pruning_ratio": "x"}, "pruning_ratio"),
+        ([("X-Pruning-Ratio", "0.5")], {"pruning_ratio": 0.6}, "pruning_ratio"),
+        ([], {"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
+        ([], {"media_io_kwargs": {"image": {}}}, "media_io_kwargs"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals(
+    client: TestClient,
+    stock: Stock,
+    route: str,
+    headers: list[tuple[str, str]],
+    fields: dict[str, Any],
+    param: str,
+    stream: bool,
+) -> None:
+    answer = client.post(route, json=ROUTES[route] | fields | {"stream": stream}, headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("BadRequestError", 400, param)
+    assert HEADER not in answer.headers
+    assert stock.processor_kwargs == []
+
+
+def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -> None:
+    answer = client.post(route, json=ROUTES[route] | {"user": "bad picture"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "cannot read picture"
+    assert HEADER not in answer.headers
+
+
+def test_adopting_leaves_the_original_alone() -> None:
+    original = OpenAIServingChat.__new__(OpenAIServingChat)
+    original.response_role = "assistant"
+    adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32))
+    assert type(original) is OpenAIServingChat
+    assert isinstance(adopted, OpenAIServingChat)
+    assert adopted.response_role == "assistant"

@@ -1,0 +1,99 @@
+"""Counts read from processed prompts, and usage that reports them."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.usage import PrunedModel, extend_event, picture_counts
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+MODEL = PrunedModel(PruningSettings(), num_layers=32)
+PRUNED = VisualTokenCounts(576, 20, (172, 83, 17))
+
+
+def engine_input(*counts: VisualTokenCounts) -> dict[str, Any]:
+    hashes = [f"a@b{index}@{one.encode()}" for index, one in enumerate(counts)]
+    return {"type": "multimodal", "prompt_token_ids": [1], "mm_hashes": {"image": hashes}}
+
+
+def test_counts_come_from_the_tags() -> None:
+    inputs = [engine_input(PRUNED, VisualTokenCounts.unpruned(9)), engine_input(PRUNED)]
+    assert picture_counts(inputs) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
+
+
+def test_text_has_no_counts() -> None:
+    assert picture_counts([{"type": "token", "prompt_token_ids": [1]}]) == []
+
+
+def test_untagged_picture_is_our_fault() -> None:
+    with pytest.raises(RuntimeError, match="without visual token counts"):
+        picture_counts([{"mm_hashes": {"image": ["abc"]}}])
+
+
+def test_fields_of_one_picture() -> None:
+    fields = MODEL.usage_fields([PRUNED])
+    assert fields["visual_tokens"] == {"encoder": 576, "stages": [172, 83, 17]}
+    kept = (2 * 172 + 20 * 83 + 10 * 17) / 32
+    assert fields["pruning_ratio"] == pytest.approx(1 - kept / 576)
+
+
+def test_fields_sum_over_pictures() -> None:
+    fields = MODEL.usage_fields([PRUNED, VisualTokenCounts.unpruned(576)])
+    assert fields["visual_tokens"] == {"encoder": 1152, "stages": [748, 659, 593]}
+    assert fields["pruning_ratio"] == pytest.approx(
+        MODEL.usage_fields([PRUNED])["pruning_ratio"] / 2
+    )
+
+
+def test_unpruned_is_exactly_zero() -> None:
+    assert MODEL.usage_fields([VisualTokenCounts.unpruned(577)])["pruning_ratio"] == 0.0
+
+
+def test_no_pictures_is_null() -> None:
+    assert MODEL.usage_fields([]) == {"pruning_ratio": None, "visual_tokens": None}
+
+
+def test_event_with_usage() -> None:
+    event = 'data: {"choices":[{"delta":{"content":"é"}}],"usage":{"prompt_tokens":3}}\n\n'
+    extended = extend_event(event, {"pruning_ratio": 0.5})
+    assert extended.endswith("\n\n")
+    assert "é" in extended
+    chunk = json.loads(extended.removeprefix("data: "))
+    assert chunk["usage"] == {"prompt_tokens": 3, "pruning_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        "data: [DONE]\n\n",
+        ": keep-alive\n\n",
+        'data: {"choices":[{"delta":{"content":"x"}}]}\n\n',
+        'data: {"choices":[],"usage":null}\n\n',
+        'data: {"text":"\\"usage\\":{"}\n\n',
+        'data: {"choices":[{"usage":{"a":1}}]}\n\n',
+        'data: {"error":{"message":"no","code":500}}\n\n',
+    ],
+)
+def test_event_without_usage_is_not_touched(event: str) -> None:
+    assert extend_event(event, {"pruning_ratio": 0.5}) is event
+
+
+def model_config(**hf_config: Any) -> SimpleNamespace:
+    return SimpleNamespace(
+        hf_config=SimpleNamespace(architectures=["NewModel"], **hf_config),
+        hf_text_config=SimpleNamespace(num_hidden_layers=8),
+    )
+
+
+def test_model_from_config() -> None:
+    settings = PruningSettings(default_ratio=0.5)
+    config = model_config(pruning=settings.model_dump(mode="json"))
+    assert PrunedModel.from_config(config) == PrunedModel(settings, 8)
+
+
+def test_foreign_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"NewModel.*VLLM_PLUGINS"):
+        PrunedModel.from_config(model_config())
