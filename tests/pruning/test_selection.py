@@ -19,15 +19,15 @@ PUBLISHED = [(172, 20, 77, 15), (230, 34, 165, 33), (288, 51, 253, 51)]
 
 def rows(selection: StageTwoSelection, picture: int):
     """A picture's selection as the oracle writes it."""
-    output = []
-    for source, weight in zip(
-        selection.index[picture].tolist(), selection.weight[picture], strict=True
-    ):
-        members = weight.nonzero().flatten().tolist() or None
-        if members is not None:
-            np.testing.assert_allclose(weight[members].numpy(), 1 / len(members), rtol=1e-6)
-        output.append((source, members))
-    return output
+    members = {}
+    groups = zip(selection.merged[picture].tolist(), selection.mean[picture], strict=True)
+    for row, mean in groups:
+        assert row not in members
+        members[row] = mean.nonzero().flatten().tolist()
+        np.testing.assert_allclose(mean[members[row]].numpy(), 1 / len(members[row]), rtol=1e-6)
+    return [
+        (source, members.get(row)) for row, source in enumerate(selection.index[picture].tolist())
+    ]
 
 
 def some_labels(n1, num_centres, seed, skew=0.0):
@@ -43,7 +43,8 @@ def agrees(key_norm, labels, num_centres, n2):
     got = select_stage_two(key_norm[None], labels[None], num_centres, n2)
     assert got.index.shape == (1, n2)
     assert got.index.dtype == torch.int64
-    assert got.weight.dtype == torch.float32
+    assert got.mean.dtype == torch.float32
+    assert got.merged.shape[1] == min(num_centres, n2)
     wanted = oracle.stage_two(key_norm.tolist(), labels.tolist(), num_centres, n2)
     assert len(wanted) == n2
     assert rows(got, 0) == wanted
@@ -192,7 +193,8 @@ def test_one_batch_is_its_pictures(n2):
         one = slice(i, i + 1)
         single = select_stage_two(norms[one], labels[one], 12, n2)
         assert torch.equal(batch.index[one], single.index)
-        assert torch.equal(batch.weight[one], single.weight)
+        assert torch.equal(batch.merged[one], single.merged)
+        assert torch.equal(batch.mean[one], single.mean)
         torch.testing.assert_close(merged[one], merge_tokens(hidden[one], single))
         assert torch.equal(third[one], select_stage_three(norms[one, :n2], 1))
 
@@ -206,7 +208,8 @@ def test_counts_hold_when_norms_are_not_finite(bad, n2):
     labels = torch.stack([some_labels(40, 12, seed) for seed in range(3)])
     got = select_stage_two(norms, labels, 12, n2)
     assert (got.index.diff(dim=1) > 0).all()
-    torch.testing.assert_close(got.weight.sum(dim=2).round(), got.weight.sum(dim=2))
+    torch.testing.assert_close(got.mean.sum(dim=2), torch.ones(got.mean.shape[:2]))
+    assert (got.merged.sort(dim=1).values.diff(dim=1) > 0).all()
     assert (select_stage_three(norms, n2).diff(dim=1) > 0).all()
 
 

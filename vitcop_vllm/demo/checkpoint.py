@@ -5,7 +5,6 @@ at what pruning removes. Everything about the form is real: a CLIP tower with [C
 two-layer projector, Llama decoder layers, a processor and a chat template.
 """
 
-import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -54,6 +53,18 @@ class LlavaShape:
 
 DEMO = LlavaShape()
 """What ``make serve`` starts with."""
+
+SMALL = LlavaShape(
+    vision_hidden=256,
+    vision_layers=12,
+    vision_heads=8,
+    hidden=1024,
+    layers=24,
+    heads=16,
+    kv_heads=16,
+    intermediate=2816,
+)
+"""Large enough that tokens decide what a prefill costs, small enough for a CPU."""
 
 LLAVA_1_5_7B = LlavaShape(
     vision_hidden=1024,
@@ -140,8 +151,10 @@ def save_config(path: Path, shape: LlavaShape) -> int:
     return len(vocabulary)
 
 
-def save_random_llava(path: Path, shape: LlavaShape, *, seed: int = 0) -> None:
-    """Write a whole checkpoint with seeded random float32 weights."""
+def save_random_llava(
+    path: Path, shape: LlavaShape, *, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
@@ -160,7 +173,7 @@ def save_random_llava(path: Path, shape: LlavaShape, *, seed: int = 0) -> None:
                 # fan-in, and inputs of order one, make keys and answers differ.
                 scale = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
                 weight = torch.randn_like(weight) * scale
-            state[name] = weight.contiguous()
+            state[name] = weight.contiguous().to(getattr(torch, dtype))
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -183,8 +196,3 @@ def ensure_demo_checkpoint(shape: LlavaShape = DEMO, *, seed: int = 0) -> Path:
             if not (path / "model.safetensors").exists():
                 raise
     return path
-
-
-def describe(shape: LlavaShape) -> str:
-    """The shape as one JSON line, for logs and result files."""
-    return json.dumps(asdict(shape))

@@ -25,17 +25,19 @@ def mean_key_norm(key: Tensor) -> Tensor:
 
 
 class StageTwoSelection(NamedTuple):
-    """What Stage II makes of n1 tokens: output = hidden[index] + weight @ hidden.
+    """What Stage II makes of n1 tokens: n2 rows, m of which stand for a merged group.
 
     Attributes:
         index: (B, n2) int64, ascending. The source token of each output row: the kept
             token itself, or the median member of a merged group.
-        weight: (B, n2, n1) float32. A merged row has 1/size at the group's members, a
-            kept row is zero.
+        merged: (B, m) int64, the output row of each group.
+        mean: (B, m, n1) float32, 1/size at the group's members: the group's mean, which
+            is added to its row, is ``mean @ hidden``.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, of no use here
-    weight: Tensor
+    merged: Tensor
+    mean: Tensor
 
 
 def select_stage_two(
@@ -82,9 +84,13 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
         (B, n2, H) in ``hidden``'s dtype.
     """
     wide = hidden.float()
-    source = selection.index[:, :, None].expand(-1, -1, hidden.shape[2])
-    merged = torch.baddbmm(wide.gather(1, source), selection.weight, wide)
-    return merged.to(hidden.dtype)
+    width = hidden.shape[2]
+    rows = wide.gather(1, selection.index[:, :, None].expand(-1, -1, width))
+    # Each group has a row of its own, so the order of additions is no question.
+    rows.scatter_add_(
+        1, selection.merged[:, :, None].expand(-1, -1, width), torch.bmm(selection.mean, wide)
+    )
+    return rows.to(hidden.dtype)
 
 
 def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
@@ -176,12 +182,10 @@ def _merge(groups: Tensor, num_groups: int, kept: Tensor, n2: int) -> StageTwoSe
     member = _membership(groups, num_groups) & ~kept[:, None, :]
     size = member.sum(dim=2, keepdim=True)
     place = member.cumsum(dim=2) - 1
-    median = (member & (place == size // 2)).any(dim=1)
+    median = member & (place == size // 2)
     # Exactly n2 tokens are sources: sorting them to the front stands in for nonzero.
-    source = (kept | median).int()
+    source = (kept | median.any(dim=1)).int()
     index = source.argsort(dim=1, descending=True, stable=True)[:, :n2]
-
-    mean = member.float() / size
-    row_group = groups.gather(1, index)[:, :, None].expand(-1, -1, groups.shape[1])
-    row_kept = kept.gather(1, index)[:, :, None]
-    return StageTwoSelection(index, mean.gather(1, row_group).masked_fill(row_kept, 0.0))
+    row = source.cumsum(dim=1) - 1
+    merged = row.gather(1, median.int().argmax(dim=2))
+    return StageTwoSelection(index, merged, member.float() / size)
