@@ -55,7 +55,8 @@ def test_a_block_size_the_user_chose_is_kept(checkpoint):
             },
             "--kv-transfer-config",
         ),
-        ({"additional_config": {"pruning": {"counts": "block_aligned"}}}, None),
+        ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold"),
+        ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
         ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
         ({"additional_config": {"pruning": {"default_ratio": 1.0}}}, "default_ratio"),
@@ -65,9 +66,6 @@ def test_a_block_size_the_user_chose_is_kept(checkpoint):
     ],
 )
 def test_what_cannot_be_done_right_is_refused(checkpoint, options, sentence):
-    if sentence is None:
-        config_of(checkpoint, **options)
-        return
     with pytest.raises(ValueError, match=sentence):
         config_of(checkpoint, **options)
 
@@ -123,3 +121,47 @@ def test_a_ratio_out_of_range_fails_the_request_and_nothing_else(llm):
         with pytest.raises(ValueError, match="pruning_ratio must be a decimal number"):
             llm.generate(prompt, use_tqdm=False)
     assert generate(llm, [Ask("Q", (1,), 0.5)])[0].tokens
+
+
+def test_block_aligned_counts_know_the_block_size(checkpoint):
+    config = config_of(checkpoint, additional_config={"pruning": {"counts": "block_aligned"}})
+    assert config.model_config.hf_config.pruning_block_size == 32
+
+
+def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint, monkeypatch):
+    """vLLM keys compiled code by the inner configuration, which must tell them apart."""
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    def key(**options) -> str:
+        config = config_of(checkpoint, block_size=32, enable_prefix_caching=False, **options)
+        return config.with_hf_config(config.model_config.hf_text_config).compute_hash()
+
+    ours = key()
+    assert key() == ours
+    assert key(additional_config={"pruning": {"deep_boundary": 4}}) != ours
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    monkeypatch.delitem(MODELS_CONFIG_MAP, "LlavaForConditionalGeneration")
+    assert key() != ours
+
+
+def test_an_unknown_attention_backend_is_refused():
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+
+    from vitcop_vllm.engine.attention import create_staged_attention_backend
+
+    with pytest.raises(ValueError, match="--attention-backend"):
+        create_staged_attention_backend(FlexAttentionBackend)
+
+
+def test_a_picture_known_by_its_uuid_need_not_be_sent_again(llm):
+    from vllm import SamplingParams
+
+    from tests.engine.requests import Ask, generate
+
+    ask = Ask("Q", (1,), 0.5)
+    prompt = ask.prompt() | {"multi_modal_uuids": {"image": ["known"]}}
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    first = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    prompt["multi_modal_data"] = {"image": [None]}
+    again = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
+    assert list(first) == list(again) == generate(llm, [ask])[0].tokens[:4]

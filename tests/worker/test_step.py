@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
-from vitcop_vllm.worker.step import ScheduledRequest, build_step
+from vitcop_vllm.worker.step import ScheduledRequest, StagedForward, build_step
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,11 @@ def rows_of(request: ScheduledRequest, stage: int) -> list[int]:
         for position in range(span.offset + span.counts.stages[stage], span.end)
     }
     return [i for i in range(request.start, request.end) if i not in gone]
+
+
+def forward_of(batch: list[ScheduledRequest]) -> StagedForward | None:
+    step = build_step(batch, CPU)
+    return step.forward if step else None
 
 
 def test_a_step_without_dropped_slots_is_none():
@@ -77,31 +82,30 @@ def test_stages_hold_the_rows_that_are_left(batch):
 
 @given(batches)
 def test_sources_lead_back_to_the_rows_before(batch):
-    step = build_step(batch, CPU)
-    if step is None:
+    forward = forward_of(batch)
+    if forward is None:
         return
     ids = {
         stage: [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
         for stage in range(3)
     }
-    for stage, source in step.sources.items():
+    for stage, source in forward.sources.items():
         assert [ids[stage - 1][row] for row in source.tolist()] == ids[stage]
 
 
 @given(batches)
 def test_groups_name_the_rows_of_their_spans(batch):
-    step = build_step(batch, CPU)
-    if step is None:
-        return
+    forward = forward_of(batch)
     pictures = [
         (i, span)
         for i, request in enumerate(batch)
         for span in (request.plan.spans if request.plan else ())
         if request.start <= span.offset < request.end and span.counts.is_pruned
     ]
-    named = sorted(picture for group in step.groups for picture in group.pictures)
+    groups = forward.groups if forward else ()
+    named = sorted(picture for group in groups for picture in group.pictures)
     assert named == [n for n, (_, span) in enumerate(pictures) if any(span.counts.dropped)]
-    for group in step.groups:
+    for group in groups:
         for member, picture in enumerate(group.pictures):
             i, span = pictures[picture]
             assert span.counts == group.counts
@@ -113,12 +117,12 @@ def test_groups_name_the_rows_of_their_spans(batch):
 
 @given(batches)
 def test_outputs_repeat_the_last_survivor_of_a_span(batch):
-    step = build_step(batch, CPU)
-    if step is None:
+    forward = forward_of(batch)
+    if forward is None:
         return
     alive = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, 2)]
     everything = [(i, p) for i, r in enumerate(batch) for p in range(r.start, r.end)]
-    for row, (i, position) in zip(step.outputs.tolist(), everything, strict=True):
+    for row, (i, position) in zip(forward.outputs.tolist(), everything, strict=True):
         assert alive[row] == (i, max(p for j, p in alive if j == i and p <= position))
 
 
@@ -137,14 +141,20 @@ def test_reference_positions_count_the_prompt_compacted_and_the_answer_not(batch
                 inside = [s for s in plan.spans if s.offset <= position < s.end]
                 before = inside[0].offset if inside else position
                 expected.append(position - plan.dropped_tokens(before)[1])
-    if step.renumbered is None:
+    if step.forward is None or step.forward.renumbered is None:
         assert all(r.plan is None or r.start >= r.prompt_tokens for r in batch)
     else:
-        assert step.renumbered.tolist() == expected
+        assert step.forward.renumbered.tolist() == expected
 
 
 @given(batches)
 def test_decode_steps_run_the_unstaged_forward(batch):
     decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
     step = build_step(decodes, CPU, renumber_deep=True)
-    assert step is None or not step.needs_staged_forward
+    assert step is None or step.forward is None
+
+
+def test_a_step_with_a_pruned_picture_runs_the_staged_forward():
+    plan = RequestPlan((VisualSpan(1, VisualTokenCounts(9, 2, (6, 4, 2))),))
+    assert forward_of([ScheduledRequest(plan, 0, 8, 8)]) is not None
+    assert forward_of([ScheduledRequest(plan, 7, 8, 8)]) is None

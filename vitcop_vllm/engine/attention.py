@@ -25,6 +25,10 @@ from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 if TYPE_CHECKING:
     from vitcop_vllm.worker.step import StagedStep
 
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+"""Backends whose metadata holds the block table and the slots as plain fields. Others plan
+kernels from them while building, so that groups of a stage could not share a build."""
+
 
 class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
     """What the worker sees of a stage's builder, whatever backend it builds for.
@@ -40,7 +44,16 @@ class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
 def create_staged_attention_backend(
     underlying: type[AttentionBackend],
 ) -> type[AttentionBackend]:
-    """A backend whose queries, lengths and slots are those of a stage."""
+    """A backend whose queries, lengths and slots are those of a stage.
+
+    Raises:
+        ValueError: If ``underlying`` is not among :data:`BACKENDS`.
+    """
+    if underlying.get_name() not in BACKENDS:
+        raise ValueError(
+            f"visual token pruning does not know attention backend {underlying.get_name()}; "
+            f"set --attention-backend to one of {', '.join(BACKENDS)}"
+        )
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
 

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm import __version__
+from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,8 +40,7 @@ def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
 
 
 def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
-    additional = vllm_config.additional_config
-    given: Any = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else {}
+    given: Any = vllm_config.additional_config.get(CONFIG_KEY, {})
     if not isinstance(given, dict):
         raise ValueError(
             f"additional config {CONFIG_KEY!r} must be a mapping of pruning settings, "
@@ -68,6 +68,11 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
     cache_config = vllm_config.cache_config
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
+    vision_config = hf_config.vision_config
+    patches = 0
+    if isinstance(vision_config, CLIPVisionConfig):
+        patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    mm_config = model_config.get_multimodal_config()
     checks = {
         "pipeline parallelism splits the stages; use --tensor-parallel-size instead": (
             parallel.pipeline_parallel_size > 1
@@ -102,8 +107,8 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
         ),
         "another worker class is configured; remove --worker-cls": (parallel.worker_cls != "auto"),
         "Stage I reads the [CLS] attention of a CLIP tower and this model's is "
-        f"{type(hf_config.vision_config).__name__}; serve it with stock vLLM "
-        "(VLLM_PLUGINS='')": not isinstance(hf_config.vision_config, CLIPVisionConfig),
+        f"{type(vision_config).__name__}; serve it with stock vLLM "
+        "(VLLM_PLUGINS='')": not isinstance(vision_config, CLIPVisionConfig),
         "Stage I needs one vision_feature_layer": not isinstance(
             getattr(hf_config, "vision_feature_layer", None), int
         ),
@@ -118,6 +123,15 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
         "counts: block_aligned needs to know the block size; set --block-size": (
             settings.counts == "block_aligned" and not cache_config.user_specified_block_size
         ),
+        f"a picture of {patches} tokens is never split, so a chunk must hold it; raise "
+        "--long-prefill-token-threshold to that or unset it": (
+            0 < scheduler.long_prefill_token_threshold < patches
+        ),
+        f"{RATIO_KEY} in --mm-processor-kwargs is not read; set default_ratio instead": (
+            RATIO_KEY in (mm_config.mm_processor_kwargs or {})
+        ),
+        "watermarking needs model runner V2, which is not supported yet; remove "
+        "--watermark-config": getattr(vllm_config, "watermark_config", None) is not None,
         "VLLM_USE_V2_MODEL_RUNNER=1 asks for a model runner that is not supported yet; unset it": (
             os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
         ),
@@ -165,8 +179,22 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         vllm_config.scheduler_config.disable_chunked_mm_input = True
         vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
         vllm_config.parallel_config.worker_cls = worker
-        # Read wherever vLLM asks which runner it has; child processes inherit it.
+        # vLLM's key for compiled code is made of this. It sees neither our attention layers
+        # nor hf_config, and would take a pruned model's code for the stock one's.
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            CONFIG_KEY: settings.model_dump(mode="json"),
+            "vitcop_vllm": __version__,
+        }
+        # Read wherever vLLM asks which runner it has; child processes inherit it, and so
+        # does any other engine that this process starts later.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        if vllm_config.use_v2_model_runner:
+            raise ValueError(
+                "visual token pruning needs vLLM's model runner V1, and something in this "
+                "configuration or in an engine started earlier in this process asks for V2: "
+                "set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         logger.info(
             "Visual token pruning: stages begin at layers 0, %d, %d of %d; ratio %g by "
             "default, at most %g; %s counts, %s positions.",

@@ -35,7 +35,7 @@ from vitcop_vllm.pruning.identity import tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
-from vitcop_vllm.worker.step import StagedStep
+from vitcop_vllm.worker.step import StagedForward
 
 COUNTS_FIELD = "visual_token_counts"
 """Name under which a picture's counts reach the encoder: V, K, n1, n2, n3."""
@@ -101,10 +101,14 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             return [VisualTokenCounts.unpruned(size) for size in sizes]
         counts = []
         for i in range(images.get_count()):
-            size = images.get_image_size(i)
-            tokens = self.info.get_num_image_tokens(
-                image_width=size.width, image_height=size.height
-            )
+            if images.get(i) is None:
+                # Sent by its uuid alone: vLLM has it cached. All pictures are scaled alike.
+                tokens = self.info.get_max_image_tokens()
+            else:
+                size = images.get_image_size(i)
+                tokens = self.info.get_num_image_tokens(
+                    image_width=size.width, image_height=size.height
+                )
             counts.append(self.info.counts(tokens, processor_kwargs))
         return counts
 
@@ -192,6 +196,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         layers = self.language_model.model.layers
         self.boundaries = self.pruning.boundaries(len(layers))
         stage_layers(layers, self.boundaries, vllm_config)
+        self._encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -204,7 +209,15 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None
-        return self._embed_pruned(image_input["pixel_values"], pictures)
+        # vLLM budgets the encoder by the tokens it puts out; ours computes all patches. Never
+        # more at once than a budget of unpruned pictures would let through.
+        pixels = image_input["pixel_values"]
+        most = max(1, self._encoder_tokens // pictures[0].encoder)
+        return [
+            embedding
+            for i in range(0, len(pictures), most)
+            for embedding in self._embed_pruned(pixels[i : i + most], pictures[i : i + most])
+        ]
 
     def _embed_pruned(
         self, pixel_values: torch.Tensor, pictures: Sequence[VisualTokenCounts]
@@ -303,7 +316,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         *,
-        step: StagedStep | None = None,
+        step: StagedForward | None = None,
         **kwargs: object,
     ) -> Any:
         """vLLM's forward, or the staged one where ``step`` drops rows between stages."""

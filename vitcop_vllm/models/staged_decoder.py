@@ -19,7 +19,7 @@ from vitcop_vllm.pruning.selection import (
     select_stage_three,
     select_stage_two,
 )
-from vitcop_vllm.worker.step import SpanGroup, StagedStep
+from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
 
 def stage_layers(
@@ -113,7 +113,7 @@ def _select_rows(
 def staged_forward(
     decoder: Any,
     boundaries: tuple[int, int],
-    step: StagedStep,
+    step: StagedForward,
     positions: torch.Tensor,
     inputs_embeds: torch.Tensor,
     labels: Sequence[torch.Tensor],
@@ -123,7 +123,7 @@ def staged_forward(
     Args:
         decoder: vLLM's decoder model; its layers are called as its own forward does.
         boundaries: First layers of the second and third stage.
-        step: What each stage computes.
+        step: How the step's rows change between stages.
         positions: (T,) rotary positions.
         inputs_embeds: (T, H) embeddings, pictures merged in.
         labels: Cluster labels, one (n1,) tensor per pruned picture of the step.

@@ -20,6 +20,9 @@ class Placeholders(Protocol):
     @property
     def offset(self) -> int: ...
 
+    @property
+    def length(self) -> int: ...
+
 
 class Feature(Protocol):
     """A picture of a request: vLLM's ``MultiModalFeatureSpec``."""
@@ -52,11 +55,25 @@ def counts_of_identifier(identifier: str) -> VisualTokenCounts:
         ) from error
 
 
+def _counts_of_feature(feature: Feature) -> VisualTokenCounts:
+    """Counts that fit the prompt: those told, or all tokens of a picture not processed by us.
+
+    Engines also take prompts that were processed elsewhere. An error here would stop them
+    for every request; such a picture simply has as many tokens as placeholders.
+    """
+    length = feature.mm_position.length
+    try:
+        counts = counts_of_identifier(feature.identifier)
+    except RuntimeError:
+        return VisualTokenCounts.unpruned(length)
+    return counts if counts.stages[0] == length else VisualTokenCounts.unpruned(length)
+
+
 def plan_request(features: Iterable[Feature]) -> RequestPlan | None:
     """Plan of a request with these pictures; ``None`` where nothing is pruned."""
     plan = RequestPlan(
         tuple(
-            VisualSpan(feature.mm_position.offset, counts_of_identifier(feature.identifier))
+            VisualSpan(feature.mm_position.offset, _counts_of_feature(feature))
             for feature in features
         )
     )

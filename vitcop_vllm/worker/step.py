@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
 
@@ -95,11 +96,10 @@ class SpanGroup:
 
 
 @dataclass(frozen=True)
-class StagedStep:
-    """A step with at least one pruned request.
+class StagedForward:
+    """How rows change between stages, in a step where they do.
 
     Attributes:
-        stages: Rows per stage; stage 0 is vLLM's own and absent.
         groups: Spans computed in this step that lose tokens after Stage I.
         sources: Stage -> (T_stage,) int64, each row's row in the stage before; rows of
             spans in ``groups`` are placeholders until the selection is known.
@@ -109,16 +109,24 @@ class StagedStep:
             stage under ``positions: reference``; ``None`` keeps prompt positions.
     """
 
-    stages: dict[int, StageRows]
     groups: tuple[SpanGroup, ...]
     sources: dict[int, torch.Tensor]
     outputs: torch.Tensor
     renumbered: torch.Tensor | None
 
-    @property
-    def needs_staged_forward(self) -> bool:
-        """Whether rows change between stages; else vLLM's own forward is right as it is."""
-        return bool(self.groups) or self.renumbered is not None
+
+@dataclass(frozen=True)
+class StagedStep:
+    """A step with at least one pruned request.
+
+    Attributes:
+        stages: Rows per stage; stage 0 is vLLM's own and absent.
+        forward: ``None`` where all stages see the same rows, as when decoding: vLLM's own
+            forward is right as it is.
+    """
+
+    stages: dict[int, StageRows]
+    forward: StagedForward | None
 
 
 class _HostRows(NamedTuple):
@@ -166,75 +174,80 @@ def build_step(
             after[i] = request.plan.dropped_tokens(request.end)
     host = [_HostRows.of(starts - before[:, s], ends - after[:, s]) for s in range(NUM_STAGES)]
 
-    def to_device(values: Ints, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.from_numpy(values).to(dtype).to(device, non_blocking=True)
-
     stages = {}
     for stage in range(1, NUM_STAGES):
         rows = host[stage]
-        query_start_loc = torch.from_numpy(rows.first).to(torch.int32)
-        seq_lens = torch.from_numpy(rows.ends).to(torch.int32)
+        query_start_loc = torch.from_numpy(rows.first.astype(np.int32))
+        seq_lens = torch.from_numpy(rows.ends.astype(np.int32))
         stages[stage] = StageRows(
-            query_start_loc=query_start_loc.to(device, non_blocking=True),
+            query_start_loc=async_tensor_h2d(query_start_loc, device=device),
             query_start_loc_cpu=query_start_loc,
-            seq_lens=seq_lens.to(device, non_blocking=True),
+            seq_lens=async_tensor_h2d(seq_lens, device=device),
             seq_lens_cpu=seq_lens,
-            positions=to_device(rows.positions),
+            positions=async_tensor_h2d(rows.positions, device=device),
             num_rows=int(rows.first[-1]),
             max_query_len=int((rows.ends - rows.starts).max()),
             max_seq_len=int(rows.ends.max()),
         )
+    return StagedStep(stages, _plan_forward(requests, host, device, renumber_deep))
 
-    # Spans of this step: (counts -> [(picture's number, first row per stage)]).
+
+def _find_spans(
+    requests: Sequence[ScheduledRequest], host: Sequence["_HostRows"]
+) -> dict[VisualTokenCounts, list[tuple[int, list[int]]]]:
+    """Spans of the step that lose tokens after Stage I, by counts.
+
+    Returns:
+        Counts -> [(the picture's number among the step's pruned ones, first row of the span
+        in each stage)].
+    """
     found: dict[VisualTokenCounts, list[tuple[int, list[int]]]] = defaultdict(list)
     pictures = 0
     for i, request in enumerate(requests):
         if request.plan is None:
             continue
         for span in request.plan.spans_in(request.start, request.end):
-            if not span.counts.is_pruned:
-                continue
             if any(span.counts.dropped):
                 gone = request.plan.dropped_tokens(span.offset)
-                found[span.counts].append(
-                    (
-                        pictures,
-                        [
-                            int(host[s].first[i] + span.offset - gone[s] - host[s].starts[i])
-                            for s in range(NUM_STAGES)
-                        ],
-                    )
-                )
-            pictures += 1
+                first = [
+                    int(rows.first[i] + span.offset - gone[stage] - rows.starts[i])
+                    for stage, rows in enumerate(host)
+                ]
+                found[span.counts].append((pictures, first))
+            pictures += span.counts.is_pruned
+    return found
 
-    kept: dict[int, npt.NDArray[np.bool_]] = {}
+
+def _plan_forward(
+    requests: Sequence[ScheduledRequest],
+    host: Sequence["_HostRows"],
+    device: torch.device,
+    renumber_deep: bool,
+) -> StagedForward | None:
+    found = _find_spans(requests, host)
+    renumbered = _renumber(requests, host[1]) if renumber_deep else None
+    if not found and renumbered is None:
+        return None
+    outputs = np.arange(int(host[0].first[-1]))
+    sources = {}
     for stage in range(1, NUM_STAGES):
-        kept[stage] = np.ones(int(host[stage - 1].first[-1]), dtype=np.bool_)
+        kept = np.ones(int(host[stage - 1].first[-1]), dtype=np.bool_)
         for counts, members in found.items():
             for _, first in members:
                 begin = first[stage - 1]
-                kept[stage][begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
-    outputs = np.arange(int(host[0].first[-1]))
-    for stage in range(1, NUM_STAGES):
-        outputs = (np.cumsum(kept[stage]) - 1)[outputs]
-
-    return StagedStep(
-        stages=stages,
-        groups=tuple(
-            SpanGroup(
-                counts,
-                tuple(number for number, _ in members),
-                to_device(np.array([first for _, first in members], dtype=np.int64).T.copy()),
-            )
-            for counts, members in found.items()
-        ),
-        sources={s: to_device(np.flatnonzero(kept[s])) for s in kept},
-        outputs=to_device(outputs),
-        renumbered=(
-            to_device(renumbered)
-            if renumber_deep and (renumbered := _renumber(requests, host[1])) is not None
-            else None
-        ),
+                kept[begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
+        sources[stage] = async_tensor_h2d(np.flatnonzero(kept), device=device)
+        outputs = (np.cumsum(kept) - 1)[outputs]
+    groups = []
+    for counts, members in found.items():
+        first_rows = np.array([first for _, first in members], dtype=np.int64).T.copy()
+        numbers = tuple(number for number, _ in members)
+        groups.append(SpanGroup(counts, numbers, async_tensor_h2d(first_rows, device=device)))
+    return StagedForward(
+        groups=tuple(groups),
+        sources=sources,
+        outputs=async_tensor_h2d(outputs, device=device),
+        renumbered=None if renumbered is None else async_tensor_h2d(renumbered, device=device),
     )
 
 

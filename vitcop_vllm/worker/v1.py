@@ -81,9 +81,10 @@ class StagedModelRunner(GPUModelRunner):
         )
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.step is not None and self.step.needs_staged_forward:
-            kwargs["step"] = self.step
-        return super()._model_forward(*args, **kwargs)
+        if self.step is None or self.step.forward is None:
+            return super()._model_forward(*args, **kwargs)
+        # The model itself: vLLM's graph wrappers around it would replay an unstaged forward.
+        return self.get_model()(*args, **kwargs, step=self.step.forward)
 
 
 class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
