@@ -1,0 +1,141 @@
+"""The asynchronous scheduler, which GPUs use and the CPU platform turns off.
+
+Driven without a worker: each step is scheduled before the result of the one before it is in,
+and results name a made-up token. What must hold is the accounting.
+"""
+
+from collections import deque
+from copy import copy
+from math import ceil
+from typing import Any
+
+import pytest
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
+
+from tests.engine.requests import Ask
+from tests.engine.test_kv_blocks import BLOCK, free_blocks
+from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
+from vitcop_vllm.engine.scheduler import StagedAsyncScheduler, create_scheduler
+
+ASKS = [
+    Ask("How many?", (1,), 8 / 9, max_tokens=40),
+    Ask("x" * 50, (2, 3), 2 / 3, max_tokens=25),
+    Ask("unpruned", (4,), 0.0, max_tokens=33),
+    Ask("no picture " * 40, max_tokens=12),
+    Ask("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
+]
+
+
+@pytest.fixture
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+@pytest.fixture
+def scheduler(core):
+    config = copy(core.vllm_config)
+    config.scheduler_config = copy(config.scheduler_config)
+    config.scheduler_config.async_scheduling = True
+    return create_scheduler(
+        vllm_config=config,
+        kv_cache_config=core.scheduler.kv_cache_config,
+        structured_output_manager=core.structured_output_manager,
+        block_size=core.scheduler.block_size,
+        hash_block_size=core.scheduler.hash_block_size,
+    )
+
+
+@pytest.fixture
+def add(llm, core, scheduler):
+    def add(name: str, ask: Ask) -> None:
+        engine = llm.llm_engine
+        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+        request = engine.input_processor.process_inputs(
+            name, prompt, ask.params(), supported_tasks=("generate",)
+        )
+        scheduler.add_request(core.preprocess_add_request(request)[0])
+
+    return add
+
+
+def result_of(scheduler, scheduled) -> ModelRunnerOutput:
+    """What a runner would answer: a token for each request whose prompt is complete."""
+    names = list(scheduled.num_scheduled_tokens)
+    requests = [scheduler.requests[name] for name in names]
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: i for i, name in enumerate(names)},
+        sampled_token_ids=[
+            [77] if request.num_computed_tokens >= request.num_prompt_tokens else []
+            for request in requests
+        ],
+    )
+
+
+def check(scheduler, scheduled) -> None:
+    """No span is cut, and every stage holds the blocks of its physical length."""
+    for name in scheduled.num_scheduled_tokens:
+        request = scheduler.requests[name]
+        plan = scheduler.plans.get(name)
+        for span in plan.spans if plan else ():
+            assert not span.offset < request.num_computed_tokens < span.end
+        blocks = scheduler.kv_cache_manager.get_blocks(name).blocks
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        for manager, held in zip(managers, blocks, strict=True):
+            slots = request.num_computed_tokens
+            if plan and isinstance(manager, StagedKVCacheManager):
+                slots = plan.physical_length(slots, manager.stage)
+            assert len(held) == ceil(slots / BLOCK)
+
+
+def run(scheduler, *, abort: str | None = None) -> int:
+    """Two steps in flight until nothing is left; returns how many steps there were."""
+    in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
+    steps = 0
+    while scheduler.has_unfinished_requests() or in_flight:
+        scheduled = scheduler.schedule()
+        if scheduled.total_num_scheduled_tokens:
+            check(scheduler, scheduled)
+            in_flight.append((scheduled, result_of(scheduler, scheduled)))
+            steps += 1
+        if abort and steps == 5:
+            scheduler.finish_requests(abort, RequestStatus.FINISHED_ABORTED)
+            abort = None
+        if len(in_flight) == 2 or not scheduled.total_num_scheduled_tokens:
+            scheduler.update_from_output(*in_flight.popleft())
+        assert steps < 2000
+    return steps
+
+
+@pytest.mark.parametrize("abort", [None, "0", "1"])
+def test_plans_hold_with_steps_in_flight(scheduler, add, abort):
+    assert isinstance(scheduler, StagedAsyncScheduler)
+    before = free_blocks(scheduler)
+    for i, ask in enumerate(ASKS):
+        add(str(i), ask)
+    assert set(scheduler.plans) == {"0", "1", "4"}
+    assert run(scheduler, abort=abort) >= 33
+    assert free_blocks(scheduler) == before
+    assert not scheduler.plans
+
+
+def test_preemption_keeps_the_plan(scheduler, add):
+    pool = scheduler.kv_cache_manager.block_pool
+    before = free_blocks(scheduler)
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 110)
+    preempted = []
+    preempt = scheduler._preempt_request
+
+    def recorded(request, *args, **kwargs):
+        preempted.append(request.request_id in scheduler.plans)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = recorded
+    for i in range(4):
+        add(str(i), Ask("z" * 20, (i,), 2 / 3, max_tokens=120))
+    run(scheduler)
+    pool.free_blocks(taken)
+    assert preempted
+    assert all(preempted)
+    assert free_blocks(scheduler) == before
