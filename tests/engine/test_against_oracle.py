@@ -20,17 +20,19 @@ ASKS = [
 ]
 
 
-def counts_at(ratio: float) -> VisualTokenCounts:
-    return plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+def counts_at(ratio: float, settings: PruningSettings | None = None) -> VisualTokenCounts:
+    return plan_counts(settings or PruningSettings(), ratio, TINY.layers, TINY.visual_tokens, 32)
 
 
-def assert_equals_oracle(oracle: DenseLlava, ask: Ask, answer: Answer) -> None:
+def assert_equals_oracle(
+    oracle: DenseLlava, ask: Ask, answer: Answer, settings: PruningSettings | None = None
+) -> None:
     """Greedy tokens and log-probabilities, each given the tokens before it."""
     assert ask.ratio is not None
     logits = oracle.logits(
         answer.prompt + answer.tokens[:-1],
         [picture(seed) for seed in ask.pictures],
-        [counts_at(ask.ratio)] * len(ask.pictures),
+        [counts_at(ask.ratio, settings)] * len(ask.pictures),
         len(answer.prompt),
     )
     expected = logits.log_softmax(-1)
@@ -53,12 +55,26 @@ def test_pruned_tokens_equal_the_dense_oracle(llm, checkpoint, pruned_asks):
 
 
 def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_asks):
-    answers = generate_in_process(
-        checkpoint, pruned_asks, additional_config={"pruning": {"positions": "reference"}}
-    )
+    settings = {"positions": "reference", "default_ratio": 7 / 9}
+    # The last one names no ratio and gets the default.
+    asks = [*pruned_asks, replace(ASKS[0], ratio=None)]
+    answers = generate_in_process(checkpoint, asks, additional_config={"pruning": settings})
     oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
+    for ask, answer in zip(asks, answers, strict=True):
+        assert_equals_oracle(oracle, replace(ask, ratio=ask.ratio or 7 / 9), answer)
+
+
+def test_other_boundaries_and_block_aligned_counts_equal_the_dense_oracle(checkpoint, pruned_asks):
+    settings = PruningSettings(shallow_boundary=2, deep_boundary=5, counts="block_aligned")
+    answers = generate_in_process(
+        checkpoint,
+        pruned_asks,
+        additional_config={"pruning": settings.model_dump(mode="json")},
+        block_size=32,
+    )
+    oracle = DenseLlava(checkpoint, settings.boundaries(TINY.layers))
     for ask, answer in zip(pruned_asks, answers, strict=True):
-        assert_equals_oracle(oracle, ask, answer)
+        assert_equals_oracle(oracle, ask, answer, settings)
 
 
 def test_reference_positions_differ_from_original_ones(checkpoint):

@@ -6,7 +6,8 @@ subclasses the backend's metadata builder and implementation, and a thin layer.
 
 import functools
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -22,22 +23,56 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
-if TYPE_CHECKING:
-    from vitcop_vllm.worker.step import StagedStep
-
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Backends whose metadata holds the block table and the slots as plain fields. Others plan
 kernels from them while building, so that groups of a stage could not share a build."""
+
+
+@dataclass(frozen=True)
+class StageRows:
+    """A step's rows in one stage; R requests, T rows.
+
+    Attributes:
+        query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
+        seq_lens, seq_lens_cpu: (R,) int32, physical length of each request after the step.
+        positions: (T,) int64, physical position of each row, which decides its KV slot.
+    """
+
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    positions: torch.Tensor
+    num_rows: int
+    max_query_len: int
+    max_seq_len: int
+
+    def narrow(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """vLLM's metadata of the step, as this stage sees it."""
+        return common.replace(
+            query_start_loc=self.query_start_loc,
+            query_start_loc_cpu=self.query_start_loc_cpu,
+            seq_lens=self.seq_lens,
+            seq_lens_cpu_upper_bound=self.seq_lens_cpu,
+            num_actual_tokens=self.num_rows,
+            max_query_len=self.max_query_len,
+            max_seq_len=self.max_seq_len,
+            slot_mapping=common.slot_mapping[: self.num_rows],
+            positions=self.positions,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
 
 
 class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
     """What the worker sees of a stage's builder, whatever backend it builds for.
 
     Attributes:
-        step: The step to build for; ``None`` where no request of it prunes.
+        rows: The stage's rows in the step to build for; ``None`` where no request of it
+            prunes, and the stage sees what vLLM planned.
     """
 
-    step: "StagedStep | None" = None
+    rows: StageRows | None = None
 
 
 @functools.lru_cache
@@ -74,15 +109,14 @@ def create_staged_attention_backend(
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            if self.step is not None:
-                rows = self.step.stages[self.kv_cache_spec.stage]
-                common_attn_metadata = rows.narrow(common_attn_metadata)
+            if self.rows is not None:
+                common_attn_metadata = self.rows.narrow(common_attn_metadata)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
-            if self.step is not None:
+            if self.rows is not None:
                 slot_mapping = slot_mapping[: metadata.slot_mapping.shape[0]]
             if underlying_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)

@@ -8,17 +8,15 @@ Which rows survive is decided on the device and never needed here.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vitcop_vllm.engine.attention import StageRows
 from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
-
-if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
 
 Ints = npt.NDArray[np.int64]
 
@@ -37,42 +35,6 @@ class ScheduledRequest(NamedTuple):
     start: int
     end: int
     prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class StageRows:
-    """A step's rows in one stage; R requests, T rows.
-
-    Attributes:
-        query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
-        seq_lens, seq_lens_cpu: (R,) int32, physical length of each request after the step.
-        positions: (T,) int64, physical position of each row, which decides its KV slot.
-    """
-
-    query_start_loc: torch.Tensor
-    query_start_loc_cpu: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-    positions: torch.Tensor
-    num_rows: int
-    max_query_len: int
-    max_seq_len: int
-
-    def narrow(self, common: "CommonAttentionMetadata") -> "CommonAttentionMetadata":
-        """vLLM's metadata of the step, as this stage sees it."""
-        return common.replace(
-            query_start_loc=self.query_start_loc,
-            query_start_loc_cpu=self.query_start_loc_cpu,
-            seq_lens=self.seq_lens,
-            seq_lens_cpu_upper_bound=self.seq_lens_cpu,
-            num_actual_tokens=self.num_rows,
-            max_query_len=self.max_query_len,
-            max_seq_len=self.max_seq_len,
-            slot_mapping=common.slot_mapping[: self.num_rows],
-            positions=self.positions,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
 
 
 @dataclass(frozen=True)

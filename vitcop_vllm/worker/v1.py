@@ -74,7 +74,7 @@ class StagedModelRunner(GPUModelRunner):
         for group in self._attn_group_iterator():
             builder = group.get_metadata_builder()
             if isinstance(builder, StagedMetadataBuilder):
-                builder.step = step
+                builder.rows = step.stages[builder.kv_cache_spec.stage] if step else None
         self.step = step
         return super()._build_attention_metadata(
             *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
