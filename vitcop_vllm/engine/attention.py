@@ -141,7 +141,7 @@ def create_staged_attention_backend(
             # would write with the runner's, one for each unpruned token.
             if not underlying.forward_includes_kv_cache_update and attn_metadata is not None:
                 slots = attn_metadata.slot_mapping
-                count = slots.shape[0]
+                count = slots.shape[0]  # rows that pad a graph have no slot
                 self.do_kv_cache_update(layer, key[:count], value[:count], kv_cache, slots)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
