@@ -45,7 +45,7 @@ fix: $(STAMP) ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Measure a running server
+bench: $(STAMP) ## Measure stock vLLM against ours, in turn (ARGS=--help)
 	$(BIN)/python -m vitcop_vllm.lab.bench $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
