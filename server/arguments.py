@@ -10,7 +10,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
-from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, explain
 
 DEMO_MODEL = "demo"
 
@@ -87,7 +87,7 @@ def parse(
     try:
         _write_settings(args)
     except ValidationError as error:
-        parser.error(f"pruning: {_sentences(error)}")
+        parser.error(explain(error))
     return args
 
 
@@ -118,13 +118,6 @@ def _refuse_other_servers(
 def _write_settings(args: argparse.Namespace) -> None:
     """Validate the settings and put them where the engine reads them."""
     additional = dict(args.additional_config or {})
-    asked = {**additional.get("pruning", {}), **(args.pruning or {})}
+    asked = {**additional.get(CONFIG_KEY, {}), **(args.pruning or {})}
     settings = PruningSettings.model_validate(asked)
-    args.additional_config = {**additional, "pruning": settings.model_dump(mode="json")}
-
-
-def _sentences(error: ValidationError) -> str:
-    return "; ".join(
-        ": ".join([*map(str, detail["loc"]), detail["msg"].removeprefix("Value error, ")])
-        for detail in error.errors()
-    )
+    args.additional_config = {**additional, CONFIG_KEY: settings.model_dump(mode="json")}

@@ -57,7 +57,6 @@ def _header_ratio(settings: PruningSettings, values: Sequence[str]) -> float:
 def _parse(settings: PruningSettings, value: object, param: str) -> float:
     name = f"header {param}" if param == RATIO_HEADER else param
     try:
-        # JSON has -0.0; adding 0.0 turns it into the 0.0 it equals, which it must print as.
-        return settings.parse_ratio(value, name=name) + 0.0
+        return settings.parse_ratio(value, name=name)
     except ValueError as error:
         raise RequestError(str(error), param=param) from error

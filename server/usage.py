@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from vitcop_vllm.pruning.identity import counts_of_identifier
 from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts, effective_ratio
-from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 _USAGE_MARK = '"usage":{'
 
@@ -27,7 +27,7 @@ class PrunedModel:
             ValueError: If the hook has not: the architecture is not one of ours.
         """
         hf_config = model_config.hf_config
-        pruning = getattr(hf_config, "pruning", None)
+        pruning = getattr(hf_config, CONFIG_KEY, None)
         if pruning is None:
             raise ValueError(
                 f"{', '.join(hf_config.architectures or ['this model'])} was not set up for "

@@ -5,23 +5,20 @@ workers and scheduler are chosen. Selecting a pruned architecture is thus all a 
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vitcop_vllm import __version__
-from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from vllm.config import VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
-
-CONFIG_KEY = "pruning"
-"""Key in ``--additional-config``, and attribute of the model's hf_config."""
 
 CPU_BLOCK_SIZE = 32
 """Tokens. vLLM's CPU kernels want multiples of 32; its default 128 wastes most of the
@@ -40,22 +37,17 @@ def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
 
 
 def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
-    given: Any = vllm_config.additional_config.get(CONFIG_KEY, {})
+    additional = vllm_config.additional_config
+    given = additional.get(CONFIG_KEY, {}) if isinstance(additional, dict) else None
     if not isinstance(given, dict):
         raise ValueError(
-            f"additional config {CONFIG_KEY!r} must be a mapping of pruning settings, "
-            f"got {type(given).__name__}"
+            f"additional config must be a mapping, and {CONFIG_KEY!r} in it a mapping of "
+            "pruning settings"
         )
     try:
         return PruningSettings(**given)
     except ValidationError as error:
-        reasons = "; ".join(
-            ".".join(map(str, (CONFIG_KEY, *e["loc"])))
-            + ": "
-            + e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
-        raise ValueError(f"bad pruning settings: {reasons}") from None
+        raise ValueError(f"bad pruning settings: {explain(error)}") from None
 
 
 def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]:

@@ -11,11 +11,11 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 from collections import defaultdict
 from itertools import count
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -41,18 +41,6 @@ GOALS = {
     "decode_latency_at_8/9": ("<=", 1.02),
     "stages_share_of_unpruned_prefill": ("<=", 0.02),
 }
-
-
-def token_layers(shape: LlavaShape, ratio: float, text_tokens: int) -> float:
-    """Sum over decoder layers of the tokens a single-picture prompt has there."""
-    settings = PruningSettings()
-    counts = plan_counts(settings, ratio, shape.layers, shape.visual_tokens)
-    boundaries = settings.boundaries(shape.layers)
-    return shape.layers * (text_tokens + counts.layer_average(boundaries, shape.layers))
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 class Rounds:
@@ -87,17 +75,18 @@ def measure_prefill(
 ) -> list[dict[str, Any]]:
     """Prefill (one answer token) of ``batch`` requests, at each ratio."""
     settings = PruningSettings()
-    shallow, deep = settings.boundaries(shape.layers)
+    boundaries = shallow, deep = settings.boundaries(shape.layers)
     layers = (shallow, deep - shallow, shape.layers - deep)
     rows = []
     for name, ratio in RATIOS.items():
         counts = plan_counts(settings, ratio, shape.layers, shape.visual_tokens)
+        visual_average = counts.layer_average(boundaries, shape.layers)
         figures: dict[str, list[float]] = defaultdict(list)
         for turn in range(num_rounds):
             stock, ours = rounds.pair(batch, ratio, 1, turn)
             encoder = stock["encoder_seconds"]
             text = stock["prompt_tokens"] // batch - shape.visual_tokens
-            share = token_layers(shape, ratio, text) / token_layers(shape, 0, text)
+            share = (text + visual_average) / (text + shape.visual_tokens)
             ideal = encoder + (stock["seconds"] - encoder) * share
             kernels = encoder + sum(
                 number * rounds.layer_seconds(batch, text + visual, shape.layers)
@@ -124,7 +113,7 @@ def measure_prefill(
 
 def measure_decode(
     rounds: Rounds, batch: int, ratio: float, tokens: int, num_rounds: int, bar: tqdm
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Latency of a decode step, and of the whole, ours over stock."""
     latency, whole, stock_ms = [], [], []
     same = True
@@ -138,9 +127,9 @@ def measure_decode(
         bar.update()
     return {
         "decode_latency": median(latency),
-        "decode_latency_spread": [min(latency), max(latency)],  # type: ignore[dict-item]
+        "decode_latency_spread": [min(latency), max(latency)],
         "throughput": median(whole),
-        "throughput_spread": [min(whole), max(whole)],  # type: ignore[dict-item]
+        "throughput_spread": [min(whole), max(whole)],
         "stock_decode_step_ms": median(stock_ms),
         "same_tokens": same,
     }

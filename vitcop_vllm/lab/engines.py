@@ -14,7 +14,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-Command = dict[str, Any]
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
 Result = dict[str, Any]
 
 
@@ -90,7 +91,7 @@ class _Engine:
                 "multi_modal_data": {"image": random_picture(seed)},
             }
             if self.pruned:
-                prompt["mm_processor_kwargs"] = {"pruning_ratio": ratio}
+                prompt["mm_processor_kwargs"] = {RATIO_KEY: ratio}
             prompts.append(prompt)
         return self._serve(prompts, max_tokens)
 

@@ -11,10 +11,13 @@ import re
 import reprlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RATIO_KEY = "pruning_ratio"
 """Name of the request's ratio wherever it travels: body field, processor keyword."""
+
+CONFIG_KEY = "pruning"
+"""Name of the settings wherever they travel: YAML section, additional config, hf_config."""
 
 _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 
@@ -22,6 +25,16 @@ Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 Layer = Annotated[int, Field(ge=1, strict=True)]
+
+
+def explain(error: ValidationError) -> str:
+    """What is wrong with given settings, as one line that names each."""
+    return "; ".join(
+        ".".join(map(str, (CONFIG_KEY, *detail["loc"])))
+        + ": "
+        + detail["msg"].removeprefix("Value error, ")
+        for detail in error.errors()
+    )
 
 
 def _quote(value: object) -> str:

@@ -8,7 +8,7 @@ Which rows survive is decided on the device and never needed here.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,7 @@ class _HostRows(NamedTuple):
     first: Ints
 
     @classmethod
-    def of(cls, starts: Ints, ends: Ints) -> "_HostRows":
+    def of(cls, starts: Ints, ends: Ints) -> Self:
         return cls(starts, ends, np.concatenate(([0], np.cumsum(ends - starts))))
 
     @property
@@ -155,7 +155,7 @@ def build_step(
 
 
 def _find_spans(
-    requests: Sequence[ScheduledRequest], host: Sequence["_HostRows"]
+    requests: Sequence[ScheduledRequest], host: Sequence[_HostRows]
 ) -> dict[VisualTokenCounts, list[tuple[int, list[int]]]]:
     """Spans of the step that lose tokens after Stage I, by counts.
 
@@ -182,7 +182,7 @@ def _find_spans(
 
 def _plan_forward(
     requests: Sequence[ScheduledRequest],
-    host: Sequence["_HostRows"],
+    host: Sequence[_HostRows],
     device: torch.device,
     renumber_deep: bool,
 ) -> StagedForward | None:
@@ -232,7 +232,7 @@ def _renumber(requests: Sequence[ScheduledRequest], rows: _HostRows) -> Ints | N
     return positions if prefilling else None
 
 
-def fill_positions(step: StagedStep, block_tables: Any, stage_of_group: Sequence[int]) -> None:
+def fill_slots(step: StagedStep, block_tables: Any, stage_of_group: Sequence[int]) -> None:
     """Write each staged group's slots for the step, with vLLM's own block tables."""
     for group, stage in enumerate(stage_of_group):
         if stage:

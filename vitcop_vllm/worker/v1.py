@@ -14,7 +14,7 @@ from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
-from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step, fill_positions
+from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step, fill_slots
 
 
 class StagedModelRunner(GPUModelRunner):
@@ -50,12 +50,15 @@ class StagedModelRunner(GPUModelRunner):
 
     def _begin_step(self, num_scheduled_tokens: dict[str, int]) -> StagedStep | None:
         batch = self.input_batch
+        plans = [self._plan_of(request_id) for request_id in batch.req_ids]
+        if all(plan is None for plan in plans):
+            return None
         requests = []
         for row, request_id in enumerate(batch.req_ids):
             start = int(batch.num_computed_tokens_cpu[row])
             requests.append(
                 ScheduledRequest(
-                    self._plan_of(request_id),
+                    plans[row],
                     start,
                     start + num_scheduled_tokens[request_id],
                     int(batch.num_prompt_tokens[row]),
@@ -70,7 +73,7 @@ class StagedModelRunner(GPUModelRunner):
         step = self._begin_step(num_scheduled_tokens) if num_scheduled_tokens else None
         if step is not None:
             # Before super: it hands these tables' slots to the builders.
-            fill_positions(step, self.input_batch.block_table, self._stage_of_group)
+            fill_slots(step, self.input_batch.block_table, self._stage_of_group)
         for group in self._attn_group_iterator():
             builder = group.get_metadata_builder()
             if isinstance(builder, StagedMetadataBuilder):
