@@ -50,8 +50,8 @@ bench: $(STAMP) ## Measure stock vLLM against ours, in turn (ARGS=--help)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra cpu --group dev -o requirements/cpu.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra gpu --group dev -o requirements/gpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra cpu --extra lab --group dev -o requirements/cpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra gpu --extra lab --group dev -o requirements/gpu.txt $(ARGS)
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,9 +10,8 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
+from vitcop_vllm.demo.checkpoint import DEMO_NAME
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, explain
-
-DEMO_MODEL = "demo"
 
 _DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
 request chooses with the header X-Pruning-Ratio. Takes every flag of `vllm serve`, on the command
@@ -49,7 +48,7 @@ def make_parser() -> FlexibleArgumentParser:
     group = parser.add_argument_group(
         "ViTCoP",
         "Pruning of visual tokens: --pruning, or the YAML file's pruning section. "
-        f"Also: the model name {DEMO_MODEL!r} is a small model made on first use.",
+        f"Also: the model name {DEMO_NAME!r} is a small model made on first use.",
     )
     group.add_argument(
         "--pruning",

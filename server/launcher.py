@@ -6,10 +6,10 @@ API server processes (``--api-server-count``) load the plugin like one, from ``V
 
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 
 from server.plugins import allow_plugin, require_plugin
+from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,16 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(make_parser(), sys.argv[1:] if argv is None else argv, dict(os.environ))
     configure_logging_from_args(args)
     require_plugin()
-    _make_demo(args)
+    if args.model == DEMO_NAME:
+        args.model = resolve(args.model)
+        args.served_model_name = args.served_model_name or [DEMO_NAME]
     ServeSubcommand.cmd(args)
-
-
-def _make_demo(args: Namespace) -> None:
-    from server.arguments import DEMO_MODEL
-
-    if args.model != DEMO_MODEL:
-        return
-    from vitcop_vllm.demo.checkpoint import ensure_demo_checkpoint
-
-    args.model = str(ensure_demo_checkpoint())
-    args.served_model_name = args.served_model_name or [DEMO_MODEL]

@@ -1,14 +1,24 @@
-"""Small random LLaVA-1.5 checkpoints in the form Hugging Face and vLLM load.
+"""LLaVA-1.5 checkpoints in the form Hugging Face and vLLM load: the demo model, random ones.
 
-Random weights answer nonsense; they are right for tests, for cost, and for a first look
-at what pruning removes. Everything about the form is real: a CLIP tower with [CLS], a
-two-layer projector, Llama decoder layers, a processor and a chat template.
+Random weights answer nonsense; they are right for tests and for cost. Everything about the
+form is real: a CLIP tower with [CLS], a two-layer projector, Llama decoder layers, a processor
+and a chat template.
 """
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vitcop_vllm.demo.tokenizer import byte_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+DEMO_NAME = "demo"
+"""What stands for the demo model wherever a model is named."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
@@ -22,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LlavaShape:
     """Sizes of a LLaVA-1.5 model.
 
@@ -36,23 +46,32 @@ class LlavaShape:
 
     image_size: int = 336
     patch_size: int = 14
-    vision_hidden: int = 128
-    vision_layers: int = 4
-    vision_heads: int = 4
-    hidden: int = 256
-    layers: int = 12
-    heads: int = 4
-    kv_heads: int = 2
-    intermediate: int = 512
-    max_positions: int = 8192
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    max_positions: int = 4096
 
     @property
     def visual_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
 
-DEMO = LlavaShape()
-"""What ``make serve`` starts with."""
+DEMO = LlavaShape(
+    vision_hidden=256,
+    vision_layers=6,
+    vision_heads=4,
+    hidden=192,
+    layers=16,
+    heads=3,
+    kv_heads=3,
+    intermediate=384,
+)
+"""The demo model's: wide enough to see, thin enough for a package."""
 
 SMALL = LlavaShape(
     vision_hidden=256,
@@ -78,37 +97,28 @@ LLAVA_1_5_7B = LlavaShape(
 )
 
 
-def save_config(path: Path, shape: LlavaShape) -> int:
+def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> int:
     """Write everything but the weights (enough for ``--load-format dummy``).
+
+    Args:
+        path: Folder to write to.
+        shape: Sizes of the model.
+        tokenizer: Its tokenizer; by default every byte is a token.
 
     Returns:
         The vocabulary size.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionConfig,
         LlamaConfig,
         LlavaConfig,
         LlavaProcessor,
-        PreTrainedTokenizerFast,
     )
 
-    # One token per byte: no corpus, no merges, any text in and out unchanged.
-    specials = ["<unk>", "<s>", "</s>", "<image>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
-    bytes_only = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    bytes_only.add_special_tokens([AddedToken(t, special=True) for t in specials])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_only,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<unk>",
-    )
+    if tokenizer is None:
+        tokenizer = byte_tokenizer()
+    vocabulary = tokenizer.get_vocab()
     side = {"height": shape.image_size, "width": shape.image_size}
     LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -156,7 +166,6 @@ def save_random_llava(
 ) -> None:
     """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
     import torch
-    from safetensors.torch import save_file
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     save_config(path, shape)
@@ -165,20 +174,35 @@ def save_random_llava(
         model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(path))
         state = {}
         for name, weight in model.state_dict().items():
-            # transformers 5 drops a level of the tower that vLLM and older files have.
-            if name.startswith("model.vision_tower.") and ".vision_model." not in name:
-                name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
             if weight.dim() >= 2:
                 # Transformers' 0.02 makes every prompt continue alike. Weights scaled by
                 # fan-in, and inputs of order one, make keys and answers differ.
                 scale = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
                 weight = torch.randn_like(weight) * scale
-            state[name] = weight.contiguous().to(getattr(torch, dtype))
-        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+            state[name] = weight.to(getattr(torch, dtype))
+    save_weights(path, state)
+
+
+def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
+    """Write a model's ``state_dict`` under the names that vLLM and transformers load."""
+    from safetensors.torch import save_file
+
+    named = {}
+    for name, weight in state.items():
+        # transformers 5 drops a level of the tower that vLLM and older files have.
+        if name.startswith("model.vision_tower.") and ".vision_model." not in name:
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        named[name] = weight.detach().cpu().contiguous()
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def resolve(model: str) -> str:
+    """The folder or repository that a model's name stands for; makes the demo on first use."""
+    return str(ensure_demo_checkpoint()) if model == DEMO_NAME else model
 
 
 def ensure_demo_checkpoint(shape: LlavaShape = DEMO, *, seed: int = 0) -> Path:
-    """The random demo checkpoint, made on first use in the user's cache directory."""
+    """The demo checkpoint, random until one is trained, in the user's cache directory."""
     root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitcop-vllm"
     sizes = "-".join(map(str, asdict(shape).values()))
     path = root / f"random-llava-{sizes}-seed{seed}"

@@ -1,0 +1,91 @@
+"""The training program, on a model and phases small enough to run here."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitcop_vllm.demo import scenes
+from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.demo.dataset import BatchShape
+from vitcop_vllm.demo.train import Phase, Run
+
+SHAPE = LlavaShape(
+    image_size=168,
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=1,
+    hidden=32,
+    layers=2,
+    heads=1,
+    kv_heads=1,
+    intermediate=64,
+)
+PHASES = (
+    Phase("patches", 3, BatchShape(112, 4), (1.0, 1.0)),
+    Phase("answers", 4, BatchShape(168, 4, 100, (0.0, 0.5), 0.5), (1.0, 0.1)),
+)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    """In float32: the first steps are smaller than bfloat16 tells apart."""
+    names = [name for name, _ in run.model.named_parameters()]
+    return {
+        name: weight.detach().clone()
+        for name, weight in zip(names, run.optimiser.masters, strict=False)
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("whole"), shape=SHAPE)
+    run.train(PHASES, workers=0, save_every=1e9)
+    return run
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path: Path):
+    class StoppedError(Exception):
+        pass
+
+    run = Run(tmp_path, shape=SHAPE)
+    step = run.optimiser.step
+
+    def stop_in_second_phase(share: float) -> None:
+        if (run.phase, run.step) == (1, 2):
+            raise StoppedError
+        step(share)
+
+    run.optimiser.step = stop_in_second_phase  # type: ignore[method-assign]
+    with pytest.raises(StoppedError):
+        run.train(PHASES, workers=0, save_every=0.0)  # saves after every step
+
+    again = Run(tmp_path, shape=SHAPE)
+    again.load()
+    assert (again.phase, again.step) == (1, 2)
+    again.train(PHASES, workers=1, save_every=1e9)
+    expected = weights(whole)
+    for name, weight in weights(again).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_training_moves_every_weight_the_answers_depend_on(whole, tmp_path: Path):
+    fresh = weights(Run(tmp_path, shape=SHAPE))
+    same = [name for name, weight in weights(whole).items() if torch.equal(weight, fresh[name])]
+    # LLaVA reads the layer before the last and leaves out this norm, [CLS]'s own.
+    assert same == [name for name in same if "post_layernorm" in name]
+
+
+def test_the_log_tells_losses_and_accuracy_by_family(tmp_path: Path):
+    run = Run(tmp_path, shape=SHAPE)
+    run.train(
+        (Phase("answers", 20, BatchShape(112, 2, 100), (1.0, 1.0)),), workers=0, save_every=1e9
+    )
+    (record,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert record["phase"] == "answers"
+    assert record["step"] == 20
+    assert record["answer"] > 0
+    asked = [family for family in scenes.FAMILIES if family in record]
+    assert {"colour", "text", "count"} <= set(asked)
+    assert all(0 <= record[family] <= 1 for family in asked)

@@ -1,0 +1,45 @@
+"""The demo model's own tokenizer: byte-level BPE over the words of its small world."""
+
+from collections.abc import Iterable
+from typing import Any
+
+SPECIALS = ("<unk>", "<s>", "</s>", "<image>")
+ROLES = ("USER:", "ASSISTANT:")
+VOCABULARY = 512
+
+
+def byte_tokenizer(corpus: Iterable[str] = (), size: int = 0) -> Any:
+    """A ``PreTrainedTokenizerFast`` that takes any text.
+
+    Args:
+        corpus: Texts whose frequent words become tokens; without one a token is a byte.
+            What they never hold, such as words in capitals, is spelled letter by letter.
+        size: Most tokens to make.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIALS, *alphabet))}
+    model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIALS[0]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    roles: list[AddedToken] = []
+    if size > len(vocabulary):
+        roles = [AddedToken(role, normalized=False) for role in ROLES]
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - len(roles),
+            special_tokens=list(SPECIALS),
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+        model.train_from_iterator(corpus, trainer)
+    model.add_special_tokens([AddedToken(t, special=True) for t in SPECIALS])
+    model.add_tokens(roles)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        unk_token=SPECIALS[0],
+        bos_token=SPECIALS[1],
+        eos_token=SPECIALS[2],
+        pad_token=SPECIALS[0],
+    )
