@@ -11,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
+from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, explain
 
 _DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
@@ -84,9 +85,15 @@ def parse(
     args.model, args.model_tag = args.model_tag or args.model, None
     _refuse_other_servers(parser, args, environ)
     try:
-        _write_settings(args)
+        settings = _write_settings(args)
     except ValidationError as error:
         parser.error(explain(error))
+    # Here one can still tell what was asked for from vLLM's default, which is to cache.
+    if args.enable_prefix_caching and SELECTORS[settings.selector].reads_question:
+        parser.error(
+            f"selector {settings.selector} reads the question, so what survives of a picture "
+            "is good for one prompt only: leave out --enable-prefix-caching"
+        )
     return args
 
 
@@ -114,9 +121,10 @@ def _refuse_other_servers(
         parser.error(f"only generating models are pruned: leave out --runner {args.runner}")
 
 
-def _write_settings(args: argparse.Namespace) -> None:
+def _write_settings(args: argparse.Namespace) -> PruningSettings:
     """Validate the settings and put them where the engine reads them."""
     additional = dict(args.additional_config or {})
     asked = {**additional.get(CONFIG_KEY, {}), **(args.pruning or {})}
     settings = PruningSettings.model_validate(asked)
     args.additional_config = {**additional, CONFIG_KEY: settings.model_dump(mode="json")}
+    return settings

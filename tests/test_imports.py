@@ -1,6 +1,8 @@
 """Imports point one way; the pure layers stay free of vLLM, the server free of torch."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer may import from those before it.
 LAYERS = [
     "vitcop_vllm.pruning.settings",
+    "vitcop_vllm.pruning.budgets",
     "vitcop_vllm.pruning.plan",
     "vitcop_vllm.pruning.identity",
     "vitcop_vllm.pruning",
@@ -67,8 +70,13 @@ def test_imports_point_one_way(module, path):
 def test_the_method_knows_nothing_of_vllm(module, path):
     roots = {name.split(".")[0] for name in imports(path, at_run_time_only=False)}
     assert "vllm" not in roots
-    if module.endswith(("settings", "plan", "identity")):
+    if module.endswith(("settings", "budgets", "plan", "identity")):
         assert "torch" not in roots
+
+
+def test_what_the_server_sees_loads_without_torch():
+    loads = "import sys, vitcop_vllm.pruning.identity; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", loads], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(("module", "path"), modules("server"), ids=lambda v: str(v)[-40:])
@@ -79,6 +87,7 @@ def test_the_server_sees_settings_and_plan_only(module, path):
             assert name in {
                 "vitcop_vllm",
                 "vitcop_vllm.pruning.settings",
+                "vitcop_vllm.pruning.budgets",
                 "vitcop_vllm.pruning.plan",
                 "vitcop_vllm.pruning.identity",
                 "vitcop_vllm.demo.checkpoint",

@@ -1,8 +1,8 @@
 """LLaVA with three-stage pruning as one dense forward in plain PyTorch, float32.
 
 No cache, no paging, no batching, no vLLM: the whole sequence goes through every layer, and
-rows are dropped between stages. Selection is the slow oracle's, written from the method's
-description. Slow and obvious; what the engine must equal.
+rows are dropped between stages. Selection, by any selector, is the slow oracle's, written
+from the methods' descriptions. Slow and obvious; what the engine must equal.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,14 @@ from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 
 @dataclass
+class _Seen:
+    """Query (T, heads, D) and keys (T, kv_heads, D) of a layer, after rotary embedding."""
+
+    query: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass
 class _Row:
     """A token alive in some layer: its prompt position and, if visual, its picture."""
 
@@ -29,12 +37,20 @@ class _Row:
 class DenseLlava:
     """The checkpoint's weights and a forward that reads like the method."""
 
-    def __init__(self, path: Path, boundaries: tuple[int, int], *, renumber_deep: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        boundaries: tuple[int, int],
+        *,
+        renumber_deep: bool = False,
+        selector: str = "vitcop",
+    ):
         self.config = AutoConfig.from_pretrained(path)
         self.processor = AutoProcessor.from_pretrained(path)
         self.weights = load_file(path / "model.safetensors")
         self.boundaries = boundaries
         self.renumber_deep = renumber_deep
+        self.selector = selector
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -83,20 +99,38 @@ class DenseLlava:
             y = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.layer_norm2", x))
             y = y * torch.sigmoid(1.702 * y)
             x = x + self.linear(f"{name}.mlp.fc2", y)
-        features, labels = x[1:], []
-        if counts.is_pruned:
-            saliency = attention[:, 0, 1:].sum(0)
-            n1 = counts.stages[0]
-            kept = sorted(saliency.argsort(descending=True, stable=True)[:n1].tolist())
+        saliency = attention[:, 0, 1:].sum(0)
+        kept = self.choose_patches(x[1:], saliency, pixels["pixel_values"], counts.stages[0])
+        labels = []
+        if counts.centres:
             side = config.image_size // config.patch_size
             labels = oracle.labels(
                 key[1:].flatten(1)[kept].numpy(),
                 oracle.positions(kept, side, side),
                 counts.centres,
             )
-            features = features[kept]
+        return self.project(x[1:][kept]), labels
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
         y = self.linear("model.multi_modal_projector.linear_1", features)
-        return self.linear("model.multi_modal_projector.linear_2", F.gelu(y)), labels
+        return self.linear("model.multi_modal_projector.linear_2", F.gelu(y))
+
+    def choose_patches(
+        self, features: torch.Tensor, saliency: torch.Tensor, pixels: torch.Tensor, n1: int
+    ) -> list[int]:
+        patches = len(features)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        if n1 == patches:
+            return list(range(patches))
+        match self.selector:
+            case "random":
+                return oracle.random_subset(pixels.numpy(), patches, n1)
+            case "grid":
+                return oracle.even_grid(side, side, n1)
+            case "divprune":
+                return oracle.max_min_diversity(self.project(features).numpy(), n1)
+        assert self.selector in ("vitcop", "cls")
+        return oracle.largest(saliency.tolist(), n1)
 
     # The decoder.
 
@@ -124,29 +158,33 @@ class DenseLlava:
             labels.append(picture_labels)
             start += len(embedded)
 
-        x, keys = embeds, torch.empty(0)
+        x, seen = embeds, None
         positions = [row.position for row in rows]
         for layer in range(text.num_hidden_layers):
             if layer == self.boundaries[0]:
-                x, rows = self.merge(x, rows, keys, labels, counts)
+                last = prompt_length - 1
+                if self.selector == "vitcop":
+                    x, rows = self.merge(x, rows, seen, labels, counts)
+                else:
+                    x, rows = self.drop(x, rows, seen, counts, 1, last)
                 positions = [row.position for row in rows]
             if layer == self.boundaries[1]:
                 compact = {row.position: i for i, row in enumerate(rows)}
-                x, rows = self.drop(x, rows, keys, counts)
+                x, rows = self.drop(x, rows, seen, counts, 2, None)
                 positions = [
                     compact[row.position]
                     if self.renumber_deep and row.position < prompt_length
                     else row.position
                     for row in rows
                 ]
-            x, keys = self.layer(layer, x, positions)
+            x, seen = self.layer(layer, x, positions)
         x = self.norm("model.language_model.norm", x)
         answer = len(tokens) - prompt_length + 1
         return self.linear("lm_head", x[-answer:])
 
     def layer(
         self, layer: int, x: torch.Tensor, positions: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, _Seen]:
         text = self.config.text_config
         name = f"model.language_model.layers.{layer}"
         heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -165,7 +203,7 @@ class DenseLlava:
         y = self.norm(f"{name}.post_attention_layernorm", x)
         gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
         y = self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y))
-        return x + y, key
+        return x + y, _Seen(query, key)
 
     def rotate(self, x: torch.Tensor, positions: list[int]) -> torch.Tensor:
         half = x.shape[-1] // 2
@@ -181,8 +219,8 @@ class DenseLlava:
     def key_norm(keys: torch.Tensor) -> torch.Tensor:
         return keys.mean(dim=1).norm(dim=-1)
 
-    def merge(self, x, rows, keys, labels, counts):
-        norms = self.key_norm(keys)
+    def merge(self, x, rows, seen, labels, counts):
+        norms = self.key_norm(seen.keys)
         out_x, out_rows = [], []
         i = 0
         while i < len(rows):
@@ -210,8 +248,8 @@ class DenseLlava:
             i += n1
         return torch.stack(out_x), out_rows
 
-    def drop(self, x, rows, keys, counts):
-        norms = self.key_norm(keys)
+    def drop(self, x, rows, seen, counts, stage, last):
+        """``last``: row of the prompt's last token, at the shallow boundary."""
         keep = []
         i = 0
         while i < len(rows):
@@ -220,7 +258,24 @@ class DenseLlava:
                 keep.append(i)
                 i += 1
                 continue
-            _, n2, n3 = counts[number].stages
-            keep.extend(i + j for j in oracle.smallest(norms[i : i + n2].tolist(), n3))
-            i += n2
+            before, after = counts[number].stages[stage - 1 : stage + 1]
+            span = range(i, i + before)
+            chosen = self.choose_tokens(x, seen, span, after, last)
+            assert len(chosen) == after
+            keep.extend(i + j for j in chosen)
+            i += before
         return x[keep], [rows[j] for j in keep]
+
+    def choose_tokens(self, x, seen, span, count, last):
+        if count == len(span):
+            return list(range(count))
+        visual = list(span)
+        if self.selector == "fastv":
+            scale = seen.query.shape[-1] ** -0.5
+            query, keys = seen.query[last].numpy(), seen.keys[: last + 1].numpy()
+            return oracle.last_token_attention(query, keys, scale, visual, count)
+        if self.selector == "dart":
+            states = self.norm("model.language_model.norm", x[visual])
+            return oracle.least_duplicated(seen.keys[visual].numpy(), states.numpy(), count)
+        assert self.selector in ("vitcop", "key_norm")
+        return oracle.smallest(self.key_norm(seen.keys[visual]).tolist(), count)

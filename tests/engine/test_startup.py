@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vitcop_vllm.engine.config import PrunedModelConfig, settings_of
+from vitcop_vllm.engine.config import PrunedModelConfig, _round_down, logger, settings_of
 
 
 def config_of(checkpoint, **options):
@@ -31,6 +31,9 @@ def test_settings_come_from_additional_config(checkpoint):
 
 def test_a_block_size_the_user_chose_is_kept(checkpoint):
     assert config_of(checkpoint, block_size=64).cache_config.block_size == 64
+
+
+READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_ratio": 0.8}}}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,28 @@ def test_a_block_size_the_user_chose_is_kept(checkpoint):
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
         ({"additional_config": {"pruning": {"default_ratio": 1.0}}}, "default_ratio"),
         ({"additional_config": {"pruning": [1]}}, "mapping"),
+        ({"additional_config": {"pruning": {"selector": "fast"}}}, "selector: Input should be"),
+        (
+            {"additional_config": {"pruning": {"selector": "key_norm"}}},
+            "selector key_norm keeps every visual token in the first 1 of 8 layers; "
+            "set max_pruning_ratio to at most 0.875",
+        ),
+        (
+            {
+                "additional_config": {
+                    "pruning": {"selector": "dart", "max_pruning_ratio": 0.7, "shallow_boundary": 3}
+                }
+            },
+            "first 3 of 8 layers; set max_pruning_ratio to at most 0.625",
+        ),
+        (
+            {**READING, "max_num_batched_tokens": 1000},
+            "raise --max-num-batched-tokens to 1024, or lower --max-model-len",
+        ),
+        (
+            {**READING, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 512},
+            "unset --long-prefill-token-threshold",
+        ),
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "select_strategy"),
         ({"hf_overrides": {"vision_feature_layer": [-2, -3]}}, "vision_feature_layer"),
     ],
@@ -68,6 +93,28 @@ def test_a_block_size_the_user_chose_is_kept(checkpoint):
 def test_what_cannot_be_done_right_is_refused(checkpoint, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         config_of(checkpoint, **options)
+
+
+def test_a_ratio_named_by_a_refusal_is_accepted_with_it(checkpoint):
+    pruning = {"selector": "key_norm", "max_pruning_ratio": 0.875, "default_ratio": 0.875}
+    config = config_of(checkpoint, additional_config={"pruning": pruning})
+    assert settings_of(config.model_config.hf_config).selector == "key_norm"
+
+
+def test_ratios_in_refusals_are_rounded_down():
+    assert _round_down(1 - 2 / 24) == 0.9166
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_a_selector_that_reads_the_question_is_never_cached(checkpoint, asked, monkeypatch):
+    """Nobody can tell here who asked for caching, so the log says it loudly; the server can."""
+    warnings = []
+    monkeypatch.setattr(logger, "warning", lambda text, *args: warnings.append(text % args))
+    options = {**READING, "max_num_batched_tokens": 1024, "enable_prefix_caching": asked}
+    config = config_of(checkpoint, **options)
+    assert not config.cache_config.enable_prefix_caching
+    said = [text for text in warnings if "selector fastv reads the question" in text]
+    assert len(said) == (asked is not False)
 
 
 def test_model_runner_v2_is_refused(checkpoint, monkeypatch):

@@ -130,3 +130,82 @@ def merged(hidden, output):
             row = row + sum(hidden[i] for i in members) / len(members)
         result.append(row)
     return np.stack(result)
+
+
+# Selectors other than ViTCoP: each chooses ``count`` tokens of one picture, ascending.
+
+
+def scatter(x):
+    """MurmurHash3's last step, on a Python integer below 2^32."""
+    for shift, factor in (16, 0x85EBCA6B), (13, 0xC2B2AE35):
+        x = (x ^ (x >> shift)) * factor % 2**32
+    return x ^ (x >> 16)
+
+
+def random_subset(pixels, patches, count):
+    """Float32 pixels of a picture in any shape; the choice hangs on every bit of them."""
+    seed = 0
+    for place, bits in enumerate(np.asarray(pixels, dtype=np.float32).reshape(-1).view(np.uint32)):
+        seed = (seed + scatter(int(bits) ^ scatter(place))) % 2**32
+    return smallest([scatter(seed ^ scatter(patch)) for patch in range(patches)], count)
+
+
+def even_grid(height, width, count):
+    """By thresholds of ordered dithering: each square holds four smaller copies of itself."""
+    matrix = [[0]]
+    while len(matrix) < max(height, width):
+        matrix = [
+            [4 * value + add for add in adds for value in row]
+            for adds in ((0, 2), (3, 1))
+            for row in matrix
+        ]
+    return smallest(
+        [matrix[row][column] for row in range(height) for column in range(width)], count
+    )
+
+
+def cosine(a, b):
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return float(a @ b / math.sqrt(float(a @ a)) / math.sqrt(float(b @ b)))
+
+
+def max_min_diversity(embeddings, count):
+    """(V, H)."""
+    tokens = range(len(embeddings))
+    distance = [[1 - cosine(embeddings[i], embeddings[j]) for j in tokens] for i in tokens]
+    chosen: list[int] = []
+    while len(chosen) < count:
+        others = {
+            i: min((distance[i][j] for j in (chosen or tokens) if j != i), default=0.0)
+            for i in tokens
+            if i not in chosen
+        }
+        chosen.append(min(others, key=lambda i: (-others[i], i)))
+    return sorted(chosen)
+
+
+def last_token_attention(query, keys, scale, visual, count):
+    """Query (heads, D) of the prompt's last token, keys (tokens, kv_heads, D) up to it."""
+    received = [0.0] * len(keys)
+    for head in range(len(query)):
+        of_head = head * keys.shape[1] // len(query)
+        scores = [scale * float(np.dot(query[head], key[of_head])) for key in keys]
+        top = max(scores)
+        weights = [math.exp(score - top) for score in scores]
+        total = sum(weights)
+        for token, weight in enumerate(weights):
+            received[token] += weight / total / len(query)
+    return largest([received[token] for token in visual], count)
+
+
+def least_duplicated(keys, states, count, num_pivots=8):
+    """Keys (n, kv_heads, D) and normed hidden states (n, H) of a picture."""
+    sizes = [float(np.abs(key.astype(np.float64)).sum()) for key in keys]
+    pivots = sorted(range(len(keys)), key=lambda i: (-sizes[i], i))[: min(num_pivots, count)]
+    kept = list(pivots)
+    for number, pivot in enumerate(pivots):
+        quota = (count - len(pivots)) // len(pivots)
+        quota += number < (count - len(pivots)) % len(pivots)
+        left = [i for i in range(len(keys)) if i not in kept]
+        kept += sorted(left, key=lambda i: (cosine(states[pivot], states[i]), i))[:quota]
+    return sorted(kept)

@@ -3,6 +3,8 @@
 Fake tensors stand in for CUDA: they know shapes and devices but have no values to ask for.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import (
@@ -14,13 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.pruning.test_clustering import clumps
+from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
 from vitcop_vllm.pruning.selection import (
+    StageTwoSelection,
     mean_key_norm,
     merge_tokens,
     select_stage_three,
     select_stage_two,
+)
+from vitcop_vllm.pruning.selectors import (
+    BoundaryView,
+    EncoderView,
+    select_patches,
+    select_tokens,
 )
 
 
@@ -95,6 +105,43 @@ def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
     assert select_stage_three(key_norm[:, :n2], n3).shape == (2, n3)
 
 
+@pytest.mark.usefixtures("device_only")
+@pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.encoder])
+def test_choosing_patches_stays_on_the_device(name):
+    ones = partial(torch.ones, device="cuda", dtype=torch.bfloat16)
+    view = EncoderView(
+        cls_query=ones(2, 16, 64),
+        keys=ones(2, 577, 16, 64),
+        scale=0.125,
+        grid=(24, 24),
+        pixels=ones(2, 3, 336, 336),
+        embed=lambda: ones(2, 576, 4096),
+        mean_over_ranks=lambda x: x,
+    )
+    assert select_patches(SELECTORS[name], view, 64).shape == (2, 64)
+
+
+@pytest.mark.usefixtures("device_only")
+@pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.shallow])
+def test_choosing_tokens_stays_on_the_device(name):
+    ones = partial(torch.ones, device="cuda", dtype=torch.float16)
+    view = BoundaryView(
+        rows=torch.ones(2, 576, device="cuda", dtype=torch.int64),
+        queries=ones(1400, 32, 128),
+        keys=ones(1400, 8, 128),
+        scale=0.09,
+        hidden=lambda: ones(2, 576, 4096),
+        norm_weight=ones(4096),
+        prompt_rows=torch.ones(2, 2, device="cuda", dtype=torch.int64),
+        labels=torch.ones(2, 576, device="cuda", dtype=torch.int64),
+        num_centres=20,
+        mean_over_ranks=lambda x: x,
+    )
+    chosen = select_tokens(SELECTORS[name], 1, view, 77)
+    index = chosen.index if isinstance(chosen, StageTwoSelection) else chosen
+    assert index.shape == (2, 77)
+
+
 @pytest.fixture
 def half_precision_default():
     """Engines load models with a half-precision default dtype."""
@@ -105,6 +152,35 @@ def half_precision_default():
 
 
 def everything(query, keys, features):
+    patches = EncoderView(
+        cls_query=query,
+        keys=keys,
+        scale=0.3,
+        grid=(7, 10),
+        pixels=features,
+        embed=lambda: keys[:, 1:].flatten(2),
+        mean_over_ranks=lambda x: x,
+    )
+    rows = torch.arange(30).unflatten(0, (2, 15))
+    tokens = BoundaryView(
+        rows=rows,
+        queries=keys[0],
+        keys=keys[1],
+        scale=0.3,
+        hidden=lambda: keys[0].flatten(1)[rows],
+        norm_weight=query[0].flatten(),
+        prompt_rows=torch.tensor([[0, 15], [20, 60]]),
+        labels=rows % 5,
+        num_centres=5,
+        mean_over_ranks=lambda x: x,
+    )
+    others = []
+    for row in SELECTORS.values():
+        if row.encoder:
+            others.append(select_patches(row, patches, 11))
+        if row.shallow:
+            chosen = select_tokens(row, 1, tokens, 11)
+            others += chosen if isinstance(chosen, StageTwoSelection) else [chosen]
     saliency = cls_saliency(query, keys, 0.3)
     index = most_salient(saliency, 40)
     places = patch_positions(index, 7, 10)
@@ -112,7 +188,7 @@ def everything(query, keys, features):
     key_norm = mean_key_norm(keys[:, :40])
     selection = select_stage_two(key_norm, labels, 6, 20)
     merged = merge_tokens(features, selection)
-    return saliency, index, places, labels, key_norm, *selection, merged
+    return saliency, index, places, labels, key_norm, *selection, merged, *others
 
 
 @pytest.fixture

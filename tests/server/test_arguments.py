@@ -62,6 +62,8 @@ def test_additional_config_is_kept() -> None:
         (["--pruning.default_ratio", "2"], "default_ratio: Input should be less than 1"),
         (["--pruning.default_ratio", "0.96"], "above max_pruning_ratio"),
         (["--pruning", "0.5"], "--pruning must be a mapping"),
+        (["--pruning.selector", "fast"], "selector: Input should be 'vitcop', 'cls'"),
+        (["--pruning.selector", "fastv", "--enable-prefix-caching"], "reads the question"),
         (["--no-trust-request-mm-kwargs"], "--trust-request-mm-kwargs"),
         (["--runner", "pooling"], "--runner pooling"),
         (["--grpc"], "--grpc"),
@@ -74,6 +76,18 @@ def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[str], sentence:
         parsed("m", *argv)
     assert exit_.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--pruning.selector", "fastv"],
+        ["--pruning.selector", "fastv", "--no-enable-prefix-caching"],
+        ["--pruning.selector", "dart", "--enable-prefix-caching"],
+    ],
+)
+def test_prefix_caching_is_refused_only_where_asked_for(argv: list[str]) -> None:
+    assert parsed("m", *argv).additional_config["pruning"]["selector"] == argv[1]
 
 
 def test_rust_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

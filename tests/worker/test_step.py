@@ -116,6 +116,28 @@ def test_groups_name_the_rows_of_their_spans(batch):
 
 
 @given(batches)
+def test_groups_name_the_rows_of_their_prompts(batch):
+    """Where the step computes the whole prompt, as selectors that read the question need."""
+    whole = [r._replace(start=0, end=max(r.end, r.prompt_tokens)) for r in batch]
+    forward = forward_of(whole)
+    requests = [
+        request
+        for request in whole
+        for span in (request.plan.spans if request.plan else ())
+        if span.counts.is_pruned
+    ]
+    for group in forward.groups if forward else ():
+        for member, picture in enumerate(group.pictures):
+            for stage in range(3):
+                ids = [(r, p) for r in whole for p in rows_of(r, stage)]
+                first, last = group.prompt_rows[stage, :, member].tolist()
+                request = requests[picture]
+                mine = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
+                assert [p for _, p in ids[first : last + 1]] == mine
+                assert all(r is request for r, _ in ids[first : last + 1])
+
+
+@given(batches)
 def test_outputs_repeat_the_last_survivor_of_a_span(batch):
     forward = forward_of(batch)
     if forward is None:

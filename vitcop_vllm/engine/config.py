@@ -5,6 +5,7 @@ workers and scheduler are chosen. Selecting a pruned architecture is thus all a 
 """
 
 import os
+from math import floor
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vitcop_vllm import __version__
+from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
         raise ValueError(f"bad pruning settings: {explain(error)}") from None
 
 
+def _round_down(ratio: float) -> float:
+    """To four decimals; who sets what a sentence names must not be refused again."""
+    return floor(ratio * 1e4) / 1e4
+
+
 def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]:
     """What this engine cannot do right together with pruning, and what to change."""
     from transformers import CLIPVisionConfig
@@ -65,6 +72,12 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
     if isinstance(vision_config, CLIPVisionConfig):
         patches = (vision_config.image_size // vision_config.patch_size) ** 2
     mm_config = model_config.get_multimodal_config()
+    name, selector = settings.selector, SELECTORS[settings.selector]
+    num_layers = text_config.num_hidden_layers
+    boundaries = settings.boundaries(num_layers)
+    max_ratio = selector.max_ratio(boundaries, num_layers)
+    whole_prompt = f"selector {name} reads the question, so a step must hold the longest prompt"
+    longest = model_config.max_model_len
     checks = {
         "pipeline parallelism splits the stages; use --tensor-parallel-size instead": (
             parallel.pipeline_parallel_size > 1
@@ -119,6 +132,16 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
         "--long-prefill-token-threshold to that or unset it": (
             0 < scheduler.long_prefill_token_threshold < patches
         ),
+        f"selector {name} keeps every visual token in the first {boundaries[0]} of {num_layers} "
+        f"layers; set max_pruning_ratio to at most {_round_down(max_ratio)}": (
+            settings.max_pruning_ratio > max_ratio
+        ),
+        f"{whole_prompt}; raise --max-num-batched-tokens to {longest}, or lower --max-model-len": (
+            selector.reads_question and scheduler.max_num_batched_tokens < longest
+        ),
+        f"{whole_prompt}; unset --long-prefill-token-threshold": (
+            selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
+        ),
         f"{RATIO_KEY} in --mm-processor-kwargs is not read; set default_ratio instead": (
             RATIO_KEY in (mm_config.mm_processor_kwargs or {})
         ),
@@ -165,7 +188,16 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         setattr(model_config.hf_config, CONFIG_KEY, settings.model_dump(mode="json"))
         model_config.hf_config.pruning_block_size = cache_config.block_size
         if cache_config.enable_prefix_caching:
-            logger.info("Prefix caching is off: it does not know of pruned pictures yet.")
+            if SELECTORS[settings.selector].reads_question:
+                # Whether it was asked for or is vLLM's default, nobody can tell any more. Our
+                # server still can, and refuses.
+                logger.warning(
+                    "Prefix caching is off: selector %s reads the question, so what survives "
+                    "of a picture is good for one prompt only.",
+                    settings.selector,
+                )
+            else:
+                logger.info("Prefix caching is off: it does not know of pruned pictures yet.")
             cache_config.enable_prefix_caching = False
         # A picture's tokens are selected together, so its span is computed in one step.
         vllm_config.scheduler_config.disable_chunked_mm_input = True
@@ -188,8 +220,9 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
                 "set VLLM_USE_V2_MODEL_RUNNER=0"
             )
         logger.info(
-            "Visual token pruning: stages begin at layers 0, %d, %d of %d; ratio %g by "
-            "default, at most %g; %s counts, %s positions.",
+            "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "
+            "%g by default, at most %g; %s counts, %s positions.",
+            settings.selector,
             *settings.boundaries(model_config.hf_text_config.num_hidden_layers),
             model_config.hf_text_config.num_hidden_layers,
             settings.default_ratio,

@@ -76,7 +76,7 @@ class _Engine:
         from vitcop_vllm.models import llava, staged_decoder
 
         for module, names in {
-            llava: ("cls_saliency", "most_salient", "patch_positions", "cluster_labels", "_take"),
+            llava: ("select_patches", "patch_positions", "cluster_labels", "_take"),
             staged_decoder: ("_select_rows",),
         }.items():
             for name in names:

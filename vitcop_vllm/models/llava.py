@@ -3,17 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BatchFeature
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
@@ -29,11 +26,13 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
-from vitcop_vllm.models.staged_decoder import stage_layers, staged_forward
+from vitcop_vllm.models.staged_decoder import mean_over_ranks, stage_layers, staged_forward
+from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.identity import tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+from vitcop_vllm.pruning.saliency import patch_positions
+from vitcop_vllm.pruning.selectors import EncoderView, select_patches
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 from vitcop_vllm.worker.step import StagedForward
 
@@ -186,13 +185,15 @@ def _recorded_qkv(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
 class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """vLLM's LLaVA-1.5; a picture costs what its request's pruning ratio leaves of it.
 
-    A pruned picture's embeddings carry one more column, its cluster labels: so they go
-    wherever vLLM keeps, sends or caches the embeddings, and arrive with them.
+    Where tokens are clustered, a picture's embeddings carry one more column, its cluster
+    labels: so they go wherever vLLM keeps, sends or caches the embeddings, and arrive with
+    them.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pruning = settings_of(self.config)
+        self.selector = SELECTORS[self.pruning.selector]
         layers = self.language_model.model.layers
         self.boundaries = self.pruning.boundaries(len(layers))
         stage_layers(layers, self.boundaries, vllm_config)
@@ -205,7 +206,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().embed_multimodal(**kwargs)
         assert isinstance(counts, torch.Tensor)
         pictures = [VisualTokenCounts(v, k, (n1, n2, n3)) for v, k, n1, n2, n3 in counts.tolist()]
-        if not any(picture.is_pruned for picture in pictures):
+        if self.selector.encoder is None or not any(picture.is_pruned for picture in pictures):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None
@@ -225,7 +226,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """Encode pictures together, then run Stage I on those of equal counts together.
 
         Returns:
-            Per picture (n1, H), or (n1, H + 1) with cluster labels where it is pruned.
+            Per picture (n1, H), or (n1, H + 1) with cluster labels where it has clusters.
         """
         attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
         with _recorded_qkv(attention.qkv_proj) as outputs:
@@ -237,7 +238,12 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             batch: Any = chosen if len(chosen) < len(pictures) else slice(None)
             if counts.is_pruned:
                 result = self._stage_one(
-                    attention, features[batch], query[batch, 0], key[batch], counts
+                    attention,
+                    pixel_values[batch],
+                    features[batch],
+                    query[batch, 0],
+                    key[batch],
+                    counts,
                 )
             else:
                 result = self.multi_modal_projector(features[batch])
@@ -248,36 +254,44 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _stage_one(
         self,
         attention: Any,
+        pixels: torch.Tensor,
         features: torch.Tensor,
         cls_query: torch.Tensor,
         key: torch.Tensor,
         counts: VisualTokenCounts,
     ) -> torch.Tensor:
-        """Keep the most salient patches, cluster them, and only then project.
+        """Keep the patches that the selector chooses, cluster them, and only then project.
 
         Args:
             attention: The tower's last attention layer.
+            pixels: (B, 3, height, width) pictures.
             features: (B, V, C) patches from the encoder.
             cls_query: (B, local heads * D) query of [CLS] in that layer.
             key: (B, 1 + V, local heads * D) keys in that layer, [CLS] first.
             counts: Of each of the B pictures.
 
         Returns:
-            (B, n1, H + 1): embeddings, and the cluster labels' bits as one more column.
+            (B, n1, H) embeddings; with clusters (B, n1, H + 1), their labels' bits as one more
+            column.
         """
         heads = attention.num_heads_per_partition
-        saliency = cls_saliency(
-            cls_query.unflatten(-1, (heads, -1)),
-            key.unflatten(-1, (heads, -1)),
-            attention.scale,
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        view = EncoderView(
+            cls_query=cls_query.unflatten(-1, (heads, -1)),
+            keys=key.unflatten(-1, (heads, -1)),
+            scale=attention.scale,
+            grid=(side, side),
+            pixels=pixels,
+            embed=lambda: self.multi_modal_projector(features),
+            mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
         )
-        if attention.tp_size > 1:
-            saliency = tensor_model_parallel_all_reduce(saliency.contiguous())
-        index = most_salient(saliency, counts.stages[0])
+        index = select_patches(self.selector, view, counts.stages[0])
+        embedded: torch.Tensor = self.multi_modal_projector(_take(features, index))
+        if not counts.centres:
+            return embedded
         patch_keys = _take(key[:, 1:], index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         labels = cluster_labels(
             patch_keys,
             patch_positions(index, side, side),
@@ -285,7 +299,6 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             density_scale=self.pruning.density_scale,
             spatial_radius=self.pruning.spatial_radius,
         )
-        embedded = self.multi_modal_projector(_take(features, index))
         return torch.cat((embedded, _label_column(labels, embedded.dtype)), dim=-1)
 
     def embed_input_ids(
@@ -327,6 +340,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         assert inputs_embeds is not None
         return staged_forward(
             self.language_model.model,
+            self.selector,
             self.boundaries,
             step,
             positions,

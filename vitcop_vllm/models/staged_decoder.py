@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,12 +14,9 @@ from vllm.distributed import (
 )
 
 from vitcop_vllm.engine.attention import StagedAttention
-from vitcop_vllm.pruning.selection import (
-    mean_key_norm,
-    merge_tokens,
-    select_stage_three,
-    select_stage_two,
-)
+from vitcop_vllm.pruning.budgets import Selector
+from vitcop_vllm.pruning.selection import StageTwoSelection, merge_tokens
+from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
 
@@ -35,57 +33,60 @@ def stage_layers(
 
 
 @contextmanager
-def _recorded_keys(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the keys (after rotary embedding) that an attention layer is called with.
+def _recorded_inputs(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects query and key (after rotary embedding) that an attention layer is called with.
 
     A hook for the length of a call: decode steps, which vLLM compiles, never see it.
     """
-    keys: list[torch.Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _, inputs: keys.append(inputs[1]))
+    recorded: list[torch.Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _, inputs: recorded.extend(inputs[:2]))
     try:
-        yield keys
+        yield recorded
     finally:
         handle.remove()
 
 
-def key_norms(keys: torch.Tensor, num_local_heads: int) -> torch.Tensor:
-    """:func:`mean_key_norm` over the KV heads of all tensor-parallel ranks.
+def mean_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """The mean of what ``ranks`` tensor-parallel ranks hold, the same on every rank."""
+    if ranks == 1:
+        return x
+    mean: torch.Tensor = tensor_model_parallel_all_reduce(x.contiguous()) / ranks
+    return mean
 
-    Args:
-        keys: (..., num_local_heads * D) keys of this rank's heads.
-        num_local_heads: KV heads on this rank.
 
-    Returns:
-        (...) float32, the same on every rank; smaller is more salient.
+class _LayerBefore(NamedTuple):
+    """What the last layer of a stage was called with, and what it left; T rows.
+
+    Attributes:
+        attention: Its attention layer.
+        query, key: (T, local heads * D), (T, local KV heads * D), after rotary embedding.
+        hidden, residual: (T, H); their sum is the residual stream.
     """
-    heads = keys.unflatten(-1, (num_local_heads, -1))
-    ranks = get_tensor_model_parallel_world_size()
-    if ranks > 1:
-        # The mean of the ranks' means: each holds equally many heads, and where there are
-        # fewer heads than ranks each head is held equally often.
-        mean = tensor_model_parallel_all_reduce(heads.float().mean(dim=-2)) / ranks
-        heads = mean.unsqueeze(-2)
-    return mean_key_norm(heads)
+
+    attention: Any
+    query: torch.Tensor
+    key: torch.Tensor
+    hidden: torch.Tensor
+    residual: torch.Tensor
 
 
 def _select_rows(
+    selector: Selector,
     group: SpanGroup,
     stage: int,
-    keys: torch.Tensor,
-    num_local_heads: int,
+    layer: _LayerBefore,
     labels: Sequence[torch.Tensor],
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
+    norm_weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Which rows of the stage before stand for a group's spans in ``stage``.
 
     Args:
+        selector: What chooses them.
         group: G spans with equal counts; n rows each before, m after.
         stage: 1 or 2.
-        keys: (T, num_local_heads * D) of the layer before.
-        num_local_heads: KV heads on this rank.
-        labels: Cluster labels per pruned picture of the step, (n1,) each.
-        hidden, residual: (T, H); their sum is the residual stream.
+        layer: The last layer of the stage before.
+        labels: Cluster labels per clustered picture of the step, (n1,) each.
+        norm_weight: (H,), of the norm that ends the decoder.
 
     Returns:
         (G, m) rows, and what the residual stream there becomes: (G, m, H) where tokens
@@ -94,24 +95,29 @@ def _select_rows(
     counts = group.counts
     before = group.rows(stage - 1)
     if counts.stages[stage] == counts.stages[stage - 1]:
-        # Mild ratios spend everything before the deep stage: nothing to merge or drop.
+        # Many selectors drop nothing here, and mild ratios spend everything before Stage III.
         return before, None
-    norms = key_norms(keys[before], num_local_heads)
-    if stage == 2:
-        return before.gather(1, select_stage_three(norms, counts.stages[2])), None
-    selection = select_stage_two(
-        norms,
-        torch.stack([labels[picture] for picture in group.pictures]),
-        counts.centres,
-        counts.stages[1],
+    view = BoundaryView(
+        rows=before,
+        queries=layer.query.unflatten(-1, (layer.attention.num_heads, -1)),
+        keys=layer.key.unflatten(-1, (layer.attention.num_kv_heads, -1)),
+        scale=layer.attention.impl.scale,
+        hidden=lambda: layer.hidden[before] + layer.residual[before],
+        norm_weight=norm_weight,
+        prompt_rows=group.prompt_rows[stage - 1],
+        labels=torch.stack([labels[i] for i in group.pictures]) if counts.centres else None,
+        num_centres=counts.centres,
+        mean_over_ranks=partial(mean_over_ranks, ranks=get_tensor_model_parallel_world_size()),
     )
-    return before.gather(1, selection.index), merge_tokens(
-        hidden[before] + residual[before], selection
-    )
+    chosen = select_tokens(selector, stage, view, counts.stages[stage])
+    if isinstance(chosen, StageTwoSelection):
+        return before.gather(1, chosen.index), merge_tokens(view.hidden(), chosen)
+    return before.gather(1, chosen), None
 
 
 def staged_forward(
     decoder: Any,
+    selector: Selector,
     boundaries: tuple[int, int],
     step: StagedForward,
     positions: torch.Tensor,
@@ -122,11 +128,12 @@ def staged_forward(
 
     Args:
         decoder: vLLM's decoder model; its layers are called as its own forward does.
+        selector: What chooses the visual rows that go on.
         boundaries: First layers of the second and third stage.
         step: How the step's rows change between stages.
         positions: (T,) rotary positions.
         inputs_embeds: (T, H) embeddings, pictures merged in.
-        labels: Cluster labels, one (n1,) tensor per pruned picture of the step.
+        labels: Cluster labels, one (n1,) tensor per clustered picture of the step.
 
     Returns:
         (T, H) hidden states; a dropped token's row repeats its span's last survivor.
@@ -139,14 +146,16 @@ def staged_forward(
             hidden, residual = layer(positions, hidden, residual)
         last = decoder.layers[boundary - 1]
         attention = last.self_attn.attn
-        with _recorded_keys(attention) as keys:
+        with _recorded_inputs(attention) as recorded:
             hidden, residual = last(positions, hidden, residual)
         assert residual is not None
+        query, key = recorded
+        layer_before = _LayerBefore(attention, query, key, hidden, residual)
         source = step.sources[stage].clone()
         merged = []
         for group in step.groups:
             rows, stream = _select_rows(
-                group, stage, keys[0], attention.num_kv_heads, labels, hidden, residual
+                selector, group, stage, layer_before, labels, decoder.norm.weight
             )
             destination = group.rows(stage)
             source[destination] = rows

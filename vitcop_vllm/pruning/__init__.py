@@ -1,5 +1,6 @@
-"""The ViTCoP method (arXiv 2601.17818), free of vLLM.
+"""The ViTCoP method (arXiv 2601.17818) and other selectors, free of vLLM.
 
-``settings`` and ``plan`` are plain Python; ``saliency``, ``clustering`` and ``selection``
-are torch functions without host synchronisation or data-dependent shapes.
+``settings``, ``budgets`` and ``plan`` are plain Python; ``saliency``, ``clustering``,
+``selection`` and ``selectors`` are torch functions without host synchronisation or
+data-dependent shapes.
 """

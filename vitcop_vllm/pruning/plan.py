@@ -2,7 +2,7 @@
 
 Pure arithmetic: known to the processor, the scheduler and the worker before a forward
 pass, from the picture's token count and the ratio alone. *Which* tokens survive is
-decided later, on the device, by ``saliency``, ``clustering`` and ``selection``.
+decided later, on the device, by ``selectors``.
 """
 
 from bisect import bisect_right
@@ -12,15 +12,10 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import Self
 
-from vitcop_vllm.pruning.settings import FractionRow, PruningSettings
+from vitcop_vllm.pruning.budgets import SELECTORS, Asked
+from vitcop_vllm.pruning.settings import PruningSettings
 
 NUM_STAGES = 3
-
-_ROW_SNAP = 5e-4
-"""A ratio rounded to three decimals (0.889 for 8/9) still means the published row."""
-
-_MIN_SECOND_STAGE = 0.1
-"""Smallest n2/n1 that very high ratios are planned with, before Stage I gives way."""
 
 
 @dataclass(frozen=True)
@@ -73,22 +68,6 @@ class VisualTokenCounts:
         return cls(encoder, centres, (n1, n2, n3))
 
 
-def _stage_one_fractions(rows: tuple[FractionRow, ...], keep: float) -> tuple[float, float]:
-    """Encoder and centre fractions at ``keep``: on, between or past the given rows."""
-    for row in rows:
-        if abs(row.keep - keep) < _ROW_SNAP:
-            return row.encoder, row.centres
-    if len(rows) == 1:
-        return rows[0].encoder, rows[0].centres
-    upper = min(max(bisect_right([row.keep for row in rows], keep), 1), len(rows) - 1)
-    low, high = rows[upper - 1], rows[upper]
-    t = (keep - low.keep) / (high.keep - low.keep)
-    return (
-        low.encoder + t * (high.encoder - low.encoder),
-        low.centres + t * (high.centres - low.centres),
-    )
-
-
 @lru_cache(maxsize=4096)
 def plan_counts(
     settings: PruningSettings,
@@ -97,12 +76,13 @@ def plan_counts(
     encoder_tokens: int,
     block_size: int | None = None,
 ) -> VisualTokenCounts:
-    """Counts per stage for one picture (formulae: ViTCoP, arXiv 2601.17818).
+    """Counts per stage for one picture, by the budget rule of the settings' selector.
 
-    With keep fraction r = 1 - ratio, Stage I fraction v, boundaries S and D of L layers:
-    n1 = int(v V), n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1),
-    n3 = round(n2 / 5). Where that asks for n2 > n1 (mild pruning), n2 = n1 and the deep
-    stage takes what is left of the budget, so that the layer average is still as asked.
+    For ViTCoP itself (arXiv 2601.17818), with keep fraction r = 1 - ratio, Stage I fraction
+    v, boundaries S and D of L layers: n1 = int(v V),
+    n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1), n3 = round(n2 / 5). Where that
+    asks for n2 > n1 (mild pruning), n2 = n1 and the deep stage takes what is left of the
+    budget, so that the layer average is still as asked.
 
     Args:
         settings: The operator's settings.
@@ -112,8 +92,8 @@ def plan_counts(
         block_size: KV block size in tokens; required for ``counts: block_aligned``.
 
     Raises:
-        ValueError: If the ratio is outside [0, 1), V is not positive, or the block size
-            is missing.
+        ValueError: If the ratio is outside [0, 1) or past what the selector can reach, V is
+            not positive, or the block size is missing.
     """
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"pruning ratio {ratio} is outside [0, 1)")
@@ -121,33 +101,29 @@ def plan_counts(
         raise ValueError(f"a picture has at least one visual token, got {encoder_tokens}")
     if ratio == 0.0:
         return VisualTokenCounts.unpruned(encoder_tokens)
-    boundaries = shallow, deep = settings.boundaries(num_layers)
+    boundaries = settings.boundaries(num_layers)
+    selector = SELECTORS[settings.selector]
+    if ratio > selector.max_ratio(boundaries, num_layers):
+        raise ValueError(f"selector {settings.selector!r} cannot reach pruning ratio {ratio}")
     keep = 1.0 - ratio
-    # Layers that Stage II pays for, when Stage III keeps a fifth of its tokens.
-    weight = (deep - shallow) + (num_layers - deep) / 5
-    encoder_fraction, centre_fraction = _stage_one_fractions(settings.fractions, keep)
-    # Stage I may not leave less than the budget (v >= r), nor spend it all before S.
-    budget_limit = num_layers * keep / (shallow + _MIN_SECOND_STAGE * weight)
-    v = min(max(encoder_fraction, keep), budget_limit, 1.0)
-
-    n1 = max(1, int(v * encoder_tokens))
-    centres = max(1, int(min(max(centre_fraction, 0.0), 1.0) * n1))
-    n2 = round((num_layers * keep / v - shallow) / weight * n1)
-    n3 = round(n2 / 5)
-    if n2 > n1:
-        n2 = n1
-        left = num_layers * keep * encoder_tokens - deep * n1
-        n3 = round(left / (num_layers - deep))
-    n2 = min(max(n2, 1), n1)
-    n3 = min(max(n3, 1), n2)
-    if n3 == encoder_tokens:
+    centres, stages = selector.budget(
+        settings, Asked(keep, encoder_tokens, num_layers, *boundaries)
+    )
+    if stages[-1] == encoder_tokens:
         return VisualTokenCounts.unpruned(encoder_tokens)
-    counts = VisualTokenCounts(encoder_tokens, centres, (n1, n2, n3))
+    counts = VisualTokenCounts(encoder_tokens, centres, stages)
     if settings.counts == "exact":
         return counts
     if block_size is None:
         raise ValueError("block-aligned counts need the KV block size")
-    return _align(counts, keep * encoder_tokens, boundaries, num_layers, block_size)
+    return _align(
+        counts,
+        keep * encoder_tokens,
+        boundaries,
+        num_layers,
+        block_size,
+        drops_deep=selector.deep is not None,
+    )
 
 
 def _align(
@@ -156,8 +132,13 @@ def _align(
     boundaries: tuple[int, int],
     num_layers: int,
     block_size: int,
+    *,
+    drops_deep: bool,
 ) -> VisualTokenCounts:
-    """The nearest counts whose drops are whole blocks and whose average fits best."""
+    """The nearest counts whose drops are whole blocks and whose average fits best.
+
+    Without ``drops_deep`` nothing may be lost at the deep boundary: n3 stays n2.
+    """
     n1 = counts.stages[0]
 
     def neighbours(dropped: int) -> set[int]:
@@ -176,7 +157,7 @@ def _align(
     candidates = (
         VisualTokenCounts(counts.encoder, counts.centres, (n1, n1 - d2, n1 - d3))
         for d2, d3 in product(neighbours(second), neighbours(third))
-        if d2 <= d3
+        if (d2 <= d3 if drops_deep else d2 == d3)
     )
     return min(candidates, key=misfit)
 

@@ -21,6 +21,9 @@ CONFIG_KEY = "pruning"
 
 _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 
+SelectorName = Literal["vitcop", "cls", "random", "grid", "divprune", "key_norm", "fastv", "dart"]
+"""Ways of choosing which visual tokens survive; what each is: ``budgets`` and ``selectors``."""
+
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
@@ -93,6 +96,8 @@ class PruningSettings(_Frozen):
     """Settings of the method and the limits put on requests.
 
     Attributes:
+        selector: How the visual tokens that survive are chosen: ViTCoP, or another published
+            way at the same budget. The four settings after the boundaries are ViTCoP's.
         shallow_boundary: First decoder layer of the second stage; ``None`` scales the
             published 2 of 32 to the model's depth.
         deep_boundary: First decoder layer of the third stage; ``None`` scales the
@@ -109,6 +114,7 @@ class PruningSettings(_Frozen):
         max_pruning_ratio: Largest pruning ratio a request may name, in [0, 1).
     """
 
+    selector: SelectorName = "vitcop"
     shallow_boundary: Layer | None = None
     deep_boundary: Annotated[int, Field(ge=2, strict=True)] | None = None
     fractions: Annotated[tuple[FractionRow, ...], Field(min_length=1)] = PUBLISHED_ROWS

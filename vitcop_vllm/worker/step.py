@@ -45,11 +45,14 @@ class SpanGroup:
         counts: What all of them keep.
         pictures: Which of the step's pruned pictures they are, counted in order of rows.
         first_rows: (NUM_STAGES, G) int64, first row of each span in each stage.
+        prompt_rows: (NUM_STAGES, 2, G) int64, first and last row of the prompt that each span
+            is of; of no meaning where the step does not compute the whole prompt.
     """
 
     counts: VisualTokenCounts
     pictures: tuple[int, ...]
     first_rows: torch.Tensor
+    prompt_rows: torch.Tensor
 
     def rows(self, stage: int) -> torch.Tensor:
         """(G, n_stage) int64: the rows of the spans in ``stage``."""
@@ -108,6 +111,14 @@ class _HostRows(NamedTuple):
         return np.arange(self.first[-1]) + np.repeat(self.starts - self.first[:-1], lengths)
 
 
+class _SpanRows(NamedTuple):
+    """First row of a span, first and last of its prompt, in one stage."""
+
+    first: int
+    prompt_first: int
+    prompt_last: int
+
+
 def build_step(
     requests: Sequence[ScheduledRequest],
     device: torch.device,
@@ -156,14 +167,14 @@ def build_step(
 
 def _find_spans(
     requests: Sequence[ScheduledRequest], host: Sequence[_HostRows]
-) -> dict[VisualTokenCounts, list[tuple[int, list[int]]]]:
+) -> dict[VisualTokenCounts, list[tuple[int, list[_SpanRows]]]]:
     """Spans of the step that lose tokens after Stage I, by counts.
 
     Returns:
-        Counts -> [(the picture's number among the step's pruned ones, first row of the span
-        in each stage)].
+        Counts -> [(the picture's number among the step's pruned ones, the span's rows in each
+        stage)].
     """
-    found: dict[VisualTokenCounts, list[tuple[int, list[int]]]] = defaultdict(list)
+    found: dict[VisualTokenCounts, list[tuple[int, list[_SpanRows]]]] = defaultdict(list)
     pictures = 0
     for i, request in enumerate(requests):
         if request.plan is None:
@@ -171,11 +182,13 @@ def _find_spans(
         for span in request.plan.spans_in(request.start, request.end):
             if any(span.counts.dropped):
                 gone = request.plan.dropped_tokens(span.offset)
-                first = [
-                    int(rows.first[i] + span.offset - gone[stage] - rows.starts[i])
-                    for stage, rows in enumerate(host)
-                ]
-                found[span.counts].append((pictures, first))
+                places = []
+                for stage, rows in enumerate(host):
+                    prompt = int(rows.first[i] - rows.starts[i])
+                    length = request.plan.physical_length(request.prompt_tokens, stage)
+                    first = prompt + span.offset - gone[stage]
+                    places.append(_SpanRows(first, prompt, prompt + length - 1))
+                found[span.counts].append((pictures, places))
             pictures += span.counts.is_pruned
     return found
 
@@ -195,16 +208,17 @@ def _plan_forward(
     for stage in range(1, NUM_STAGES):
         kept = np.ones(int(host[stage - 1].first[-1]), dtype=np.bool_)
         for counts, members in found.items():
-            for _, first in members:
-                begin = first[stage - 1]
+            for _, places in members:
+                begin = places[stage - 1].first
                 kept[begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
         sources[stage] = async_tensor_h2d(np.flatnonzero(kept), device=device)
         outputs = (np.cumsum(kept) - 1)[outputs]
     groups = []
     for counts, members in found.items():
-        first_rows = np.array([first for _, first in members], dtype=np.int64).T.copy()
+        rows = np.array([places for _, places in members], dtype=np.int64)  # (G, stages, 3)
+        placed = async_tensor_h2d(rows.transpose(1, 2, 0).copy(), device=device)
         numbers = tuple(number for number, _ in members)
-        groups.append(SpanGroup(counts, numbers, async_tensor_h2d(first_rows, device=device)))
+        groups.append(SpanGroup(counts, numbers, placed[:, 0], placed[:, 1:]))
     return StagedForward(
         groups=tuple(groups),
         sources=sources,

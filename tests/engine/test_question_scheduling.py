@@ -1,0 +1,144 @@
+"""Selectors that read the question: their prompts are computed whole or not yet.
+
+Driven without a worker, like the asynchronous scheduler: results name a made-up token.
+"""
+
+from copy import copy
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.engine.requests import Ask
+from tests.engine.test_async_scheduling import result_of
+from tests.engine.test_kv_blocks import free_blocks
+from vitcop_vllm.engine.scheduler import create_scheduler
+from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
+
+BUDGET = 700
+
+SETTINGS = PruningSettings(selector="fastv", max_pruning_ratio=0.875)
+
+
+@pytest.fixture
+def core(llm):
+    return llm.llm_engine.engine_core.engine_core
+
+
+@pytest.fixture
+def info(llm):
+    """The processor's settings are what a request's counts come from."""
+    info = llm.llm_engine.renderer.mm_processor.info
+    before = info.settings
+    vars(info)["settings"] = SETTINGS
+    yield
+    vars(info)["settings"] = before
+
+
+@pytest.fixture
+def scheduler(core, info):
+    config = copy(core.vllm_config)
+    config.model_config = copy(config.model_config)
+    config.model_config.hf_config = copy(config.model_config.hf_config)
+    setattr(config.model_config.hf_config, CONFIG_KEY, SETTINGS.model_dump(mode="json"))
+    config.scheduler_config = copy(config.scheduler_config)
+    config.scheduler_config.max_num_batched_tokens = BUDGET
+    config.scheduler_config.max_num_scheduled_tokens = BUDGET
+    config.scheduler_config.max_num_encoder_input_tokens = BUDGET
+    config.scheduler_config.encoder_cache_size = BUDGET
+    return create_scheduler(
+        vllm_config=config,
+        kv_cache_config=core.scheduler.kv_cache_config,
+        structured_output_manager=core.structured_output_manager,
+        block_size=core.scheduler.block_size,
+        hash_block_size=core.scheduler.hash_block_size,
+    )
+
+
+@pytest.fixture
+def add(llm, core, scheduler):
+    def add(name: str, ask: Ask, **options) -> None:
+        engine = llm.llm_engine
+        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+        request = engine.input_processor.process_inputs(
+            name, prompt, ask.params(), supported_tasks=("generate",), **options
+        )
+        scheduler.add_request(core.preprocess_add_request(request)[0])
+
+    return add
+
+
+def step(scheduler) -> dict[str, tuple[int, int]]:
+    """One step: request -> tokens before and after."""
+    scheduled = scheduler.schedule()
+    chunks = {}
+    for name, count in scheduled.num_scheduled_tokens.items():
+        after = scheduler.requests[name].num_computed_tokens
+        chunks[name] = after - count, after
+    if chunks:
+        scheduler.update_from_output(scheduled, result_of(scheduler, scheduled))
+    return chunks
+
+
+def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
+    before = free_blocks(scheduler)
+    add("text", Ask("x" * 500, max_tokens=3))
+    add("read", Ask("y" * 40, (1,), 0.8, max_tokens=2))
+    add("unpruned", Ask("z" * 40, (2,), 0.0, max_tokens=2))
+    prompts = {name: request.num_prompt_tokens for name, request in scheduler.requests.items()}
+    assert prompts["text"] + prompts["read"] > BUDGET
+    first, second = step(scheduler), step(scheduler)
+    # In order of arrival: nobody overtakes the prompt that waits.
+    assert first == {"text": (0, prompts["text"])}
+    assert second["read"] == (0, prompts["read"])
+    assert second["unpruned"] == (0, prompts["unpruned"])
+    while scheduler.has_unfinished_requests():
+        step(scheduler)
+    assert free_blocks(scheduler) == before
+
+
+def test_a_prompt_whose_pictures_find_no_room_waits_and_holds_none(scheduler, add):
+    add("one", Ask("a", (2,), 0.8, max_tokens=1))
+    step(scheduler)
+    manager = scheduler.encoder_cache_manager
+    assert manager.freeable, "its picture is still there, and nobody's"
+    add("two", Ask("b", (2, 3), 0.8, max_tokens=2))
+    request = scheduler.requests["two"]
+    # Not enough for the second picture: vLLM would begin with the first, and the text.
+    granted = scheduler._try_schedule_encoder_inputs(request, 0, request.num_tokens, 100)
+    assert granted == ([], 0, 100, [], [])
+    assert manager.freeable
+    assert not manager.request_cached_ids.get("two")
+    whole = request.num_prompt_tokens
+    assert step(scheduler) == {"two": (0, whole)}
+    step(scheduler)
+    assert not scheduler.has_unfinished_requests()
+
+
+def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
+    add("read", Ask("question", (1,), 0.8))
+    request = scheduler.requests["read"]
+    length = request.num_prompt_tokens
+    for tokens in range(1, length):
+        assert scheduler._try_schedule_encoder_inputs(request, 0, tokens, 700)[1] == 0
+    assert scheduler._try_schedule_encoder_inputs(request, 0, length, 700)[1] == length
+    # Resumed: answer tokens may follow in the same step, or some of them.
+    assert scheduler._try_schedule_encoder_inputs(request, 0, length + 5, 700)[1] == length + 5
+    assert scheduler._try_schedule_encoder_inputs(request, length, 1, 700)[1] == 1
+    scheduler.finish_requests("read", RequestStatus.FINISHED_ABORTED)
+
+
+def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
+    """It has another last token, by which pictures of earlier turns are chosen again."""
+    before = free_blocks(scheduler)
+    add("talk", Ask("one", (1,), 0.8, max_tokens=3), resumable=True)
+    request = scheduler.requests["talk"]
+    for _ in range(4):
+        step(scheduler)
+    computed = request.num_computed_tokens
+    assert computed > 0
+    add("talk", Ask("two", (2,), 0.8, max_tokens=3), resumable=True)
+    assert step(scheduler) == {"talk": (0, request.num_prompt_tokens)}
+    assert request.num_prompt_tokens > computed + 256
+    assert len(scheduler.plans["talk"].spans) == 2
+    scheduler.finish_requests("talk", RequestStatus.FINISHED_ABORTED)
+    assert free_blocks(scheduler) == before

@@ -1,0 +1,144 @@
+"""The table of selectors, and the counts its rules give."""
+
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vitcop_vllm.pruning import selectors
+from vitcop_vllm.pruning.budgets import SELECTORS, Selector
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+
+NAMES: tuple[SelectorName, ...] = get_args(SelectorName)
+IN_ENCODER = [name for name in NAMES if SELECTORS[name].encoder]
+IN_DECODER = [name for name in NAMES if not SELECTORS[name].encoder]
+
+names = st.sampled_from(NAMES)
+layers = st.integers(4, 80)
+tokens = st.integers(1, 3000)
+ratios = st.floats(0.0, 0.999, allow_subnormal=False) | st.sampled_from([0.5, 2 / 3, 7 / 9, 8 / 9])
+
+
+def settings_of(name: SelectorName, **others) -> PruningSettings:
+    return PruningSettings(selector=name, **others)
+
+
+def reachable(chosen: PruningSettings, ratio: float, num_layers: int) -> float:
+    limit = SELECTORS[chosen.selector].max_ratio(chosen.boundaries(num_layers), num_layers)
+    return min(ratio, limit)
+
+
+def test_the_table_holds_what_the_settings_name():
+    assert tuple(SELECTORS) == NAMES
+    with pytest.raises(ValidationError, match="selector"):
+        PruningSettings.model_validate({"selector": "none"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_function_of_a_row_exists(name):
+    row = SELECTORS[name]
+    places = [row.encoder, row.shallow, row.deep]
+    assert any(places)
+    for function in filter(None, places):
+        assert getattr(selectors, function).__doc__
+
+
+def test_no_function_is_left_without_a_row():
+    used = {f for row in SELECTORS.values() for f in (row.encoder, row.shallow, row.deep)}
+    for name, value in vars(selectors).items():
+        takes = getattr(value, "__annotations__", {})
+        if "view" in takes and "selector" not in takes and not name.startswith("_"):
+            assert name in used
+
+
+def test_only_fastv_reads_the_question():
+    assert [name for name in NAMES if SELECTORS[name].reads_question] == ["fastv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "centres", "stages"),
+    [
+        ("vitcop", 8 / 9, 20, (172, 77, 15)),
+        ("cls", 8 / 9, 0, (64, 64, 64)),
+        ("random", 2 / 3, 0, (192, 192, 192)),
+        ("cls", 0.667, 0, (192, 192, 192)),  # 191.8
+        ("grid", 7 / 9, 0, (128, 128, 128)),
+        ("divprune", 0.5, 0, (288, 288, 288)),
+        # (32/9 - 2) / (20 + 2) * 576 = 40.7
+        ("key_norm", 8 / 9, 0, (576, 41, 8)),
+        # (32/3 - 2) / 22 * 576 = 226.9
+        ("key_norm", 2 / 3, 0, (576, 227, 45)),
+        # (32/9 - 2) / 30 * 576 = 29.9
+        ("fastv", 8 / 9, 0, (576, 30, 30)),
+        # (32/3 - 2) / 30 * 576 = 166.4
+        ("dart", 2 / 3, 0, (576, 166, 166)),
+        ("fastv", 0.9375, 0, (576, 1, 1)),
+        ("key_norm", 0.9375, 0, (576, 1, 1)),
+    ],
+)
+def test_counts_for_llava_1_5_7b(name, ratio, centres, stages):
+    assert plan_counts(settings_of(name), ratio, 32, 576) == VisualTokenCounts(576, centres, stages)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ratio_zero_prunes_nothing(name):
+    assert plan_counts(settings_of(name), 0.0, 32, 576) == VisualTokenCounts.unpruned(576)
+
+
+@settings(max_examples=400)
+@given(names, ratios, layers, tokens)
+def test_layer_average_is_as_asked(name, ratio, num_layers, encoder_tokens):
+    chosen = settings_of(name)
+    ratio = reachable(chosen, ratio, num_layers)
+    counts = plan_counts(chosen, ratio, num_layers, encoder_tokens)
+    if 1 in counts.stages:
+        return  # one token is the least there can be, whatever was asked
+    average = counts.layer_average(chosen.boundaries(num_layers), num_layers)
+    assert abs(average - (1 - ratio) * encoder_tokens) <= 2
+
+
+@given(names, ratios, layers, tokens)
+def test_tokens_are_lost_only_where_a_function_chooses_them(name, ratio, num_layers, tokens):
+    chosen, row = settings_of(name), SELECTORS[name]
+    counts = plan_counts(chosen, reachable(chosen, ratio, num_layers), num_layers, tokens)
+    n1, n2, n3 = counts.stages
+    assert row.encoder or n1 == counts.encoder
+    assert row.shallow or n2 == n1
+    assert row.deep or n3 == n2
+    assert counts.centres == 0 or name == "vitcop"
+
+
+@given(names, ratios, layers, tokens, st.sampled_from([1, 16, 32, 64]))
+def test_block_aligned_counts_keep_the_selector_s_shape(name, ratio, num_layers, tokens, block):
+    chosen, row = settings_of(name, counts="block_aligned"), SELECTORS[name]
+    ratio = reachable(chosen, ratio, num_layers)
+    counts = plan_counts(chosen, ratio, num_layers, tokens, block)
+    assert all(dropped % block == 0 for dropped in counts.dropped)
+    assert row.deep or counts.stages[1] == counts.stages[2]
+    exact = plan_counts(settings_of(name), ratio, num_layers, tokens)
+    assert all(abs(a - b) <= block for a, b in zip(counts.stages, exact.stages, strict=True))
+
+
+@pytest.mark.parametrize("name", IN_DECODER)
+@pytest.mark.parametrize("num_layers", [4, 8, 24, 32, 40])
+def test_the_layers_before_the_shallow_boundary_limit_the_ratio(name, num_layers):
+    chosen = settings_of(name)
+    shallow, _ = chosen.boundaries(num_layers)
+    limit = SELECTORS[name].max_ratio(chosen.boundaries(num_layers), num_layers)
+    assert limit == 1 - shallow / num_layers
+    assert plan_counts(chosen, limit, num_layers, 576).stages == (576, 1, 1)
+    with pytest.raises(ValueError, match=f"'{name}' cannot reach pruning ratio"):
+        plan_counts(chosen, limit + 1e-6, num_layers, 576)
+
+
+@pytest.mark.parametrize("name", IN_ENCODER)
+def test_the_encoder_reaches_every_ratio(name):
+    assert plan_counts(settings_of(name), 0.999, 32, 576).stages[-1] == 1
+
+
+def test_a_row_says_what_it_needs_and_no_more():
+    row = Selector(SELECTORS["cls"].budget, encoder="cls_attention")
+    assert row == SELECTORS["cls"]
