@@ -54,6 +54,11 @@ SCENE = Scene(
         ("relation", "Is the red star left of the blue star?", "yes"),
         ("relation", "Is the red star below the blue ring?", "no"),
         ("text", "Read the text.", "nothing"),
+        (
+            "description",
+            "Describe the picture.",
+            "small red star, small blue ring, big blue star",
+        ),
     ],
 )
 def test_answers_follow_from_the_scene(family, question, answer):

@@ -140,7 +140,7 @@ Conversation = tuple[str, tuple[Turn, ...]]
 
 def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
     """Conversations about a picture, what only some pictures have first; may repeat."""
-    for name in ("odd one out", "text"):
+    for name in ("odd one out", "text", "description"):
         turn = scenes.SINGLE[name](scene, rng)
         if turn is not None:
             yield name, (turn,)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -572,6 +573,18 @@ def ask_odd(scene: Scene, rng: Rng) -> Turn | None:
     return Turn(wording, scene.odd.name)
 
 
+def ask_description(scene: Scene, rng: Rng) -> Turn | None:
+    """Everything in the picture, left to right, the sign last."""
+    things = sorted(scene.things, key=lambda thing: thing.x)
+    if any(right.x - left.x < 12 for left, right in pairwise(things)):
+        return None
+    parts = [f"{thing.size} {thing.name}" for thing in things]
+    if scene.sign is not None:
+        parts.append(f"sign {scene.sign.text}")
+    wording = _choice(rng, ("What is in the picture?", "Describe the picture."))
+    return Turn(wording, ", ".join(parts))
+
+
 def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
     """Two turns; the second speaks of the first one's object as "it"."""
     candidates = _unique(scene.things, lambda t: t.colour)
@@ -617,6 +630,7 @@ SINGLE: dict[str, Ask] = {
     "relation": ask_relation,
     "text": ask_text,
     "odd one out": ask_odd,
+    "description": ask_description,
 }
 FAMILIES = (*SINGLE, "dialogue", "two pictures")
 _KIND = {"odd one out": "odd", "text": "sign"}
