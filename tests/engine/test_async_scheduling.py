@@ -1,11 +1,12 @@
 """The asynchronous scheduler, which GPUs use and the CPU platform turns off.
 
-Driven without a worker: each step is scheduled before the result of the one before it is in,
-and results name a made-up token. What must hold is the accounting.
+Driven without a worker: each step is scheduled before the result of the one before it is in.
+What must hold is the accounting.
 """
 
 from collections import deque
 from copy import copy
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -14,9 +15,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import Ask
+from tests.engine.scheduling import add_request, new_scheduler, result_of
 from tests.engine.test_kv_blocks import BLOCK, free_blocks
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
-from vitcop_vllm.engine.scheduler import StagedAsyncScheduler, create_scheduler
+from vitcop_vllm.engine.scheduler import StagedAsyncScheduler
 
 ASKS = [
     Ask("How many?", (1,), 8 / 9, max_tokens=40),
@@ -28,49 +30,16 @@ ASKS = [
 
 
 @pytest.fixture
-def core(llm):
-    return llm.llm_engine.engine_core.engine_core
-
-
-@pytest.fixture
-def scheduler(core):
-    config = copy(core.vllm_config)
+def scheduler(llm):
+    config = copy(llm.llm_engine.vllm_config)
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.async_scheduling = True
-    return create_scheduler(
-        vllm_config=config,
-        kv_cache_config=core.scheduler.kv_cache_config,
-        structured_output_manager=core.structured_output_manager,
-        block_size=core.scheduler.block_size,
-        hash_block_size=core.scheduler.hash_block_size,
-    )
+    return new_scheduler(llm, config)
 
 
 @pytest.fixture
-def add(llm, core, scheduler):
-    def add(name: str, ask: Ask) -> None:
-        engine = llm.llm_engine
-        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
-        request = engine.input_processor.process_inputs(
-            name, prompt, ask.params(), supported_tasks=("generate",)
-        )
-        scheduler.add_request(core.preprocess_add_request(request)[0])
-
-    return add
-
-
-def result_of(scheduler, scheduled) -> ModelRunnerOutput:
-    """What a runner would answer: a token for each request whose prompt is complete."""
-    names = list(scheduled.num_scheduled_tokens)
-    requests = [scheduler.requests[name] for name in names]
-    return ModelRunnerOutput(
-        req_ids=names,
-        req_id_to_index={name: i for i, name in enumerate(names)},
-        sampled_token_ids=[
-            [77] if request.num_computed_tokens >= request.num_prompt_tokens else []
-            for request in requests
-        ],
-    )
+def add(llm, scheduler):
+    return partial(add_request, llm, scheduler)
 
 
 def check(scheduler, scheduled) -> None:

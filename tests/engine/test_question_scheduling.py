@@ -1,27 +1,22 @@
 """Selectors that read the question: their prompts are computed whole or not yet.
 
-Driven without a worker, like the asynchronous scheduler: results name a made-up token.
+Driven without a worker, like the asynchronous scheduler.
 """
 
 from copy import copy
+from functools import partial
 
 import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import Ask
-from tests.engine.test_async_scheduling import result_of
+from tests.engine.scheduling import add_request, new_scheduler, result_of
 from tests.engine.test_kv_blocks import free_blocks
-from vitcop_vllm.engine.scheduler import create_scheduler
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 BUDGET = 700
 
 SETTINGS = PruningSettings(selector="fastv", max_pruning_ratio=0.875)
-
-
-@pytest.fixture
-def core(llm):
-    return llm.llm_engine.engine_core.engine_core
 
 
 @pytest.fixture
@@ -35,8 +30,8 @@ def info(llm):
 
 
 @pytest.fixture
-def scheduler(core, info):
-    config = copy(core.vllm_config)
+def scheduler(llm, info):
+    config = copy(llm.llm_engine.vllm_config)
     config.model_config = copy(config.model_config)
     config.model_config.hf_config = copy(config.model_config.hf_config)
     setattr(config.model_config.hf_config, CONFIG_KEY, SETTINGS.model_dump(mode="json"))
@@ -45,26 +40,12 @@ def scheduler(core, info):
     config.scheduler_config.max_num_scheduled_tokens = BUDGET
     config.scheduler_config.max_num_encoder_input_tokens = BUDGET
     config.scheduler_config.encoder_cache_size = BUDGET
-    return create_scheduler(
-        vllm_config=config,
-        kv_cache_config=core.scheduler.kv_cache_config,
-        structured_output_manager=core.structured_output_manager,
-        block_size=core.scheduler.block_size,
-        hash_block_size=core.scheduler.hash_block_size,
-    )
+    return new_scheduler(llm, config)
 
 
 @pytest.fixture
-def add(llm, core, scheduler):
-    def add(name: str, ask: Ask, **options) -> None:
-        engine = llm.llm_engine
-        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
-        request = engine.input_processor.process_inputs(
-            name, prompt, ask.params(), supported_tasks=("generate",), **options
-        )
-        scheduler.add_request(core.preprocess_add_request(request)[0])
-
-    return add
+def add(llm, scheduler):
+    return partial(add_request, llm, scheduler)
 
 
 def step(scheduler) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,50 @@
+"""A scheduler with requests of a real engine, driven without a worker."""
+
+from typing import Any
+
+from vllm import LLM
+from vllm.config import VllmConfig
+from vllm.v1.outputs import ModelRunnerOutput
+
+from tests.engine.requests import Ask
+from vitcop_vllm.engine.scheduler import create_scheduler
+
+
+def engine_core(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core
+
+
+def new_scheduler(llm: LLM, config: VllmConfig) -> Any:
+    """A scheduler of its own, with the KV cache groups of the engine's."""
+    core = engine_core(llm)
+    return create_scheduler(
+        vllm_config=config,
+        kv_cache_config=core.scheduler.kv_cache_config,
+        structured_output_manager=core.structured_output_manager,
+        block_size=core.scheduler.block_size,
+        hash_block_size=core.scheduler.hash_block_size,
+    )
+
+
+def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:
+    """Give a request to a scheduler as the engine would."""
+    engine = llm.llm_engine
+    (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    request = engine.input_processor.process_inputs(
+        name, prompt, ask.params(), supported_tasks=("generate",), **options
+    )
+    scheduler.add_request(engine_core(llm).preprocess_add_request(request)[0])
+
+
+def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:
+    """What a runner would answer: a made-up token for each request whose prompt is complete."""
+    names = list(scheduled.num_scheduled_tokens)
+    requests = [scheduler.requests[name] for name in names]
+    return ModelRunnerOutput(
+        req_ids=names,
+        req_id_to_index={name: i for i, name in enumerate(names)},
+        sampled_token_ids=[
+            [77] if request.num_computed_tokens >= request.num_prompt_tokens else []
+            for request in requests
+        ],
+    )
