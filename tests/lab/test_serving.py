@@ -13,7 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
-from vitcop_vllm.lab.serving import ServerError, own_server, server_arguments
+from vitcop_vllm.lab.serving import ServerError, running_server, server_arguments
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def assert_gone(group: int) -> None:
 def test_a_server_that_refuses_says_why(config):
     config.write_text(config.read_text() + "  max_pruning_ratio: 2.0\n")
     expected = pytest.raises(ServerError, match=r"(?s)the server stopped.*max_pruning_ratio")
-    with expected, own_server("vitcop", config):
+    with expected, running_server("--config", str(config)):
         pass
 
 
@@ -98,8 +98,8 @@ def test_a_server_that_refuses_says_why(config):
 def test_a_server_serves_and_is_gone(config, monkeypatch):
     # The tests' own engine runs in their process; the server's has one of its own.
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-    with own_server("key_norm", config) as url:
-        assert openai.OpenAI(base_url=url, api_key="none").models.list().data
+    with running_server(*server_arguments("key_norm", config)) as (url, _):
+        assert openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data
         group = server_group(config)
         assert group != os.getpgid(0)
         assert len(processes(group)) > 1

@@ -1,56 +1,26 @@
-"""``python -m server`` in a process of its own."""
+"""``python -m server`` in a process of its own, for tests."""
 
 import os
-import socket
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
-import httpx
+from tests.engine.requests import NO_PLUGIN
+from vitcop_vllm.lab import serving
 
 
-@contextmanager
-def running_server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Base URL and process of a server that answers; stopped on leaving.
+def running_server(
+    *arguments: str, stock: bool = False
+) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
+    """Root URL and process of a server that answers; see :func:`serving.running_server`.
 
-    Raises:
-        AssertionError: With the end of its log, if it stops or does not answer.
+    The tests' own engine runs in their process; the server's has one of its own.
+
+    Args:
+        *arguments: The server's.
+        stock: vLLM's own server without the plugin.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    # The tests' own engine runs in their process; the server's has one of its own.
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    command = [sys.executable, "-m", "server", *arguments]
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            deadline = time.monotonic() + 240
-            while not _answers(f"{url}/health"):
-                log.seek(0)
-                assert server.poll() is None, f"the server stopped:\n{log.read()[-4000:]}"
-                assert time.monotonic() < deadline, f"no answer:\n{log.read()[-4000:]}"
-                time.sleep(0.5)
-            yield url, server
-        finally:
-            server.terminate()
-            try:
-                server.wait(timeout=60)
-            finally:
-                server.kill()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
+    if not stock:
+        return serving.running_server(*arguments, environment=environment)
+    module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
+    return serving.running_server(*arguments, module=module, environment=environment | NO_PLUGIN)

@@ -26,7 +26,7 @@ from vitcop_vllm.lab.exam import ExamError, Example, digest, from_scenes, read_f
 from vitcop_vllm.lab.plots import plot
 from vitcop_vllm.lab.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
 from vitcop_vllm.lab.scoring import SCORERS, check_answers
-from vitcop_vllm.lab.serving import ServerError, own_server
+from vitcop_vllm.lab.serving import ServerError, running_server, server_arguments
 from vitcop_vllm.pruning.budgets import SELECTORS
 
 RATIOS = ("0", "1/3", "2/3", "7/9", "8/9", "17/18")
@@ -42,9 +42,9 @@ class Task:
 
 
 def _generated_exam(arguments: argparse.Namespace) -> list[Example]:
-    from vitcop_vllm.demo import scenes
+    from vitcop_vllm.demo.questions import exam
 
-    return from_scenes(scenes.exam(arguments.per_family, arguments.seed))
+    return from_scenes(exam(arguments.per_family, arguments.seed))
 
 
 def _folder_exam(arguments: argparse.Namespace) -> list[Example]:
@@ -173,8 +173,9 @@ def run(arguments: argparse.Namespace) -> tuple[Document, list[str]]:
         for selector in arguments.selectors:
             evaluation.bar.set_postfix_str(f"starting the server with {selector}")
             try:
-                with own_server(selector, arguments.config) as url:
-                    asyncio.run(evaluation.measure(url, selector))
+                options = server_arguments(selector, arguments.config)
+                with running_server(*options) as (url, _):
+                    asyncio.run(evaluation.measure(f"{url}/v1", selector))
             except ServerError as error:
                 failures.append(f"{selector}: {error}")
     return evaluation.document, failures

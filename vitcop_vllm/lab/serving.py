@@ -1,4 +1,4 @@
-"""Starts this project's own server for a selector, and stops it whatever happens."""
+"""Starts this project's own server, for a selector too, and stops it whatever happens."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -68,10 +68,17 @@ def _decoder_layers(model: str) -> int:
 
 
 @contextmanager
-def own_server(selector: SelectorName, config: Path) -> Iterator[str]:
-    """Base URL (``.../v1``) of a server of our own.
+def running_server(
+    *arguments: str, module: str = "server", environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Root URL and process of a server that answers.
 
     It and everything it started is gone afterwards, also after Ctrl-C, SIGTERM and errors.
+
+    Args:
+        *arguments: The server's; host and port are chosen here.
+        module: What Python runs: this project's server, or another with vLLM's arguments.
+        environment: The server's; by default this process's.
 
     Raises:
         ServerError: With the end of its log, if it stops or does not answer.
@@ -79,18 +86,20 @@ def own_server(selector: SelectorName, config: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server", *server_arguments(selector, config)]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryFile("a+") as log, _sigterm_as_exit():
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
             # Ctrl-C is for us: we stop it, and with its group whatever it leaves behind.
             start_new_session=True,
         )
         try:
-            _wait(f"http://127.0.0.1:{port}/health", process, log)
-            yield f"http://127.0.0.1:{port}/v1"
+            _wait(f"{url}/health", process, log)
+            yield url, process
         finally:
             _stop(process)
 
