@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 from server.errors import RequestError
-from server.ratio import RATIO_HEADER
-from vitcop_vllm.pruning.settings import RATIO_KEY
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
 """Keywords of vLLM's picture loading and processing.

@@ -9,8 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import RequestError
 from server.fields import refuse_processor_fields
-from server.ratio import RATIO_HEADER, ratio_text
-from vitcop_vllm.pruning.settings import RATIO_KEY
+from server.ratio import ratio_text
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PRUNED_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
 

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from server.errors import RequestError
-from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
-
-RATIO_HEADER = "X-Pruning-Ratio"
-"""Request header that asks for a ratio, and response header that tells the accepted one."""
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY, PruningSettings
 
 
 def accepted_ratio(

@@ -25,10 +25,10 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from server.errors import RequestError
 from server.fields import PROCESSOR_FIELDS, refuse_processor_fields
 from server.middleware import STATE_KEY
-from server.ratio import RATIO_HEADER, accepted_ratio
+from server.ratio import accepted_ratio
 from server.usage import PrunedModel, extend_event, picture_counts
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.settings import RATIO_KEY
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 _rendered: ContextVar[list[VisualTokenCounts]] = ContextVar("vitcop_rendered")
 """Pictures rendered for the answer being made; vLLM's ``render_*`` gets no raw request."""

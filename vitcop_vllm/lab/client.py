@@ -14,8 +14,8 @@ import openai
 
 from vitcop_vllm.lab.exam import Example, Picture, read_picture
 from vitcop_vllm.lab.scoring import Scorer
+from vitcop_vllm.pruning.settings import RATIO_HEADER
 
-RATIO_HEADER = "X-Pruning-Ratio"
 NO_RATIO = "none"
 
 

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 RATIO_KEY = "pruning_ratio"
 """Name of the request's ratio wherever it travels: body field, processor keyword."""
 
+RATIO_HEADER = "X-Pruning-Ratio"
+"""Request header that asks for a ratio, and response header that tells the accepted one."""
+
 CONFIG_KEY = "pruning"
 """Name of the settings wherever they travel: YAML section, additional config, hf_config."""
 
