@@ -57,7 +57,9 @@ def _round_down(ratio: float) -> float:
     return floor(ratio * 1e4) / 1e4
 
 
-def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]:
+def _refusals(
+    vllm_config: "VllmConfig", settings: PruningSettings, boundaries: tuple[int, int]
+) -> list[str]:
     """What this engine cannot do right together with pruning, and what to change."""
     from transformers import CLIPVisionConfig
 
@@ -74,7 +76,6 @@ def _refusals(vllm_config: "VllmConfig", settings: PruningSettings) -> list[str]
     mm_config = model_config.get_multimodal_config()
     name, selector = settings.selector, SELECTORS[settings.selector]
     num_layers = text_config.num_hidden_layers
-    boundaries = settings.boundaries(num_layers)
     max_ratio = selector.max_ratio(boundaries, num_layers)
     whole_prompt = f"selector {name} reads the question, so a step must hold the longest prompt"
     longest = model_config.max_model_len
@@ -172,8 +173,9 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         if current_platform.is_cpu() and not cache_config.user_specified_block_size:
             cache_config.block_size = CPU_BLOCK_SIZE
             cache_config.user_specified_block_size = True
-        settings.boundaries(model_config.hf_text_config.num_hidden_layers)
-        if refusals := _refusals(vllm_config, settings):
+        num_layers = model_config.hf_text_config.num_hidden_layers
+        boundaries = settings.boundaries(num_layers)
+        if refusals := _refusals(vllm_config, settings, boundaries):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(refusals)
             )
@@ -223,8 +225,8 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "
             "%g by default, at most %g; %s counts, %s positions.",
             settings.selector,
-            *settings.boundaries(model_config.hf_text_config.num_hidden_layers),
-            model_config.hf_text_config.num_hidden_layers,
+            *boundaries,
+            num_layers,
             settings.default_ratio,
             settings.max_pruning_ratio,
             settings.counts,

@@ -179,15 +179,15 @@ def _find_spans(
     for i, request in enumerate(requests):
         if request.plan is None:
             continue
+        dropped = request.plan.dropped_tokens(request.prompt_tokens)
         for span in request.plan.spans_in(request.start, request.end):
             if any(span.counts.dropped):
                 gone = request.plan.dropped_tokens(span.offset)
                 places = []
                 for stage, rows in enumerate(host):
                     prompt = int(rows.first[i] - rows.starts[i])
-                    length = request.plan.physical_length(request.prompt_tokens, stage)
-                    first = prompt + span.offset - gone[stage]
-                    places.append(_SpanRows(first, prompt, prompt + length - 1))
+                    last = prompt + request.prompt_tokens - dropped[stage] - 1
+                    places.append(_SpanRows(prompt + span.offset - gone[stage], prompt, last))
                 found[span.counts].append((pictures, places))
             pictures += span.counts.is_pruned
     return found
