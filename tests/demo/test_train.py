@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitcop_vllm.demo import scenes
 from vitcop_vllm.demo.checkpoint import LlavaShape
 from vitcop_vllm.demo.dataset import BatchShape
+from vitcop_vllm.demo.questions import FAMILIES
 from vitcop_vllm.demo.train import Phase, Run
 
 SHAPE = LlavaShape(
@@ -18,13 +18,13 @@ SHAPE = LlavaShape(
     vision_heads=1,
     hidden=32,
     layers=2,
-    heads=1,
-    kv_heads=1,
+    heads=2,
+    kv_heads=2,
     intermediate=64,
 )
 PHASES = (
-    Phase("patches", 3, BatchShape(112, 4), (1.0, 1.0)),
-    Phase("answers", 4, BatchShape(168, 4, 100, (0.0, 0.5), 0.5), (1.0, 0.1)),
+    Phase("patches", 3, BatchShape(112, 4), (1.0, 1.0), (1.0, 1.0)),
+    Phase("answers", 4, BatchShape(168, 4, 100, (0.0, 0.5), 0.5), (1.0, 0.1), (0.5, 0.1)),
 )
 
 
@@ -52,10 +52,10 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path: Path
     run = Run(tmp_path, shape=SHAPE)
     step = run.optimiser.step
 
-    def stop_in_second_phase(share: float) -> None:
+    def stop_in_second_phase(share: float, tower_share: float) -> None:
         if (run.phase, run.step) == (1, 2):
             raise StoppedError
-        step(share)
+        step(share, tower_share)
 
     run.optimiser.step = stop_in_second_phase  # type: ignore[method-assign]
     with pytest.raises(StoppedError):
@@ -80,12 +80,14 @@ def test_training_moves_every_weight_the_answers_depend_on(whole, tmp_path: Path
 def test_the_log_tells_losses_and_accuracy_by_family(tmp_path: Path):
     run = Run(tmp_path, shape=SHAPE)
     run.train(
-        (Phase("answers", 20, BatchShape(112, 2, 100), (1.0, 1.0)),), workers=0, save_every=1e9
+        (Phase("answers", 20, BatchShape(112, 2, 100), (1.0, 1.0), (1.0, 1.0)),),
+        workers=0,
+        save_every=1e9,
     )
     (record,) = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert record["phase"] == "answers"
     assert record["step"] == 20
     assert record["answer"] > 0
-    asked = [family for family in scenes.FAMILIES if family in record]
+    asked = [family for family in FAMILIES if family in record]
     assert {"colour", "text", "count"} <= set(asked)
     assert all(0 <= record[family] <= 1 for family in asked)

@@ -42,6 +42,7 @@ class LlavaShape:
         vision_hidden, vision_layers, vision_heads: The CLIP tower.
         hidden, layers, heads, kv_heads, intermediate: The Llama decoder.
         max_positions: Longest sequence the rotary embedding is made for, in tokens.
+        rope_theta: Base of the rotary embedding's wavelengths.
     """
 
     image_size: int = 336
@@ -55,6 +56,7 @@ class LlavaShape:
     kv_heads: int
     intermediate: int
     max_positions: int = 4096
+    rope_theta: float = 10_000.0
 
     @property
     def visual_tokens(self) -> int:
@@ -70,6 +72,8 @@ DEMO = LlavaShape(
     heads=3,
     kv_heads=3,
     intermediate=384,
+    # With heads so thin, more of their width must tell what a token is, wherever it stands.
+    rope_theta=500_000.0,
 )
 """The demo model's: wide enough to see, thin enough for a package."""
 
@@ -97,16 +101,13 @@ LLAVA_1_5_7B = LlavaShape(
 )
 
 
-def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> int:
+def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> None:
     """Write everything but the weights (enough for ``--load-format dummy``).
 
     Args:
         path: Folder to write to.
         shape: Sizes of the model.
         tokenizer: Its tokenizer; by default every byte is a token.
-
-    Returns:
-        The vocabulary size.
     """
     from transformers import (
         CLIPImageProcessor,
@@ -149,6 +150,7 @@ def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> int:
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads,
             max_position_embeddings=shape.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             bos_token_id=vocabulary["<s>"],
             eos_token_id=vocabulary["</s>"],
             tie_word_embeddings=False,
@@ -158,7 +160,6 @@ def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> int:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     ).save_pretrained(path)
-    return len(vocabulary)
 
 
 def save_random_llava(

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset
 
-from vitcop_vllm.demo import scenes
-from vitcop_vllm.demo.scenes import Rng, Scene, Turn
+from vitcop_vllm.demo import questions
+from vitcop_vllm.demo.drawing import TARGETS, draw, patch_targets, patches_of
+from vitcop_vllm.demo.questions import Turn
+from vitcop_vllm.demo.scenes import make_scene
+from vitcop_vllm.demo.world import ALPHABET, COLOUR_NAMES, PATCH, SHAPES, Rng, Scene, Sign, Thing
 
-PATCH = 14
 IGNORED = -100
 """Label of a token that is not to be learnt."""
 
 WEIGHTS = {
-    "colour": 1.0,
-    "shape": 1.0,
-    "size": 0.7,
-    "position": 1.0,
+    "colour": 0.8,
+    "shape": 0.8,
+    "size": 0.5,
+    "position": 1.5,
     "count": 1.5,
-    "existence": 1.2,
+    "existence": 1.5,
     "relation": 2.0,
     "text": 1.0,
     "odd one out": 1.0,
@@ -55,31 +58,57 @@ class BatchShape:
     pair_share: float = 0.0
 
 
-@dataclass
-class Batch:
-    """N pictures in S sequences of T tokens; G = side / 14 patches a side.
+@dataclass(frozen=True)
+class Sequences:
+    """Conversations about a batch's N pictures: S sequences of T tokens.
 
     Attributes:
-        pixels: (N, side, side, 3) uint8.
-        targets: Name -> (N, G*G) uint8, see :func:`scenes.patch_targets`.
-        content: (N, kinds) float32, 1 for each kind of thing or letter in the picture.
-        kept: (N, n) int64 patches whose tokens the decoder sees, ascending; ``None`` for
-            pictures alone.
+        kept: (N, n) int64 patches whose tokens the decoder sees, ascending.
         ids, labels, positions, segments: (S, T) int64. Segment 0 is seen by all that follows,
             any other by itself; -1 is padding.
         families: (S, T) int64, where a label is an answer's: which of
-            :data:`scenes.FAMILIES` the question is of; -1 elsewhere.
+            :data:`questions.FAMILIES` the question is of; -1 elsewhere.
+        looks: (K, 3) int64: sequence, index of a prompt's last token in it, number of the group
+            of :attr:`Turn.looks` that this token should look at.
+        looked: (K, visual tokens of a sequence) bool: where that group is.
+    """
+
+    kept: torch.Tensor
+    ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    segments: torch.Tensor
+    families: torch.Tensor
+    looks: torch.Tensor
+    looked: torch.Tensor
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N pictures of G = side / 14 patches a side, and what there is to learn about them.
+
+    Attributes:
+        pixels: (N, side, side, 3) uint8.
+        targets: Name -> (N, G*G) uint8, see :func:`~vitcop_vllm.demo.drawing.patch_targets`.
+        content: (N, CONTENT) float32, see :func:`content`.
+        sequences: ``None`` for pictures alone.
     """
 
     pixels: torch.Tensor
     targets: dict[str, torch.Tensor]
     content: torch.Tensor
-    kept: torch.Tensor | None = None
-    ids: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    positions: torch.Tensor | None = None
-    segments: torch.Tensor | None = None
-    families: torch.Tensor | None = None
+    sequences: Sequences | None = None
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(
+            pixels=self.pixels.to(device),
+            targets={name: target.to(device) for name, target in self.targets.items()},
+            content=self.content.to(device),
+            sequences=None if self.sequences is None else self.sequences.to(device),
+        )
 
 
 class Encoder:
@@ -117,21 +146,19 @@ class Encoder:
         return ids, labels
 
 
+CONTENT = len(COLOUR_NAMES) * len(SHAPES) + len(ALPHABET)
+"""Kinds of things and letters that a picture may hold."""
+
+
 def content(scene: Scene) -> np.ndarray:
-    """Which coloured shapes and which letters a picture holds, (kinds,) of 0 and 1."""
-    colours = list(scenes.COLOURS)
+    """Which coloured shapes and which letters a picture holds, (CONTENT,) of 0 and 1."""
     found = np.zeros(CONTENT, dtype=np.float32)
     for thing in scene.things:
-        found[
-            colours.index(thing.colour) * len(scenes.SHAPES) + scenes.SHAPES.index(thing.shape)
-        ] = 1
-    if scene.sign is not None:
-        for letter in scene.sign.text:
-            found[len(colours) * len(scenes.SHAPES) + scenes.ALPHABET.index(letter)] = 1
+        row, column = COLOUR_NAMES.index(thing.colour), SHAPES.index(thing.shape)
+        found[row * len(SHAPES) + column] = 1
+    for letter in scene.sign.text if scene.sign else "":
+        found[len(COLOUR_NAMES) * len(SHAPES) + ALPHABET.index(letter)] = 1
     return found
-
-
-CONTENT = len(scenes.COLOURS) * len(scenes.SHAPES) + len(scenes.ALPHABET)
 
 
 Conversation = tuple[str, tuple[Turn, ...]]
@@ -141,29 +168,29 @@ Conversation = tuple[str, tuple[Turn, ...]]
 def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
     """Conversations about a picture, what only some pictures have first; may repeat."""
     for name in ("odd one out", "text", "description"):
-        turn = scenes.SINGLE[name](scene, rng)
+        turn = questions.SINGLE[name](scene, rng)
         if turn is not None:
             yield name, (turn,)
-    turns = scenes.ask_follow_up(scene, rng) if rng.random() < 0.6 else None
+    turns = questions.ask_follow_up(scene, rng) if rng.random() < 0.6 else None
     if turns is not None:
         yield "dialogue", turns
     names = list(WEIGHTS)
     weights = np.array(list(WEIGHTS.values()))
     for name in rng.choice(names, 60, p=weights / weights.sum()):
-        turn = scenes.SINGLE[name](scene, rng)
+        turn = questions.SINGLE[name](scene, rng)
         if turn is not None:
             yield str(name), (turn,)
 
 
 def _compare(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
     for _ in range(40):
-        turn = scenes.ask_comparison(pair, rng)
+        turn = questions.ask_comparison(pair, rng)
         if turn is not None:
             yield "two pictures", (turn,)
 
 
 class _Sequence:
-    """A sequence of fixed length: pictures, then conversations while they fit."""
+    """A row of :class:`Sequences`: pictures, then conversations while they fit."""
 
     def __init__(self, prefix: list[int], length: int) -> None:
         self.length, self.begin = length, len(prefix)
@@ -172,13 +199,18 @@ class _Sequence:
         self.positions = list(range(self.begin))
         self.segments = [0] * self.begin
         self.families = [-1] * self.begin
+        self.asked: list[tuple[int, Turn]] = []
+        """Index of each prompt's last token, and what it asks."""
         self._number = 0
 
     def fits(self, ids: Sequence[int]) -> bool:
         return len(self.ids) + len(ids) <= self.length
 
-    def add(self, ids: list[int], labels: list[int], family: int) -> None:
+    def add(self, turns: Sequence[Turn], ids: list[int], labels: list[int], family: int) -> None:
         self._number += 1
+        told = np.array(labels) != IGNORED
+        ends = np.flatnonzero(told[1:] & ~told[:-1])
+        self.asked += zip((len(self.ids) + ends).tolist(), turns, strict=True)
         self.ids += ids
         self.labels += labels
         self.positions += range(self.begin, self.begin + len(ids))
@@ -186,6 +218,7 @@ class _Sequence:
         self.families += [-1 if label == IGNORED else family for label in labels]
 
     def padded(self) -> tuple[list[int], ...]:
+        """Ids, labels, positions, segments and families, ``length`` of each."""
         return tuple(
             row + [filler] * (self.length - len(row))
             for row, filler in (
@@ -206,46 +239,80 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
     groups = []
     for _ in range(sequences):
         roll = rng.random()
-        kind = "odd" if roll < 0.2 else "sign" if roll < 0.4 else None
+        kind = "odd" if roll < 0.25 else "sign" if roll < 0.45 else None
         kinds = [kind] if per_sequence == 1 else [None, None]
-        groups.append([scenes.make_scene(rng, shape.side, k) for k in kinds])
+        groups.append([make_scene(rng, shape.side, k) for k in kinds])
     shown = [scene for group in groups for scene in group]
-    pixels = torch.from_numpy(np.stack([np.asarray(scenes.draw(scene)) for scene in shown]))
-    grids = [scenes.patch_targets(scene, PATCH) for scene in shown]
-    batch = Batch(
+    pixels = torch.from_numpy(np.stack([np.asarray(draw(scene)) for scene in shown]))
+    grids = [patch_targets(scene) for scene in shown]
+    return Batch(
         pixels=pixels,
         targets={
             name: torch.from_numpy(np.stack([grid[name].reshape(-1) for grid in grids]))
-            for name in scenes.TARGETS
+            for name in TARGETS
         },
         content=torch.from_numpy(np.stack([content(scene) for scene in shown])),
+        sequences=_make_sequences(shape, encoder, groups, rng) if shape.text else None,
     )
-    if not shape.text:
-        return batch
 
+
+def _make_sequences(
+    shape: BatchShape, encoder: Encoder, groups: Sequence[Sequence[Scene]], rng: Rng
+) -> Sequences:
+    """A sequence about the pictures of each group; all groups are of one size."""
+    per_sequence = len(groups[0])
     patches = (shape.side // PATCH) ** 2
     keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
-    order = np.argsort(rng.random((len(shown), patches)), axis=1)[:, :keep]
-    batch.kept = torch.from_numpy(np.sort(order, axis=1))
+    order = np.argsort(rng.random((len(groups) * per_sequence, patches)), axis=1)[:, :keep]
+    kept = np.sort(order, axis=1)
     prefix = encoder.prefix([keep] * per_sequence)
     # Few lengths: kernels are made anew for each.
     length = -(-(len(prefix) + shape.text // per_sequence) // 32) * 32
-    rows = []
-    for group in groups:
+    rows, looks, looked = [], [], []
+    for number, group in enumerate(groups):
         sequence = _Sequence(prefix, length)
         asked = set()
         for family, turns in (
             _ask_about(group[0], rng) if per_sequence == 1 else _compare(group, rng)
         ):
-            ids, labels = encoder.conversation(turns)
-            if turns not in asked and sequence.fits(ids):
+            text, told = encoder.conversation(turns)
+            if turns not in asked and sequence.fits(text):
                 asked.add(turns)
-                sequence.add(ids, labels, scenes.FAMILIES.index(family))
+                sequence.add(turns, text, told, questions.FAMILIES.index(family))
         rows.append(sequence.padded())
-    batch.ids, batch.labels, batch.positions, batch.segments, batch.families = (
-        torch.tensor(column) for column in zip(*rows, strict=True)
+        mine = kept[number * per_sequence : (number + 1) * per_sequence]
+        for end, turn in sequence.asked:
+            for i, shown in enumerate(turn.looks):
+                where = _where(shown, group, mine)
+                if where.any():
+                    looks.append((number, end, i))
+                    looked.append(where)
+    ids, labels, positions, segments, families = map(torch.tensor, zip(*rows, strict=True))
+    return Sequences(
+        kept=torch.from_numpy(kept),
+        ids=ids,
+        labels=labels,
+        positions=positions,
+        segments=segments,
+        families=families,
+        looks=torch.tensor(looks).reshape(-1, 3),
+        looked=torch.from_numpy(np.array(looked, dtype=bool).reshape(-1, keep * per_sequence)),
     )
-    return batch
+
+
+def _where(
+    shown: Sequence[Thing | Sign], group: Sequence[Scene], kept: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Which of the visual tokens kept of a group of pictures show one of some things."""
+    found = []
+    for scene, patches in zip(group, kept, strict=True):
+        cells = scene.side // PATCH
+        grid = np.zeros((cells, cells), dtype=bool)
+        for one in shown:
+            if one is scene.sign or any(one is thing for thing in scene.things):
+                grid |= patches_of(one, cells)
+        found.append(grid.reshape(-1)[patches])
+    return np.concatenate(found)
 
 
 class Batches(IterableDataset[Batch]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import time
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vitcop_vllm.demo import scenes
 from vitcop_vllm.demo.checkpoint import DEMO, LlavaShape, save_config, save_weights
-from vitcop_vllm.demo.dataset import CONTENT, IGNORED, Batch, Batches, BatchShape
+from vitcop_vllm.demo.dataset import CONTENT, IGNORED, Batch, Batches, BatchShape, Sequences
+from vitcop_vllm.demo.drawing import TARGETS
+from vitcop_vllm.demo.questions import FAMILIES, corpus
 from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
 
 LAYER = -2
@@ -41,12 +41,22 @@ class Phase:
         steps: Optimiser steps.
         batch: What a step sees.
         rate: Learning rate at its beginning and end, as a share of the full one.
+        tower_rate: The vision tower's and its heads', likewise.
     """
 
     name: str
     steps: int
     batch: BatchShape
     rate: tuple[float, float]
+    tower_rate: tuple[float, float]
+
+    def rates(self, step: int) -> tuple[float, float]:
+        """Both rates at a step."""
+        done = step / self.steps
+        first, second = (
+            begin + (end - begin) * done for begin, end in (self.rate, self.tower_rate)
+        )
+        return first, second
 
 
 DROPPED = (0.0, 0.0, 0.25)
@@ -54,13 +64,14 @@ DROPPED = (0.0, 0.0, 0.25)
 model that has seen gaps spreads what it sees, as large ones do."""
 
 PHASES = (
-    Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0)),
-    Phase("answers", 700, BatchShape(168, 48, 190, DROPPED, 0.12), (1.0, 1.0)),
-    Phase("full size", 450, BatchShape(336, 16, 190, DROPPED, 0.12), (0.6, 0.02)),
+    Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
+    # The tower goes on slowly: at the decoder's rate it unlearns letters and places.
+    Phase("answers", 1700, BatchShape(168, 24, 190, DROPPED, 0.14), (1.0, 0.5), (0.3, 0.2)),
+    Phase("full size", 1200, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.01), (0.3, 0.01)),
 )
-WARMUP = 100  # steps
+WARMUP = 60  # steps
 MATRIX_RATE = 2e-3
-OTHER_RATE = 1e-3
+OTHER_RATE = 2e-3
 
 
 class Heads(nn.Module):
@@ -74,21 +85,16 @@ class Heads(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.patches = nn.Linear(width, sum(scenes.TARGETS.values()))
+        self.patches = nn.Linear(width, sum(TARGETS.values()))
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.contents = nn.ModuleList([nn.Linear(width, CONTENT), nn.Linear(width, CONTENT)])
-        self.where = nn.Linear(width, 2)
 
     def forward(self, states: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
         losses = {}
         seen = self.norm(states[LAYER][:, 1:])
-        side = math.isqrt(seen.shape[1])
-        place = (torch.arange(side, device=seen.device) + 0.5) / side
-        row_and_column = torch.cartesian_prod(place, place).expand(seen.shape[0], -1, -1)
-        losses["where"] = 10 * F.mse_loss(self.where(seen).float(), row_and_column)
         logits = self.patches(seen).float()
         start = 0
-        for name, classes in scenes.TARGETS.items():
+        for name, classes in TARGETS.items():
             target = batch.targets[name].long().flatten()
             loss = F.cross_entropy(
                 logits[..., start : start + classes].flatten(0, 1), target, reduction="none"
@@ -113,7 +119,10 @@ def _attention(
     scores = (query * options["scaling"]) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    weights = scores.softmax(-1)
+    if getattr(module, "is_watched", False):
+        module.weights = weights
+    return (weights @ value).transpose(1, 2), None
 
 
 def build(path: Path, shape: LlavaShape, tokenizer: Any, seed: int) -> nn.Module:
@@ -147,46 +156,64 @@ def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     )[:, None]
 
 
-def answer_loss(
-    model: Any, features: Tensor, batch: Batch, image: int
+def answers(
+    model: Any, features: Tensor, sequences: Sequences, image: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy of the answers' tokens, and the share of right answers by family.
 
-    An answer whose every token is the likeliest is what greedy decoding says.
+    Args:
+        model: The whole LLaVA.
+        features: (N, V, width) of the vision tower.
+        sequences: Conversations about the pictures.
+        image: Id of the visual tokens' placeholder.
     """
-    assert batch.ids is not None
-    assert batch.kept is not None
-    assert batch.labels is not None
-    assert batch.segments is not None
-    assert batch.families is not None
     inner = model.model
-    width = features.shape[-1]
-    kept = features.gather(1, batch.kept[..., None].expand(-1, -1, width))
-    visual = inner.multi_modal_projector(kept)
-    embeds = inner.language_model.embed_tokens(batch.ids)
-    embeds = embeds.masked_scatter((batch.ids == image)[..., None], visual)
+    kept = sequences.kept[..., None].expand(-1, -1, features.shape[-1])
+    visual = inner.multi_modal_projector(features.gather(1, kept))
+    embeds = inner.language_model.embed_tokens(sequences.ids)
+    embeds = embeds.masked_scatter((sequences.ids == image)[..., None], visual)
     hidden = inner.language_model(
         inputs_embeds=embeds,
-        attention_mask=_mask(batch.segments, embeds.dtype),
-        position_ids=batch.positions,
+        attention_mask=_mask(sequences.segments, embeds.dtype),
+        position_ids=sequences.positions,
         use_cache=False,
     ).last_hidden_state
-    told = batch.labels[:, 1:]
-    where = told != IGNORED
-    logits = model.lm_head(hidden[:, :-1][where]).float()
-    wanted = told[where]
-    loss = F.cross_entropy(logits, wanted)
-    family = batch.families[:, 1:][where]
-    row = torch.arange(told.shape[0], device=told.device)[:, None].expand_as(told)[where]
-    conversation = row * told.shape[1] + batch.segments[:, 1:][where]
+    told = sequences.labels[:, 1:] != IGNORED
+    logits = model.lm_head(hidden[:, :-1][told]).float()
+    wanted = sequences.labels[:, 1:][told]
+    return F.cross_entropy(logits, wanted), _exact(sequences, logits.argmax(-1) == wanted, told)
+
+
+def looking(weights: Tensor, sequences: Sequences, image: int) -> Tensor:
+    """How far the watched layer is from looking where the answer is.
+
+    Each group that a question is about has a head of its own, whose attention from the prompt's
+    last token should fall on it: mean of -log(its sum there).
+
+    Args:
+        weights: (S, heads, T, T) attention.
+        sequences: With at least one look.
+        image: Id of the visual tokens' placeholder.
+    """
+    row, token, group = sequences.looks.unbind(1)
+    visual = (sequences.ids[0] == image).nonzero()[:, 0]
+    seen = weights[row, group, token][:, visual].float()
+    return -(seen * sequences.looked).sum(1).clamp_min(1e-6).log().mean()
+
+
+def _exact(sequences: Sequences, right: Tensor, told: Tensor) -> dict[str, Tensor]:
+    """Share of answers with every token right, which is what greedy decoding says, by family."""
+    row = torch.arange(told.shape[0], device=told.device)[:, None].expand_as(told)[told]
+    conversation = row * told.shape[1] + sequences.segments[:, 1:][told]
     _, which = conversation.unique(return_inverse=True)
-    right = torch.ones(int(which.max()) + 1, device=told.device)
-    right.scatter_reduce_(0, which, (logits.argmax(-1) == wanted).float(), "amin")
-    of_family = torch.zeros_like(right, dtype=family.dtype).scatter_(0, which, family)
-    return loss, {
-        name: right[of_family == i].mean()
-        for i, name in enumerate(scenes.FAMILIES)
-        if bool((of_family == i).any())
+    whole = torch.ones(int(which.max()) + 1, device=told.device)
+    whole.scatter_reduce_(0, which, right.float(), "amin")
+    family = torch.zeros(whole.shape, dtype=torch.int64, device=told.device)
+    family.scatter_(0, which, sequences.families[:, 1:][told])
+    return {
+        name: whole[family == i].mean()
+        for i, name in enumerate(FAMILIES)
+        if bool((family == i).any())
     }
 
 
@@ -196,30 +223,40 @@ class Optimiser:
     def __init__(self, modules: list[nn.Module]) -> None:
         self.weights: list[Tensor] = []
         self.masters: list[Tensor] = []
-        matrices: list[nn.Parameter] = []
-        others: list[nn.Parameter] = []
+        matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for module in modules:
             for name, weight in module.named_parameters():
                 master = nn.Parameter(weight.detach().float().clone())
                 self.weights.append(weight)
                 self.masters.append(master)
                 inside = ".layers." in name or "projector" in name
-                (matrices if inside and weight.dim() == 2 else others).append(master)
+                tower = isinstance(module, Heads) or ".vision_tower." in name
+                (matrices if inside and weight.dim() == 2 else others)[tower].append(master)
+
+        def groups(of: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
+            return [{"params": params, "tower": tower} for tower, params in of.items()]
+
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (
                 torch.optim.Muon(
-                    matrices, lr=MATRIX_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+                    groups(matrices),
+                    lr=MATRIX_RATE,
+                    weight_decay=0.05,
+                    adjust_lr_fn="match_rms_adamw",
                 ),
                 MATRIX_RATE,
             ),
             (
-                torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+                torch.optim.AdamW(
+                    groups(others), lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0
+                ),
                 OTHER_RATE,
             ),
         ]
 
-    def step(self, share: float) -> None:
-        """One step with gradients from the weights, at a share of the full rates."""
+    def step(self, share: float, tower_share: float) -> None:
+        """One step with gradients from the weights, at shares of the full rates."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
@@ -227,7 +264,7 @@ class Optimiser:
         nn.utils.clip_grad_norm_(used, 1.0)
         for part, rate in self.parts:
             for group in part.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = rate * (tower_share if group["tower"] else share)
             part.step()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
@@ -262,7 +299,7 @@ class Run:
         self.folder, self.shape, self.seed = folder, shape, seed
         self.device = torch.device(device)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = byte_tokenizer(scenes.corpus(4000, seed), VOCABULARY)
+        self.tokenizer = byte_tokenizer(corpus(4000, seed), VOCABULARY)
         self.image = self.tokenizer.convert_tokens_to_ids("<image>")
         model = build(folder / "model", shape, self.tokenizer, seed)
         self.model: Any = model.to(self.device, torch.bfloat16)
@@ -271,10 +308,13 @@ class Run:
         self.phase = self.step = 0
         self.seconds = 0.0
         self.stopping = False
+        inner: Any = model.model
+        self.watched = inner.language_model.layers[shape.layers // 4]
+        self.watched.self_attn.is_watched = True
         if compiled:
-            inner: Any = model.model
             for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
-                layer.compile()
+                if layer is not self.watched:
+                    layer.compile()
 
     def load(self) -> None:
         state = torch.load(self.folder / "state.pt", map_location=self.device, weights_only=True)
@@ -302,20 +342,31 @@ class Run:
         ).hidden_states
         parts = self.heads(states, batch)
         seen = sum(parts.values())
-        if batch.ids is None:
+        if batch.sequences is None:
             return seen, parts
-        loss, right = answer_loss(self.model, states[LAYER][:, 1:], batch, self.image)
+        loss, right = answers(self.model, states[LAYER][:, 1:], batch.sequences, self.image)
         parts = {f"patch {name}": part for name, part in parts.items()}
         parts |= {"answer": loss, **right}
-        return loss + 0.15 * seen, parts
+        if len(batch.sequences.looks):
+            weights = self.watched.self_attn.weights
+            parts["look"] = looking(weights, batch.sequences, self.image)
+            loss = loss + 0.3 * parts["look"]
+        return loss + 0.5 * seen, parts
 
     def train(self, phases: tuple[Phase, ...], workers: int, save_every: float) -> None:
-        log = (self.folder / "log.jsonl").open("a")
-        while self.phase < len(phases) and not self.stopping:
-            self._train_phase(phases[self.phase], workers, save_every, log)
-            if not self.stopping:
-                self.phase, self.step = self.phase + 1, 0
-            self.save()
+        """Go on until the phases are over or ``stopping`` is set, and save.
+
+        Args:
+            phases: All phases of the run, also those that are over.
+            workers: Processes that make pictures; 0 makes them here.
+            save_every: Seconds between savings.
+        """
+        with (self.folder / "log.jsonl").open("a") as log:
+            while self.phase < len(phases) and not self.stopping:
+                self._train_phase(phases[self.phase], workers, save_every, log)
+                if not self.stopping:
+                    self.phase, self.step = self.phase + 1, 0
+                self.save()
 
     def _train_phase(self, phase: Phase, workers: int, save_every: float, log: Any) -> None:
         data = Batches(phase.batch, self.tokenizer, self.seed, self.phase, self.step, phase.steps)
@@ -326,16 +377,11 @@ class Run:
         sums: dict[str, list[float]] = defaultdict(list)
         saved = last = time.monotonic()
         for batch in bar:
-            for name, value in vars(batch).items():
-                if isinstance(value, Tensor):
-                    setattr(batch, name, value.to(self.device))
-            batch.targets = {k: v.to(self.device) for k, v in batch.targets.items()}
-            loss, parts = self.losses(batch)
+            loss, parts = self.losses(batch.to(self.device))
             loss.backward()
-            begin, end = phase.rate
-            done = self.step / phase.steps
             warm = min(1.0, (self.step + 1) / WARMUP)
-            self.optimiser.step(warm * (begin + (end - begin) * done))
+            rate, tower_rate = phase.rates(self.step)
+            self.optimiser.step(warm * rate, warm * tower_rate)
             self.step += 1
             for name, part in parts.items():
                 sums[name].append(float(part.detach()))

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vitcop_vllm.demo import scenes
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
+from vitcop_vllm.demo.drawing import draw, patch_targets
+from vitcop_vllm.demo.questions import EXAM_SEED, FAMILIES, SINGLE, compose
 from vitcop_vllm.pruning.saliency import cls_saliency
 from vitcop_vllm.pruning.selection import mean_key_norm
 
@@ -97,15 +98,15 @@ def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
     """Averages over pictures; see :func:`main` for what is printed of them."""
     signals = Signals(path)
     found: dict[str, list[Any]] = defaultdict(list)
-    families = list(scenes.SINGLE)
+    families = list(SINGLE)
     for i in tqdm(range(pictures), desc="pictures"):
-        rng = np.random.default_rng([scenes.EXAM_SEED + seed, len(scenes.FAMILIES), i])
-        (scene,), turns = scenes.compose(families[i % len(families)], rng)
-        grids = scenes.patch_targets(scene)
+        rng = np.random.default_rng([EXAM_SEED + seed, len(FAMILIES), i])
+        (scene,), turns = compose(families[i % len(families)], rng)
+        grids = patch_targets(scene)
         shown = ((grids["shape"] > 0) | (grids["letter"] > 0)).reshape(-1)
         if not shown.any():
             continue
-        saliency, norms, seen = signals.read(scenes.draw(scene), turns[0].question)
+        saliency, norms, seen = signals.read(draw(scene), turns[0].question)
         found["saliency_auc"].append(ranks_above(saliency, shown))
         found["key_norm_auc"].append([ranks_above(-norm, shown) for norm in norms])
         found["attention_auc"].append([ranks_above(one, shown) for one in seen])

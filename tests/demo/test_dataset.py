@@ -1,0 +1,118 @@
+"""What the model is trained on is what it is asked when served."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitcop_vllm.demo.checkpoint import DEMO, save_config
+from vitcop_vllm.demo.dataset import IGNORED, BatchShape, Encoder, make_batch
+from vitcop_vllm.demo.questions import FAMILIES, Turn, corpus
+from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
+from vitcop_vllm.demo.world import COLOUR_NAMES, RADII, SHAPES
+
+TURNS = (
+    Turn("Is there a red star?", "no"),
+    Turn("What does the sign say?", "EXIT 42"),
+    Turn("Where is it?", "top left"),
+)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory) -> Any:
+    from transformers import AutoProcessor
+
+    path: Path = tmp_path_factory.mktemp("demo")
+    save_config(path, DEMO, byte_tokenizer(corpus(300), VOCABULARY))
+    return AutoProcessor.from_pretrained(path)
+
+
+def templated(processor: Any, pictures: int, turns: tuple[Turn, ...]) -> list[int]:
+    """Ids of a conversation up to its last answer, as chat clients send it."""
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        images = [{"type": "image"}] * (0 if i else pictures)
+        messages.append(
+            {"role": "user", "content": [*images, {"type": "text", "text": turn.question}]}
+        )
+        messages.append({"role": "assistant", "content": turn.answer})
+    text = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    ids: list[int] = processor.tokenizer(text, add_special_tokens=False).input_ids
+    return ids
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:2], TURNS[:2], TURNS])
+def test_sequences_are_what_the_chat_template_makes(processor, pictures, turns):
+    encoder = Encoder(processor.tokenizer)
+    ids, labels = encoder.conversation(turns)
+    answer = encoder.ids(f" {turns[-1].answer}</s>")
+    assert ids[-len(answer) :] == labels[-len(answer) :] == answer
+    prompt = encoder.prefix([1] * pictures) + ids[: -len(answer)]
+    assert prompt == templated(processor, pictures, turns)
+    # What greedy decoding adds is the text itself.
+    assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == turns[-1].answer
+
+
+@pytest.mark.parametrize("pair_share", [0.0, 1.0])
+def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor, pair_share):
+    encoder = Encoder(processor.tokenizer)
+    shape = BatchShape(112, 4, 120, (0.25,), pair_share)
+    batch = make_batch(shape, encoder, (0, 1, 2))
+    sequences = batch.sequences
+    assert sequences is not None
+    per_sequence = 2 if pair_share else 1
+    assert batch.pixels.shape == (4, 112, 112, 3)
+    assert all(target.shape == (4, 64) for target in batch.targets.values())
+    assert sequences.kept.shape == (4, 48)
+    assert bool((sequences.kept.diff(dim=1) > 0).all())
+    assert len(sequences.ids) == 4 // per_sequence
+    assert bool(((sequences.ids == encoder.image).sum(dim=1) == 48 * per_sequence).all())
+    end = processor.tokenizer.eos_token_id
+    asked = set()
+    for ids, labels, positions, segments, families in zip(
+        sequences.ids,
+        sequences.labels,
+        sequences.positions,
+        sequences.segments,
+        sequences.families,
+        strict=True,
+    ):
+        begin = int((segments == 0).sum())
+        assert positions[:begin].tolist() == list(range(begin))
+        assert bool((labels[:begin] == IGNORED).all())
+        for number in range(1, int(segments.max()) + 1):
+            mine = segments == number
+            # Each is a first question: it follows the pictures, whatever stands between.
+            assert positions[mine].tolist() == list(range(begin, begin + int(mine.sum())))
+            assert ids[mine][-1] == labels[mine][-1] == end
+            (family,) = families[mine & (labels != IGNORED)].unique().tolist()
+            asked.add(FAMILIES[family])
+    assert ("two pictures" in asked) == bool(pair_share)
+    again = make_batch(shape, encoder, (0, 1, 2))
+    assert torch.equal(batch.pixels, again.pixels)
+    assert torch.equal(sequences.ids, again.sequences.ids)  # type: ignore[union-attr]
+
+
+def test_a_prompt_looks_where_its_answer_is(processor):
+    encoder = Encoder(processor.tokenizer)
+    found = dict.fromkeys(("colour", "shape", "size"), 0)
+    for seed in range(4):
+        batch = make_batch(BatchShape(168, 6, 300, (0.25,)), encoder, (0, 3, seed))
+        sequences = batch.sequences
+        assert sequences is not None
+        assert sequences.looks.shape == (len(sequences.looked), 3)
+        assert bool(sequences.looked.any(dim=1).all())
+        for (row, token, _), looked in zip(sequences.looks.tolist(), sequences.looked, strict=True):
+            assert sequences.labels[row, token] == IGNORED
+            assert sequences.labels[row, token + 1] == sequences.ids[row, token + 1] != IGNORED
+            family = FAMILIES[int(sequences.families[row, token + 1])]
+            if family in found:
+                answer = processor.tokenizer.decode(sequences.ids[row, token + 1 :]).split("</s>")
+                patches = sequences.kept[row][looked]
+                (shown,) = batch.targets[family][row][patches].unique().tolist()
+                names = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": tuple(RADII)}[family]
+                assert names[shown - 1] == answer[0].strip()
+                found[family] += 1
+    assert all(found.values())

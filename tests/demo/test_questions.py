@@ -1,0 +1,103 @@
+"""What is asked about a scene has one right answer."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitcop_vllm.demo.questions import FAMILIES, SINGLE, compose, exam
+from vitcop_vllm.demo.world import SIDE, Scene, Thing
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def thing(shape: str, colour: str, x: float, y: float, size: str = "small") -> Thing:
+    return Thing(shape, colour, size, x, y, 20.0, 0.0)
+
+
+def asked(family: str, scene: Scene, tries: int = 60) -> dict[str, str]:
+    """Every question of a family that some wording and choice leads to, with its answer."""
+    found: dict[str, str] = {}
+    for i in range(tries):
+        turn = SINGLE[family](scene, rng(i))
+        if turn is not None:
+            assert found.setdefault(turn.question, turn.answer) == turn.answer
+    return found
+
+
+SCENE = Scene(
+    SIDE,
+    (
+        thing("star", "red", 50, 50),
+        thing("star", "blue", 280, 60, "big"),
+        thing("ring", "blue", 170, 290),
+        thing("cross", "green", 90, 170),
+    ),
+    sign=None,
+    ground="plain",
+    seed=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "question", "answer"),
+    [
+        ("colour", "What colour is the ring?", "blue"),
+        ("shape", "What shape is the red object?", "star"),
+        ("size", "How big is the blue star?", "big"),
+        ("position", "Where is the red star?", "top left"),
+        ("position", "Where is the ring?", "bottom centre"),
+        ("count", "How many stars are there?", "2"),
+        ("count", "How many blue objects are there?", "2"),
+        ("count", "How many objects are there?", "4"),
+        ("existence", "Is there a red star?", "yes"),
+        ("existence", "Can you see a green object?", "yes"),
+        ("existence", "Can you see a green star?", "no"),
+        ("relation", "Is the cross left or right of the ring?", "left"),
+        ("relation", "Is the ring above or below the cross?", "below"),
+        ("text", "Read the text.", "nothing"),
+        (
+            "description",
+            "Describe the picture.",
+            "small red star, small green cross, small blue ring, big blue star",
+        ),
+    ],
+)
+def test_answers_follow_from_the_scene(family, question, answer):
+    assert asked(family, SCENE, 400)[question] == answer
+
+
+def test_nothing_ambiguous_is_asked():
+    assert not any(
+        "star?" in question and "the star" in question for question in asked("colour", SCENE)
+    )
+    assert not any("blue" in question for question in asked("shape", SCENE))
+    assert not any("star" in question for question in asked("relation", SCENE))
+
+
+def test_an_exam_is_fixed_by_its_seed_and_asks_every_family():
+    first, again, other = exam(2), exam(2), exam(2, seed=1)
+    assert [example.family for example in first] == [f for f in FAMILIES for _ in range(2)]
+    assert [e.turns for e in first] == [e.turns for e in again]
+    assert [e.turns for e in first] != [e.turns for e in other]
+    for one, two in zip(first, again, strict=True):
+        for a, b in zip(one.pictures, two.pictures, strict=True):
+            assert isinstance(a, Image.Image)
+            assert a.size == (SIDE, SIDE)
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+    assert all(len(e.turns) == 2 for e in first if e.family == "dialogue")
+    assert all(len(e.pictures) == 2 for e in first if e.family == "two pictures")
+
+
+@pytest.mark.parametrize(
+    ("family", "answers"),
+    [("existence", {"yes", "no"}), ("relation", {"left", "right", "above", "below"})],
+)
+def test_no_answer_is_a_good_guess(family, answers):
+    told = Counter(compose(family, rng(6, i))[1][0].answer for i in range(200))
+    assert set(told) == answers
+    fair = 200 / len(answers)
+    assert all(0.65 * fair < count < 1.35 * fair for count in told.values())

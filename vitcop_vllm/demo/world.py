@@ -1,0 +1,110 @@
+"""What a picture of the small world can show: things, signs and grounds.
+
+Coloured shapes and a written sign stand on plain, textured or photographed ground. The demo
+model is trained on this world and examined on it, with other seeds.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PATCH = 14
+"""Height and width of the vision tower's patches in pixels."""
+
+SIDE = 336
+"""Height and width of an examined picture in pixels; objects keep their size on others."""
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "orange": (247, 132, 24),
+    "yellow": (250, 220, 40),
+    "green": (46, 158, 64),
+    "blue": (40, 90, 220),
+    "purple": (142, 60, 178),
+    "white": (246, 246, 246),
+    "black": (22, 22, 22),
+}
+COLOUR_NAMES = tuple(COLOURS)
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "moon")
+RADII = {"small": (17, 21), "big": (31, 38)}  # pixels
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "centre", "right")
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+_WORDS = """
+ANT APE ARM ART ASH BAG BAKE BANK BAR BARN BAT BEAR BED BEE BELL BIKE BIRD BOAT BONE BOOK BOX
+BREAD BUS CAB CAFE CAKE CAMP CAR CAT CHAIR CITY CLOCK COAT COFFEE COIN COW CROWN CUP DANCE DAY
+DEER DESK DOG DOOR DRUM DUCK EAST EGG EXIT FARM FERRY FILM FIRE FISH FLAG FOG FOX FROG GAME GATE
+GOAT GOLD GRAPE HAND HAT HEN HILL HOME HORSE HOTEL HOUR ICE INK IRON JAM JAR JAZZ JUICE KEY KING
+KITE LAKE LAMP LEAF LEMON LION MAIL MAP MARKET MILK MINT MOON MOUSE MUSIC NEST NIGHT NORTH NUT
+OAK OIL OPEN OVEN OWL PARK PEAR PEN PIANO PIE PLUM POND POST QUEEN QUIZ RAIN RIVER ROAD ROBOT
+ROSE SALT SAND SHIP SHOE SHOP SILK SNOW SOAP SOUP SOUTH STOP SUN TAXI TEA TENT TIGER TOWER TRAIN
+TREE TRUCK TUNA VAN VASE VIEW WALL WAX WEST WHALE WIND WOLF WOOD YARD YEAR ZEBRA ZERO ZOO
+"""
+WORDS = tuple(_WORDS.split())
+
+FONTS = (
+    "DejaVuSans",
+    "DejaVuSans-Bold",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif-Bold",
+)
+"""Free fonts that come with Matplotlib."""
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "moon", "motorcycle_left")
+TEXTURES = ("brick", "grass", "gravel")
+GROUNDS = ("plain", "gradient", "noise", *TEXTURES, *PHOTOS)
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A coloured shape. ``x``, ``y`` and ``radius`` in pixels, ``angle`` in degrees."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A written word or number.
+
+    Attributes:
+        text: Capital letters or digits.
+        font: One of :data:`FONTS`.
+        height: Font size in pixels.
+        x, y: Left and top of the text in pixels.
+        ink: Colour of the letters, RGB.
+        ground: Colour of the plate behind them, RGB, or of their outline.
+        plate: Whether the letters stand on a plate; otherwise on the picture, outlined.
+    """
+
+    text: str
+    font: str
+    height: int
+    x: float
+    y: float
+    ink: tuple[int, int, int]
+    ground: tuple[int, int, int]
+    plate: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. ``ground`` names the background; ``seed`` fixes its details."""
+
+    side: int
+    things: tuple[Thing, ...]
+    sign: Sign | None
+    ground: str
+    seed: int
+    odd: Thing | None = None
