@@ -2,15 +2,15 @@
 
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from vitcop_vllm.demo import questions
 from vitcop_vllm.lab.client import data_url
-from vitcop_vllm.lab.exam import ExamError, Example, Turn, digest, from_scenes, read_folder
+from vitcop_vllm.lab.exam import ExamError, Example, Turn, digest, from_demo, read_folder
 
 
 @pytest.fixture
@@ -105,22 +105,9 @@ def test_nothing_to_read(tmp_path):
         read_folder(tmp_path)
 
 
-@dataclass
-class FakeTurn:
-    question: str
-    answer: str
-
-
-@dataclass
-class FakeScene:
-    family: str
-    pictures: tuple[Image.Image, ...]
-    turns: tuple[FakeTurn, ...]
-
-
 def test_generated_exam_is_encoded_without_loss():
     picture = Image.radial_gradient("L").convert("RGB")
-    [example] = from_scenes([FakeScene("f", (picture,), (FakeTurn("Q", "A"),))])
+    [example] = from_demo([questions.Example("f", (picture,), (questions.Turn("Q", "A"),))])
     assert (example.family, example.turns) == ("f", (Turn("Q", ("A",)),))
     [encoded] = example.pictures
     assert isinstance(encoded, bytes)

@@ -13,6 +13,7 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.server import process
 from vitcop_vllm.lab.serving import ServerError, running_server, server_arguments
 
 
@@ -95,10 +96,8 @@ def test_a_server_that_refuses_says_why(config):
 
 
 @pytest.mark.slow
-def test_a_server_serves_and_is_gone(config, monkeypatch):
-    # The tests' own engine runs in their process; the server's has one of its own.
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
-    with running_server(*server_arguments("key_norm", config)) as (url, _):
+def test_a_server_serves_and_is_gone(config):
+    with process.running_server(*server_arguments("key_norm", config)) as (url, _):
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data
         group = server_group(config)
         assert group != os.getpgid(0)

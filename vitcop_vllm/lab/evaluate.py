@@ -22,7 +22,7 @@ import openai
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vitcop_vllm.lab.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
-from vitcop_vllm.lab.exam import ExamError, Example, digest, from_scenes, read_folder
+from vitcop_vllm.lab.exam import ExamError, Example, digest, from_demo, read_folder
 from vitcop_vllm.lab.plots import plot
 from vitcop_vllm.lab.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
 from vitcop_vllm.lab.scoring import SCORERS, check_answers
@@ -44,7 +44,7 @@ class Task:
 def _generated_exam(arguments: argparse.Namespace) -> list[Example]:
     from vitcop_vllm.demo.questions import exam
 
-    return from_scenes(exam(arguments.per_family, arguments.seed))
+    return from_demo(exam(arguments.per_family, arguments.seed))
 
 
 def _folder_exam(arguments: argparse.Namespace) -> list[Example]:

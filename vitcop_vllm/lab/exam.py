@@ -18,9 +18,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from vitcop_vllm.demo import questions
 
 Picture = bytes | Path
 """An encoded picture file, or where it lies."""
@@ -49,39 +52,19 @@ class Example:
     turns: tuple[Turn, ...]
 
 
-class SceneTurn(Protocol):
-    """A question of the generated exam: it has exactly one answer."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def answer(self) -> str: ...
-
-
-class Scene(Protocol):
-    """An example of the generated exam."""
-
-    @property
-    def family(self) -> str: ...
-    @property
-    def pictures(self) -> Sequence[Image.Image]: ...
-    @property
-    def turns(self) -> Sequence[SceneTurn]: ...
-
-
 class ExamError(ValueError):
     """An exam that cannot be asked: one line per fault, ``FILE:LINE: what is wrong``."""
 
 
-def from_scenes(scenes: Iterable[Scene]) -> list[Example]:
+def from_demo(examples: Iterable["questions.Example"]) -> list[Example]:
     """The generated exam. Pictures are encoded here, once, and not for every request."""
     return [
         Example(
-            scene.family,
-            tuple(_png(picture) for picture in scene.pictures),
-            tuple(Turn(turn.question, (turn.answer,)) for turn in scene.turns),
+            example.family,
+            tuple(_png(picture) for picture in example.pictures),
+            tuple(Turn(turn.question, (turn.answer,)) for turn in example.turns),
         )
-        for scene in scenes
+        for example in examples
     ]
 
 
