@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 DEMO_NAME = "demo"
 """What stands for the demo model wherever a model is named."""
 
+FEATURE_LAYER = -2
+"""Of the vision tower's hidden states, the one that LLaVA-1.5 reads."""
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
     "{% if message['content'] is string %}{{ message['content'] }}"
@@ -156,7 +159,7 @@ def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> None:
             tie_word_embeddings=False,
         ),
         image_token_index=vocabulary["<image>"],
-        vision_feature_layer=-2,
+        vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     ).save_pretrained(path)

@@ -239,6 +239,9 @@ def patches_of(shown: Thing | Sign, cells: int) -> Mask:
     return near
 
 
+_PARTS = 12
+"""Rows and columns that a picture of any size is told apart in."""
+
 TARGETS = {
     "shape": len(SHAPES) + 1,
     "colour": len(COLOURS) + 1,
@@ -246,8 +249,8 @@ TARGETS = {
     "middle": 2,
     "letter": len(ALPHABET) + 1,
     "place": 8,
-    "row": 13,
-    "column": 13,
+    "row": _PARTS + 1,
+    "column": _PARTS + 1,
 }
 """Name -> classes of what a patch may be asked about; class 0 is nothing."""
 
@@ -271,7 +274,7 @@ def patch_targets(scene: Scene) -> dict[str, Grid]:
             inside = _patches_in(box, cells)
             grids["letter"][inside] = ALPHABET.index(letter) + 1
             grids["place"][inside] = i + 1
-    row, column = np.indices((cells, cells)) * 12 // cells + 1
+    row, column = np.indices((cells, cells)) * _PARTS // cells + 1
     shown = (grids["shape"] > 0) | (grids["letter"] > 0)
     # Background has no place: a question that looks too widely still reads the right one.
     grids["row"][shown], grids["column"][shown] = row[shown], column[shown]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from operator import attrgetter
 
 import numpy as np
 from PIL import Image
@@ -70,8 +71,8 @@ def _unique(things: Sequence[Thing], key: Callable[[Thing], str]) -> list[Thing]
 
 def _identified(things: Sequence[Thing], rng: Rng) -> tuple[Thing, str] | None:
     """A thing that words single out, and the words."""
-    options = [(thing, thing.name) for thing in _unique(things, lambda t: t.name)]
-    options += [(thing, thing.shape) for thing in _unique(things, lambda t: t.shape)]
+    options = [(thing, thing.name) for thing in _unique(things, attrgetter("name"))]
+    options += [(thing, thing.shape) for thing in _unique(things, attrgetter("shape"))]
     return choice(rng, options) if options else None
 
 
@@ -79,22 +80,26 @@ def _article(name: str) -> str:
     return f"an {name}" if name[0] in "aeiou" else f"a {name}"
 
 
-def ask_colour(scene: Scene, rng: Rng) -> Turn | None:
-    candidates = _unique(scene.things, lambda t: t.shape)
+def _ask_attribute(
+    scene: Scene, rng: Rng, asked: str, by: str, wordings: Sequence[str]
+) -> Turn | None:
+    """What one attribute is of the only thing with some value of another."""
+    candidates = _unique(scene.things, attrgetter(by))
     if not candidates:
         return None
     thing = choice(rng, candidates)
-    wording = choice(rng, ("What colour is the {}?", "What is the colour of the {}?"))
-    return Turn(wording.format(thing.shape), thing.colour, ((thing,),))
+    question = choice(rng, wordings).format(getattr(thing, by))
+    return Turn(question, getattr(thing, asked), ((thing,),))
+
+
+def ask_colour(scene: Scene, rng: Rng) -> Turn | None:
+    wordings = ("What colour is the {}?", "What is the colour of the {}?")
+    return _ask_attribute(scene, rng, "colour", "shape", wordings)
 
 
 def ask_shape(scene: Scene, rng: Rng) -> Turn | None:
-    candidates = _unique(scene.things, lambda t: t.colour)
-    if not candidates:
-        return None
-    thing = choice(rng, candidates)
-    wording = choice(rng, ("What shape is the {} object?", "What is the {} thing?"))
-    return Turn(wording.format(thing.colour), thing.shape, ((thing,),))
+    wordings = ("What shape is the {} object?", "What is the {} thing?")
+    return _ask_attribute(scene, rng, "shape", "colour", wordings)
 
 
 def ask_size(scene: Scene, rng: Rng) -> Turn | None:
@@ -145,9 +150,7 @@ def ask_existence(scene: Scene, rng: Rng) -> Turn | None:
         if wanted or name not in shown:
             break
     wording = choice(rng, ("Is there {}?", "Can you see {}?"))
-    seen = tuple(
-        thing for thing, title in zip(scene.things, shown, strict=True) if wanted and title == name
-    )
+    seen = tuple(thing for thing, title in zip(scene.things, shown, strict=True) if title == name)
     return Turn(wording.format(_article(name)), "yes" if wanted else "no", (seen,))
 
 
@@ -159,7 +162,7 @@ _RELATIONS = (
 
 
 def ask_relation(scene: Scene, rng: Rng) -> Turn | None:
-    named = _unique(scene.things, lambda t: t.shape)
+    named = _unique(scene.things, attrgetter("shape"))
     if len(named) < 2:
         return None
     first, second = (named[int(i)] for i in rng.permutation(len(named))[:2])
@@ -202,7 +205,7 @@ def ask_description(scene: Scene, rng: Rng) -> Turn | None:
 
 def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
     """Two turns; the second speaks of the first one's object as "it"."""
-    candidates = _unique(scene.things, lambda t: t.colour)
+    candidates = _unique(scene.things, attrgetter("colour"))
     if not candidates:
         return None
     thing = choice(rng, candidates)

@@ -17,19 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vitcop_vllm.demo.checkpoint import DEMO, LlavaShape, save_config, save_weights
-from vitcop_vllm.demo.dataset import CONTENT, IGNORED, Batch, Batches, BatchShape, Sequences
-from vitcop_vllm.demo.drawing import TARGETS
-from vitcop_vllm.demo.questions import FAMILIES, corpus
+from vitcop_vllm.demo.checkpoint import DEMO, FEATURE_LAYER, LlavaShape, save_config, save_weights
+from vitcop_vllm.demo.dataset import Batch, Batches, BatchShape
+from vitcop_vllm.demo.losses import Heads, answers, looking
+from vitcop_vllm.demo.optimiser import Optimiser
+from vitcop_vllm.demo.questions import corpus
 from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
-
-LAYER = -2
-"""LLaVA-1.5's vision feature layer."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,10 @@ class Phase:
 
     def rates(self, step: int) -> tuple[float, float]:
         """Both rates at a step."""
-        done = step / self.steps
-        first, second = (
-            begin + (end - begin) * done for begin, end in (self.rate, self.tower_rate)
-        )
-        return first, second
+        return self._at(step, *self.rate), self._at(step, *self.tower_rate)
+
+    def _at(self, step: int, begin: float, end: float) -> float:
+        return begin + (end - begin) * (step / self.steps)
 
 
 DROPPED = (0.0, 0.0, 0.25)
@@ -70,46 +66,6 @@ PHASES = (
     Phase("full size", 1200, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.01), (0.3, 0.01)),
 )
 WARMUP = 60  # steps
-MATRIX_RATE = 2e-3
-OTHER_RATE = 2e-3
-
-
-class Heads(nn.Module):
-    """What the vision tower is asked while it learns; not part of the model.
-
-    Patches tell what they show and where they are, and [CLS], of the feature layer and of the
-    last one, what the whole picture holds: without that [CLS] would have no reason to look
-    anywhere.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.patches = nn.Linear(width, sum(TARGETS.values()))
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.contents = nn.ModuleList([nn.Linear(width, CONTENT), nn.Linear(width, CONTENT)])
-
-    def forward(self, states: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
-        losses = {}
-        seen = self.norm(states[LAYER][:, 1:])
-        logits = self.patches(seen).float()
-        start = 0
-        for name, classes in TARGETS.items():
-            target = batch.targets[name].long().flatten()
-            loss = F.cross_entropy(
-                logits[..., start : start + classes].flatten(0, 1), target, reduction="none"
-            )
-            shown = target > 0
-            # Most patches show nothing; those that do count as much as all together.
-            losses[name] = 0.5 * loss.mean() + 0.5 * (loss * shown).sum() / shown.sum().clamp_min(1)
-            start += classes
-        weight = torch.full((CONTENT,), 6.0, device=logits.device)
-        for i, state in enumerate((states[LAYER], states[-1])):
-            guess = self.contents[i](self.norms[i](state[:, 0])).float()
-            losses[f"cls{i}"] = F.binary_cross_entropy_with_logits(
-                guess, batch.content, pos_weight=weight
-            )
-        return losses
 
 
 def _attention(
@@ -143,145 +99,6 @@ def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=pixels.device)
     std = torch.tensor(OPENAI_CLIP_STD, device=pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(dtype).contiguous()
-
-
-def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, 1, T, T) additive: a token sees segment 0 and its own, up to itself."""
-    length = segments.shape[1]
-    mine, theirs = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = causal & ((mine == theirs) | (theirs == 0))
-    return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )[:, None]
-
-
-def answers(
-    model: Any, features: Tensor, sequences: Sequences, image: int
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of the answers' tokens, and the share of right answers by family.
-
-    Args:
-        model: The whole LLaVA.
-        features: (N, V, width) of the vision tower.
-        sequences: Conversations about the pictures.
-        image: Id of the visual tokens' placeholder.
-    """
-    inner = model.model
-    kept = sequences.kept[..., None].expand(-1, -1, features.shape[-1])
-    visual = inner.multi_modal_projector(features.gather(1, kept))
-    embeds = inner.language_model.embed_tokens(sequences.ids)
-    embeds = embeds.masked_scatter((sequences.ids == image)[..., None], visual)
-    hidden = inner.language_model(
-        inputs_embeds=embeds,
-        attention_mask=_mask(sequences.segments, embeds.dtype),
-        position_ids=sequences.positions,
-        use_cache=False,
-    ).last_hidden_state
-    told = sequences.labels[:, 1:] != IGNORED
-    logits = model.lm_head(hidden[:, :-1][told]).float()
-    wanted = sequences.labels[:, 1:][told]
-    return F.cross_entropy(logits, wanted), _exact(sequences, logits.argmax(-1) == wanted, told)
-
-
-def looking(weights: Tensor, sequences: Sequences, image: int) -> Tensor:
-    """How far the watched layer is from looking where the answer is.
-
-    Each group that a question is about has a head of its own, whose attention from the prompt's
-    last token should fall on it: mean of -log(its sum there).
-
-    Args:
-        weights: (S, heads, T, T) attention.
-        sequences: With at least one look.
-        image: Id of the visual tokens' placeholder.
-    """
-    row, token, group = sequences.looks.unbind(1)
-    visual = (sequences.ids[0] == image).nonzero()[:, 0]
-    seen = weights[row, group, token][:, visual].float()
-    return -(seen * sequences.looked).sum(1).clamp_min(1e-6).log().mean()
-
-
-def _exact(sequences: Sequences, right: Tensor, told: Tensor) -> dict[str, Tensor]:
-    """Share of answers with every token right, which is what greedy decoding says, by family."""
-    row = torch.arange(told.shape[0], device=told.device)[:, None].expand_as(told)[told]
-    conversation = row * told.shape[1] + sequences.segments[:, 1:][told]
-    _, which = conversation.unique(return_inverse=True)
-    whole = torch.ones(int(which.max()) + 1, device=told.device)
-    whole.scatter_reduce_(0, which, right.float(), "amin")
-    family = torch.zeros(whole.shape, dtype=torch.int64, device=told.device)
-    family.scatter_(0, which, sequences.families[:, 1:][told])
-    return {
-        name: whole[family == i].mean()
-        for i, name in enumerate(FAMILIES)
-        if bool((family == i).any())
-    }
-
-
-class Optimiser:
-    """Muon for the layers' matrices, AdamW for all else, on float32 copies of the weights."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.weights: list[Tensor] = []
-        self.masters: list[Tensor] = []
-        matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for module in modules:
-            for name, weight in module.named_parameters():
-                master = nn.Parameter(weight.detach().float().clone())
-                self.weights.append(weight)
-                self.masters.append(master)
-                inside = ".layers." in name or "projector" in name
-                tower = isinstance(module, Heads) or ".vision_tower." in name
-                (matrices if inside and weight.dim() == 2 else others)[tower].append(master)
-
-        def groups(of: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
-            return [{"params": params, "tower": tower} for tower, params in of.items()]
-
-        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
-            (
-                torch.optim.Muon(
-                    groups(matrices),
-                    lr=MATRIX_RATE,
-                    weight_decay=0.05,
-                    adjust_lr_fn="match_rms_adamw",
-                ),
-                MATRIX_RATE,
-            ),
-            (
-                torch.optim.AdamW(
-                    groups(others), lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0
-                ),
-                OTHER_RATE,
-            ),
-        ]
-
-    def step(self, share: float, tower_share: float) -> None:
-        """One step with gradients from the weights, at shares of the full rates."""
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            master.grad = None if weight.grad is None else weight.grad.float()
-            weight.grad = None
-        used = [master for master in self.masters if master.grad is not None]
-        nn.utils.clip_grad_norm_(used, 1.0)
-        for part, rate in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate * (tower_share if group["tower"] else share)
-            part.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "masters": [master.detach() for master in self.masters],
-            "parts": [part.state_dict() for part, _ in self.parts],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"], strict=True):
-                master.copy_(saved)
-            torch._foreach_copy_(self.weights, self.masters)
-        for (part, _), saved in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(saved)
 
 
 class Run:
@@ -344,7 +161,7 @@ class Run:
         seen = sum(parts.values())
         if batch.sequences is None:
             return seen, parts
-        loss, right = answers(self.model, states[LAYER][:, 1:], batch.sequences, self.image)
+        loss, right = answers(self.model, states[FEATURE_LAYER][:, 1:], batch.sequences, self.image)
         parts = {f"patch {name}": part for name, part in parts.items()}
         parts |= {"answer": loss, **right}
         if len(batch.sequences.looks):

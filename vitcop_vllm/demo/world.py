@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-PATCH = 14
+from vitcop_vllm.demo.checkpoint import DEMO
+
+PATCH = DEMO.patch_size
 """Height and width of the vision tower's patches in pixels."""
 
-SIDE = 336
+SIDE = DEMO.image_size
 """Height and width of an examined picture in pixels; objects keep their size on others."""
 
 COLOURS = {
@@ -52,7 +54,6 @@ FONTS = (
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "moon", "motorcycle_left")
 TEXTURES = ("brick", "grass", "gravel")
-GROUNDS = ("plain", "gradient", "noise", *TEXTURES, *PHOTOS)
 
 Rng = np.random.Generator
 

@@ -68,7 +68,7 @@ class Signals:
             images=picture, text=prompt, return_tensors="pt", add_special_tokens=False
         )
         tower = self.model.model.vision_tower
-        attention = tower.encoder.layers[-2].self_attn
+        attention = tower.encoder.layers[self.model.config.vision_feature_layer].self_attn
         recorded: dict[str, torch.Tensor] = {}
         hooks = [
             projection.register_forward_hook(
