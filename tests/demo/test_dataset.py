@@ -1,5 +1,7 @@
 """What the model is trained on is what it is asked when served."""
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +9,10 @@ import pytest
 import torch
 
 from vitcop_vllm.demo.checkpoint import DEMO, save_config
-from vitcop_vllm.demo.dataset import IGNORED, BatchShape, Encoder, make_batch
+from vitcop_vllm.demo.dataset import IGNORED, TELLING, BatchShape, Encoder, make_batch
 from vitcop_vllm.demo.questions import FAMILIES, Turn, corpus
 from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
-from vitcop_vllm.demo.world import COLOUR_NAMES, RADII, SHAPES
+from vitcop_vllm.demo.world import ALPHABET, COLOUR_NAMES, RADII, SHAPES
 
 TURNS = (
     Turn("Is there a red star?", "no"),
@@ -95,24 +97,58 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
     assert torch.equal(sequences.ids, again.sequences.ids)  # type: ignore[union-attr]
 
 
-def test_a_prompt_looks_where_its_answer_is(processor):
-    encoder = Encoder(processor.tokenizer)
-    found = dict.fromkeys(("colour", "shape", "size"), 0)
+Looking = tuple[str, str, str, dict[str, set[str]]]
+"""Family, the token's text, the whole answer from the next one on, names of what it looks at."""
+
+NAMES = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": tuple(RADII), "letter": tuple(ALPHABET)}
+
+
+def looking(tokenizer: Any, told: bool) -> Iterator[Looking]:
+    """What is looked at in some batches, by prompts or by what comes before told words."""
+    encoder = Encoder(tokenizer)
     for seed in range(4):
         batch = make_batch(BatchShape(168, 6, 300, (0.25,)), encoder, (0, 3, seed))
         sequences = batch.sequences
         assert sequences is not None
         assert sequences.looks.shape == (len(sequences.looked), 3)
         assert bool(sequences.looked.any(dim=1).all())
-        for (row, token, _), looked in zip(sequences.looks.tolist(), sequences.looked, strict=True):
-            assert sequences.labels[row, token] == IGNORED
-            assert sequences.labels[row, token + 1] == sequences.ids[row, token + 1] != IGNORED
-            family = FAMILIES[int(sequences.families[row, token + 1])]
-            if family in found:
-                answer = processor.tokenizer.decode(sequences.ids[row, token + 1 :]).split("</s>")
-                patches = sequences.kept[row][looked]
-                (shown,) = batch.targets[family][row][patches].unique().tolist()
-                names = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": tuple(RADII)}[family]
-                assert names[shown - 1] == answer[0].strip()
-                found[family] += 1
-    assert all(found.values())
+        for (row, token, head), looked in zip(
+            sequences.looks.tolist(), sequences.looked, strict=True
+        ):
+            if (head == TELLING) != told:
+                continue
+            assert sequences.labels[row, token + 1] == sequences.ids[row, token + 1]
+            answer = tokenizer.decode(sequences.ids[row, token + 1 :]).split("</s>")[0]
+            patches = sequences.kept[row][looked]
+            shown = {
+                kind: {names[i - 1] for i in batch.targets[kind][row][patches].tolist() if i}
+                for kind, names in NAMES.items()
+            }
+            prompt = sequences.labels[row, token] == IGNORED
+            before = "" if prompt else tokenizer.decode(sequences.ids[row, token])
+            yield FAMILIES[int(sequences.families[row, token + 1])], before, answer, shown
+
+
+def test_a_prompt_looks_where_its_answer_is(processor):
+    found: Counter[str] = Counter()
+    for family, before, answer, shown in looking(processor.tokenizer, told=False):
+        assert before == ""
+        if family in {"colour", "shape", "size"}:
+            assert shown[family] == {answer.strip()}
+            found[family] += 1
+    assert len(found) == 3
+
+
+def test_a_word_of_a_long_answer_looks_at_what_it_tells_of(processor):
+    found: Counter[str] = Counter()
+    for family, before, answer, shown in looking(processor.tokenizer, told=True):
+        found[family] += 1
+        word = answer.split(",")[0].strip()
+        if family == "text" or answer[0].isupper():
+            assert shown["letter"] == {word[0]}
+        elif family == "odd one out":
+            assert shown["shape"] == {answer.split()[-1]}
+        elif family == "description" and not before and "sign" not in word and answer[0] == " ":
+            size, colour, shape = word.split()
+            assert (shown["size"], shown["colour"], shown["shape"]) == ({size}, {colour}, {shape})
+    assert set(found) >= {"text", "description", "position", "odd one out"}

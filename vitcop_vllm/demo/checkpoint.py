@@ -104,13 +104,16 @@ LLAVA_1_5_7B = LlavaShape(
 )
 
 
-def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> None:
+def save_config(
+    path: Path, shape: LlavaShape, tokenizer: Any = None, vocabulary_size: int = 0
+) -> None:
     """Write everything but the weights (enough for ``--load-format dummy``).
 
     Args:
         path: Folder to write to.
         shape: Sizes of the model.
         tokenizer: Its tokenizer; by default every byte is a token.
+        vocabulary_size: Rows of the embedding, if more than the tokenizer has tokens.
     """
     from transformers import (
         CLIPImageProcessor,
@@ -146,7 +149,7 @@ def save_config(path: Path, shape: LlavaShape, tokenizer: Any = None) -> None:
         ),
         text_config=LlamaConfig(
             architectures=["LlamaForCausalLM"],
-            vocab_size=len(vocabulary),
+            vocab_size=max(len(vocabulary), vocabulary_size),
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers,

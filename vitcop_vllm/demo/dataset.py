@@ -20,10 +20,22 @@ from vitcop_vllm.demo import questions
 from vitcop_vllm.demo.drawing import TARGETS, draw, patch_targets, patches_of
 from vitcop_vllm.demo.questions import Turn
 from vitcop_vllm.demo.scenes import make_scene
-from vitcop_vllm.demo.world import ALPHABET, COLOUR_NAMES, PATCH, SHAPES, Rng, Scene, Sign, Thing
+from vitcop_vllm.demo.world import (
+    ALPHABET,
+    COLOUR_NAMES,
+    PATCH,
+    SHAPES,
+    Letter,
+    Rng,
+    Scene,
+    Shown,
+)
 
 IGNORED = -100
 """Label of a token that is not to be learnt."""
+
+TELLING = -1
+"""Attention head that looks at what the next token tells of."""
 
 WEIGHTS = {
     "colour": 0.8,
@@ -68,9 +80,11 @@ class Sequences:
             any other by itself; -1 is padding.
         families: (S, T) int64, where a label is an answer's: which of
             :data:`questions.FAMILIES` the question is of; -1 elsewhere.
-        looks: (K, 3) int64: sequence, index of a prompt's last token in it, number of the group
-            of :attr:`Turn.looks` that this token should look at.
-        looked: (K, visual tokens of a sequence) bool: where that group is.
+        looks: (K, 3) int64: sequence, index of a token in it, attention head that should look
+            at something there. A prompt's last token looks at each group of
+            :attr:`Turn.looks` with the head of that number; a token whose next one tells of
+            something (:attr:`Turn.tells`) looks at it with head :data:`TELLING`.
+        looked: (K, visual tokens of a sequence) bool: where it should look.
     """
 
     kept: torch.Tensor
@@ -144,6 +158,15 @@ class Encoder:
             ids += asked + told
             labels += [IGNORED] * len(asked) + told
         return ids, labels
+
+    def tells(self, turn: Turn) -> Iterator[tuple[int, Shown]]:
+        """Index of an answer's token, and what it tells of."""
+        end = -1  # of the token among the answer's characters; a space stands before them
+        for i, token in enumerate(self.ids(f" {turn.answer}")):
+            end += len(self.tokenizer.convert_ids_to_tokens(token))
+            shown = turn.tells[end - 1] if 0 < end <= len(turn.tells) else None
+            if shown is not None:
+                yield i, shown
 
 
 CONTENT = len(COLOUR_NAMES) * len(SHAPES) + len(ALPHABET)
@@ -282,10 +305,12 @@ def _make_sequences(
         rows.append(sequence.padded())
         mine = kept[number * per_sequence : (number + 1) * per_sequence]
         for end, turn in sequence.asked:
-            for i, shown in enumerate(turn.looks):
+            wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
+            wanted += [(end + i, TELLING, (one,)) for i, one in encoder.tells(turn)]
+            for token, head, shown in wanted:
                 where = _where(shown, group, mine)
                 if where.any():
-                    looks.append((number, end, i))
+                    looks.append((number, token, head))
                     looked.append(where)
     ids, labels, positions, segments, families = map(torch.tensor, zip(*rows, strict=True))
     return Sequences(
@@ -301,7 +326,7 @@ def _make_sequences(
 
 
 def _where(
-    shown: Sequence[Thing | Sign], group: Sequence[Scene], kept: npt.NDArray[np.int64]
+    shown: Sequence[Shown], group: Sequence[Scene], kept: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Which of the visual tokens kept of a group of pictures show one of some things."""
     found = []
@@ -309,7 +334,8 @@ def _where(
         cells = scene.side // PATCH
         grid = np.zeros((cells, cells), dtype=bool)
         for one in shown:
-            if one is scene.sign or any(one is thing for thing in scene.things):
+            whole = one.sign if isinstance(one, Letter) else one
+            if whole is scene.sign or any(whole is thing for thing in scene.things):
                 grid |= patches_of(one, cells)
         found.append(grid.reshape(-1)[patches])
     return np.concatenate(found)

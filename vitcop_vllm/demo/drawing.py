@@ -17,8 +17,10 @@ from vitcop_vllm.demo.world import (
     RADII,
     SHAPES,
     TEXTURES,
+    Letter,
     Rng,
     Scene,
+    Shown,
     Sign,
     Thing,
 )
@@ -228,8 +230,10 @@ def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
     return inside
 
 
-def patches_of(shown: Thing | Sign, cells: int) -> Mask:
-    """(cells, cells): which patches of a picture with so many a side show a thing or a sign."""
+def patches_of(shown: Shown, cells: int) -> Mask:
+    """(cells, cells): which patches of a picture with so many a side show a thing or writing."""
+    if isinstance(shown, Letter):
+        return _patches_in(letter_boxes(shown.sign)[shown.index][1], cells)
     if isinstance(shown, Sign):
         boxes = [_patches_in(box, cells) for _, box in letter_boxes(shown)]
         return np.logical_or.reduce(boxes)

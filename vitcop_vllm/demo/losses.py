@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitcop_vllm.demo.checkpoint import FEATURE_LAYER
-from vitcop_vllm.demo.dataset import CONTENT, IGNORED, Batch, Sequences
+from vitcop_vllm.demo.dataset import CONTENT, IGNORED, TELLING, Batch, Sequences
 from vitcop_vllm.demo.drawing import TARGETS
 from vitcop_vllm.demo.questions import FAMILIES
 
@@ -89,21 +89,23 @@ def answers(
     return F.cross_entropy(logits, wanted), _exact(sequences, logits.argmax(-1) == wanted, told)
 
 
-def looking(weights: Tensor, sequences: Sequences, image: int) -> Tensor:
+def looking(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tensor]:
     """How far the watched layer is from looking where the answer is.
 
-    Each group that a question is about has a head of its own, whose attention from the prompt's
-    last token should fall on it: mean of -log(its sum there).
+    Means of -log(a head's attention to the visual tokens it should look at, summed): ``look``
+    of the prompts' last tokens, ``tell`` of tokens before one that tells of something.
 
     Args:
         weights: (S, heads, T, T) attention.
         sequences: With at least one look.
         image: Id of the visual tokens' placeholder.
     """
-    row, token, group = sequences.looks.unbind(1)
+    row, token, head = sequences.looks.unbind(1)
     visual = (sequences.ids[0] == image).nonzero()[:, 0]
-    seen = weights[row, group, token][:, visual].float()
-    return -(seen * sequences.looked).sum(1).clamp_min(1e-6).log().mean()
+    seen = weights[row, head, token][:, visual].float()
+    losses = -(seen * sequences.looked).sum(1).clamp_min(1e-6).log()
+    parts = {"look": losses[head != TELLING], "tell": losses[head == TELLING]}
+    return {name: of.mean() for name, of in parts.items() if len(of)}
 
 
 def _exact(sequences: Sequences, right: Tensor, told: Tensor) -> dict[str, Tensor]:

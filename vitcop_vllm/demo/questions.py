@@ -16,13 +16,15 @@ from vitcop_vllm.demo.world import (
     ROWS,
     SHAPES,
     SIDE,
+    Letter,
     Rng,
     Scene,
+    Shown,
     Sign,
     Thing,
 )
 
-Looks = tuple[tuple[Thing | Sign, ...], ...]
+Looks = tuple[tuple[Shown, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class Turn:
     Attributes:
         question, answer: Their texts.
         looks: What has to be looked at to answer, for training: groups of things or signs.
+        tells: What each character of a longer answer tells of, for training.
     """
 
     question: str
     answer: str
     looks: Looks = field(default=(), compare=False, repr=False)
+    tells: tuple[Shown | None, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,11 @@ def _identified(things: Sequence[Thing], rng: Rng) -> tuple[Thing, str] | None:
     options = [(thing, thing.name) for thing in _unique(things, attrgetter("name"))]
     options += [(thing, thing.shape) for thing in _unique(things, attrgetter("shape"))]
     return choice(rng, options) if options else None
+
+
+def _about(thing: Thing, question: str, answer: str) -> Turn:
+    """With an answer of several words, all of them about one thing."""
+    return Turn(question, answer, ((thing,),), (thing,) * len(answer))
 
 
 def _article(name: str) -> str:
@@ -116,7 +125,7 @@ def ask_position(scene: Scene, rng: Rng) -> Turn | None:
     if found is None or place is None:
         return None
     wording = choice(rng, ("Where is the {}?", "In which part of the picture is the {}?"))
-    return Turn(wording.format(found[1]), place, ((found[0],),))
+    return _about(found[0], wording.format(found[1]), place)
 
 
 def ask_count(scene: Scene, rng: Rng) -> Turn | None:
@@ -175,20 +184,24 @@ def ask_relation(scene: Scene, rng: Rng) -> Turn | None:
     return Turn(question, answers[difference > 0], ((first,), (second,)))
 
 
+def _letters(sign: Sign) -> tuple[Letter, ...]:
+    return tuple(Letter(sign, i) for i in range(len(sign.text)))
+
+
 def ask_text(scene: Scene, rng: Rng) -> Turn | None:
     if scene.sign is None and rng.random() < 0.8:
         return None
     wording = choice(rng, ("What does the sign say?", "What is written here?", "Read the text."))
     if scene.sign is None:
         return Turn(wording, "nothing")
-    return Turn(wording, scene.sign.text, ((scene.sign,),))
+    return Turn(wording, scene.sign.text, ((scene.sign,),), _letters(scene.sign))
 
 
 def ask_odd(scene: Scene, rng: Rng) -> Turn | None:
     if scene.odd is None:
         return None
     wording = choice(rng, ("Which object is the odd one out?", "Which object is different?"))
-    return Turn(wording, scene.odd.name, ((scene.odd,),))
+    return _about(scene.odd, wording, scene.odd.name)
 
 
 def ask_description(scene: Scene, rng: Rng) -> Turn | None:
@@ -196,11 +209,20 @@ def ask_description(scene: Scene, rng: Rng) -> Turn | None:
     things = sorted(scene.things, key=lambda thing: thing.x)
     if any(right.x - left.x < 12 for left, right in pairwise(things)):
         return None
-    parts = [f"{thing.size} {thing.name}" for thing in things]
+    told: list[tuple[str, Sequence[Shown]]] = []
+    for thing in things:
+        text = f"{thing.size} {thing.name}"
+        told.append((text, [thing] * len(text)))
     if scene.sign is not None:
-        parts.append(f"sign {scene.sign.text}")
+        label = "sign "
+        letters = _letters(scene.sign)
+        told.append((label + scene.sign.text, [scene.sign] * len(label) + [*letters]))
+    tells: list[Shown] = []
+    for _, shown in told:
+        # Whether a comma comes depends on what comes after it.
+        tells += [shown[0]] * len(", ") * bool(tells) + [*shown]
     wording = choice(rng, ("What is in the picture?", "Describe the picture."))
-    return Turn(wording, ", ".join(parts))
+    return Turn(wording, ", ".join(text for text, _ in told), tells=tuple(tells))
 
 
 def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
@@ -213,7 +235,7 @@ def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
     place = _place(thing, scene.side)
     if place is None or rng.random() < 0.5:
         return first, Turn("Is it small or big?", thing.size, ((thing,),))
-    return first, Turn("Where is it?", place, ((thing,),))
+    return first, _about(thing, "Where is it?", place)
 
 
 def ask_comparison(scenes: Sequence[Scene], rng: Rng) -> Turn | None:
@@ -300,11 +322,11 @@ def exam(per_family: int, seed: int = 0) -> list[Example]:
 
 
 def corpus(lines: int, seed: int = 0) -> Iterator[str]:
-    """Questions and lower-case answers, to train a tokenizer on."""
+    """Questions, and answers without capitals, to train a tokenizer on."""
     rng = np.random.default_rng(seed)
     for _ in range(lines):
         _, turns = compose(choice(rng, FAMILIES), rng)
         for turn in turns:
             yield turn.question
-            if turn.answer.islower():
+            if turn.answer == turn.answer.lower():
                 yield f" {turn.answer}"

@@ -13,16 +13,22 @@ def byte_tokenizer(corpus: Iterable[str] = (), size: int = 0) -> Any:
 
     Args:
         corpus: Texts whose frequent words become tokens; without one a token is a byte.
-            What they never hold, such as words in capitals, is spelled letter by letter.
+            What they never hold, such as words in capitals, is spelled letter by letter;
+            numbers are spelled digit by digit.
         size: Most tokens to make.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate((*SPECIALS, *alphabet))}
     model = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIALS[0]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     model.decoder = decoders.ByteLevel()
     roles: list[AddedToken] = []
     if size > len(vocabulary):

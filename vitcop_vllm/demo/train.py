@@ -62,8 +62,8 @@ model that has seen gaps spreads what it sees, as large ones do."""
 PHASES = (
     Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
     # The tower goes on slowly: at the decoder's rate it unlearns letters and places.
-    Phase("answers", 1700, BatchShape(168, 24, 190, DROPPED, 0.14), (1.0, 0.5), (0.3, 0.2)),
-    Phase("full size", 1200, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.01), (0.3, 0.01)),
+    Phase("answers", 1500, BatchShape(168, 24, 190, DROPPED, 0.14), (1.0, 0.5), (0.3, 0.2)),
+    Phase("full size", 1100, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.01), (0.3, 0.01)),
 )
 WARMUP = 60  # steps
 
@@ -85,7 +85,7 @@ def build(path: Path, shape: LlavaShape, tokenizer: Any, seed: int) -> nn.Module
     """A fresh model; writes its configuration to ``path``."""
     from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration
 
-    save_config(path, shape, tokenizer)
+    save_config(path, shape, tokenizer, VOCABULARY)
     torch.manual_seed(seed)
     AttentionInterface.register("written_out", _attention)
     config = LlavaConfig.from_pretrained(path, attn_implementation="written_out")
@@ -166,8 +166,9 @@ class Run:
         parts |= {"answer": loss, **right}
         if len(batch.sequences.looks):
             weights = self.watched.self_attn.weights
-            parts["look"] = looking(weights, batch.sequences, self.image)
-            loss = loss + 0.3 * parts["look"]
+            looks = looking(weights, batch.sequences, self.image)
+            parts |= looks
+            loss = loss + 0.3 * sum(looks.values())
         return loss + 0.5 * seen, parts
 
     def train(self, phases: tuple[Phase, ...], workers: int, save_every: float) -> None:

@@ -100,6 +100,18 @@ class Sign:
 
 
 @dataclass(frozen=True)
+class Letter:
+    """One of a sign's letters, by its index in the text."""
+
+    sign: Sign
+    index: int
+
+
+Shown = Thing | Sign | Letter
+"""What patches may show."""
+
+
+@dataclass(frozen=True)
 class Scene:
     """What a picture shows. ``ground`` names the background; ``seed`` fixes its details."""
 
