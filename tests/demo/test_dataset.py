@@ -97,6 +97,18 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
     assert torch.equal(sequences.ids, again.sequences.ids)  # type: ignore[union-attr]
 
 
+def test_background_goes_first(processor):
+    batch = make_batch(
+        BatchShape(168, 8, 120, (0.7,), 0.0, True), Encoder(processor.tokenizer), (1,)
+    )
+    assert batch.sequences is not None
+    shown = (batch.targets["shape"] > 0) | (batch.targets["letter"] > 0)
+    kept = torch.zeros_like(shown).scatter_(1, batch.sequences.kept, True)
+    whole = (kept & shown == shown).all(dim=1)
+    assert bool((whole | (kept & shown == kept).all(dim=1)).all())
+    assert bool(whole.any())
+
+
 Looking = tuple[str, str, str, dict[str, set[str]]]
 """Family, the token's text, the whole answer from the next one on, names of what it looks at."""
 

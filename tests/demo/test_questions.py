@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcop_vllm.demo.questions import FAMILIES, SINGLE, compose, exam
+from vitcop_vllm.demo.questions import EXAMINED, SINGLE, compose, exam
 from vitcop_vllm.demo.world import SIDE, Scene, Thing
 
 
@@ -78,9 +78,9 @@ def test_nothing_ambiguous_is_asked():
     assert not any("star" in question for question in asked("relation", SCENE))
 
 
-def test_an_exam_is_fixed_by_its_seed_and_asks_every_family():
+def test_an_exam_is_fixed_by_its_seed_and_asks_every_examined_family():
     first, again, other = exam(2), exam(2), exam(2, seed=1)
-    assert [example.family for example in first] == [f for f in FAMILIES for _ in range(2)]
+    assert [example.family for example in first] == [f for f in EXAMINED for _ in range(2)]
     assert [e.turns for e in first] == [e.turns for e in again]
     assert [e.turns for e in first] != [e.turns for e in other]
     for one, two in zip(first, again, strict=True):

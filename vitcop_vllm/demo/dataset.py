@@ -59,7 +59,10 @@ class BatchShape:
         side: Height and width of a picture in pixels.
         pictures: Pictures.
         text: Tokens for questions in a sequence, besides the pictures'; 0 for pictures alone.
-        dropped: Shares of visual tokens that may be left out at random, one per batch.
+        dropped: Shares of visual tokens that may be left out, one per batch.
+        background_first: Whether those that show nothing are left out before any other;
+            otherwise all are alike.
+        deep_share: Share of the visual tokens left that the deep stage's layers see.
         pair_share: Share of the batches that ask about two pictures at once.
     """
 
@@ -68,6 +71,8 @@ class BatchShape:
     text: int = 0
     dropped: tuple[float, ...] = (0.0,)
     pair_share: float = 0.0
+    background_first: bool = False
+    deep_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Sequences:
             :attr:`Turn.looks` with the head of that number; a token whose next one tells of
             something (:attr:`Turn.tells`) looks at it with head :data:`TELLING`.
         looked: (K, visual tokens of a sequence) bool: where it should look.
+        deep: (S, T) bool: tokens that the deep stage's layers see.
     """
 
     kept: torch.Tensor
@@ -95,6 +101,7 @@ class Sequences:
     families: torch.Tensor
     looks: torch.Tensor
     looked: torch.Tensor
+    deep: torch.Tensor
 
     def to(self, device: torch.device) -> Self:
         return type(self)(**{name: tensor.to(device) for name, tensor in vars(self).items()})
@@ -286,12 +293,18 @@ def _make_sequences(
     per_sequence = len(groups[0])
     patches = (shape.side // PATCH) ** 2
     keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
-    order = np.argsort(rng.random((len(groups) * per_sequence, patches)), axis=1)[:, :keep]
-    kept = np.sort(order, axis=1)
+    rank = rng.random((len(groups) * per_sequence, patches))
+    if shape.background_first:
+        every = np.arange(patches)[None]
+        scenes = [scene for group in groups for scene in group]
+        rank += np.stack([~_where(scene.shown, [scene], every) for scene in scenes])
+    order = np.argsort(rank, axis=1)
+    kept = np.sort(order[:, :keep], axis=1)
+    deep = order[:, : round(keep * shape.deep_share)]
     prefix = encoder.prefix([keep] * per_sequence)
     # Few lengths: kernels are made anew for each.
     length = -(-(len(prefix) + shape.text // per_sequence) // 32) * 32
-    rows, looks, looked = [], [], []
+    rows, looks, looked, seen = [], [], [], []
     for number, group in enumerate(groups):
         sequence = _Sequence(prefix, length)
         asked = set()
@@ -303,7 +316,9 @@ def _make_sequences(
                 asked.add(turns)
                 sequence.add(turns, text, told, questions.FAMILIES.index(family))
         rows.append(sequence.padded())
-        mine = kept[number * per_sequence : (number + 1) * per_sequence]
+        here = slice(number * per_sequence, (number + 1) * per_sequence)
+        mine = kept[here]
+        seen.append(np.concatenate([np.isin(*both) for both in zip(mine, deep[here], strict=True)]))
         for end, turn in sequence.asked:
             wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
             wanted += [(end + i, TELLING, (one,)) for i, one in encoder.tells(turn)]
@@ -313,6 +328,8 @@ def _make_sequences(
                     looks.append((number, token, head))
                     looked.append(where)
     ids, labels, positions, segments, families = map(torch.tensor, zip(*rows, strict=True))
+    is_seen = torch.ones(ids.shape, dtype=torch.bool)
+    is_seen[ids == encoder.image] = torch.from_numpy(np.concatenate(seen))
     return Sequences(
         kept=torch.from_numpy(kept),
         ids=ids,
@@ -322,6 +339,7 @@ def _make_sequences(
         families=families,
         looks=torch.tensor(looks).reshape(-1, 3),
         looked=torch.from_numpy(np.array(looked, dtype=bool).reshape(-1, keep * per_sequence)),
+        deep=is_seen,
     )
 
 

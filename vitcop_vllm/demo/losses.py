@@ -50,15 +50,19 @@ class Heads(nn.Module):
         return losses
 
 
-def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, 1, T, T) additive: a token sees segment 0 and its own, up to itself."""
+def _mask(segments: Tensor, deep: Tensor, dtype: torch.dtype) -> Tensor:
+    """(S, 2, T, T) additive: a token sees segment 0 and its own, up to itself.
+
+    The second is for layers of the deep stage, which see ``deep`` tokens only.
+    """
     length = segments.shape[1]
     mine, theirs = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     seen = causal & ((mine == theirs) | (theirs == 0))
-    return torch.zeros(seen.shape, dtype=dtype, device=segments.device).masked_fill_(
-        ~seen, torch.finfo(dtype).min
-    )[:, None]
+    both = torch.stack((seen, seen & deep[:, None, :]), dim=1)
+    return torch.zeros(both.shape, dtype=dtype, device=segments.device).masked_fill_(
+        ~both, torch.finfo(dtype).min
+    )
 
 
 def answers(
@@ -79,7 +83,7 @@ def answers(
     embeds = embeds.masked_scatter((sequences.ids == image)[..., None], visual)
     hidden = inner.language_model(
         inputs_embeds=embeds,
-        attention_mask=_mask(sequences.segments, embeds.dtype),
+        attention_mask=_mask(sequences.segments, sequences.deep, embeds.dtype),
         position_ids=sequences.positions,
         use_cache=False,
     ).last_hidden_state

@@ -27,6 +27,7 @@ from vitcop_vllm.demo.losses import Heads, answers, looking
 from vitcop_vllm.demo.optimiser import Optimiser
 from vitcop_vllm.demo.questions import corpus
 from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
+from vitcop_vllm.pruning.settings import PruningSettings
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,22 @@ DROPPED = (0.0, 0.0, 0.25)
 """Shares of visual tokens that the decoder does without, drawn per batch: cheaper, and a
 model that has seen gaps spreads what it sees, as large ones do."""
 
+GAPS = (0.0, 0.25, 0.5, 0.67, 0.85)
+"""The same where background goes first. Without, the model counts and lists by how much of the
+picture is background, and goes wrong with any selector that leaves background out."""
+
 PHASES = (
     Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
     # The tower goes on slowly: at the decoder's rate it unlearns letters and places.
     Phase("answers", 1500, BatchShape(168, 24, 190, DROPPED, 0.14), (1.0, 0.5), (0.3, 0.2)),
-    Phase("full size", 1100, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.01), (0.3, 0.01)),
+    Phase("full size", 381, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.3303), (0.3, 0.1996)),
+    # By now it is the tower, which has just met larger letters, that has most to learn.
+    Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.35, 0.01), (0.5, 0.01)),
+    Phase("gaps", 300, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.15, 0.01), (0.05, 0.01)),
+    # Large models hardly look at pictures in their deep layers. This one has to be taught.
+    Phase(
+        "depth", 220, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.05, 0.01)
+    ),
 )
 WARMUP = 60  # steps
 
@@ -74,7 +86,8 @@ def _attention(
     """Attention written out: its backward is faster on a CPU than the fused one."""
     scores = (query * options["scaling"]) @ key.transpose(-1, -2)
     if mask is not None:
-        scores = scores + mask
+        stage = int(getattr(module, "is_deep", False))
+        scores = scores + mask[:, stage : stage + 1]
     weights = scores.softmax(-1)
     if getattr(module, "is_watched", False):
         module.weights = weights
@@ -128,6 +141,9 @@ class Run:
         inner: Any = model.model
         self.watched = inner.language_model.layers[shape.layers // 4]
         self.watched.self_attn.is_watched = True
+        _, deep = PruningSettings().boundaries(shape.layers)
+        for layer in inner.language_model.layers[deep:]:
+            layer.self_attn.is_deep = True
         if compiled:
             for layer in (*inner.vision_tower.encoder.layers, *inner.language_model.layers):
                 if layer is not self.watched:

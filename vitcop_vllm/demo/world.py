@@ -121,3 +121,8 @@ class Scene:
     ground: str
     seed: int
     odd: Thing | None = None
+
+    @property
+    def shown(self) -> tuple[Thing | Sign, ...]:
+        """All that stands on the ground."""
+        return self.things if self.sign is None else (*self.things, self.sign)
