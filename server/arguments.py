@@ -49,7 +49,7 @@ def make_parser() -> FlexibleArgumentParser:
     group = parser.add_argument_group(
         "ViTCoP",
         "Pruning of visual tokens: --pruning, or the YAML file's pruning section. "
-        f"Also: the model name {DEMO_NAME!r} is a small model made on first use.",
+        f"Also: the model name {DEMO_NAME!r} is a small model that comes with us.",
     )
     group.add_argument(
         "--pruning",

@@ -5,10 +5,8 @@ form is real: a CLIP tower with [CLS], a two-layer projector, Llama decoder laye
 and a chat template.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,9 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "demo"
 """What stands for the demo model wherever a model is named."""
+
+DEMO_MODEL = Path(__file__).parent / "model"
+"""The demo model's folder, trained by ``vitcop_vllm.demo.train``."""
 
 FEATURE_LAYER = -2
 """Of the vision tower's hidden states, the one that LLaVA-1.5 reads."""
@@ -204,26 +205,5 @@ def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
 
 
 def resolve(model: str) -> str:
-    """The folder or repository that a model's name stands for; makes the demo on first use."""
-    return str(ensure_demo_checkpoint()) if model == DEMO_NAME else model
-
-
-def ensure_demo_checkpoint(shape: LlavaShape = DEMO, *, seed: int = 0) -> Path:
-    """The demo checkpoint, random until one is trained, in the user's cache directory."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vitcop-vllm"
-    sizes = "-".join(map(str, asdict(shape).values()))
-    path = root / f"random-llava-{sizes}-seed{seed}"
-    if (path / "model.safetensors").exists():
-        return path
-    root.mkdir(parents=True, exist_ok=True)
-    # Made beside its place and renamed: two first starts at once do not mix files.
-    with tempfile.TemporaryDirectory(dir=root) as scratch:
-        made = Path(scratch) / "checkpoint"
-        made.mkdir()
-        save_random_llava(made, shape, seed=seed)
-        try:
-            made.rename(path)
-        except OSError:
-            if not (path / "model.safetensors").exists():
-                raise
-    return path
+    """The folder or repository that a model's name stands for."""
+    return str(DEMO_MODEL) if model == DEMO_NAME else model

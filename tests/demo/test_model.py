@@ -1,0 +1,111 @@
+"""The demo model that ships: it answers right, and the same wherever it is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from tests.server.process import running_server
+from vitcop_vllm.demo.checkpoint import DEMO_MODEL
+from vitcop_vllm.demo.questions import Example, exam
+from vitcop_vllm.lab import evaluate
+from vitcop_vllm.lab.client import data_url
+from vitcop_vllm.lab.exam import from_demo
+from vitcop_vllm.lab.report import accuracies
+
+EXAM_SEED = 7
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> dict[str, float]:
+    """Ratio -> share of right answers of ``make serve``'s model, over HTTP."""
+    with running_server("--config", "configs/demo-cpu.yaml") as (url, _):
+        options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
+        document, failures = evaluate.run(
+            evaluate.parse_arguments(["--url", f"{url}/v1", "--label", "vitcop", *options])
+        )
+    assert not failures
+    assert not document.failures
+    return {cell.ratio: accuracies(cell)["mean"]["accuracy"] for cell in document.results}
+
+
+@pytest.mark.slow
+def test_it_answers_right(accuracy):
+    assert accuracy["0"] >= 0.95
+
+
+@pytest.mark.slow
+def test_two_thirds_fewer_visual_tokens_cost_three_points_at_most(accuracy):
+    assert accuracy["2/3"] >= accuracy["0"] - 0.03
+
+
+def ask(url: str, example: Example) -> list[str]:
+    """Answers to an example's turns."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    model = client.models.list().data[0].id
+    (encoded,) = from_demo([example])
+    content: list[Any] = [
+        {"type": "image_url", "image_url": {"url": data_url(picture)}}
+        for picture in encoded.pictures
+    ]
+    messages: list[Any] = []
+    for turn in example.turns:
+        messages.append(
+            {"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}
+        )
+        content = []
+        told = client.chat.completions.create(
+            model=model, messages=messages, temperature=0, max_tokens=32
+        )
+        messages.append({"role": "assistant", "content": told.choices[0].message.content})
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+def ask_transformers(examples: list[Example]) -> list[list[str]]:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    processor: Any = AutoProcessor.from_pretrained(DEMO_MODEL)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    found = []
+    for example in examples:
+        messages: list[dict[str, Any]] = []
+        told = []
+        for turn in example.turns:
+            images = [{"type": "image"}] * (0 if messages else len(example.pictures))
+            text = {"type": "text", "text": turn.question}
+            messages.append({"role": "user", "content": [*images, text]})
+            prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+            inputs = processor(
+                images=list(example.pictures),
+                text=prompt,
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+            ids = model.eval().generate(**inputs, max_new_tokens=32, do_sample=False)
+            answer = processor.decode(
+                ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            messages.append({"role": "assistant", "content": answer})
+            told.append(answer)
+        found.append(told)
+    return found
+
+
+@pytest.mark.slow
+def test_stock_vllm_and_transformers_give_the_same_answers():
+    examples = exam(2, EXAM_SEED)
+    options = [str(DEMO_MODEL), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    with running_server(*options) as (url, _):
+        ours = [ask(url, example) for example in examples]
+    with running_server("--model", *options, stock=True) as (url, _):
+        stock = [ask(url, example) for example in examples]
+    assert ours == stock
+    assert ours == ask_transformers(examples)
+    # Else the comparisons above would compare nothing.
+    assert len({answer for answers in ours for answer in answers}) > 10
+
+
+def test_it_is_small_enough_for_a_package():
+    assert sum(file.stat().st_size for file in Path(DEMO_MODEL).iterdir()) <= 25_000_000
