@@ -21,7 +21,7 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix bench eval lock clean
+.PHONY: help install serve test check fix bench eval soak lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench: $(STAMP) ## Measure stock vLLM against ours, in turn (ARGS=--help)
 
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m vitcop_vllm.lab.evaluate --plot docs/accuracy.png $(ARGS)
+
+soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
+	$(BIN)/python -m vitcop_vllm.lab.soak $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.engine.requests import ENGINE_OPTIONS, TINY
+from tests.engine.requests import ENGINE_OPTIONS
 from tests.server.process import running_server
+from vitcop_vllm.demo.checkpoint import TINY
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,7 +39,7 @@ def llm(checkpoint: Path) -> "LLM":
     """The pruned engine, in this process, as a user of ``LLM`` gets it."""
     from vllm import LLM
 
-    return LLM(str(checkpoint), **ENGINE_OPTIONS)
+    return LLM(str(checkpoint), disable_log_stats=False, **ENGINE_OPTIONS)
 
 
 @pytest.fixture(scope="session")
@@ -44,4 +47,11 @@ def server_url(checkpoint: Path) -> Iterator[str]:
     """Base URL of ``python -m server`` with the tiny model, as an operator starts it."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     with running_server(str(checkpoint), *options) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="session")
+def demo_url() -> Iterator[str]:
+    """Base URL of what `make serve` starts: the demo model, with explanations."""
+    with running_server("--config", str(CONFIGS / "demo-cpu.yaml")) as (url, _):
         yield url

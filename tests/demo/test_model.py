@@ -1,5 +1,6 @@
 """The demo model that ships: it answers right, and the same wherever it is loaded."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,21 @@ from tests.server.process import running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 from vitcop_vllm.demo.questions import Example, exam
 from vitcop_vllm.lab import evaluate
-from vitcop_vllm.lab.client import data_url
+from vitcop_vllm.lab.client import NO_RATIO, Examiner, Outcome, Ratio
 from vitcop_vllm.lab.exam import from_demo
 from vitcop_vllm.lab.report import accuracies
+from vitcop_vllm.lab.scoring import SCORERS
 
 EXAM_SEED = 7
 
 
 @pytest.fixture(scope="module")
-def accuracy() -> dict[str, float]:
+def accuracy(demo_url: str) -> dict[str, float]:
     """Ratio -> share of right answers of ``make serve``'s model, over HTTP."""
-    with running_server("--config", "configs/demo-cpu.yaml") as (url, _):
-        options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
-        document, failures = evaluate.run(
-            evaluate.parse_arguments(["--url", f"{url}/v1", "--label", "vitcop", *options])
-        )
+    options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
+    document, failures = evaluate.run(
+        evaluate.parse_arguments(["--url", f"{demo_url}/v1", "--label", "vitcop", *options])
+    )
     assert not failures
     assert not document.failures
     return {cell.ratio: accuracies(cell)["mean"]["accuracy"] for cell in document.results}
@@ -41,26 +42,18 @@ def test_two_thirds_fewer_visual_tokens_cost_three_points_at_most(accuracy):
     assert accuracy["2/3"] >= accuracy["0"] - 0.03
 
 
-def ask(url: str, example: Example) -> list[str]:
-    """Answers to an example's turns."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    model = client.models.list().data[0].id
-    (encoded,) = from_demo([example])
-    content: list[Any] = [
-        {"type": "image_url", "image_url": {"url": data_url(picture)}}
-        for picture in encoded.pictures
-    ]
-    messages: list[Any] = []
-    for turn in example.turns:
-        messages.append(
-            {"role": "user", "content": [*content, {"type": "text", "text": turn.question}]}
-        )
-        content = []
-        told = client.chat.completions.create(
-            model=model, messages=messages, temperature=0, max_tokens=32
-        )
-        messages.append({"role": "assistant", "content": told.choices[0].message.content})
-    return [message["content"] for message in messages if message["role"] == "assistant"]
+def ask(url: str, examples: list[Example]) -> list[list[str]]:
+    """Answers to each example's turns; no ratio is asked for, so that stock vLLM can answer."""
+
+    async def replies() -> list[Outcome]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            model = (await client.models.list()).data[0].id
+            examiner = Examiner(client, model, SCORERS["exact"], max_tokens=32)
+            return await examiner.ask_all(from_demo(examples), Ratio.parse(NO_RATIO), 1, int)
+
+    outcomes = asyncio.run(replies())
+    assert not [outcome.error for outcome in outcomes if outcome.error]
+    return [[reply.text for reply in outcome.replies] for outcome in outcomes]
 
 
 def ask_transformers(examples: list[Example]) -> list[list[str]]:
@@ -98,9 +91,9 @@ def test_stock_vllm_and_transformers_give_the_same_answers():
     examples = exam(2, EXAM_SEED)
     options = [str(DEMO_MODEL), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     with running_server(*options) as (url, _):
-        ours = [ask(url, example) for example in examples]
+        ours = ask(url, examples)
     with running_server("--model", *options, stock=True) as (url, _):
-        stock = [ask(url, example) for example in examples]
+        stock = ask(url, examples)
     assert ours == stock
     assert ours == ask_transformers(examples)
     # Else the comparisons above would compare nothing.

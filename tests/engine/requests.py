@@ -16,22 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from vitcop_vllm.demo.checkpoint import LlavaShape
-
 if TYPE_CHECKING:
     from vllm import LLM
 
-TINY = LlavaShape(
-    image_size=224,
-    vision_hidden=64,
-    vision_layers=3,
-    vision_heads=2,
-    hidden=128,
-    layers=8,
-    heads=4,
-    kv_heads=2,
-    intermediate=256,
-)
+IMAGE_TOKEN = 3
+"""A placeholder, in the vocabulary of the checkpoints that tests make."""
+
+BLOCK = 32
+"""Tokens of a KV block."""
 
 ENGINE_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -53,11 +45,19 @@ class Ask:
     ratio: float | None = None
     max_tokens: int = 8
     sampling: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    cache_salt: str | None = None
 
     def prompt(self) -> dict[str, Any]:
         prompt: dict[str, Any] = {
-            "prompt": "USER: " + "<image>\n" * len(self.pictures) + self.text + " ASSISTANT:"
+            "prompt": self.system
+            + "USER: "
+            + "<image>\n" * len(self.pictures)
+            + self.text
+            + " ASSISTANT:"
         }
+        if self.cache_salt is not None:
+            prompt["cache_salt"] = self.cache_salt
         if self.pictures:
             prompt["multi_modal_data"] = {"image": [picture(seed) for seed in self.pictures]}
         if self.ratio is not None:
@@ -73,11 +73,15 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """Prompt as the engine saw it, tokens, and log-probabilities of the best per step."""
+    """Prompt as the engine saw it, tokens, and log-probabilities of the best per step.
+
+    ``reused`` is how many of the prompt's tokens came from the prefix cache.
+    """
 
     prompt: list[int]
     tokens: list[int]
     logprobs: list[dict[int, float]]
+    reused: int = field(default=0, compare=False)
 
 
 def picture(seed: int) -> Image.Image:
@@ -91,8 +95,10 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
 
 
-def generate(llm: "LLM", asks: list[Ask]) -> list[Answer]:
-    """All at once, in one continuous batch."""
+def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer]:
+    """All at once, in one continuous batch; nothing asked before is reused without ``reuse``."""
+    if not reuse:
+        assert llm.reset_prefix_cache()
     outputs = llm.generate(
         [ask.prompt() for ask in asks], [ask.params() for ask in asks], use_tqdm=False
     )
@@ -104,13 +110,25 @@ def generate(llm: "LLM", asks: list[Ask]) -> list[Answer]:
                 {token: entry.logprob for token, entry in step.items()}
                 for step in output.outputs[0].logprobs or ()
             ],
+            output.num_cached_tokens or 0,
         )
         for output in outputs
     ]
 
 
+def generate_in_turn(llm: "LLM", asks: list[Ask]) -> list[Answer]:
+    """One after the other; each reuses what it can of those before."""
+    assert llm.reset_prefix_cache()
+    return [generate(llm, [ask], reuse=True)[0] for ask in asks]
+
+
 def generate_in_process(
-    checkpoint: Path, asks: list[Ask], *, env: dict[str, str] | None = None, **options: Any
+    checkpoint: Path,
+    asks: list[Ask],
+    *,
+    env: dict[str, str] | None = None,
+    in_turn: bool = False,
+    **options: Any,
 ) -> list[Answer]:
     """Answers of an engine in a process of its own, started with ``options``."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
@@ -119,6 +137,7 @@ def generate_in_process(
             "asks": [asdict(ask) for ask in asks],
             "options": {**ENGINE_OPTIONS, **options},
             "answers": answers.name,
+            "in_turn": in_turn,
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -135,6 +154,7 @@ def generate_in_process(
                 a["prompt"],
                 a["tokens"],
                 [{int(token): value for token, value in step.items()} for step in a["logprobs"]],
+                a["reused"],
             )
             for a in json.load(answers)
         ]
@@ -142,7 +162,7 @@ def generate_in_process(
 
 STOCK: dict[str, Any] = {
     "enable_prefix_caching": False,
-    "block_size": 32,
+    "block_size": BLOCK,
     # Its CPU runner dies of a seeded request whose prompt is chunked.
     "max_num_batched_tokens": 4096,
 }
@@ -157,7 +177,8 @@ def _main() -> None:
 
     llm = LLM(job["checkpoint"], **job["options"])
     asks = [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job["asks"]]
-    answers = [asdict(answer) for answer in generate(llm, asks)]
+    ask_engine = generate_in_turn if job["in_turn"] else generate
+    answers = [asdict(answer) for answer in ask_engine(llm, asks)]
     Path(job["answers"]).write_text(json.dumps(answers))
 
 

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import pytest
 from vllm import LLM
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 
 from tests.engine.requests import Ask
@@ -14,16 +17,29 @@ def engine_core(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
 
 
-def new_scheduler(llm: LLM, config: VllmConfig) -> Any:
-    """A scheduler of its own, with the KV cache groups of the engine's."""
+def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = None) -> Any:
+    """A scheduler of its own; the KV cache is as large as the engine's unless given."""
     core = engine_core(llm)
     return create_scheduler(
         vllm_config=config,
-        kv_cache_config=core.scheduler.kv_cache_config,
+        kv_cache_config=cache or core.scheduler.kv_cache_config,
         structured_output_manager=core.structured_output_manager,
         block_size=core.scheduler.block_size,
         hash_block_size=core.scheduler.hash_block_size,
     )
+
+
+def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[SchedulerOutput]:
+    """Every step that the scheduler makes up from now on."""
+    steps: list[SchedulerOutput] = []
+    schedule = scheduler.schedule
+
+    def recording(*args: Any, **kwargs: Any) -> SchedulerOutput:
+        steps.append(schedule(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(scheduler, "schedule", recording)
+    return steps
 
 
 def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:

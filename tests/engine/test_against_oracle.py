@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.engine.dense_oracle import DenseLlava
-from tests.engine.requests import TINY, Answer, Ask, generate, generate_in_process, picture
+from tests.engine.requests import IMAGE_TOKEN, Answer, Ask, generate, generate_in_process, picture
+from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -21,7 +22,7 @@ ASKS = [
 
 
 def counts_at(ratio: float, settings: PruningSettings | None = None) -> VisualTokenCounts:
-    return plan_counts(settings or PruningSettings(), ratio, TINY.layers, TINY.visual_tokens, 32)
+    return plan_counts(settings or PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
 
 
 def assert_equals_oracle(
@@ -64,13 +65,12 @@ def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_asks):
         assert_equals_oracle(oracle, replace(ask, ratio=ask.ratio or 7 / 9), answer)
 
 
-def test_other_boundaries_and_block_aligned_counts_equal_the_dense_oracle(checkpoint, pruned_asks):
-    settings = PruningSettings(shallow_boundary=2, deep_boundary=5, counts="block_aligned")
+def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_asks):
+    settings = PruningSettings(shallow_boundary=2, deep_boundary=5)
     answers = generate_in_process(
         checkpoint,
         pruned_asks,
         additional_config={"pruning": settings.model_dump(mode="json")},
-        block_size=32,
     )
     oracle = DenseLlava(checkpoint, settings.boundaries(TINY.layers))
     for ask, answer in zip(pruned_asks, answers, strict=True):
@@ -80,7 +80,7 @@ def test_other_boundaries_and_block_aligned_counts_equal_the_dense_oracle(checkp
 def test_reference_positions_differ_from_original_ones(checkpoint):
     """Else the two modes would not test each other."""
     ask = replace(ASKS[0], ratio=8 / 9)
-    tokens = [1] + [TINY_IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
+    tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
     one, other = (
         DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
             tokens, [picture(1)], [counts_at(8 / 9)], len(tokens)
@@ -91,14 +91,11 @@ def test_reference_positions_differ_from_original_ones(checkpoint):
     assert not torch.allclose(one, other, atol=1e-2)
 
 
-TINY_IMAGE_TOKEN = 3
-
-
 def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(llm, pruned_asks):
     for ask, answer in zip(pruned_asks, generate(llm, pruned_asks), strict=True):
         assert ask.ratio is not None
         kept = counts_at(ask.ratio).stages[0] * len(ask.pictures)
-        assert answer.prompt.count(TINY_IMAGE_TOKEN) == kept
+        assert answer.prompt.count(IMAGE_TOKEN) == kept
 
 
 def test_a_prompt_may_end_with_its_picture(llm, checkpoint):
@@ -119,5 +116,5 @@ def test_a_prompt_may_end_with_its_picture(llm, checkpoint):
         list(output.outputs[0].token_ids),
         [{t: e.logprob for t, e in step.items()} for step in output.outputs[0].logprobs],
     )
-    assert answer.prompt[-1] == TINY_IMAGE_TOKEN
+    assert answer.prompt[-1] == IMAGE_TOKEN
     assert_equals_oracle(DenseLlava(checkpoint, BOUNDARIES), Ask("", (9,), 8 / 9), answer)

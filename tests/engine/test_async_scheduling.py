@@ -14,9 +14,9 @@ import pytest
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask
+from tests.engine.requests import BLOCK, Ask
 from tests.engine.scheduling import add_request, new_scheduler, result_of
-from tests.engine.test_kv_blocks import BLOCK, free_blocks
+from tests.engine.test_kv_blocks import free_blocks
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.scheduler import StagedAsyncScheduler
 

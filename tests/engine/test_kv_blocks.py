@@ -5,12 +5,11 @@ from math import ceil
 
 import pytest
 
-from tests.engine.requests import TINY, Ask, generate
+from tests.engine.requests import BLOCK, Ask, generate
+from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
-
-BLOCK = 32
 
 
 @pytest.fixture
@@ -51,8 +50,8 @@ def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
         held[name] = {}
         for group, mine in zip(groups, blocks, strict=True):
             spec = group.kv_cache_spec
-            stage = spec.stage if isinstance(spec, StagedAttentionSpec) else 0
-            held[name].setdefault(stage, set()).add(len([b for b in mine if not b.is_null]))
+            assert isinstance(spec, StagedAttentionSpec)
+            held[name].setdefault(spec.stage, set()).add(len([b for b in mine if not b.is_null]))
     return held
 
 
@@ -64,8 +63,9 @@ def run(engine, steps: int = 1000):
 
 @contextmanager
 def only_blocks(scheduler, count: int):
-    """Leave ``count`` free blocks, so that a few requests already do not fit."""
+    """Leave ``count`` free blocks, with nothing cached; a few requests already do not fit."""
     pool = scheduler.kv_cache_manager.block_pool
+    assert pool.reset_prefix_cache()
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
     try:
         yield
@@ -108,10 +108,10 @@ def test_layers_of_a_stage_share_groups_of_that_stage(scheduler):
     shallow, deep = PruningSettings().boundaries(TINY.layers)
     for group in groups:
         spec = group.kv_cache_spec
-        stage = spec.stage if isinstance(spec, StagedAttentionSpec) else 0
+        assert isinstance(spec, StagedAttentionSpec)
         for name in group.layer_names:
             layer = int(name.split(".layers.")[1].split(".")[0])
-            assert stage == (layer >= shallow) + (layer >= deep)
+            assert spec.stage == (layer >= shallow) + (layer >= deep)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
@@ -141,7 +141,7 @@ def test_preempted_requests_resume_and_answer_as_if_alone(llm, engine, scheduler
     scheduler._preempt_request = counted
     try:
         with only_blocks(scheduler, 150):
-            together = [answer.tokens for answer in generate(llm, asks)]
+            together = [answer.tokens for answer in generate(llm, asks, reuse=True)]
     finally:
         del scheduler._preempt_request
     assert preemptions > 0
@@ -158,7 +158,7 @@ def test_as_many_requests_run_at_once_as_the_plan_says(engine, scheduler, ratio)
     (request,) = scheduler.requests.values()
     longest = request.num_prompt_tokens + answer
     groups = [
-        getattr(group.kv_cache_spec, "stage", 0)
+        group.kv_cache_spec.stage
         for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     ]
     each = sum(ceil((longest - counts.dropped[stage]) / BLOCK) for stage in groups)

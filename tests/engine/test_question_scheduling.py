@@ -35,6 +35,8 @@ def scheduler(llm, info):
     config.model_config = copy(config.model_config)
     config.model_config.hf_config = copy(config.model_config.hf_config)
     setattr(config.model_config.hf_config, CONFIG_KEY, SETTINGS.model_dump(mode="json"))
+    config.cache_config = copy(config.cache_config)
+    config.cache_config.enable_prefix_caching = False  # as start-up does for this selector
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.max_num_batched_tokens = BUDGET
     config.scheduler_config.max_num_scheduled_tokens = BUDGET

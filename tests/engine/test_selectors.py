@@ -8,9 +8,17 @@ from typing import Any, get_args
 import pytest
 
 from tests.engine.dense_oracle import DenseLlava
-from tests.engine.requests import ENGINE_OPTIONS, TINY, Ask, generate, generate_in_process, picture
-from tests.engine.test_against_oracle import TINY_IMAGE_TOKEN, assert_equals_oracle
+from tests.engine.requests import (
+    ENGINE_OPTIONS,
+    IMAGE_TOKEN,
+    Ask,
+    generate,
+    generate_in_process,
+    picture,
+)
+from tests.engine.test_against_oracle import assert_equals_oracle
 from tests.engine.test_kv_blocks import free_blocks, start
+from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
@@ -116,7 +124,7 @@ def test_selectors_choose_differently(llm_with):
 def test_the_prompt_holds_what_the_encoder_keeps(llm_with, selector):
     (answer,) = generate(llm_with(selector), [ASKS[1]])
     counts = plan_counts(settings_with(selector), 0.8, TINY.layers, TINY.visual_tokens)
-    assert answer.prompt.count(TINY_IMAGE_TOKEN) == 2 * counts.stages[0]
+    assert answer.prompt.count(IMAGE_TOKEN) == 2 * counts.stages[0]
 
 
 # Selectors that read the question.

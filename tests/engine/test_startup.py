@@ -18,7 +18,7 @@ def config_of(checkpoint, **options):
 def test_selecting_the_architecture_is_enough(checkpoint):
     config = config_of(checkpoint)
     assert config.scheduler_config.disable_chunked_mm_input
-    assert not config.cache_config.enable_prefix_caching
+    assert config.cache_config.enable_prefix_caching
     assert config.cache_config.block_size == 32
     assert settings_of(config.model_config.hf_config).default_ratio == 0.0
     assert not config.use_v2_model_runner
@@ -58,6 +58,8 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
             },
             "--kv-transfer-config",
         ),
+        ({"kv_events_config": {"enable_kv_cache_events": True}}, "--kv-events-config"),
+        ({"prefix_match_unit": 16}, "--prefix-match-unit"),
         ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold"),
         ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
         ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
@@ -117,6 +119,14 @@ def test_a_selector_that_reads_the_question_is_never_cached(checkpoint, asked, m
     assert len(said) == (asked is not False)
 
 
+def test_renumbered_positions_are_never_cached(checkpoint, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logger, "warning", lambda text, *args: warnings.append(text % args))
+    config = config_of(checkpoint, additional_config={"pruning": {"positions": "reference"}})
+    assert not config.cache_config.enable_prefix_caching
+    assert any("positions: reference" in text for text in warnings)
+
+
 def test_model_runner_v2_is_refused(checkpoint, monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
@@ -168,11 +178,6 @@ def test_a_ratio_out_of_range_fails_the_request_and_nothing_else(llm):
         with pytest.raises(ValueError, match="pruning_ratio must be a decimal number"):
             llm.generate(prompt, use_tqdm=False)
     assert generate(llm, [Ask("Q", (1,), 0.5)])[0].tokens
-
-
-def test_block_aligned_counts_know_the_block_size(checkpoint):
-    config = config_of(checkpoint, additional_config={"pruning": {"counts": "block_aligned"}})
-    assert config.model_config.hf_config.pruning_block_size == 32
 
 
 def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint, monkeypatch):

@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.engine.requests import TINY, picture
+from tests.engine.requests import picture
+from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.lab.client import UNPRUNED, Ratio, data_url
 from vitcop_vllm.lab.evaluate import RATIOS, main, parse_arguments
 from vitcop_vllm.lab.scoring import normalise

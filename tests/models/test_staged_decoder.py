@@ -52,7 +52,7 @@ def layer() -> _LayerBefore:
 
 
 def test_rows_that_fastv_keeps(group, layer):
-    rows, stream = _select_rows(SELECTORS["fastv"], group, 1, layer, [], torch.ones(20))
+    rows, _, stream = _select_rows(SELECTORS["fastv"], group, 1, layer, [], torch.ones(20))
     assert stream is None
     prompt = slice(7, 7 + 2 * V + 6)
     keys = layer.key.view(-1, 2, 8)[prompt].numpy()
@@ -65,7 +65,7 @@ def test_rows_that_fastv_keeps(group, layer):
 
 def test_rows_that_dart_keeps(group, layer):
     weight = torch.rand(20)
-    rows, stream = _select_rows(SELECTORS["dart"], group, 1, layer, [], weight)
+    rows, _, stream = _select_rows(SELECTORS["dart"], group, 1, layer, [], weight)
     assert stream is None
     for member, offset in enumerate((2, 3 + V)):
         visual = slice(7 + offset, 7 + offset + V)
@@ -77,7 +77,7 @@ def test_rows_that_dart_keeps(group, layer):
 
 @pytest.mark.parametrize("selector", ["fastv", "dart"])
 def test_where_nothing_is_lost_nothing_is_chosen(group, layer, selector):
-    rows, stream = _select_rows(SELECTORS[selector], group, 2, layer, [], torch.ones(20))
+    rows, _, stream = _select_rows(SELECTORS[selector], group, 2, layer, [], torch.ones(20))
     assert stream is None
     assert torch.equal(rows, group.rows(1))
 

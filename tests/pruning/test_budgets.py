@@ -111,17 +111,6 @@ def test_tokens_are_lost_only_where_a_function_chooses_them(name, ratio, num_lay
     assert counts.centres == 0 or name == "vitcop"
 
 
-@given(names, ratios, layers, tokens, st.sampled_from([1, 16, 32, 64]))
-def test_block_aligned_counts_keep_the_selector_s_shape(name, ratio, num_layers, tokens, block):
-    chosen, row = settings_of(name, counts="block_aligned"), SELECTORS[name]
-    ratio = reachable(chosen, ratio, num_layers)
-    counts = plan_counts(chosen, ratio, num_layers, tokens, block)
-    assert all(dropped % block == 0 for dropped in counts.dropped)
-    assert row.deep or counts.stages[1] == counts.stages[2]
-    exact = plan_counts(settings_of(name), ratio, num_layers, tokens)
-    assert all(abs(a - b) <= block for a, b in zip(counts.stages, exact.stages, strict=True))
-
-
 @pytest.mark.parametrize("name", IN_DECODER)
 @pytest.mark.parametrize("num_layers", [4, 8, 24, 32, 40])
 def test_the_layers_before_the_shallow_boundary_limit_the_ratio(name, num_layers):

@@ -12,7 +12,6 @@ from vitcop_vllm.pruning.plan import (
 from vitcop_vllm.pruning.settings import FractionRow, PruningSettings
 
 DEFAULTS = PruningSettings()
-ALIGNED = PruningSettings(counts="block_aligned")
 
 layers = st.integers(4, 80)
 tokens = st.integers(1, 3000)
@@ -113,28 +112,6 @@ def test_picture_without_tokens_is_refused(encoder_tokens):
 def test_impossible_counts_are_refused(centres, stages):
     with pytest.raises(ValueError, match="impossible"):
         VisualTokenCounts(10, centres, stages)
-
-
-def test_block_aligned_counts_of_the_strongest_published_row():
-    counts = plan_counts(ALIGNED, 8 / 9, 32, 576, 32)
-    assert counts == VisualTokenCounts(576, 20, (172, 76, 12))
-    assert counts.dropped == (0, 96, 160)
-
-
-@given(ratios, layers, tokens, st.sampled_from([1, 16, 32, 64, 128]))
-def test_block_aligned_drops_are_whole_blocks(ratio, num_layers, encoder_tokens, block_size):
-    exact = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
-    aligned = plan_counts(ALIGNED, ratio, num_layers, encoder_tokens, block_size)
-    assert all(dropped % block_size == 0 for dropped in aligned.dropped)
-    assert aligned.stages[0] == exact.stages[0]
-    assert aligned.centres == exact.centres
-    for a, b in zip(aligned.stages, exact.stages, strict=True):
-        assert abs(a - b) <= block_size
-
-
-def test_block_aligned_counts_need_the_block_size():
-    with pytest.raises(ValueError, match="block size"):
-        plan_counts(ALIGNED, 0.5, 32, 576)
 
 
 @given(ratios, layers, tokens)

@@ -32,7 +32,7 @@ def test_equal_settings_have_equal_hashes():
 
 
 def test_settings_survive_a_round_trip():
-    settings = PruningSettings(shallow_boundary=3, counts="block_aligned", default_ratio=0.25)
+    settings = PruningSettings(shallow_boundary=3, positions="reference", default_ratio=0.25)
     assert PruningSettings.model_validate(settings.model_dump()) == settings
     assert PruningSettings.model_validate_json(settings.model_dump_json()) == settings
 
@@ -61,7 +61,7 @@ def test_unknown_key_of_a_row_lists_the_row_s_keys():
 
 
 def test_key_that_is_no_text_is_unknown():
-    with pytest.raises(ValidationError, match="unknown pruning setting 7"):
+    with pytest.raises(ValidationError, match="unknown setting 7"):
         PruningSettings.model_validate({7: 1})
 
 

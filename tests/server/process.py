@@ -4,6 +4,8 @@ import os
 import subprocess
 from contextlib import AbstractContextManager
 
+import psutil  # type: ignore[import-untyped]
+
 from tests.engine.requests import NO_PLUGIN
 from vitcop_vllm.lab import serving
 
@@ -24,3 +26,13 @@ def running_server(
         return serving.running_server(*arguments, environment=environment)
     module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
     return serving.running_server(*arguments, module=module, environment=environment | NO_PLUGIN)
+
+
+def engine_of(server: subprocess.Popen[bytes]) -> psutil.Process:
+    """The process of a server's only engine."""
+    (engine,) = [
+        child
+        for child in psutil.Process(server.pid).children()
+        if "EngineCore" in " ".join(child.cmdline())
+    ]
+    return engine

@@ -67,6 +67,19 @@ class LlavaShape:
         return (self.image_size // self.patch_size) ** 2
 
 
+TINY = LlavaShape(
+    image_size=224,
+    vision_hidden=64,
+    vision_layers=3,
+    vision_heads=2,
+    hidden=128,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    intermediate=256,
+)
+"""256 visual tokens and grouped-query heads: for tests, and to hammer an engine with."""
+
 DEMO = LlavaShape(
     vision_hidden=256,
     vision_layers=6,

@@ -293,18 +293,18 @@ def _make_sequences(
     per_sequence = len(groups[0])
     patches = (shape.side // PATCH) ** 2
     keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
-    rank = rng.random((len(groups) * per_sequence, patches))
+    draws = rng.random((len(groups) * per_sequence, patches))
     if shape.background_first:
         every = np.arange(patches)[None]
         scenes = [scene for group in groups for scene in group]
-        rank += np.stack([~_where(scene.shown, [scene], every) for scene in scenes])
-    order = np.argsort(rank, axis=1)
+        draws += np.stack([~_where(scene.shown, [scene], every) for scene in scenes])
+    order = np.argsort(draws, axis=1)
     kept = np.sort(order[:, :keep], axis=1)
-    deep = order[:, : round(keep * shape.deep_share)]
+    place = np.take_along_axis(np.argsort(order, axis=1), kept, axis=1)
     prefix = encoder.prefix([keep] * per_sequence)
     # Few lengths: kernels are made anew for each.
     length = -(-(len(prefix) + shape.text // per_sequence) // 32) * 32
-    rows, looks, looked, seen = [], [], [], []
+    rows, looks, looked = [], [], []
     for number, group in enumerate(groups):
         sequence = _Sequence(prefix, length)
         asked = set()
@@ -316,9 +316,7 @@ def _make_sequences(
                 asked.add(turns)
                 sequence.add(turns, text, told, questions.FAMILIES.index(family))
         rows.append(sequence.padded())
-        here = slice(number * per_sequence, (number + 1) * per_sequence)
-        mine = kept[here]
-        seen.append(np.concatenate([np.isin(*both) for both in zip(mine, deep[here], strict=True)]))
+        mine = kept[number * per_sequence : (number + 1) * per_sequence]
         for end, turn in sequence.asked:
             wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
             wanted += [(end + i, TELLING, (one,)) for i, one in encoder.tells(turn)]
@@ -328,8 +326,8 @@ def _make_sequences(
                     looks.append((number, token, head))
                     looked.append(where)
     ids, labels, positions, segments, families = map(torch.tensor, zip(*rows, strict=True))
-    is_seen = torch.ones(ids.shape, dtype=torch.bool)
-    is_seen[ids == encoder.image] = torch.from_numpy(np.concatenate(seen))
+    deep = torch.ones(ids.shape, dtype=torch.bool)
+    deep[ids == encoder.image] = torch.from_numpy(place < round(keep * shape.deep_share)).flatten()
     return Sequences(
         kept=torch.from_numpy(kept),
         ids=ids,
@@ -339,7 +337,7 @@ def _make_sequences(
         families=families,
         looks=torch.tensor(looks).reshape(-1, 3),
         looked=torch.from_numpy(np.array(looked, dtype=bool).reshape(-1, keep * per_sequence)),
-        deep=is_seen,
+        deep=deep,
     )
 
 
@@ -353,7 +351,7 @@ def _where(
         grid = np.zeros((cells, cells), dtype=bool)
         for one in shown:
             whole = one.sign if isinstance(one, Letter) else one
-            if whole is scene.sign or any(whole is thing for thing in scene.things):
+            if any(whole is here for here in scene.shown):
                 grid |= patches_of(one, cells)
         found.append(grid.reshape(-1)[patches])
     return np.concatenate(found)

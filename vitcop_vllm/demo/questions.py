@@ -317,9 +317,9 @@ def exam(per_family: int, seed: int = 0) -> list[Example]:
         seed: Another seed, another exam.
     """
     examples = []
-    for family_index, family in enumerate(FAMILIES):
-        for i in range(per_family if family in EXAMINED else 0):
-            rng = np.random.default_rng([EXAM_SEED + seed, family_index, i])
+    for family in EXAMINED:
+        for i in range(per_family):
+            rng = np.random.default_rng([EXAM_SEED + seed, FAMILIES.index(family), i])
             scenes, turns = compose(family, rng)
             examples.append(Example(family, tuple(draw(s) for s in scenes), turns))
     return examples

@@ -159,7 +159,7 @@ def create_staged_attention_backend(
 
 
 class StagedAttention(Attention):
-    """An attention layer of stage 1 or 2."""
+    """An attention layer of a stage; stage 0 computes as vLLM's own, in vLLM's own backend."""
 
     def __init__(self, *args: Any, stage: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -174,6 +174,7 @@ class StagedAttention(Attention):
         vLLM's decoder layers make their attention themselves and offer no seam for
         another class; an attention layer without weights is cheap to make anew.
         """
+        backend = attention.attn_backend
         registered = vllm_config.compilation_config.static_forward_context
         assert registered.pop(attention.layer_name) is attention
         return cls(
@@ -184,7 +185,7 @@ class StagedAttention(Attention):
             cache_config=vllm_config.cache_config,
             quant_config=attention.quant_config,
             prefix=attention.layer_name,
-            attn_backend=create_staged_attention_backend(attention.attn_backend),
+            attn_backend=create_staged_attention_backend(backend) if stage else backend,
             stage=stage,
         )
 

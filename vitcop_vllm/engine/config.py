@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vitcop_vllm import __version__
-from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.budgets import SELECTORS, why_uncacheable
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
 
 if TYPE_CHECKING:
@@ -96,6 +96,14 @@ def _refusals(
         "a KV connector moves logical blocks; remove --kv-transfer-config": (
             vllm_config.kv_transfer_config is not None
         ),
+        "KV cache events tell blocks of prompt positions, which a stage's are not; remove "
+        "--kv-events-config": (
+            vllm_config.kv_events_config is not None
+            and vllm_config.kv_events_config.enable_kv_cache_events
+        ),
+        "prefixes are matched in whole blocks and at pictures' ends; remove --prefix-match-unit": (
+            cache_config.prefix_match_unit not in (None, cache_config.block_size)
+        ),
         "an encoder-cache connector is untested here; remove --ec-transfer-config": (
             vllm_config.ec_transfer_config is not None
         ),
@@ -125,9 +133,6 @@ def _refusals(
         "vLLM (VLLM_PLUGINS='')": text_config.model_type != "llama",
         "sliding window attention already drops tokens by position": (
             bool(getattr(text_config, "sliding_window", None))
-        ),
-        "counts: block_aligned needs to know the block size; set --block-size": (
-            settings.counts == "block_aligned" and not cache_config.user_specified_block_size
         ),
         f"a picture of {patches} tokens is never split, so a chunk must hold it; raise "
         "--long-prefill-token-threshold to that or unset it": (
@@ -188,18 +193,10 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
 
         # The processor sees the model's configuration and nothing else of vLLM's.
         setattr(model_config.hf_config, CONFIG_KEY, settings.model_dump(mode="json"))
-        model_config.hf_config.pruning_block_size = cache_config.block_size
-        if cache_config.enable_prefix_caching:
-            if SELECTORS[settings.selector].reads_question:
-                # Whether it was asked for or is vLLM's default, nobody can tell any more. Our
-                # server still can, and refuses.
-                logger.warning(
-                    "Prefix caching is off: selector %s reads the question, so what survives "
-                    "of a picture is good for one prompt only.",
-                    settings.selector,
-                )
-            else:
-                logger.info("Prefix caching is off: it does not know of pruned pictures yet.")
+        if cache_config.enable_prefix_caching and (reason := why_uncacheable(settings)):
+            # Whether it was asked for or is vLLM's default, nobody can tell any more. Our
+            # server still can, and refuses.
+            logger.warning("Prefix caching is off: %s.", reason)
             cache_config.enable_prefix_caching = False
         # A picture's tokens are selected together, so its span is computed in one step.
         vllm_config.scheduler_config.disable_chunked_mm_input = True
@@ -223,12 +220,12 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             )
         logger.info(
             "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "
-            "%g by default, at most %g; %s counts, %s positions.",
+            "%g by default, at most %g; %s positions; prefix caching %s.",
             settings.selector,
             *boundaries,
             num_layers,
             settings.default_ratio,
             settings.max_pruning_ratio,
-            settings.counts,
             settings.positions,
+            "on" if cache_config.enable_prefix_caching else "off",
         )

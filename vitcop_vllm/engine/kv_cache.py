@@ -7,11 +7,17 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import (
+    BlockHashList,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+from vllm.v1.request import Request
 
+from vitcop_vllm.engine.prefix_cache import PrefixHashes, StepWrites
 from vitcop_vllm.pruning.plan import RequestPlan
 
 
@@ -21,9 +27,18 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     Attributes:
         plans: Request id -> plan, shared by all stages and kept by the scheduler;
             requests without pruned pictures are not in it.
+        writes: What the step being scheduled writes, shared by all stages.
     """
 
-    plans: Mapping[str, RequestPlan] = {}
+    plans: Mapping[str, RequestPlan]
+    writes: StepWrites
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.plans = {}
+        self.writes = StepWrites()
+        # Request id -> tokens up to which its blocks are cached, a checkpoint.
+        self._cached_tokens: dict[str, int] = {}
 
     @property
     def stage(self) -> int:
@@ -37,16 +52,81 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         return num_tokens if plan is None else plan.physical_length(num_tokens, self.stage)
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
-        physical = self.physical_length(request_id, num_tokens)
-        return super().get_num_blocks_to_allocate(request_id, physical, *args, **kwargs)
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self.physical_length(request_id, num_tokens),
+            new_computed_blocks,
+            self.physical_length(request_id, total_computed_tokens),
+            self.physical_length(request_id, num_local_computed_tokens),
+            *args,
+            **kwargs,
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        self._cached_tokens[request_id] = num_local_computed_tokens
+        super().add_local_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            self.physical_length(request_id, num_local_computed_tokens),
+            num_external_computed_tokens,
+        )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         physical = self.physical_length(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, physical, num_tokens_main_model)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        hashes, name = request.block_hashes, request.request_id
+        assert isinstance(hashes, PrefixHashes)
+        cached = self._cached_tokens.get(name, 0)
+        if num_tokens < hashes.next_length(cached):
+            return
+        blocks = self.req_to_blocks[name]
+        written = self.writes.block_ids.setdefault(name, set())
+        for checkpoint in hashes.checkpoints(self.stage, cached, num_tokens):
+            for index, key in checkpoint.keys:
+                # vLLM's own way takes one key a block, and only of blocks that are full.
+                self.block_pool._insert_block_hash(
+                    make_block_hash_with_group_id(key, self.kv_cache_group_id),
+                    blocks[index],
+                    num_tokens=checkpoint.length,
+                )
+                self.writes.keys.add(key)
+                written.add(blocks[index].block_id)
+            self._cached_tokens[name] = checkpoint.length
+            self.num_cached_block[name] = checkpoint.slots // self.block_size
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        self._cached_tokens.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def new_step_starts(self) -> None:
+        super().new_step_starts()
+        self.writes.clear()
 
     @classmethod
     def find_longest_cache_hit(
@@ -61,8 +141,31 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Nothing is cached: start-up turns prefix caching off."""
-        return tuple([] for _ in kv_cache_group_ids), 0
+        """Blocks of each group for the longest checkpoint, at most ``max_length``, that all
+        of them hold; and its length in prompt positions."""
+        assert isinstance(block_hashes, PrefixHashes)
+        assert isinstance(kv_cache_spec, StagedAttentionSpec)
+        block_size = kv_cache_spec.block_size
+        whole: list[list[KVCacheBlock]] = []
+        hit, length = whole, 0
+        for checkpoint in block_hashes.checkpoints(kv_cache_spec.stage, 0, max_length):
+            cached = [
+                block_pool.get_cached_block(key, kv_cache_group_ids) for _, key in checkpoint.keys
+            ]
+            has_tail = checkpoint.slots % block_size > 0
+            tail = cached.pop() if has_tail else None
+            if None in cached:
+                break  # every longer prefix needs this block too
+            whole += [blocks for blocks in cached if blocks]
+            if not has_tail:
+                hit, length = [*whole], checkpoint.length
+            elif tail is not None:
+                # To be copied before this step runs, it must not be written by it.
+                if checkpoint.keys[-1][1] in block_hashes.writes.keys:
+                    block_hashes.awaits_copy = True
+                else:
+                    hit, length = [*whole, tail], checkpoint.length
+        return tuple([blocks[i] for blocks in hit] for i in range(len(kv_cache_group_ids))), length
 
 
 # Registering a class of ours while the table is empty would keep vLLM's own out of it.
@@ -78,7 +181,8 @@ class StagedAttentionSpec(AttentionSpec):
     positions, and would fold the stages into one group.
 
     Attributes:
-        stage: 1 or 2. Layers of stage 0 keep vLLM's own spec.
+        stage: 0, 1 or 2. In stage 0 slots are prompt positions and blocks are vLLM's, but a
+            prefix may end inside one there as in the others.
     """
 
     stage: int

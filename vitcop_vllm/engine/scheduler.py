@@ -2,12 +2,17 @@
 
 from typing import Any
 
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
+from vitcop_vllm.engine.metrics import KV_BLOCKS_NOT_TAKEN
+from vitcop_vllm.engine.prefix_cache import PrefixHashes, StepWrites
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
@@ -28,14 +33,43 @@ class StagedScheduler(Scheduler):
         settings = settings_of(self.vllm_config.model_config.hf_config)
         self._reads_question = SELECTORS[settings.selector].reads_question
         self.plans: dict[str, RequestPlan] = {}
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, StagedKVCacheManager):
-                manager.plans = self.plans
+        self._writes = StepWrites()
+        # Request id -> its pictures that the next step to run is to encode.
+        self._to_encode: dict[str, list[int]] = {}
+        self._hash_function = get_hash_fn_by_name(
+            self.vllm_config.cache_config.prefix_caching_hash_algo
+        )
+        coordinator = self.kv_cache_manager.coordinator
+        # Or vLLM would round what is cached down to whole blocks, and miss a span's end.
+        coordinator.enable_partial_hash_hits = True
+        for manager in coordinator.single_type_managers:
+            assert isinstance(manager, StagedKVCacheManager)
+            manager.plans = self.plans
+            manager.writes = self._writes
 
     def _update_plan(self, request: Request) -> None:
         plan = plan_request(request.mm_features)
         if plan is not None:
             self.plans[request.request_id] = plan
+            KV_BLOCKS_NOT_TAKEN.inc(self._blocks_not_taken(request, plan))
+        if self.kv_cache_manager.enable_caching:
+            request.block_hashes = PrefixHashes(
+                request,
+                plan or RequestPlan(()),
+                self.block_size,
+                self._hash_function,
+                self._writes,
+            )
+
+    def _blocks_not_taken(self, request: Request, plan: RequestPlan) -> int:
+        """What its prompt would take of all KV cache groups, unpruned, less what it takes."""
+        prompt = request.num_prompt_tokens
+        unpruned = prompt + sum(s.counts.encoder - s.counts.stages[0] for s in plan.spans)
+        return sum(
+            cdiv(unpruned, manager.block_size)
+            - cdiv(plan.physical_length(prompt, manager.stage), manager.block_size)
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+        )
 
     def add_request(self, request: Request) -> None:
         # Before vLLM sees it: the first thing it may do is count the request's blocks.
@@ -57,6 +91,57 @@ class StagedScheduler(Scheduler):
         # Not at preemption, which frees blocks too: a resumed request needs its plan.
         self.plans.pop(request.request_id, None)
 
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        scheduled = super().schedule(*args, **kwargs)
+        # vLLM keeps from its runner the pixels of pictures that a prefix hit covers, and
+        # model runner V1 is never sent them again: it dies if, once the request has been
+        # preempted, they must be encoded after all.
+        for new in scheduled.scheduled_new_reqs:
+            new.mm_features = self.requests[new.req_id].mm_features
+        self._encode_what_is_counted_on(scheduled)
+        return scheduled
+
+    def _allocate_encoder_inputs(
+        self, request: Request, input_ids: list[int], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._allocate_encoder_inputs(request, input_ids, *args, **kwargs)
+        self._to_encode.setdefault(request.request_id, []).extend(input_ids)
+
+    def _encode_what_is_counted_on(self, scheduled: SchedulerOutput) -> None:
+        """Have the runner encode the pictures of requests preempted in this very step.
+
+        vLLM takes such a request out of the step, but goes on believing that its pictures
+        are in the encoder cache; whoever needs them next would kill the engine.
+        """
+        for name, input_ids in self._to_encode.items():
+            request = self.requests.get(name)
+            if request is None or name in scheduled.scheduled_encoder_inputs:
+                continue
+            cached = self.encoder_cache_manager.cached
+            if lost := [i for i in input_ids if request.mm_features[i].identifier in cached]:
+                scheduled.scheduled_encoder_inputs[name] = lost
+        if scheduled.total_num_scheduled_tokens:  # else the runner does nothing
+            self._to_encode.clear()
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        hashes = request.block_hashes
+        if not isinstance(hashes, PrefixHashes) or not hashes.plan.spans or not self._writes.keys:
+            return True
+        # Another request computes its pictures in this very step: in the next one it can
+        # have them as they are. vLLM, which copies nothing, would compute them twice.
+        hashes.awaits_copy = False
+        if request.num_computed_tokens == 0:
+            self.kv_cache_manager.get_computed_blocks(request)
+        return not hashes.awaits_copy
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        # If the step being scheduled was to write some of its blocks, nobody may find them.
+        if block_ids := self._writes.block_ids.pop(request.request_id, None):
+            self.kv_cache_manager.evict_blocks(block_ids)
+        super()._preempt_request(request, *args, **kwargs)
+
     def _try_schedule_encoder_inputs(
         self,
         request: Request,
@@ -74,19 +159,24 @@ class StagedScheduler(Scheduler):
         not_now: Any = [], 0, encoder_compute_budget, [], []
         if num_new_tokens < least:
             return not_now
+        patches = placeholders = 1
         if plan is not None:
+            # vLLM's budget is in placeholders, but the encoder computes every patch.
+            patches, placeholders = plan.patches_per_placeholder
             # vLLM rolls a chunk back to before a span it would cut, except where the chunk
             # begins at that span and the budget left over by others is too small for it.
             end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
             num_new_tokens = end - num_computed_tokens
-        scheduled = super()._try_schedule_encoder_inputs(
-            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
+        budget = encoder_compute_budget * placeholders // patches
+        inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
         )
-        if scheduled[1] < least:
+        encoder_compute_budget -= (budget - left) * patches // placeholders
+        if num_new_tokens < least:
             # No room for all its pictures: nor may it hold on to those that are there.
             self.encoder_cache_manager.free(request)
             return not_now
-        return scheduled
+        return inputs, num_new_tokens, encoder_compute_budget, *others
 
 
 class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):

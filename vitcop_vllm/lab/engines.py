@@ -6,17 +6,43 @@ the engine: pictures are preprocessed before the clock starts.
 
 import multiprocessing as mp
 import os
+import random
+import string
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vitcop_vllm.lab.concurrency import kv_memory, observed
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request about one picture of noise.
+
+    Attributes:
+        prompt: With one ``<image>``.
+        picture: Seed of its pixels.
+        ratio: Pruning ratio, in [0, 1); stock vLLM is not told.
+        max_tokens: Length of the answer.
+        arrival: Seconds after the clock starts.
+        letters: Whether the answer is made of letters. Random weights else answer bytes that
+            are no text, and that a next turn would hold as other tokens.
+    """
+
+    prompt: str
+    picture: int
+    ratio: float
+    max_tokens: int
+    arrival: float = 0.0
+    letters: bool = False
 
 
 @dataclass
@@ -54,6 +80,16 @@ def random_picture(seed: int) -> Any:
     return Image.fromarray(rng.integers(0, 255, (336, 336, 3), dtype=np.uint8))
 
 
+@dataclass
+class _Run:
+    """Seconds, and outputs by number, of requests served."""
+
+    seconds: float = 0.0
+    first_token: dict[int, float] = field(default_factory=dict)
+    finished: dict[int, Any] = field(default_factory=dict)
+    decode_steps: list[float] = field(default_factory=list)
+
+
 class _Engine:
     """What a worker process does."""
 
@@ -65,6 +101,8 @@ class _Engine:
         self.engine = llm.llm_engine
         self.core = self.engine.engine_core.engine_core
         runner = self.core.model_executor.driver_worker.worker.model_runner
+        self._rng = random.Random(0)
+        self._letters = llm.get_tokenizer().encode(string.ascii_letters, add_special_tokens=False)
         self.encoder = Stopwatch()
         self.stages = Stopwatch()
         model = runner.model
@@ -82,55 +120,113 @@ class _Engine:
             for name in names:
                 setattr(module, name, self.stages.around(getattr(module, name)))
 
-    def pictures(self, *, seeds: list[int], ratio: float, max_tokens: int, text: str) -> Result:
-        """Serve a batch of single-picture requests that all arrive at once."""
-        prompts = []
-        for seed in seeds:
-            prompt: dict[str, Any] = {
-                "prompt": f"USER: <image>\n{text} ASSISTANT:",
-                "multi_modal_data": {"image": random_picture(seed)},
-            }
-            if self.pruned:
-                prompt["mm_processor_kwargs"] = {RATIO_KEY: ratio}
-            prompts.append(prompt)
-        return self._serve(prompts, max_tokens)
+    def pictures(self, *, asks: Sequence[Ask], clients: int | None = None) -> Result:
+        """Serve requests from their arrivals on; who finds ``clients`` others waits."""
+        return self._serve(
+            [self._prompt(ask) for ask in asks],
+            [self._params(ask.max_tokens, ask.letters) for ask in asks],
+            [ask.arrival for ask in asks],
+            clients or len(asks),
+        )
 
     def text(self, *, batch: int, tokens: int) -> Result:
-        """Prefill a batch of text-only prompts of ``tokens`` tokens each."""
-        prompt = {"prompt_token_ids": [1] + [40 + i % 60 for i in range(tokens - 1)]}
-        return self._serve([prompt] * batch, 1)
+        """Prefill a batch of new text-only prompts of ``tokens`` tokens each."""
+        prompts: list[dict[str, Any]] = [
+            {"prompt_token_ids": [1, *self._rng.choices(range(40, 100), k=tokens - 1)]}
+            for _ in range(batch)
+        ]
+        return self._serve(prompts, [self._params(1)] * batch, [0.0] * batch, batch)
 
-    def _serve(self, prompts: list[dict[str, Any]], max_tokens: int) -> Result:
+    def capacity(self, *, asks: Sequence[Ask], budget: int) -> Result:
+        """Serve requests with free KV memory for ``budget`` slots times layers.
+
+        Raises:
+            ValueError: If the engine has less memory, or takes fewer requests at a time.
+        """
+        scheduler = self.core.scheduler
+        if len(asks) > scheduler.max_num_running_reqs:
+            raise ValueError(f"max_num_seqs must be {len(asks)} or more not to be the limit")
+        with kv_memory(scheduler, budget), observed(scheduler) as concurrency:
+            result = self.pictures(asks=asks)
+        return result | {"most": concurrency.most, "preemptions": concurrency.preemptions}
+
+    def _prompt(self, ask: Ask) -> dict[str, Any]:
+        prompt: dict[str, Any] = {
+            "prompt": ask.prompt,
+            "multi_modal_data": {"image": random_picture(ask.picture)},
+        }
+        if self.pruned:
+            prompt["mm_processor_kwargs"] = {RATIO_KEY: ask.ratio}
+        return prompt
+
+    def _params(self, max_tokens: int, letters: bool = False) -> Any:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        return SamplingParams(
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            allowed_token_ids=self._letters if letters else None,
+        )
+
+    def _serve(
+        self,
+        prompts: Sequence[dict[str, Any]],
+        params: Sequence[Any],
+        arrivals: Sequence[float],
+        clients: int,
+    ) -> Result:
         inputs = self.engine.renderer.render_cmpl(prompts)
         self.encoder.take()
         self.stages.take()
-        start = time.perf_counter()
-        for number, one in enumerate(inputs):
-            self.engine.add_request(str(number), one, params)
-        answers: dict[int, list[int]] = {}
-        decode_steps = []
-        prompt_tokens = 0
-        while self.engine.has_unfinished_requests():
+        run = self._run(inputs, params, arrivals, clients)
+        outputs = [run.finished[number] for number in range(len(inputs))]
+        return {
+            "seconds": run.seconds,
+            "encoder_seconds": self.encoder.take(),
+            "stage_seconds": self.stages.take(),
+            "decode_step_seconds": run.decode_steps,
+            "first_token_seconds": [run.first_token[number] for number in range(len(inputs))],
+            "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
+            "reused_tokens": [output.num_cached_tokens or 0 for output in outputs],
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "answers": [output.outputs[0].text for output in outputs],
+        }
+
+    def _run(
+        self,
+        inputs: Sequence[Any],
+        params: Sequence[Any],
+        arrivals: Sequence[float],
+        clients: int,
+    ) -> _Run:
+        run = _Run()
+        waiting = deque(sorted(range(len(inputs)), key=lambda number: arrivals[number]))
+        start = now = time.perf_counter()
+        while len(run.finished) < len(inputs):
+            in_flight = len(inputs) - len(waiting) - len(run.finished)
+            while waiting and in_flight < clients and arrivals[waiting[0]] <= now - start:
+                number = waiting.popleft()
+                self.engine.add_request(str(number), inputs[number], params[number])
+                in_flight += 1
+            if not in_flight:
+                time.sleep(max(0.0, start + arrivals[waiting[0]] - now))
+                now = time.perf_counter()
+                continue
             requests = self.core.scheduler.requests.values()
             decoding = all(r.num_computed_tokens >= r.num_prompt_tokens for r in requests)
             step = time.perf_counter()
-            for output in self.engine.step():
-                answers[int(output.request_id)] = list(output.outputs[0].token_ids)
+            outputs = self.engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                number = int(output.request_id)
+                run.first_token.setdefault(number, now - start - arrivals[number])
                 if output.finished:
-                    prompt_tokens += len(output.prompt_token_ids or ())
+                    run.finished[number] = output
             if decoding:
-                decode_steps.append(time.perf_counter() - step)
-        return {
-            "seconds": time.perf_counter() - start,
-            "encoder_seconds": self.encoder.take(),
-            "stage_seconds": self.stages.take(),
-            "decode_step_seconds": decode_steps,
-            "prompt_tokens": prompt_tokens,
-            "tokens": [answers[number] for number in range(len(prompts))],
-        }
+                run.decode_steps.append(now - step)
+        run.seconds = now - start
+        return run
 
 
 def _work(connection: Connection, options: dict[str, Any], pruned: bool) -> None:
@@ -163,7 +259,17 @@ class EngineProcess:
             raise RuntimeError("an engine process died; its last words are above") from None
 
     def run(self, what: str, **command: Any) -> Result:
-        """Have the engine serve ``pictures`` or ``text``; see :class:`_Engine`."""
+        """Have the engine serve ``pictures``, ``text`` or ``capacity``; see :class:`_Engine`.
+
+        Returns:
+            Seconds of the whole, of the encoder, of Stages I to III, of each decode step, and
+            from each request's arrival to its first token; tokens of each prompt, and of these
+            reused; each answer's ``tokens`` and text. For ``capacity`` also the ``most``
+            requests that ran at once, and the preemptions.
+
+        Raises:
+            RuntimeError: If the engine's process died.
+        """
         self._connection.send({"what": what, **command})
         answer: Result = self._answer()
         return answer
@@ -182,11 +288,7 @@ def two_engines(
     engines: list[EngineProcess] = []
     try:
         for pruned in (False, True):
-            # Every picture is new, so a prefix cache could only cost stock vLLM time.
-            own = {} if pruned else {"enable_prefix_caching": False}
-            engines.append(
-                EngineProcess({"model": str(checkpoint), **options, **own}, pruned=pruned)
-            )
+            engines.append(EngineProcess({"model": str(checkpoint), **options}, pruned=pruned))
         stock, ours = engines
         yield stock, ours
     finally:

@@ -21,19 +21,25 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.parse import (
+    ImageEmbeddingItems,
+    ImageProcessorItems,
+    MultiModalDataItems,
+)
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.models.staged_decoder import mean_over_ranks, stage_layers, staged_forward
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
-from vitcop_vllm.pruning.identity import tag_identifier
+from vitcop_vllm.pruning.identity import EXPLAIN_KEY, explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.saliency import patch_positions
+from vitcop_vllm.pruning.saliency import cls_saliency, patch_positions
 from vitcop_vllm.pruning.selectors import EncoderView, select_patches
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+from vitcop_vllm.worker.explain import PatchChoice
 from vitcop_vllm.worker.step import StagedForward
 
 COUNTS_FIELD = "visual_token_counts"
@@ -66,17 +72,42 @@ class PrunedLlavaProcessingInfo(LlavaProcessingInfo):
         if RATIO_KEY in processor_kwargs:
             ratio = settings.parse_ratio(processor_kwargs[RATIO_KEY])
         config: Any = self.get_hf_config()
-        return plan_counts(
-            settings,
-            ratio,
-            config.text_config.num_hidden_layers,
-            num_image_tokens,
-            config.pruning_block_size,
-        )
+        return plan_counts(settings, ratio, config.text_config.num_hidden_layers, num_image_tokens)
+
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of a picture's patches, V in all."""
+        vision: Any = self.get_hf_config().vision_config
+        side = vision.image_size // vision.patch_size
+        return side, side
+
+    def visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What the encoder sees of a picture: left, top, right, bottom, in its own pixels.
+
+        CLIP's processor scales the shorter side to the model's input and crops the middle.
+        Where the picture is not cropped it is seen whole.
+        """
+        processor: Any = self.get_hf_processor().image_processor
+        size, crop = dict(processor.size), dict(processor.crop_size or {})
+        if not (processor.do_resize and processor.do_center_crop and size.get("shortest_edge")):
+            return 0.0, 0.0, float(width), float(height)
+        shorter = min(width, height)
+        edges = []
+        for side, cropped in ((width, crop["width"]), (height, crop["height"])):
+            resized = _resized_side(size["shortest_edge"], side, shorter)
+            first = (resized - cropped) // 2
+            edges.append((first * side / resized, (first + cropped) * side / resized))
+        (left, right), (top, bottom) = edges
+        return left, top, right, bottom
 
 
-def _without_ratio(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in processor_kwargs.items() if key != RATIO_KEY}
+def _resized_side(shortest_edge: int, side: int, shorter: int) -> int:
+    # As the processor of Hugging Face rounds.
+    return shortest_edge if side == shorter else int(shortest_edge * side / shorter)
+
+
+def _theirs(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """What is meant for the processor of Hugging Face."""
+    return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
 
 
 class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
@@ -119,7 +150,7 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         # The counts tell pictures apart; the ratio itself would split equal counts.
-        plain = _without_ratio(inputs.hf_processor_mm_kwargs)
+        plain = _theirs(inputs.hf_processor_mm_kwargs)
         hashes = super()._get_mm_hashes(replace(inputs, hf_processor_mm_kwargs=plain))
         counts = self._image_counts(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         if "image" in hashes:
@@ -127,12 +158,19 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
                 tag_identifier(mm_hash, one)
                 for mm_hash, one in zip(hashes["image"], counts, strict=True)
             ]
+        request = inputs.hf_processor_mm_kwargs.get(EXPLAIN_KEY)
+        images = inputs.mm_data_items.get("image")
+        if request is not None and isinstance(images, ImageProcessorItems):
+            hashes["image"] = [
+                explained_identifier(str(request), i, images.get_image_size(i), name)
+                for i, name in enumerate(hashes["image"])
+            ]
         return hashes
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        processed = super()._apply_hf_processor_main(mm_items, _without_ratio(hf_kwargs))
+        processed = super()._apply_hf_processor_main(mm_items, _theirs(hf_kwargs))
         if "pixel_values" in processed:
             counts = self._image_counts(mm_items, hf_kwargs)
             processed[COUNTS_FIELD] = torch.tensor(
@@ -188,7 +226,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     Where tokens are clustered, a picture's embeddings carry one more column, its cluster
     labels: so they go wherever vLLM keeps, sends or caches the embeddings, and arrive with
     them.
+
+    Attributes:
+        patch_choices: What Stage I made of each picture encoded since this was made a list;
+            ``None`` keeps nothing.
     """
+
+    patch_choices: list[PatchChoice | None] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -207,6 +251,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         assert isinstance(counts, torch.Tensor)
         pictures = [VisualTokenCounts(v, k, (n1, n2, n3)) for v, k, n1, n2, n3 in counts.tolist()]
         if self.selector.encoder is None or not any(picture.is_pruned for picture in pictures):
+            self._keep_choices([None] * len(pictures))
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None
@@ -233,11 +278,12 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             features = self._image_pixels_to_features(self.vision_tower, pixel_values)
         query, key, _ = outputs[0].chunk(3, dim=-1)
         embeddings: list[torch.Tensor] = [torch.empty(0)] * len(pictures)
+        choices: list[PatchChoice | None] = [None] * len(pictures)
         for counts in dict.fromkeys(pictures):
             chosen = [i for i, picture in enumerate(pictures) if picture == counts]
             batch: Any = chosen if len(chosen) < len(pictures) else slice(None)
             if counts.is_pruned:
-                result = self._stage_one(
+                result, made = self._stage_one(
                     attention,
                     pixel_values[batch],
                     features[batch],
@@ -245,11 +291,18 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                     key[batch],
                     counts,
                 )
+                for i, choice in zip(chosen, made, strict=False):
+                    choices[i] = choice
             else:
                 result = self.multi_modal_projector(features[batch])
             for i, embedding in zip(chosen, result, strict=True):
                 embeddings[i] = embedding
+        self._keep_choices(choices)
         return embeddings
+
+    def _keep_choices(self, choices: Sequence[PatchChoice | None]) -> None:
+        if self.patch_choices is not None:
+            self.patch_choices += choices
 
     def _stage_one(
         self,
@@ -259,7 +312,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         cls_query: torch.Tensor,
         key: torch.Tensor,
         counts: VisualTokenCounts,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, list[PatchChoice]]:
         """Keep the patches that the selector chooses, cluster them, and only then project.
 
         Args:
@@ -272,7 +325,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         Returns:
             (B, n1, H) embeddings; with clusters (B, n1, H + 1), their labels' bits as one more
-            column.
+            column. And the B choices, where they are kept.
         """
         heads = attention.num_heads_per_partition
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
@@ -285,21 +338,49 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             embed=lambda: self.multi_modal_projector(features),
             mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
         )
-        index = select_patches(self.selector, view, counts.stages[0])
+        with SELECTION_SECONDS.labels(1).time():
+            index = select_patches(self.selector, view, counts.stages[0])
+            labels = self._labels_of(attention, key, index, counts.centres)
         embedded: torch.Tensor = self.multi_modal_projector(_take(features, index))
-        if not counts.centres:
-            return embedded
+        if labels is not None:
+            embedded = torch.cat((embedded, _label_column(labels, embedded.dtype)), dim=-1)
+        return embedded, self._choices(view, index, labels)
+
+    def _labels_of(
+        self, attention: Any, key: torch.Tensor, index: torch.Tensor, num_centres: int
+    ) -> torch.Tensor | None:
+        """(B, n1) cluster labels of the patches that stay; ``None`` without centres."""
+        if not num_centres:
+            return None
         patch_keys = _take(key[:, 1:], index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
-        labels = cluster_labels(
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return cluster_labels(
             patch_keys,
             patch_positions(index, side, side),
-            counts.centres,
+            num_centres,
             density_scale=self.pruning.density_scale,
             spatial_radius=self.pruning.spatial_radius,
         )
-        return torch.cat((embedded, _label_column(labels, embedded.dtype)), dim=-1)
+
+    def _choices(
+        self, view: EncoderView, index: torch.Tensor, labels: torch.Tensor | None
+    ) -> list[PatchChoice]:
+        if self.patch_choices is None:
+            return []
+        saliency = None
+        if self.selector.encoder == "cls_attention":
+            saliency = view.mean_over_ranks(cls_saliency(view.cls_query, view.keys, view.scale))
+        return [
+            PatchChoice(
+                index[i],
+                None if labels is None else labels[i],
+                None if saliency is None else saliency[i],
+            )
+            for i in range(index.shape[0])
+        ]
 
     def embed_input_ids(
         self,

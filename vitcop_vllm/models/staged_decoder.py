@@ -14,6 +14,7 @@ from vllm.distributed import (
 )
 
 from vitcop_vllm.engine.attention import StagedAttention
+from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.selection import StageTwoSelection, merge_tokens
 from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
@@ -23,13 +24,10 @@ from vitcop_vllm.worker.step import SpanGroup, StagedForward
 def stage_layers(
     layers: Sequence[Any], boundaries: tuple[int, int], vllm_config: VllmConfig
 ) -> None:
-    """Give the layers of the second and third stage their stage's attention."""
+    """Give the layers their stage's attention."""
     for index, layer in enumerate(layers):
         stage = sum(index >= boundary for boundary in boundaries)
-        if stage:
-            layer.self_attn.attn = StagedAttention.replacing(
-                layer.self_attn.attn, stage, vllm_config
-            )
+        layer.self_attn.attn = StagedAttention.replacing(layer.self_attn.attn, stage, vllm_config)
 
 
 @contextmanager
@@ -77,7 +75,7 @@ def _select_rows(
     layer: _LayerBefore,
     labels: Sequence[torch.Tensor],
     norm_weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | StageTwoSelection | None, torch.Tensor | None]:
     """Which rows of the stage before stand for a group's spans in ``stage``.
 
     Args:
@@ -89,14 +87,15 @@ def _select_rows(
         norm_weight: (H,), of the norm that ends the decoder.
 
     Returns:
-        (G, m) rows, and what the residual stream there becomes: (G, m, H) where tokens
-        are merged, ``None`` where rows are only dropped.
+        (G, m) rows; what was chosen, ``None`` where nothing had to be; and what the residual
+        stream there becomes: (G, m, H) where tokens are merged, ``None`` where rows are only
+        dropped.
     """
     counts = group.counts
     before = group.rows(stage - 1)
     if counts.stages[stage] == counts.stages[stage - 1]:
         # Many selectors drop nothing here, and mild ratios spend everything before Stage III.
-        return before, None
+        return before, None, None
     view = BoundaryView(
         rows=before,
         queries=layer.query.unflatten(-1, (layer.attention.num_heads, -1)),
@@ -111,8 +110,8 @@ def _select_rows(
     )
     chosen = select_tokens(selector, stage, view, counts.stages[stage])
     if isinstance(chosen, StageTwoSelection):
-        return before.gather(1, chosen.index), merge_tokens(view.hidden(), chosen)
-    return before.gather(1, chosen), None
+        return before.gather(1, chosen.index), chosen, merge_tokens(view.hidden(), chosen)
+    return before.gather(1, chosen), chosen, None
 
 
 def staged_forward(
@@ -154,9 +153,12 @@ def staged_forward(
         source = step.sources[stage].clone()
         merged = []
         for group in step.groups:
-            rows, stream = _select_rows(
-                selector, group, stage, layer_before, labels, decoder.norm.weight
-            )
+            with SELECTION_SECONDS.labels(stage + 1).time():
+                rows, chosen, stream = _select_rows(
+                    selector, group, stage, layer_before, labels, decoder.norm.weight
+                )
+            if step.record is not None and chosen is not None:
+                step.record(group, stage, chosen)
             destination = group.rows(stage)
             source[destination] = rows
             if stream is not None:

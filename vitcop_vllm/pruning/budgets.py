@@ -150,3 +150,18 @@ SELECTORS: dict[SelectorName, Selector] = {
     "fastv": Selector(shallow_boundary_alone, shallow="last_token_attention", reads_question=True),
     "dart": Selector(shallow_boundary_alone, shallow="least_duplicated"),
 }
+
+
+def why_uncacheable(settings: PruningSettings) -> str | None:
+    """Why no request may reuse a prefix that another computed with these settings, if so."""
+    if SELECTORS[settings.selector].reads_question:
+        return (
+            f"selector {settings.selector} reads the question, so what survives of a picture "
+            "is good for one prompt only"
+        )
+    if settings.positions == "reference":
+        return (
+            "positions: reference numbers an answer's tokens differently once they are part of "
+            "the next prompt; set positions: original"
+        )
+    return None

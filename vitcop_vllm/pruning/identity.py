@@ -6,12 +6,18 @@ counts. So each process that sees a request knows its plan, from data vLLM never
 and two ratios of one picture can never be taken for each other.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 
 _SEPARATOR = "@"
+
+EXPLAIN_KEY = "explain_as"
+"""Processor keyword: a name, given to no other request, under which choices are told."""
+
+_EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
 
 class Placeholders(Protocol):
@@ -37,6 +43,25 @@ class Feature(Protocol):
 def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
     """A picture's hash with its counts at the end."""
     return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
+
+
+def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
+    """A name that no other picture has, so that nothing known of the picture is reused.
+
+    Args:
+        request: Value of ``EXPLAIN_KEY``.
+        number: The picture's in the request.
+        size: Width and height in pixels, as it was sent.
+        mm_hash: Its hash, with or without counts.
+    """
+    width, height = size
+    return f"explain:{request}:{number}:{width}x{height}:{mm_hash}"
+
+
+def explained_size(identifier: str) -> tuple[int, int] | None:
+    """Width and height of a picture whose choices are to be told; ``None`` for all others."""
+    found = _EXPLAINED.match(identifier)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def counts_of_identifier(identifier: str) -> VisualTokenCounts:

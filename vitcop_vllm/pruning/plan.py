@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
 from typing import Self
 
 from vitcop_vllm.pruning.budgets import SELECTORS, Asked
@@ -74,7 +73,6 @@ def plan_counts(
     ratio: float,
     num_layers: int,
     encoder_tokens: int,
-    block_size: int | None = None,
 ) -> VisualTokenCounts:
     """Counts per stage for one picture, by the budget rule of the settings' selector.
 
@@ -89,11 +87,10 @@ def plan_counts(
         ratio: Share of visual tokens removed, averaged over layers, in [0, 1).
         num_layers: L, decoder layers.
         encoder_tokens: V, the picture's visual tokens from the encoder.
-        block_size: KV block size in tokens; required for ``counts: block_aligned``.
 
     Raises:
-        ValueError: If the ratio is outside [0, 1) or past what the selector can reach, V is
-            not positive, or the block size is missing.
+        ValueError: If the ratio is outside [0, 1) or past what the selector can reach, or V is
+            not positive.
     """
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"pruning ratio {ratio} is outside [0, 1)")
@@ -111,55 +108,7 @@ def plan_counts(
     )
     if stages[-1] == encoder_tokens:
         return VisualTokenCounts.unpruned(encoder_tokens)
-    counts = VisualTokenCounts(encoder_tokens, centres, stages)
-    if settings.counts == "exact":
-        return counts
-    if block_size is None:
-        raise ValueError("block-aligned counts need the KV block size")
-    return _align(
-        counts,
-        keep * encoder_tokens,
-        boundaries,
-        num_layers,
-        block_size,
-        drops_deep=selector.deep is not None,
-    )
-
-
-def _align(
-    counts: VisualTokenCounts,
-    target_average: float,
-    boundaries: tuple[int, int],
-    num_layers: int,
-    block_size: int,
-    *,
-    drops_deep: bool,
-) -> VisualTokenCounts:
-    """The nearest counts whose drops are whole blocks and whose average fits best.
-
-    Without ``drops_deep`` nothing may be lost at the deep boundary: n3 stays n2.
-    """
-    n1 = counts.stages[0]
-
-    def neighbours(dropped: int) -> set[int]:
-        if dropped % block_size == 0:
-            return {dropped}
-        below = dropped // block_size * block_size
-        most = (n1 - 1) // block_size * block_size
-        return {min(below, most), min(below + block_size, most)}
-
-    def misfit(candidate: VisualTokenCounts) -> tuple[float, int]:
-        average = candidate.layer_average(boundaries, num_layers)
-        moved = sum(abs(a - b) for a, b in zip(candidate.stages, counts.stages, strict=True))
-        return abs(average - target_average), moved
-
-    _, second, third = counts.dropped
-    candidates = (
-        VisualTokenCounts(counts.encoder, counts.centres, (n1, n1 - d2, n1 - d3))
-        for d2, d3 in product(neighbours(second), neighbours(third))
-        if (d2 <= d3 if drops_deep else d2 == d3)
-    )
-    return min(candidates, key=misfit)
+    return VisualTokenCounts(encoder_tokens, centres, stages)
 
 
 def effective_ratio(
@@ -222,6 +171,12 @@ class RequestPlan:
         """Whether any stage holds fewer KV slots than the prompt has tokens."""
         return any(self._dropped[-1])
 
+    @cached_property
+    def patches_per_placeholder(self) -> tuple[int, int]:
+        """V and n1 of the picture that Stage I prunes most."""
+        most = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
+        return most.encoder, most.stages[0]
+
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per stage, among the first ``num_tokens``.
 
@@ -237,12 +192,25 @@ class RequestPlan:
         """Spans that begin in [start, end)."""
         return tuple(span for span in self.spans if start <= span.offset < end)
 
+    def _next_span(self, after: int) -> VisualSpan | None:
+        """The first span that ends past ``after``."""
+        index = bisect_right(self._ends, after)
+        return self.spans[index] if index < len(self.spans) else None
+
+    def cuts_span(self, num_tokens: int) -> bool:
+        """Whether a prefix of ``num_tokens`` ends inside a span."""
+        span = self._next_span(num_tokens)
+        return span is not None and span.offset < num_tokens
+
+    def next_span_end(self, after: int) -> int | None:
+        """The first end of a span past ``after``."""
+        span = self._next_span(after)
+        return None if span is None else span.end
+
     def last_whole_end(self, start: int, end: int) -> int:
         """The largest e <= ``end`` such that [start, e) cuts no span in two.
 
         ``start`` must not lie inside a span.
         """
-        for span in self.spans:
-            if span.offset < end < span.end:
-                return max(start, span.offset)
-        return end
+        span = self._next_span(end)
+        return end if span is None or span.offset >= end else max(start, span.offset)

@@ -33,10 +33,10 @@ Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 Layer = Annotated[int, Field(ge=1, strict=True)]
 
 
-def explain(error: ValidationError) -> str:
-    """What is wrong with given settings, as one line that names each."""
+def explain(error: ValidationError, section: str = CONFIG_KEY) -> str:
+    """What is wrong with given settings, as one line that names each in its section."""
     return "; ".join(
-        ".".join(map(str, (CONFIG_KEY, *detail["loc"])))
+        ".".join(map(str, (section, *detail["loc"])))
         + ": "
         + detail["msg"].removeprefix("Value error, ")
         for detail in error.errors()
@@ -51,7 +51,7 @@ def _quote(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
     """Immutable, hashable, and an unknown key is an error that lists the known ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -67,13 +67,11 @@ class _Frozen(BaseModel):
                 continue
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"unknown pruning setting {key!r}.{hint} Allowed: {', '.join(sorted(known))}."
-            )
+            raise ValueError(f"unknown setting {key!r}.{hint} Allowed: {', '.join(sorted(known))}.")
         return data
 
 
-class FractionRow(_Frozen):
+class FractionRow(Frozen):
     """One row of the published table: how Stage I is set at one keep fraction.
 
     Attributes:
@@ -95,7 +93,7 @@ PUBLISHED_ROWS = (
 """ViTCoP's settings for LLaVA-1.5-7B (arXiv 2601.17818)."""
 
 
-class PruningSettings(_Frozen):
+class PruningSettings(Frozen):
     """Settings of the method and the limits put on requests.
 
     Attributes:
@@ -111,8 +109,6 @@ class PruningSettings(_Frozen):
         spatial_radius: Farthest a denser neighbour may lie, in picture heights/widths.
         positions: ``original`` keeps prompt positions in every layer; ``reference``
             renumbers prefill tokens from the deep boundary on, as the published program.
-        counts: ``exact`` counts, or ``block_aligned`` ones, where the tokens dropped per
-            stage are a multiple of the KV block size.
         default_ratio: Pruning ratio of a request that names none, in [0, 1).
         max_pruning_ratio: Largest pruning ratio a request may name, in [0, 1).
     """
@@ -124,7 +120,6 @@ class PruningSettings(_Frozen):
     density_scale: Positive = 8.0
     spatial_radius: Positive = 0.6
     positions: Literal["original", "reference"] = "original"
-    counts: Literal["exact", "block_aligned"] = "exact"
     default_ratio: Ratio = 0.0
     max_pruning_ratio: Ratio = 0.95
 

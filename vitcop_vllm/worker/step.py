@@ -6,7 +6,7 @@ Which rows survive is decided on the device and never needed here.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -72,12 +72,14 @@ class StagedForward:
             stands for it: itself, or the last survivor of its span.
         renumbered: (T_1,) int64, rotary positions of stage 1's rows for the deepest
             stage under ``positions: reference``; ``None`` keeps prompt positions.
+        record: Told what each group chooses: group, stage, choice.
     """
 
     groups: tuple[SpanGroup, ...]
     sources: dict[int, torch.Tensor]
     outputs: torch.Tensor
     renumbered: torch.Tensor | None
+    record: Callable[[SpanGroup, int, Any], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Adapter to vLLM's V1 model runner, on CPU and on GPU."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +14,17 @@ from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 from vitcop_vllm.engine.attention import StagedMetadataBuilder
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.pruning.identity import plan_request
+from vitcop_vllm.pruning.identity import explained_size, plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
-from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step, fill_slots
+from vitcop_vllm.worker.explain import ChoiceRecorder
+from vitcop_vllm.worker.step import (
+    ScheduledRequest,
+    SpanGroup,
+    StagedForward,
+    StagedStep,
+    build_step,
+    fill_slots,
+)
 
 
 class StagedModelRunner(GPUModelRunner):
@@ -27,16 +37,19 @@ class StagedModelRunner(GPUModelRunner):
     step: StagedStep | None = None
 
     @cached_property
+    def choices(self) -> ChoiceRecorder:
+        """What was chosen for pictures that are to be explained."""
+        return ChoiceRecorder()
+
+    @cached_property
     def _renumber_deep(self) -> bool:
         settings = settings_of(self.model_config.hf_config)
         return settings.positions == "reference"
 
     @cached_property
     def _stage_of_group(self) -> list[int]:
-        return [
-            group.kv_cache_spec.stage if isinstance(group.kv_cache_spec, StagedAttentionSpec) else 0
-            for group in self.kv_cache_config.kv_cache_groups
-        ]
+        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
+        return [spec.stage for spec in specs if isinstance(spec, StagedAttentionSpec)]
 
     def _plan_of(self, request_id: str) -> RequestPlan | None:
         # Kept with vLLM's own state of the request, whose life it shares; made again when
@@ -64,7 +77,10 @@ class StagedModelRunner(GPUModelRunner):
                     int(batch.num_prompt_tokens[row]),
                 )
             )
-        return build_step(requests, self.device, renumber_deep=self._renumber_deep)
+        step = build_step(requests, self.device, renumber_deep=self._renumber_deep)
+        if step is None or step.forward is None:
+            return step
+        return replace(step, forward=self._recorded(step.forward, requests))
 
     def _build_attention_metadata(
         self, *args: Any, num_scheduled_tokens: dict[str, int] | None = None, **kwargs: Any
@@ -88,6 +104,42 @@ class StagedModelRunner(GPUModelRunner):
             return super()._model_forward(*args, **kwargs)
         # The model itself: vLLM's graph wrappers around it would replay an unstaged forward.
         return self.get_model()(*args, **kwargs, step=self.step.forward)
+
+    def _execute_mm_encoder(self, scheduler_output: Any) -> list[torch.Tensor]:
+        names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
+        if not any(map(explained_size, names)):
+            return super()._execute_mm_encoder(scheduler_output)
+        model = self.get_model()
+        model.patch_choices = []
+        try:
+            outputs = super()._execute_mm_encoder(scheduler_output)
+            for name, choice in zip(names, model.patch_choices, strict=True):
+                if choice is not None and explained_size(name):
+                    self.choices.record_patches(name, choice)
+        finally:
+            model.patch_choices = None
+        return outputs
+
+    def _recorded(
+        self, forward: StagedForward, requests: Sequence[ScheduledRequest]
+    ) -> StagedForward:
+        """``forward``, telling what it chooses for pictures that are to be explained."""
+        names: list[str | None] = []
+        for request_id, request in zip(self.input_batch.req_ids, requests, strict=True):
+            if request.plan is None:
+                continue
+            features = {f.mm_position.offset: f for f in self.requests[request_id].mm_features}
+            for span in request.plan.spans_in(request.start, request.end):
+                if span.counts.is_pruned:
+                    name = features[span.offset].identifier
+                    names.append(name if explained_size(name) else None)
+        if not any(names):
+            return forward
+
+        def record(group: SpanGroup, stage: int, chosen: Any) -> None:
+            self.choices.record_tokens([names[i] for i in group.pictures], stage, chosen)
+
+        return replace(forward, record=record)
 
 
 class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
@@ -120,7 +172,17 @@ class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
             self.input_batch.generators.update(restored)
 
 
-class StagedGPUWorker(GPUWorker):
+class _ExplainingWorker:
+    """What the API server may ask of a worker."""
+
+    model_runner: StagedModelRunner
+
+    def take_choices(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """See :class:`ChoiceRecorder`; called by name, through vLLM's ``collective_rpc``."""
+        return self.model_runner.choices.take(names)
+
+
+class StagedGPUWorker(_ExplainingWorker, GPUWorker):
     """vLLM's GPU worker with the staged model runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:
@@ -128,7 +190,7 @@ class StagedGPUWorker(GPUWorker):
         return StagedModelRunner(self.vllm_config, self.device)
 
 
-class StagedCPUWorker(CPUWorker):
+class StagedCPUWorker(_ExplainingWorker, CPUWorker):
     """vLLM's CPU worker with the staged model runner."""
 
     def init_device(self) -> None:

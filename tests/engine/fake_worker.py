@@ -1,0 +1,156 @@
+"""A worker that computes nothing and knows what every KV slot ought to hold.
+
+It keeps block tables as vLLM's runner does, from what the scheduler sends. What it writes
+into a slot names the prefix that the slot's content is a function of. So whatever it reads
+that is not its own request's prefix was cached, copied or evicted wrongly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vitcop_vllm.pruning.identity import plan_request
+from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan
+
+Content = tuple[bytes, int]
+
+
+def _name(*parts: object) -> bytes:
+    return blake2b(repr(parts).encode(), digest_size=8).digest()
+
+
+@dataclass
+class _State:
+    """A request as a runner keeps it; ``contents`` is what its slots ought to hold, by stage."""
+
+    tokens: list[int]
+    prompt_tokens: int
+    salt: str | None
+    features: Sequence[Any]
+    tables: tuple[list[int], ...]
+
+    def __post_init__(self) -> None:
+        self.plan = plan_request(self.features) or RequestPlan(())
+        self.contents: list[list[Content]] = [[] for _ in range(NUM_STAGES)]
+        self.prefix = _name(self.salt)
+        self.length = 0
+
+    def extend(self, end: int) -> None:
+        """Have ``contents`` reach ``end`` prompt positions."""
+        pictures = {f.mm_position.offset: f.identifier for f in self.features}
+        for position in range(self.length, end):
+            self.prefix = _name(self.prefix, self.tokens[position], pictures.get(position))
+            for stage, contents in enumerate(self.contents):
+                slots = self.plan.physical_length(position + 1, stage)
+                if stage and self.plan.cuts_span(position + 1):
+                    continue
+                # Survivors of a span are functions of the prefix that ends with it.
+                contents.extend((self.prefix, slot) for slot in range(len(contents), slots))
+        self.length = max(self.length, end)
+
+
+class FakeWorker:
+    """Executes steps in the order in which they were scheduled.
+
+    Attributes:
+        memory: Block -> slot -> content.
+        encoded: Pictures in the encoder cache, by identifier.
+        copies: Blocks copied so far.
+        computed: Prompt and answer positions computed so far.
+    """
+
+    def __init__(self, scheduler: Any, block_size: int, salts: dict[str, str | None]) -> None:
+        groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+        self.stages = [group.kv_cache_spec.stage for group in groups]
+        self.block_size = block_size
+        self.salts = salts
+        self.memory: dict[int, list[Content | None]] = {}
+        self.states: dict[str, _State] = {}
+        self.encoded: set[str] = set()
+        self.copies = self.computed = 0
+
+    def _block(self, block: int) -> list[Content | None]:
+        return self.memory.setdefault(block, [None] * self.block_size)
+
+    def _update(self, scheduled: Any) -> dict[str, int]:
+        """Take over what the scheduler tells of requests; tokens computed before, by request."""
+        for name in scheduled.finished_req_ids:
+            self.states.pop(name, None)
+        starts = {}
+        for new in scheduled.scheduled_new_reqs:
+            tokens = list(new.prompt_token_ids)
+            tables = tuple(map(list, new.block_ids))
+            self.states[new.req_id] = _State(
+                tokens, len(tokens), self.salts.get(new.req_id), new.mm_features, tables
+            )
+            starts[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for i, name in enumerate(cached.req_ids):
+            state, blocks = self.states[name], cached.new_block_ids[i]
+            if name in cached.all_token_ids:
+                state.tokens = list(cached.all_token_ids[name])
+            if name in cached.resumed_req_ids:
+                state.tables = tuple(map(list, blocks))
+            elif blocks is not None:
+                for table, more in zip(state.tables, blocks, strict=True):
+                    table.extend(more)
+            starts[name] = cached.num_computed_tokens[i]
+        return starts
+
+    def execute(self, scheduled: Any) -> ModelRunnerOutput:
+        """Run a step, and check everything that it reads."""
+        starts = self._update(scheduled)
+        self.encoded -= set(scheduled.free_encoder_mm_hashes)
+        for name, inputs in scheduled.scheduled_encoder_inputs.items():
+            self.encoded |= {self.states[name].features[i].identifier for i in inputs}
+        copies = scheduled.kv_cache_block_copies or ()
+        # All at once, as vLLM's copy does.
+        self.memory |= {copy.dst_block_id: list(self.memory[copy.src_block_id]) for copy in copies}
+        self.copies += len(copies)
+        for name, count in scheduled.num_scheduled_tokens.items():
+            self._write(self.states[name], starts[name], starts[name] + count)
+            self.computed += count
+        sampled: list[list[int]] = []
+        for name, count in scheduled.num_scheduled_tokens.items():
+            state, end = self.states[name], starts[name] + count
+            self._check(name, state, end)
+            if end < state.prompt_tokens or end < len(state.tokens):
+                sampled.append([])
+                continue
+            # The same after the same prefix, and few enough that answers resemble each other.
+            token = 70 + state.prefix[0] % 3
+            state.tokens.append(token)
+            sampled.append([token])
+        names = list(scheduled.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: i for i, name in enumerate(names)},
+            sampled_token_ids=sampled,
+        )
+
+    def _write(self, state: _State, start: int, end: int) -> None:
+        assert not state.plan.cuts_span(start)
+        assert not state.plan.cuts_span(end)
+        for feature in state.features:
+            first = feature.mm_position.offset
+            if start < first + feature.mm_position.length and first < end:
+                assert feature.identifier in self.encoded
+        state.extend(end)
+        for stage, table in zip(self.stages, state.tables, strict=True):
+            first, last = (state.plan.physical_length(n, stage) for n in (start, end))
+            for slot in range(first, last):
+                block = self._block(table[slot // self.block_size])
+                block[slot % self.block_size] = state.contents[stage][slot]
+
+    def _check(self, name: str, state: _State, end: int) -> None:
+        for stage, table in zip(self.stages, state.tables, strict=True):
+            slots = state.plan.physical_length(end, stage)
+            assert len(table) == -(-slots // self.block_size), (name, stage, slots, len(table))
+            assert len(set(table)) == len(table)
+            held: list[Content | None] = []
+            for block in table:
+                held += self._block(block)
+            assert held[:slots] == state.contents[stage][:slots], (name, stage)

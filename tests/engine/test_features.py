@@ -1,0 +1,122 @@
+"""What people use vLLM for beside greedy answers, with pruned pictures."""
+
+import re
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
+
+from tests.engine.dense_oracle import DenseLlava
+from tests.engine.requests import (
+    IMAGE_TOKEN,
+    NO_PLUGIN,
+    STOCK,
+    Ask,
+    generate,
+    generate_in_process,
+    picture,
+)
+from tests.engine.scheduling import engine_core, recorded_steps
+from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.pruning.plan import plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+ASK = Ask("What is it?", (1,), 8 / 9)
+COUNTS = plan_counts(PruningSettings(), 8 / 9, TINY.layers, TINY.visual_tokens)
+
+
+def ask(llm, *, of: Ask = ASK, **sampling):
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **sampling})
+    (output,) = llm.generate(of.prompt(), params, use_tqdm=False)
+    return output
+
+
+def test_several_answers_to_one_prompt(llm):
+    (alone,) = generate(llm, [ASK])
+    likeliest = ask(llm, n=3, temperature=1, top_k=1, seed=3).outputs
+    assert [list(answer.token_ids) for answer in likeliest] == [alone.tokens] * 3
+    different = ask(llm, n=3, temperature=1, seed=3).outputs
+    assert len({tuple(answer.token_ids) for answer in different}) == 3
+
+
+@pytest.mark.parametrize(
+    ("structure", "pattern"),
+    [({"choice": ["yes", "no"]}, "yes|no"), ({"regex": "[a-c]{4}"}, "[a-c]{4}")],
+)
+def test_structured_outputs(llm, structure, pattern):
+    output = ask(llm, structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False)
+    assert re.fullmatch(pattern, output.outputs[0].text)
+
+
+def test_stop_strings(llm):
+    text = ask(llm, max_tokens=30).outputs[0].text
+    stop = text[len(text) // 2 :][:2]
+    assert len(stop) == 2
+    (answer,) = ask(llm, max_tokens=30, stop=[stop]).outputs
+    assert answer.finish_reason == "stop"
+    assert answer.text == text[: text.index(stop)]
+
+
+def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm, checkpoint):
+    """Placeholders have entries too, which mean nothing: there is no telling a next patch."""
+    output = ask(llm, prompt_logprobs=2)
+    prompt = list(output.prompt_token_ids)
+    assert len(output.prompt_logprobs) == len(prompt)
+    after = len(prompt) - prompt[::-1].index(IMAGE_TOKEN)
+    oracle = DenseLlava(checkpoint, PruningSettings().boundaries(TINY.layers))
+    logits = oracle.logits(prompt, [picture(1)], [COUNTS], after)
+    expected = logits.log_softmax(-1)
+    for i, token in enumerate(prompt[after:]):
+        told = output.prompt_logprobs[after + i]
+        assert token in told
+        for other, entry in told.items():
+            assert entry.logprob == pytest.approx(float(expected[i, other]), abs=1e-3)
+
+
+def test_the_longest_prompt_and_answer_that_fit(llm):
+    room = llm.llm_engine.model_config.max_model_len
+    empty = len(ask(llm, of=Ask("", (1,), 8 / 9)).prompt_token_ids)
+    fits = Ask("x" * (room - empty - 1), (1,), 8 / 9)
+    (answer,) = ask(llm, of=fits, max_tokens=8).outputs
+    assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
+    with pytest.raises(VLLMValidationError, match="maximum model length"):
+        ask(llm, of=Ask("x" * (room - empty + 1), (1,), 8 / 9))
+    assert ask(llm).outputs[0].token_ids
+
+
+def test_pictures_too_many_for_stock_vllm_fit_when_pruned(llm):
+    """The length of a prompt is what it has after Stage I."""
+    text = "x" * 1100
+    four = (1, 2, 3, 4)
+    with pytest.raises(VLLMValidationError, match="maximum model length"):
+        ask(llm, of=Ask(text, four, 0.0))
+    assert ask(llm, of=Ask(text, four, 8 / 9)).outputs[0].token_ids
+
+
+def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
+    """Sixteen pictures keep 76 tokens each, but the encoder computes 256 patches of each."""
+    scheduler = engine_core(llm).scheduler
+    steps = recorded_steps(scheduler, monkeypatch)
+    llm.llm_engine.reset_encoder_cache()
+    # Four requests of four pictures, none of them known.
+    asks = [Ask("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
+    generate(llm, asks)
+    encoded = [sum(map(len, step.scheduled_encoder_inputs.values())) for step in steps]
+    most = scheduler.max_num_encoder_input_tokens // TINY.visual_tokens
+    assert sum(encoded) == 16
+    assert max(encoded) == most < 400 // COUNTS.stages[0]
+
+
+def test_an_fp8_kv_cache(checkpoint):
+    asks = [Ask(text, (1, 2), ratio) for ratio in (0.0, 8 / 9) for text in ("Which?", "Name one.")]
+    options: dict[str, Any] = {"kv_cache_dtype": "fp8"}
+    ours = generate_in_process(checkpoint, asks, in_turn=True, **options)
+    computed = generate_in_process(checkpoint, asks, enable_prefix_caching=False, **options)
+    stock = generate_in_process(checkpoint, asks[:2], env=NO_PLUGIN, **{**STOCK, **options})
+    assert [answer.reused > 0 for answer in ours] == [False, True, False, True]
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in computed]
+    assert [answer.tokens for answer in ours[:2]] == [answer.tokens for answer in stock]
+    full = generate_in_process(checkpoint, asks)
+    assert [answer.logprobs for answer in full] != [answer.logprobs for answer in computed]

@@ -1,0 +1,260 @@
+"""Prefix caching: what is reused is as right as what is computed, and all that can be is."""
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import pytest
+from vllm.v1.core.kv_cache_utils import get_group_id
+
+from tests.engine.requests import (
+    BLOCK,
+    IMAGE_TOKEN,
+    NO_PLUGIN,
+    STOCK,
+    Answer,
+    Ask,
+    generate,
+    generate_in_process,
+    generate_in_turn,
+)
+from tests.engine.scheduling import engine_core, recorded_steps
+from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.pruning.plan import plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+OFFSET = 6
+"""Where the first picture of an Ask begins."""
+
+
+def placeholders(ratio: float) -> int:
+    return plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens).stages[0]
+
+
+def ask_twice(llm, asks: list[Ask], *, together: bool = False) -> list[Answer]:
+    """Answers with whatever can be reused, checked against answers with nothing reused."""
+    expected = [generate(llm, [ask])[0] for ask in asks]
+    answers = generate(llm, asks) if together else generate_in_turn(llm, asks)
+    for answer, alone in zip(answers, expected, strict=True):
+        assert alone.reused == 0
+        assert answer.prompt == alone.prompt
+        assert answer.tokens == alone.tokens
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in alone.logprobs]
+    return answers
+
+
+def reusable(answer: Answer, earlier: Answer) -> int:
+    """The longest prefix that both share and at which a request may go on: a whole block that
+    ends in text, or a picture's end. Their pictures are the same as far as they share text."""
+    shared = 0
+    for a, b in zip(answer.prompt[:-1], earlier.prompt, strict=False):
+        if a != b:
+            break
+        shared += 1
+    inside = [IMAGE_TOKEN, IMAGE_TOKEN]
+    return max(
+        end
+        for end in range(shared + 1)
+        if answer.prompt[max(end - 1, 0) : end + 1] != inside
+        and (end % BLOCK == 0 or answer.prompt[end - 1] == IMAGE_TOKEN)
+    )
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 2 / 3, 7 / 9, 8 / 9])
+def test_a_new_question_reuses_the_whole_picture(llm, ratio):
+    first, second, third = ask_twice(
+        llm,
+        [
+            Ask("What is it?", (1,), ratio),
+            Ask("Where is the dog that you can see?", (1,), ratio),
+            Ask("Which one is larger?", (1, 2), ratio),
+        ],
+    )
+    assert first.reused == 0
+    assert second.reused == third.reused == OFFSET + placeholders(ratio)
+
+
+def test_the_second_of_two_pictures_is_reused_too(llm):
+    asks = [Ask(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one of them a dog?")]
+    first, second = ask_twice(llm, asks)
+    assert second.reused == reusable(second, first) > 2 * placeholders(8 / 9)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_questions_about_a_document_of_many_pictures(llm, together):
+    """All at once too: who comes in the same step waits for the one that computes them."""
+    asks = [Ask(f"{i}: what is on this page?", (1, 2, 3, 4), 8 / 9) for i in range(8)]
+    first, *others = ask_twice(llm, asks, together=together)
+    for answer in others:
+        assert answer.reused == reusable(answer, first) > 4 * placeholders(8 / 9)
+
+
+def test_a_second_turn_computes_new_text_only(llm, monkeypatch):
+    first = Ask("What is it?", (1,), 7 / 9, max_tokens=70)
+    (told,) = generate(llm, [first])
+    said = llm.get_tokenizer().decode(told.tokens)
+    second = replace(first, text=f"What is it? ASSISTANT:{said} USER: And where?", max_tokens=8)
+    one, two = ask_twice(llm, [first, second])
+    assert two.reused == reusable(two, one) > len(one.prompt) - BLOCK
+
+    llm.llm_engine.reset_encoder_cache()
+    steps = recorded_steps(engine_core(llm).scheduler, monkeypatch)
+    assert generate(llm, [second], reuse=True)[0].tokens == two.tokens
+    assert not any(step.scheduled_encoder_inputs for step in steps)
+    assert generate(llm, [second])[0].tokens == two.tokens
+    assert any(step.scheduled_encoder_inputs for step in steps)  # else nothing was tested above
+
+
+def test_other_pictures_and_other_ratios_are_not_reused(llm):
+    asks = [
+        Ask("What is it?", (1,), 8 / 9),
+        Ask("What is it?", (2,), 8 / 9),
+        Ask("What is it?", (1,), 7 / 9),
+        Ask("What is it?", (1,), 0.0),
+        Ask("What is it?", (2, 1), 8 / 9),
+    ]
+    reused = [answer.reused for answer in ask_twice(llm, asks)]
+    assert reused == [0, 0, 0, 0, OFFSET + placeholders(8 / 9)]
+
+
+def test_swapped_pictures_share_nothing(llm):
+    _, swapped = ask_twice(llm, [Ask("Which?", (1, 2), 8 / 9), Ask("Which?", (2, 1), 8 / 9)])
+    assert swapped.reused == 0
+
+
+def test_a_salt_isolates_users(llm):
+    asks = [
+        Ask("What is it?", (1,), 8 / 9, cache_salt=salt) for salt in ("one", "other", "one", None)
+    ]
+    first, other, again, none = ask_twice(llm, asks)
+    assert (first.reused, other.reused, none.reused) == (0, 0, 0)
+    assert again.reused == reusable(again, first)
+
+
+def test_what_stands_before_a_picture_is_shared_across_ratios(llm):
+    system = "You look closely and answer in one word, which is never a long one. " * 3
+    asks = [
+        Ask("What is it?", (1,), 8 / 9, system=system),
+        Ask("What is it?", (2,), 2 / 3, system=system),
+        Ask("What is it?", (2,), 0.0, system=system),
+        Ask("What is it?", system=system),
+    ]
+    reused = [answer.reused for answer in ask_twice(llm, asks)]
+    before = (len(system) + OFFSET) // BLOCK * BLOCK
+    assert reused == [0, before, before, before]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_what_one_stage_has_lost_is_computed_again(llm, stage, block):
+    """All stages then go on from the same place."""
+    asks = [
+        Ask("First or second? " + "Say it well. " * 5 + end, (1, 2), 2 / 3) for end in ("a", "b")
+    ]
+    expected = [generate(llm, [ask])[0] for ask in asks]
+    earlier = generate_in_turn(llm, asks[:1])[0]
+    manager = engine_core(llm).scheduler.kv_cache_manager
+    group = next(
+        i
+        for i, group in enumerate(manager.kv_cache_config.kv_cache_groups)
+        if group.kv_cache_spec.stage == stage
+    )
+    lost = blocks_of(manager.block_pool, group)[block]
+    manager.evict_blocks({lost})
+    (answer,) = generate(llm, asks[1:], reuse=True)
+    assert answer.tokens == expected[1].tokens
+    assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected[1].logprobs]
+
+    counts = plan_counts(PruningSettings(), 2 / 3, TINY.layers, TINY.visual_tokens)
+    whole, kept = reusable(answer, earlier), 0
+    for end in range(whole + 1):
+        pictures = 0
+        for i in range(1, end + 1):
+            pictures += answer.prompt[i - 1] == IMAGE_TOKEN != answer.prompt[i]
+        slots = end - pictures * counts.dropped[stage]
+        cuts = answer.prompt[max(end - 1, 0) : end + 1] == [IMAGE_TOKEN, IMAGE_TOKEN]
+        ends = end % BLOCK == 0 or answer.prompt[end - 1] == IMAGE_TOKEN
+        if not cuts and ends and ceil(slots / BLOCK) <= block:
+            kept = end
+    assert answer.reused == kept < whole
+
+
+def blocks_of(pool: Any, group: int) -> list[int]:
+    """Cached blocks of a group, in the order in which their prefixes grow."""
+    blocks = [
+        block
+        for block in pool.blocks
+        if block.block_hash is not None and get_group_id(block.block_hash) == group
+    ]
+    return [block.block_id for block in sorted(blocks, key=lambda b: b.block_hash_num_tokens)]
+
+
+def test_vllm_s_counters_tell_the_truth(llm):
+    def counters() -> dict[str, float]:
+        return {
+            metric.name: metric.value
+            for metric in llm.get_metrics()
+            if metric.name in ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
+        }
+
+    before = counters()
+    answers = generate_in_turn(
+        llm, [Ask(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one a dog?")]
+    )
+    after = counters()
+    assert [after[name] - before[name] for name in sorted(after)] == [
+        answers[1].reused,
+        sum(len(answer.prompt) for answer in answers),
+    ]
+
+
+def test_prompt_log_probabilities_are_computed_and_not_reused(llm):
+    ask = Ask("What is it?", (1,), 8 / 9)
+    generate(llm, [ask])
+    (answer,) = generate(llm, [replace(ask, sampling={"prompt_logprobs": 1})], reuse=True)
+    assert answer.reused == 0
+
+
+def test_a_request_that_reused_a_picture_can_compute_it_after_preemption(llm):
+    """vLLM's runner is not sent the pixels of a picture that it need not compute at first."""
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    asks = [Ask(text, (1,), 8 / 9, max_tokens=12) for text in ("What is it?", "Is it a dog?")]
+    _, expected = [generate(llm, [ask])[0] for ask in asks]
+    generate(llm, asks[:1])
+    prompt = engine.renderer.render_cmpl([asks[1].prompt()])[0]
+    engine.add_request("second", prompt, asks[1].params())
+    for _ in range(3):
+        engine.step()
+    request = scheduler.running.pop()
+    assert request.num_computed_tokens > placeholders(8 / 9)
+    scheduler._preempt_request(request, 0.0)
+    assert llm.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    assert list(outputs[0].outputs[0].token_ids) == expected.tokens
+
+
+QUESTIONS = [
+    Ask(text, pictures, system="x" * length)
+    for length in (0, 7, 13, 20, 26)
+    for pictures in ((1,), (2, 3))
+    for text in ("What is it?", "And where was that, please?", "Name it.")
+]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
+def test_no_more_of_a_known_picture_is_computed_than_by_stock_vllm(llm, stock_answers, ratio):
+    """Wherever blocks end. What follows the pictures begins anew in each question."""
+    ours = ask_twice(llm, [replace(ask, ratio=ratio) for ask in QUESTIONS])
+    left = [len(answer.prompt) - answer.reused for answer in ours]
+    stock = [len(answer.prompt) - answer.reused for answer in stock_answers]
+    assert sum(answer.reused > 200 for answer in stock_answers) == 20
+    assert all(mine <= theirs for mine, theirs in zip(left, stock, strict=True))
+
+
+@pytest.fixture(scope="module")
+def stock_answers(checkpoint) -> list[Answer]:
+    options = {**STOCK, "enable_prefix_caching": True}
+    return generate_in_process(checkpoint, QUESTIONS, env=NO_PLUGIN, in_turn=True, **options)

@@ -1,0 +1,19 @@
+"""What the engine's processes count. The API server shows it where all write to one directory.
+
+That directory is ``PROMETHEUS_MULTIPROC_DIR``; ``python -m server`` sets it.
+"""
+
+from prometheus_client import Counter, Histogram
+
+KV_BLOCKS_NOT_TAKEN = Counter(
+    "vitcop_kv_blocks_not_taken",
+    "KV cache blocks that prompts would have taken, had no visual token been dropped.",
+)
+
+SELECTION_SECONDS = Histogram(
+    "vitcop_selection_seconds",
+    "Seconds in which a step chose, clustered and merged visual tokens: of the CPU, which on a "
+    "GPU hands out work and does not wait for it.",
+    ["stage"],
+    buckets=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+)
