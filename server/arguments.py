@@ -1,22 +1,29 @@
 """vLLM's command line with our part beside it."""
 
 import argparse
+import difflib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
+from server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
-from vitcop_vllm.pruning.budgets import SELECTORS
-from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, explain
+from vitcop_vllm.pruning.budgets import why_uncacheable
+from vitcop_vllm.pruning.settings import CONFIG_KEY, Frozen, PruningSettings, explain
 
 _DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
 request chooses with the header X-Pruning-Ratio. Takes every flag of `vllm serve`, on the command
 line or in the YAML file of --config; the command line wins."""
+
+DRAIN_SECONDS = 30
+"""After a signal, requests that run are given this long; --shutdown-timeout sets another."""
+
+_S = TypeVar("_S", bound=Frozen)
 
 
 class _MergeKeys(argparse.Action):
@@ -34,13 +41,26 @@ class _MergeKeys(argparse.Action):
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
 
 
+class _Parser(FlexibleArgumentParser):
+    """Names the nearest right flag, or key of a YAML file, beside one that nobody knows."""
+
+    def error(self, message: str) -> None:
+        _, is_unknown, arguments = message.partition("unrecognized arguments: ")
+        unknown = [word.partition("=")[0] for word in arguments.split() if word.startswith("--")]
+        known = list(self._option_string_actions)
+        near = [hit for flag in unknown for hit in difflib.get_close_matches(flag, known, n=1)]
+        if is_unknown and near:
+            message += f" (did you mean {', '.join(near)}?)"
+        super().error(message)
+
+
 def make_parser() -> FlexibleArgumentParser:
     """vLLM's own parser with ``--pruning`` and our defaults.
 
     vLLM turns a YAML file's nested sections into JSON flags: ``--pruning`` is all it takes for
-    a ``pruning:`` section, and for ``--pruning.default_ratio 0.5``.
+    a ``pruning:`` section, and for ``--pruning.default_ratio 0.5``. Likewise ``--server``.
     """
-    parser = FlexibleArgumentParser(
+    parser = _Parser(
         prog="python -m server",
         # Argparse would list hundreds of flags above every error.
         usage="python -m server [--config FILE.yaml] [MODEL] [options]",
@@ -48,23 +68,31 @@ def make_parser() -> FlexibleArgumentParser:
     )
     group = parser.add_argument_group(
         "ViTCoP",
-        "Pruning of visual tokens: --pruning, or the YAML file's pruning section. "
+        "Pruning of visual tokens, and the server around it: --pruning and --server, or sections "
+        "of these names in the YAML file. "
         f"Also: the model name {DEMO_NAME!r} is a small model that comes with us.",
     )
-    group.add_argument(
-        "--pruning",
-        type=json.loads,
-        action=_MergeKeys,
-        default=None,
-        metavar="JSON",
-        help="Settings of the method and limits of requests, as JSON or one by one "
-        f"(--pruning.default_ratio 0.5): {', '.join(PruningSettings.model_fields)}.",
-    )
+    for key, settings, what, example in (
+        (CONFIG_KEY, PruningSettings, "method", "default_ratio 0.5"),
+        (SERVER_KEY, ServerSettings, "server", "explain true"),
+    ):
+        group.add_argument(
+            f"--{key}",
+            type=json.loads,
+            action=_MergeKeys,
+            default=None,
+            metavar="JSON",
+            help=f"Settings of the {what} and limits of requests, as JSON or one by one "
+            f"(--{key}.{example}): {', '.join(settings.model_fields)}.",
+        )
     make_arg_parser(parser)
     # Without it a request's ratio never reaches the picture processor. Clients gain nothing by
     # it: the plugin refuses their own keywords.
     # "auto" would start an embedding model, where no endpoint plugin of ours is attached.
-    parser.set_defaults(trust_request_mm_kwargs=True, runner="generate")
+    # Without a timeout a signal cuts off every answer.
+    parser.set_defaults(
+        trust_request_mm_kwargs=True, runner="generate", shutdown_timeout=DRAIN_SECONDS
+    )
     return parser
 
 
@@ -85,15 +113,13 @@ def parse(
     args.model, args.model_tag = args.model_tag or args.model, None
     _refuse_other_servers(parser, args, environ)
     try:
-        settings = _write_settings(args)
-    except ValidationError as error:
-        parser.error(explain(error))
+        settings = _write_settings(args, CONFIG_KEY, PruningSettings)
+        _write_settings(args, SERVER_KEY, ServerSettings)
+    except ValueError as error:
+        parser.error(str(error))
     # Here one can still tell what was asked for from vLLM's default, which is to cache.
-    if args.enable_prefix_caching and SELECTORS[settings.selector].reads_question:
-        parser.error(
-            f"selector {settings.selector} reads the question, so what survives of a picture "
-            "is good for one prompt only: leave out --enable-prefix-caching"
-        )
+    if args.enable_prefix_caching and (reason := why_uncacheable(settings)):
+        parser.error(f"{reason}; or leave out --enable-prefix-caching")
     return args
 
 
@@ -121,10 +147,17 @@ def _refuse_other_servers(
         parser.error(f"only generating models are pruned: leave out --runner {args.runner}")
 
 
-def _write_settings(args: argparse.Namespace) -> PruningSettings:
-    """Validate the settings and put them where the engine reads them."""
+def _write_settings(args: argparse.Namespace, key: str, settings_class: type[_S]) -> _S:
+    """Validate a section of settings and put it where engine and server read it.
+
+    Raises:
+        ValueError: With a sentence that names each wrong one.
+    """
     additional = dict(args.additional_config or {})
-    asked = {**additional.get(CONFIG_KEY, {}), **(args.pruning or {})}
-    settings = PruningSettings.model_validate(asked)
-    args.additional_config = {**additional, CONFIG_KEY: settings.model_dump(mode="json")}
+    asked = {**additional.get(key, {}), **(getattr(args, key) or {})}
+    try:
+        settings = settings_class.model_validate(asked)
+    except ValidationError as error:
+        raise ValueError(explain(error, key)) from None
+    args.additional_config = {**additional, key: settings.model_dump(mode="json")}
     return settings

@@ -1,8 +1,14 @@
-"""Body fields that are the server's to fill, not the client's."""
+"""Body fields that are the server's to fill, and values that would harm other requests."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from vllm.renderers.chat_utils import has_non_text_content
 
 from server.errors import RequestError
+from server.settings import ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
@@ -11,6 +17,17 @@ PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
 ``--trust-request-mm-kwargs`` must be on for the ratio to pass, and would let any client set
 the rest: picture sizes, frame counts, decoders.
 """
+
+_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+_ENGINE_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
+"""Keys of ``vllm_xargs`` that vLLM takes for its own, whatever is in them."""
+
+_MAX_LENGTH_PENALTY = 16
+"""Beam search divides by the length to this power, which must be neither 0 nor infinite."""
+
+_LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
+"""Text and tokens only, up to millions, that vLLM checks one by one itself."""
 
 
 def refuse_processor_fields(body: Mapping[str, object]) -> None:
@@ -26,3 +43,189 @@ def refuse_processor_fields(body: Mapping[str, object]) -> None:
                 f"removed send header {RATIO_HEADER} or body field {RATIO_KEY}",
                 param=field,
             )
+
+
+def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
+    """:func:`refuse_unsafe_body` for a request that vLLM has parsed.
+
+    Args:
+        request: Of ``/v1/chat/completions`` or ``/v1/completions``.
+        settings: The operator's.
+
+    Raises:
+        RequestError: If it cannot be served, or not without harm.
+    """
+    skipped = {"messages", *_LONG_FIELDS}
+    body = request.model_dump(exclude=skipped, exclude_unset=True, warnings=False)
+    messages = getattr(request, "messages", None) or []
+    for message in messages:
+        _make_readable(message)
+    refuse_unsafe_body({**body, "messages": messages}, settings)
+
+
+def refuse_unsafe_body(body: Mapping[str, object], settings: ServerSettings) -> None:
+    """Refuse what vLLM 0.32 would answer with status 500, or from another client's picture.
+
+    Raises:
+        RequestError: If it cannot be served, or not without harm.
+    """
+    _refuse_values(body)
+    _refuse_length_penalty(body.get("length_penalty"))
+    _refuse_engine_arguments(body.get("vllm_xargs"))
+    _refuse_unreadable_items(body.get("input"))
+    for part in _parts([body.get("messages"), body.get("input")]):
+        _refuse_role(part)
+        if not settings.picture_ids:
+            _refuse_picture_id(part)
+    if body.get("truncate_prompt_tokens") is not None and has_non_text_content(
+        body.get("messages")
+    ):
+        raise RequestError(
+            "truncate_prompt_tokens might cut through a picture: leave it out",
+            param="truncate_prompt_tokens",
+        )
+
+
+def refuse_stray_placeholders(
+    engine_inputs: Iterable[Mapping[str, Any]], model_config: Any
+) -> None:
+    """Refuse a prompt whose text was taken for a picture's place.
+
+    A tokenizer turns ``<image>`` in a client's text into the very token that stands for a
+    picture's patches: the model would be shown none there, and not what was written either.
+
+    Args:
+        engine_inputs: vLLM's processed prompts.
+        model_config: vLLM's, of the served model.
+
+    Raises:
+        RequestError: If a picture's token is anywhere but in the place of a picture.
+    """
+    hf_config = model_config.hf_config
+    token = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
+    for engine_input in engine_inputs:
+        tokens = engine_input.get("prompt_token_ids") or []
+        places = (engine_input.get("mm_placeholders") or {}).get("image", ())
+        inside = (tokens[place.offset : place.offset + place.length] for place in places)
+        if tokens.count(token) > sum(place.count(token) for place in inside):
+            raise RequestError(
+                "the text holds the mark of a picture's place (such as <image>) where no picture "
+                "is: send pictures as content parts, and write the mark in another way",
+                param="messages",
+            )
+
+
+def _make_readable(message: Any) -> None:
+    """Let the content of a message be read more than once.
+
+    Raises:
+        RequestError: If it holds a part of no known kind; vLLM checks some only when read.
+    """
+    content = message.get("content") if isinstance(message, dict) else None
+    if content is None or isinstance(content, (str, list)):
+        return
+    try:
+        message["content"] = list(content)
+    except ValidationError as error:
+        raise RequestError(str(error), param="messages") from None
+
+
+def _refuse_values(body: Mapping[str, object]) -> None:
+    for field, value in _leaves(body):
+        if isinstance(value, str) and not _is_text(value):
+            why = "holds half a character (a lone surrogate)"
+        elif isinstance(value, float) and not math.isfinite(value):
+            why = f"must be finite, and is {value}"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            why = "holds a number of more than 64 bits"
+        else:
+            continue
+        name = field.encode(errors="replace").decode()
+        raise RequestError(f"{name} {why}", param=name)
+
+
+def _refuse_length_penalty(value: object) -> None:
+    if isinstance(value, (int, float)) and abs(value) > _MAX_LENGTH_PENALTY:
+        raise RequestError(
+            f"length_penalty must be in [-{_MAX_LENGTH_PENALTY}, {_MAX_LENGTH_PENALTY}], and is "
+            f"{value}",
+            param="length_penalty",
+        )
+
+
+def _leaves(body: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Keys and values at any depth, each with the field of the body it is in."""
+    for field in body.keys() - _LONG_FIELDS:
+        unseen = [field, body[field]]
+        while unseen:
+            value = unseen.pop()
+            if isinstance(value, Mapping):
+                unseen += value.keys()
+                unseen += value.values()
+            elif isinstance(value, (list, tuple)):
+                unseen += value
+            else:
+                yield field, value
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _parts(messages: object) -> Iterator[Mapping[str, object]]:
+    """Messages, and the parts of their contents at any depth."""
+    unseen = [messages]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, Mapping):
+            yield value
+            unseen.append(value.get("content"))
+        elif isinstance(value, (list, tuple)):
+            unseen += value
+
+
+def _refuse_unreadable_items(items: object) -> None:
+    """Refuse what vLLM's ``/v1/responses`` reads without looking whether it is there."""
+    for item in items if isinstance(items, list) else ():
+        if not isinstance(item, Mapping):
+            continue
+        content = item.get("content")
+        if item.get("role") == "assistant" and isinstance(content, list):
+            first = content[0] if content else None
+            if not (isinstance(first, Mapping) and isinstance(first.get("text"), str)):
+                raise RequestError("an assistant's content must begin with a text", param="input")
+        if item.get("type") == "custom_tool_call" and not {"call_id", "name"} <= item.keys():
+            raise RequestError("a custom_tool_call needs call_id and name", param="input")
+
+
+def _refuse_engine_arguments(arguments: object) -> None:
+    if not isinstance(arguments, Mapping):
+        return
+    if RATIO_KEY in arguments:
+        raise RequestError(
+            f"{RATIO_KEY} is a field of the body itself, not of vllm_xargs", param="vllm_xargs"
+        )
+    if unsafe := _ENGINE_ARGUMENTS & arguments.keys():
+        raise RequestError(f"{min(unsafe)} is not accepted in vllm_xargs", param="vllm_xargs")
+
+
+def _refuse_role(message: Mapping[str, object]) -> None:
+    role = message.get("role")
+    if isinstance(role, str) and role not in _ROLES:
+        raise RequestError(
+            f"unknown role {role[:32]!r}: one of {', '.join(sorted(_ROLES))}", param="messages"
+        )
+
+
+def _refuse_picture_id(part: Mapping[str, object]) -> None:
+    if part.get("uuid") is not None and "role" not in part:
+        raise RequestError(
+            "uuid is not accepted: it is a key of caches that all clients share, and would be "
+            "answered from whatever picture came first (the operator may allow it with "
+            "server.picture_ids)",
+            param="uuid",
+        )

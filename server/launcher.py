@@ -4,12 +4,26 @@ Defaults and checks in front of vLLM's own ``serve`` command, whose every mode w
 API server processes (``--api-server-count``) load the plugin like one, from ``VLLM_PLUGINS``.
 """
 
+import atexit
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import MutableMapping, Sequence
 
 from server.plugins import allow_plugin, require_plugin
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
+
+
+def _share_metrics(environ: MutableMapping[str, str]) -> None:
+    """Have engine and workers write metrics where the API server's ``/metrics`` reads them.
+
+    The Prometheus client looks for the directory when it is imported; vLLM makes one too late,
+    and only for several API servers.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in environ:
+        folder = tempfile.TemporaryDirectory(prefix="vitcop-metrics-")
+        environ["PROMETHEUS_MULTIPROC_DIR"] = folder.name
+        atexit.register(folder.cleanup)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -19,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: With a sentence, before anything is loaded, if nothing could be pruned.
     """
     allow_plugin(os.environ)
+    _share_metrics(os.environ)
     # vLLM reads its environment when imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup

@@ -8,14 +8,22 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import RequestError
-from server.fields import refuse_processor_fields
+from server.fields import refuse_processor_fields, refuse_unsafe_body
+from server.metrics import RATIO_ERRORS
 from server.ratio import ratio_text
+from server.settings import settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
-PRUNED_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions"})
+EXPLAIN_ROUTE = "/v1/pruning/explain"
+PRUNED_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", EXPLAIN_ROUTE})
+HEADER_ROUTES = frozenset({"/v1/messages"})
+"""Pruned routes whose protocol has no room for fields of ours."""
 
 STATE_KEY = "pruning_ratio"
 """Key in a request's state where its handler leaves the accepted ratio."""
+
+EXPLAIN_STATE_KEY = "pruning_explained"
+"""Key in a request's state of what its explanation needs; absent from all other requests."""
 
 _NOT_INFERENCE = frozenset({"/ping", "/start_profile", "/stop_profile"})
 """POST routes that clients with default headers call beside inference: nothing to prune."""
@@ -38,15 +46,17 @@ class PruningMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = _path(scope)
         if path in PRUNED_ROUTES:
-            await self._tell_ratio(scope, receive, send)
+            await self._tell_ratio(self.app, scope, receive, send)
+        elif path in HEADER_ROUTES:
+            await self._tell_ratio(self._refuse_ratio, scope, receive, send)
         elif path in _NOT_INFERENCE:
             await self.app(scope, receive, send)
         else:
-            await self._refuse_ratio(path, scope, receive, send)
+            await self._refuse_ratio(scope, receive, send)
 
-    async def _tell_ratio(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _tell_ratio(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope.setdefault("state", {})
 
         async def send_with_ratio(message: Message) -> None:
@@ -56,15 +66,19 @@ class PruningMiddleware:
                     MutableHeaders(scope=message)[RATIO_HEADER] = ratio_text(ratio)
             await send(message)
 
-        await self.app(scope, receive, send_with_ratio)
+        await app(scope, receive, send_with_ratio)
 
-    async def _refuse_ratio(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse_ratio(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = _path(scope)
         # Read to the end even when the header alone decides: an unread body would cost the
         # client its connection.
         messages = await _read_body(receive)
         try:
-            _check_unpruned(path, Headers(scope=scope), _json_object(messages))
+            body = _json_object(messages)
+            _check_unpruned(path, Headers(scope=scope), body)
+            refuse_unsafe_body(body, settings_of(scope["app"]))
         except RequestError as error:
+            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY))
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
             return
 
@@ -74,15 +88,24 @@ class PruningMiddleware:
         await self.app(scope, replay, send)
 
 
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _check_unpruned(path: str, headers: Headers, body: Mapping[str, object]) -> None:
     for param, present in (
-        (RATIO_HEADER, RATIO_HEADER in headers),
+        (RATIO_HEADER, RATIO_HEADER in headers and path not in HEADER_ROUTES),
         (RATIO_KEY, body.get(RATIO_KEY) is not None),
     ):
         if present:
             raise RequestError(
-                f"{param} is not supported on this route: send it to "
-                f"{' or '.join(sorted(PRUNED_ROUTES))}",
+                f"{param} is not supported on this route: "
+                + (
+                    f"send header {RATIO_HEADER}"
+                    if path in HEADER_ROUTES
+                    else "send it to /v1/chat/completions or /v1/completions"
+                ),
                 param=param,
             )
     refuse_processor_fields(body)

@@ -1,14 +1,31 @@
 """Entry point of vLLM's ``vllm.endpoint_plugins`` group: everything the server adds."""
 
+import os
 from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
 
+from server import readiness, routes
+from server.aliases import AliasedModels
+from server.errors import nested_too_deep, use_one_shape
 from server.exit_status import exit_nonzero_when_dead
+from server.limits import BodyLimit, limit_answers
+from server.media import guard_media
 from server.middleware import PruningMiddleware
-from server.serving import PrunedChat, PrunedCompletion
+from server.page import attach_page
+from server.preview import preview_of
+from server.readiness import RefuseWhenStopping, note_shutdown
+from server.serving import PrunedChat, PrunedCompletion, PrunedMessages
+from server.settings import server_settings
 from server.usage import PrunedModel
+
+_HANDLERS: dict[str, Any] = {
+    "openai_serving_chat": PrunedChat,
+    "openai_serving_completion": PrunedCompletion,
+    "anthropic_serving_messages": PrunedMessages,
+}
+"""Where vLLM keeps its handlers, and ours."""
 
 
 class PruningEndpointPlugin:
@@ -22,14 +39,26 @@ class PruningEndpointPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the middleware; vLLM's own (keys, request ids, CORS) are added later, outside."""
+        """Add routes and middleware; vLLM's own (keys, CORS) are added later, outside."""
+        settings = server_settings(app.state.args)
+        guard_media(settings, os.environ)
+        limit_answers(os.environ)
+        app.include_router(routes.router)
+        app.include_router(readiness.router)
+        if settings.page:
+            attach_page(app)
+        app.add_exception_handler(RecursionError, nested_too_deep)
         app.add_middleware(PruningMiddleware)
+        app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+        app.add_middleware(RefuseWhenStopping)
+        use_one_shape(app.state.args)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Put our handlers in the place of vLLM's, once those are built.
 
         Raises:
-            ValueError: If ratios could not reach the processor, or the model is not ours.
+            ValueError: If ratios could not reach the processor, the model is not ours, or a
+                setting of the server is wrong.
         """
         if not args.trust_request_mm_kwargs:
             raise ValueError(
@@ -37,9 +66,19 @@ class PruningEndpointPlugin:
                 "--trust-request-mm-kwargs: add that flag (clients still cannot set "
                 "mm_processor_kwargs themselves)"
             )
-        pruned_model = PrunedModel.from_config(engine_client.vllm_config.model_config)
-        state.openai_serving_chat = PrunedChat.adopt(state.openai_serving_chat, pruned_model)
-        state.openai_serving_completion = PrunedCompletion.adopt(
-            state.openai_serving_completion, pruned_model
+        settings = server_settings(args)
+        vllm_config = engine_client.vllm_config
+        model = PrunedModel.from_config(
+            vllm_config.model_config, args.served_model_name or [args.model]
         )
+        is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
+        for name, pruned_serving in _HANDLERS.items():
+            stock = getattr(state, name)
+            setattr(state, name, pruned_serving.adopt(stock, model, is_traced))
+        state.openai_serving_models = AliasedModels.adopt(
+            state.openai_serving_models, settings.aliases
+        )
+        state.pruning_server_settings = settings
+        state.pruning_preview = preview_of(engine_client, model)
         exit_nonzero_when_dead(engine_client)
+        note_shutdown(engine_client, state)

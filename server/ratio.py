@@ -8,7 +8,10 @@ from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY, PruningSetting
 
 
 def accepted_ratio(
-    settings: PruningSettings, header_values: Sequence[str], body_value: object
+    settings: PruningSettings,
+    header_values: Sequence[str],
+    body_value: object,
+    default: float | None = None,
 ) -> float:
     """The ratio a request asks for, or the default when it asks for none.
 
@@ -16,6 +19,7 @@ def accepted_ratio(
         settings: The operator's settings: default and largest ratio.
         header_values: Every ``X-Pruning-Ratio`` header of the request, in order.
         body_value: The body's ``pruning_ratio``; JSON ``null`` is the same as no field.
+        default: In place of the operator's.
 
     Raises:
         RequestError: If a value is no ratio in range, the header was sent more than once, or
@@ -24,7 +28,9 @@ def accepted_ratio(
     from_header = _header_ratio(settings, header_values) if header_values else None
     from_body = None if body_value is None else _parse(settings, body_value, RATIO_KEY)
     if from_header is None:
-        return settings.default_ratio if from_body is None else from_body
+        if from_body is not None:
+            return from_body
+        return settings.default_ratio if default is None else default
     if from_body is not None and from_body != from_header:
         raise RequestError(
             f"header {RATIO_HEADER} asks for {ratio_text(from_header)} but the body's "

@@ -10,38 +10,59 @@ engine client's ``generate`` does not know which HTTP answer it works for.
 """
 
 import copy
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from typing import Any, Self
 
 from fastapi import Request
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from server.aliases import split_alias
 from server.errors import RequestError
-from server.fields import PROCESSOR_FIELDS, refuse_processor_fields
-from server.middleware import STATE_KEY
+from server.fields import (
+    PROCESSOR_FIELDS,
+    refuse_processor_fields,
+    refuse_stray_placeholders,
+    refuse_unsafe_fields,
+)
+from server.metrics import RATIO_ERRORS, count_request
+from server.middleware import EXPLAIN_STATE_KEY, STATE_KEY
 from server.ratio import accepted_ratio
-from server.usage import PrunedModel, extend_event, picture_counts
-from vitcop_vllm.pruning.plan import VisualTokenCounts
+from server.settings import settings_of
+from server.tracing import trace_pruning
+from server.usage import PrunedModel, extend_event, picture_counts, picture_names
+from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
-_rendered: ContextVar[list[VisualTokenCounts]] = ContextVar("vitcop_rendered")
-"""Pictures rendered for the answer being made; vLLM's ``render_*`` gets no raw request."""
+_rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
+"""Names of the pictures rendered for the answer being made, if one is: vLLM's ``render_*`` gets
+no raw request."""
+
+_ERROR_EVENT = 'data: {"error":'
 
 
 class _PrunedServing:
-    """What both handlers share; stands before a vLLM serving class."""
+    """What all handlers share; stands before a vLLM serving class.
+
+    Attributes:
+        pruned_model: Settings, depth and names.
+        is_traced: Whether spans are exported.
+    """
 
     pruned_model: PrunedModel
+    is_traced: bool
     create_error_response: Callable[..., ErrorResponse]
+    renderer: Any
 
     @classmethod
-    def adopt(cls, serving: object, pruned_model: PrunedModel) -> Self:
+    def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
         """``serving`` as an instance of its own subclass.
 
         vLLM builds its handlers itself and hands them over finished. Building them again would
@@ -50,29 +71,43 @@ class _PrunedServing:
         adopted: Any = copy.copy(serving)
         adopted.__class__ = cls
         adopted.pruned_model = pruned_model
+        adopted.is_traced = is_traced
         return adopted
 
     async def _create_pruned(
         self, create: Callable[..., Awaitable[Any]], request: Any, raw_request: Request | None
     ) -> Any:
         """vLLM's answer to ``request`` under its ratio, with usage that reports pruning."""
+        start_ns = time.time_ns()
         try:
             ratio = self._take_ratio(request, raw_request)
         except RequestError as error:
+            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, "model"))
             return self.create_error_response(str(error), param=error.param)
         if raw_request is not None:
             setattr(raw_request.state, STATE_KEY, ratio)
-        pictures: list[VisualTokenCounts] = []
-        token = _rendered.set(pictures)
+        names: list[str] = []
+        token = _rendered.set(names)
         try:
             answer = await create(request, raw_request)
+        except BaseException:
+            self._forget(names)
+            raise
         finally:
             _rendered.reset(token)
         if isinstance(answer, ErrorResponse):
+            self._forget(names)
             return answer
+        pictures = picture_counts(names)
+        count_request(ratio, pictures)
         fields = self.pruned_model.usage_fields(pictures)
+        if raw_request is not None:
+            if (explained := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
+                explained.names += names
+            if self.is_traced:
+                trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
         if isinstance(answer, AsyncGenerator):
-            return _extend_stream(answer, fields)
+            return self._extend_stream(answer, fields, names)
         if answer.usage is not None:
             for name, value in fields.items():
                 setattr(answer.usage, name, value)
@@ -81,11 +116,43 @@ class _PrunedServing:
     def _take_ratio(self, request: Any, raw_request: Request | None) -> float:
         """Validate the ratio and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
+        settings = self.pruned_model.settings
+        request.model, default = split_alias(request.model, self.pruned_model.names, settings)
         headers = [] if raw_request is None else raw_request.headers.getlist(RATIO_HEADER)
         body_value = getattr(request, RATIO_KEY, None)
-        ratio = accepted_ratio(self.pruned_model.settings, headers, body_value)
+        ratio = accepted_ratio(settings, headers, body_value, default)
+        refuse_unsafe_fields(request, settings_of(getattr(raw_request, "app", None)))
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
+        explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
+        if explained is not None:
+            request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
         return ratio
+
+    async def _extend_stream(
+        self, events: AsyncGenerator[str, None], fields: Mapping[str, Any], names: list[str]
+    ) -> AsyncGenerator[str, None]:
+        has_begun = False
+        try:
+            # A client that leaves closes this generator; vLLM frees the request when its own
+            # closes.
+            async with aclosing(events):
+                async for event in events:
+                    has_begun = has_begun or not event.startswith(_ERROR_EVENT)
+                    yield extend_event(event, fields)
+        finally:
+            if not has_begun:
+                self._forget(names)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Have pictures sent to the engine again, which may not have got them.
+
+        vLLM's front end does not send what it believes the engine to hold, and believes so of
+        every picture it has processed. Of a request refused after that, the next one with the
+        same picture would be answered with status 500.
+        """
+        cache = self.renderer.mm_processor_cache
+        for name in names if cache is not None else ():
+            cache.invalidate(name)
 
 
 class PrunedChat(_PrunedServing, OpenAIServingChat):
@@ -100,8 +167,16 @@ class PrunedChat(_PrunedServing, OpenAIServingChat):
         rendered = await super().render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
             _conversation, engine_inputs = rendered
-            _rendered.get().extend(picture_counts(engine_inputs))
+            _remember(engine_inputs)
+            refuse_stray_placeholders(engine_inputs, self.model_config)
         return rendered
+
+
+class PrunedMessages(PrunedChat, AnthropicServingMessages):
+    """Handler of ``/v1/messages``, which vLLM serves as a chat.
+
+    The header works; the protocol's ``usage`` has no room for ours.
+    """
 
 
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
@@ -119,14 +194,12 @@ class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     async def render_completion_request(self, request: CompletionRequest) -> Any:
         rendered = await super().render_completion_request(request)
         if not isinstance(rendered, ErrorResponse):
-            _rendered.get().extend(picture_counts(rendered))
+            _remember(rendered)
+            refuse_stray_placeholders(rendered, self.model_config)
         return rendered
 
 
-async def _extend_stream(
-    events: AsyncGenerator[str, None], fields: Mapping[str, Any]
-) -> AsyncGenerator[str, None]:
-    # A client that leaves closes this generator; vLLM frees the request when its own closes.
-    async with aclosing(events):
-        async for event in events:
-            yield extend_event(event, fields)
+def _remember(engine_inputs: Any) -> None:
+    names = _rendered.get()
+    if names is not None:  # else tokens are counted, and nothing is answered
+        names += picture_names(engine_inputs)

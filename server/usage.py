@@ -14,13 +14,14 @@ _USAGE_MARK = '"usage":{'
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """The served model as far as answers need it: settings and decoder depth."""
+    """The served model as far as answers need it: settings, decoder depth, names."""
 
     settings: PruningSettings
     num_layers: int
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, model_config: Any) -> Self:
+    def from_config(cls, model_config: Any, names: Sequence[str] = ()) -> Self:
         """Read a vLLM ``ModelConfig`` that our config hook has passed over.
 
         Raises:
@@ -35,7 +36,7 @@ class PrunedModel:
                 "log says if it is not), or take vitcop out of VLLM_PLUGINS to serve unpruned"
             )
         num_layers = model_config.hf_text_config.num_hidden_layers
-        model = cls(PruningSettings.model_validate(pruning), num_layers)
+        model = cls(PruningSettings.model_validate(pruning), num_layers, tuple(names))
         model.settings.boundaries(num_layers)  # Raises now rather than in the first answer.
         return model
 
@@ -56,17 +57,22 @@ class PrunedModel:
         }
 
 
-def picture_counts(engine_inputs: Iterable[Mapping[str, Any]]) -> list[VisualTokenCounts]:
-    """Counts of every picture in vLLM's processed prompts.
-
-    Raises:
-        RuntimeError: If a picture's identity tells none, so that it passed another processor.
-    """
+def picture_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Identifiers of every picture in vLLM's processed prompts."""
     return [
-        counts_of_identifier(identifier)
+        identifier
         for engine_input in engine_inputs
         for identifier in (engine_input.get("mm_hashes") or {}).get("image", ())
     ]
+
+
+def picture_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
+    """Counts of the pictures with these identifiers.
+
+    Raises:
+        RuntimeError: If one's identifier tells none, so that it passed another processor.
+    """
+    return list(map(counts_of_identifier, names))
 
 
 def extend_event(event: str, fields: Mapping[str, Any]) -> str:

@@ -64,11 +64,15 @@ def test_additional_config_is_kept() -> None:
         (["--pruning", "0.5"], "--pruning must be a mapping"),
         (["--pruning.selector", "fast"], "selector: Input should be 'vitcop', 'cls'"),
         (["--pruning.selector", "fastv", "--enable-prefix-caching"], "reads the question"),
+        (["--pruning.positions", "reference", "--enable-prefix-caching"], "positions: original"),
         (["--no-trust-request-mm-kwargs"], "--trust-request-mm-kwargs"),
         (["--runner", "pooling"], "--runner pooling"),
         (["--grpc"], "--grpc"),
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--no-such-flag"], "--no-such-flag"),
+        (["--max-mode-len", "9", "--prot=1"], "(did you mean --max-model-len, --port?)"),
+        (["--server.explian", "true"], "Did you mean 'explain'"),
+        (["--server.max_aspect_ratio", "0.5"], "server.max_aspect_ratio: Input should be"),
     ],
 )
 def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str) -> None:

@@ -236,7 +236,6 @@ def test_processor_keywords_of_clients(
 
 OTHER_ROUTES = [
     "/v1/responses",
-    "/v1/messages",
     "/v1/chat/completions/batch",
     "/v1/chat/completions/render",
     "/v1/audio/transcriptions",

@@ -5,28 +5,51 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from server.plugin import PruningEndpointPlugin
-from server.serving import PrunedChat, PrunedCompletion
+from server.serving import PrunedChat, PrunedCompletion, PrunedMessages
 from vitcop_vllm.pruning.settings import PruningSettings
 
 
-def init(*, trust: bool = True, **hf_config: Any) -> SimpleNamespace:
+def init(
+    *, trust: bool = True, server: dict[str, Any] | None = None, **hf_config: Any
+) -> SimpleNamespace:
     state = SimpleNamespace(
         openai_serving_chat=OpenAIServingChat.__new__(OpenAIServingChat),
         openai_serving_completion=OpenAIServingCompletion.__new__(OpenAIServingCompletion),
+        anthropic_serving_messages=AnthropicServingMessages.__new__(AnthropicServingMessages),
+        openai_serving_models=OpenAIServingModels.__new__(OpenAIServingModels),
     )
     model_config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["NewModel"], **hf_config),
         hf_text_config=SimpleNamespace(num_hidden_layers=8),
+        get_num_kv_heads=lambda parallel: 2,
+        get_head_size=lambda: 16,
+        dtype="torch.bfloat16",
+    )
+    vllm_config = SimpleNamespace(
+        model_config=model_config,
+        parallel_config=SimpleNamespace(tensor_parallel_size=2),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        observability_config=SimpleNamespace(otlp_traces_endpoint=None),
     )
     engine = SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=model_config), shutdown=None, errored=False
+        vllm_config=vllm_config,
+        renderer=SimpleNamespace(mm_processor=SimpleNamespace(info=None)),
+        shutdown=None,
+        errored=False,
     )
-    args = SimpleNamespace(trust_request_mm_kwargs=trust)
+    args = SimpleNamespace(
+        trust_request_mm_kwargs=trust,
+        served_model_name=None,
+        model="some/model",
+        additional_config={"server": server or {}},
+    )
     asyncio.run(PruningEndpointPlugin().init_state(engine, state, args))  # type: ignore[arg-type]
     return state
 
@@ -40,6 +63,19 @@ def test_handlers_are_replaced() -> None:
     state = init(pruning=PruningSettings().model_dump(mode="json"))
     assert type(state.openai_serving_chat) is PrunedChat
     assert type(state.openai_serving_completion) is PrunedCompletion
+    assert type(state.anthropic_serving_messages) is PrunedMessages
+    assert state.openai_serving_chat.pruned_model.names == ("some/model",)
+
+
+def test_settings_of_the_server_are_in_force() -> None:
+    pruning = PruningSettings().model_dump(mode="json")
+    state = init(pruning=pruning, server={"explain": True, "aliases": [0.5]})
+    assert state.pruning_server_settings.explain
+    assert state.openai_serving_models.aliases == (0.5,)
+    # Keys and values, of two devices with two heads each, in two bytes.
+    assert state.pruning_preview.kv_bytes == 2 * 2 * 2 * 16 * 2
+    with pytest.raises(ValueError, match=r"server.*'explian'.*'explain'"):
+        init(pruning=pruning, server={"explian": True})
 
 
 def test_untrusted_keywords_stop_start_up() -> None:

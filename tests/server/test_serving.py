@@ -96,12 +96,14 @@ def client(stock: Stock) -> Iterator[TestClient]:
     init_exception_handler(app)
     app.add_middleware(PruningMiddleware)
     app.state.args = SimpleNamespace(log_error_stack=False)
-    app.state.openai_serving_chat = PrunedChat.adopt(
-        OpenAIServingChat.__new__(OpenAIServingChat), model
+    chat = OpenAIServingChat.__new__(OpenAIServingChat)
+    completion = OpenAIServingCompletion.__new__(OpenAIServingCompletion)
+    chat.model_config = completion.model_config = SimpleNamespace(
+        hf_config=SimpleNamespace(image_token_index=3)
     )
-    app.state.openai_serving_completion = PrunedCompletion.adopt(
-        OpenAIServingCompletion.__new__(OpenAIServingCompletion), model
-    )
+    chat.renderer = completion.renderer = SimpleNamespace(mm_processor_cache=None)
+    app.state.openai_serving_chat = PrunedChat.adopt(chat, model)
+    app.state.openai_serving_completion = PrunedCompletion.adopt(completion, model)
     with TestClient(app) as client:
         yield client
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.usage import PrunedModel, extend_event, picture_counts
+from server.usage import PrunedModel, extend_event, picture_counts, picture_names
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -14,23 +14,29 @@ MODEL = PrunedModel(PruningSettings(), num_layers=32)
 PRUNED = VisualTokenCounts(576, 20, (172, 83, 17))
 
 
+def names(*counts: VisualTokenCounts) -> list[str]:
+    return [f"a@b{index}@{one.encode()}" for index, one in enumerate(counts)]
+
+
 def engine_input(*counts: VisualTokenCounts) -> dict[str, Any]:
-    hashes = [f"a@b{index}@{one.encode()}" for index, one in enumerate(counts)]
+    hashes = names(*counts)
     return {"type": "multimodal", "prompt_token_ids": [1], "mm_hashes": {"image": hashes}}
 
 
 def test_counts_come_from_the_tags() -> None:
     inputs = [engine_input(PRUNED, VisualTokenCounts.unpruned(9)), engine_input(PRUNED)]
-    assert picture_counts(inputs) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
+    found = picture_names(inputs)
+    assert found == [*names(PRUNED, VisualTokenCounts.unpruned(9)), *names(PRUNED)]
+    assert picture_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
 
 
-def test_text_has_no_counts() -> None:
-    assert picture_counts([{"type": "token", "prompt_token_ids": [1]}]) == []
+def test_text_has_no_pictures() -> None:
+    assert picture_names([{"type": "token", "prompt_token_ids": [1]}]) == []
 
 
 def test_untagged_picture_is_our_fault() -> None:
     with pytest.raises(RuntimeError, match="without visual token counts"):
-        picture_counts([{"mm_hashes": {"image": ["abc"]}}])
+        picture_counts(["abc"])
 
 
 def test_fields_of_one_picture() -> None:

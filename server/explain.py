@@ -1,0 +1,74 @@
+"""A picture's patches, stage by stage: which stayed, which were merged, which were dropped."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from server.preview import Preview
+from vitcop_vllm.pruning.identity import counts_of_identifier, explained_size
+
+
+def explain_picture(
+    preview: Preview, identifier: str, choices: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``/v1/pruning/explain`` tells of one picture.
+
+    Args:
+        preview: Of the served model.
+        identifier: The picture's, which tells its size and counts.
+        choices: What a worker recorded; see ``vitcop_vllm.worker.explain``.
+    """
+    size, counts = explained_size(identifier), counts_of_identifier(identifier)
+    assert size is not None
+    patches = choices.get("patches") or range(counts.encoder)
+    stages, merged = _stages(patches, choices)
+    assert tuple(map(len, stages)) == counts.stages, (identifier, list(map(len, stages)))
+    labels = choices.get("labels")
+    return {
+        **preview.picture_fields(*size, counts),
+        "saliency": choices.get("saliency"),
+        "clusters": None if labels is None else _scatter(labels, patches, counts.encoder),
+        "stages": [
+            {**layers, "kept": _bitset(kept, counts.encoder), "merged": groups}
+            for layers, kept, groups in zip(
+                preview.stage_fields(counts), stages, merged, strict=True
+            )
+        ],
+    }
+
+
+def _stages(
+    patches: Sequence[int], choices: Mapping[str, Any]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Per stage the patches where its tokens sit, and groups of patches in one token."""
+    first = list(patches)
+    second = [first[i] for i in choices.get("shallow", range(len(first)))]
+    third = [second[i] for i in choices.get("deep", range(len(second)))]
+    groups = [[first[i] for i in group] for group in choices.get("merged", ()) if len(group) > 1]
+    deep = set(third)
+    return [first, second, third], [[], groups, [group for group in groups if group[0] in deep]]
+
+
+def _bitset(patches: Sequence[int], count: int) -> str:
+    """Base64 of a bit for each patch, the first in the most significant bit."""
+    bits = np.zeros(count, dtype=np.bool_)
+    bits[list(patches)] = True
+    return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+
+def _scatter(labels: Sequence[int], patches: Sequence[int], count: int) -> list[int]:
+    """A label for each patch, -1 where there is none."""
+    of_patch = [-1] * count
+    for patch, label in zip(patches, labels, strict=True):
+        of_patch[patch] = label
+    return of_patch
+
+
+def merge_answers(answers: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """What any worker knows: one of an engine's, and of several engines the one that served."""
+    told: dict[str, dict[str, Any]] = {}
+    for answer in answers:
+        told.update(answer or {})
+    return told

@@ -1,0 +1,46 @@
+"""What the API server counts; beside vLLM's own metrics on ``/metrics``."""
+
+from collections.abc import Sequence
+
+from prometheus_client import Counter
+
+from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts
+
+_BOUNDS = (0.5, 0.7, 0.8, 0.9, 1.0)
+
+REQUESTS = Counter(
+    "vitcop_requests", "Requests accepted, by the pruning ratio they asked for.", ["ratio"]
+)
+TOKENS_KEPT = Counter(
+    "vitcop_visual_tokens_kept", "Visual tokens of prompts that reach a stage.", ["stage"]
+)
+TOKENS_DROPPED = Counter(
+    "vitcop_visual_tokens_dropped", "Visual tokens of prompts that do not.", ["stage"]
+)
+RATIO_ERRORS = Counter(
+    "vitcop_ratio_errors", "Requests refused for their pruning ratio, or for where it was sent."
+)
+
+
+def ratio_bucket(ratio: float, pictures: Sequence[VisualTokenCounts]) -> str:
+    """``none`` without pictures; else ``0``, or the range that a ratio is in."""
+    if not pictures:
+        return "none"
+    if ratio == 0:
+        return "0"
+    lower = 0.0
+    for upper in _BOUNDS:
+        if ratio < upper:
+            break
+        lower = upper
+    return f"{lower:g}-{upper:g}"
+
+
+def count_request(ratio: float, pictures: Sequence[VisualTokenCounts]) -> None:
+    """Count a request whose prompt has been made."""
+    REQUESTS.labels(ratio_bucket(ratio, pictures)).inc()
+    for stage in range(NUM_STAGES):
+        kept = sum(picture.stages[stage] for picture in pictures)
+        encoder = sum(picture.encoder for picture in pictures)
+        TOKENS_KEPT.labels(stage + 1).inc(kept)
+        TOKENS_DROPPED.labels(stage + 1).inc(encoder - kept)

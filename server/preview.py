@@ -1,0 +1,99 @@
+"""What pruning will do to a picture, from its size alone; nothing is computed on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from server.usage import PrunedModel
+from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The served model's plans for pictures.
+
+    Attributes:
+        model: Settings and depth.
+        info: vLLM's processing info of the model, with our plans.
+        kv_bytes: Bytes of a token's keys and values in one layer, over all devices.
+    """
+
+    model: PrunedModel
+    info: Any
+    kv_bytes: int
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """First decoder layer of each stage."""
+        return (0, *self.model.settings.boundaries(self.model.num_layers))
+
+    def input_size(self) -> tuple[int, int]:
+        """Width and height of a picture that needs no scaling."""
+        size = self.info.get_image_size_with_most_features()
+        return size.width, size.height
+
+    def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
+        """What a picture keeps at a ratio that has been accepted."""
+        tokens = self.info.get_num_image_tokens(image_width=width, image_height=height)
+        counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
+        return counts
+
+    def picture_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
+        """The picture's part of an answer: what of it is seen, and how much is kept."""
+        rows, columns = self.info.patch_grid()
+        boundaries = self.model.settings.boundaries(self.model.num_layers)
+        return {
+            "width": width,
+            "height": height,
+            "box": list(self.info.visible_box(width, height)),
+            "grid": {"rows": rows, "columns": columns},
+            "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
+            "encoder_tokens": counts.encoder,
+            "cluster_centres": counts.centres,
+        }
+
+    def stage_fields(self, counts: VisualTokenCounts) -> list[dict[str, Any]]:
+        """Layers and tokens of each stage."""
+        first = self.first_layers
+        last = [*(layer - 1 for layer in first[1:]), self.model.num_layers - 1]
+        return [
+            {"first_layer": a, "last_layer": b, "tokens": tokens}
+            for a, b, tokens in zip(first, last, counts.stages, strict=True)
+        ]
+
+    def plan_fields(self, width: int, height: int, ratio: float) -> dict[str, Any]:
+        """The answer of ``/v1/pruning/plan``.
+
+        ``decoder_speed_up`` counts a picture's tokens alone: what the decoder saves on them if
+        cost is proportional to tokens. ``kv_bytes`` are of its tokens, without what blocks
+        round up.
+        """
+        counts = self.counts(width, height, ratio)
+        stages = self.stage_fields(counts)
+        slots = sum(s["tokens"] * (s["last_layer"] - s["first_layer"] + 1) for s in stages)
+        unpruned = counts.encoder * self.model.num_layers
+        kv_bytes = {"unpruned": unpruned * self.kv_bytes, "pruned": slots * self.kv_bytes}
+        return {
+            "pruning_ratio": ratio,
+            **self.picture_fields(width, height, counts),
+            "stages": stages,
+            "decoder_speed_up": unpruned / slots,
+            "kv_bytes": {**kv_bytes, "saved": kv_bytes["unpruned"] - kv_bytes["pruned"]},
+        }
+
+
+def preview_of(engine_client: Any, model: PrunedModel) -> Preview:
+    """From the parts of a running server that know."""
+    info = engine_client.renderer.mm_processor.info
+    return Preview(model, info, _kv_bytes(engine_client.vllm_config))
+
+
+def _kv_bytes(vllm_config: Any) -> int:
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = model_config.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    dtype = str(model_config.dtype) if cache_dtype == "auto" else cache_dtype
+    size = _DTYPE_BYTES.get(dtype.removeprefix("torch."), 1)  # all others are FP8
+    return int(2 * heads * model_config.get_head_size() * size)

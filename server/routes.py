@@ -1,0 +1,107 @@
+"""``/v1/pruning/*``: settings in force, plans for pictures, and what became of their patches."""
+
+import uuid
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import JSONResponse
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+
+from server.errors import RequestError, error_body
+from server.explain import explain_picture, merge_answers
+from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
+from server.preview import Preview
+from server.settings import SERVER_KEY, ServerSettings
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+router = APIRouter()
+
+Side = Annotated[int, Query(ge=1, le=2**20, description="Pixels.")]
+
+
+@dataclass
+class Explained:
+    """An explanation being made.
+
+    Attributes:
+        request: A name that no other request has.
+        names: Its pictures' identifiers, once they are known.
+    """
+
+    request: str
+    names: list[str] = field(default_factory=list)
+
+
+@router.get("/v1/pruning/config")
+async def config(raw_request: Request) -> dict[str, Any]:
+    """Settings and limits in force."""
+    state = raw_request.app.state
+    preview: Preview = state.pruning_preview
+    server: ServerSettings = state.pruning_server_settings
+    return {
+        "model": preview.model.names[0],
+        "settings": preview.model.settings.model_dump(mode="json"),
+        SERVER_KEY: server.model_dump(mode="json"),
+        "num_layers": preview.model.num_layers,
+        "first_layers": preview.first_layers,
+        "prefix_caching": state.vllm_config.cache_config.enable_prefix_caching,
+    }
+
+
+@router.get("/v1/pruning/plan")
+async def plan(
+    raw_request: Request,
+    ratio: Annotated[str | None, Query(description="Pruning ratio; the default if absent.")] = None,
+    width: Side | None = None,
+    height: Side | None = None,
+) -> Any:
+    """What a picture of a size would keep; without a size, one that needs no scaling."""
+    preview: Preview = raw_request.app.state.pruning_preview
+    settings = preview.model.settings
+    try:
+        asked = settings.default_ratio if ratio is None else settings.parse_ratio(ratio)
+        if (width is None) != (height is None):
+            raise RequestError("send both width and height, or neither", param="width")
+    except ValueError as error:
+        param = error.param if isinstance(error, RequestError) else RATIO_KEY
+        return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
+    if width is None or height is None:
+        width, height = preview.input_size()
+    return preview.plan_fields(width, height, asked)
+
+
+@router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONResponse:
+    """A chat completion, and what became of the patches of its pictures."""
+    state = raw_request.app.state
+    if not state.pruning_server_settings.explain:
+        return JSONResponse(
+            error_body(
+                "explanations are off: start the server with server.explain set to true",
+                "NotFoundError",
+                404,
+            ),
+            404,
+        )
+    if request.stream or (request.n or 1) > 1:
+        param = "stream" if request.stream else "n"
+        sentence = "an explanation is of one answer, not streamed: send stream false and n 1"
+        return JSONResponse(error_body(sentence, "BadRequestError", 400, param), 400)
+    explained = Explained(uuid.uuid4().hex)
+    setattr(raw_request.state, EXPLAIN_STATE_KEY, explained)
+    answer = await state.openai_serving_chat.create_chat_completion(request, raw_request)
+    if isinstance(answer, ErrorResponse):
+        return JSONResponse(answer.model_dump(), answer.error.code)
+    told = merge_answers(
+        await state.engine_client.collective_rpc("take_choices", args=(explained.names,))
+        if explained.names
+        else ()
+    )
+    pictures = [
+        explain_picture(state.pruning_preview, name, told.get(name, {})) for name in explained.names
+    ]
+    return JSONResponse({"completion": answer.model_dump(), "pictures": pictures})

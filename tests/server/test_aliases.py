@@ -1,0 +1,37 @@
+"""Model names that carry a ratio."""
+
+from typing import Any
+
+import pytest
+
+from server.aliases import split_alias
+from server.errors import RequestError
+from vitcop_vllm.pruning.settings import PruningSettings
+
+SETTINGS = PruningSettings(max_pruning_ratio=0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("m", ("m", None)),
+        (None, (None, None)),
+        ("m@0.889", ("m", 0.889)),
+        ("m@0", ("m", 0.0)),
+        ("a@b@.5", ("a@b", 0.5)),
+        ("a@b", ("a@b", None)),
+        ("a@0.5", ("a@0.5", None)),  # for vLLM to say that there is no such model
+        ("other@0.5", ("other@0.5", None)),
+        ("other", ("other", None)),
+        ("m@0.3", ("m@0.3", None)),
+    ],
+)
+def test_names(name: str | None, meant: Any) -> None:
+    assert split_alias(name, ["m", "a@b", "m@0.3"], SETTINGS) == meant
+
+
+@pytest.mark.parametrize("ratio", ["", "x", "0.95", "-1", "1e-1", "0,5"])
+def test_a_served_model_with_no_ratio_in_range_is_refused(ratio: str) -> None:
+    with pytest.raises(RequestError, match=r"from 0 to 0\.9") as refused:
+        split_alias(f"m@{ratio}", ["m"], SETTINGS)
+    assert refused.value.param == "model"

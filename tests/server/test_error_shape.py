@@ -1,0 +1,130 @@
+"""One shape of errors, whoever answers."""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.testclient import TestClient
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+from server.errors import OneShape, RequestError, error_body, nested_too_deep, use_one_shape
+
+ANTHROPIC = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
+WHOLE = error_body("no", "BadRequestError", 400, "n")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    app = FastAPI()
+    app.state.args = Namespace(log_error_stack=False)
+    init_exception_handler(app)
+    app.add_exception_handler(RecursionError, nested_too_deep)
+    app.add_middleware(AuthenticationMiddleware, tokens=["key"])
+    app.add_middleware(OneShape)
+    answers: dict[str, Response] = {
+        "anthropic": JSONResponse(ANTHROPIC, 400),
+        "whole": JSONResponse(WHOLE, 400, {"X-Request-Id": "7"}),
+        "text": PlainTextResponse("went wrong", 500),
+        "none": Response(status_code=503, headers={"Retry-After": "9"}),
+        "busy": JSONResponse(error_body("busy", "ServiceUnavailableError", 503), 503),
+        "list": JSONResponse(["a"], 400),
+        "deep": Response("[" * 20000, 400, media_type="application/json"),
+        "odd": JSONResponse({}, 499),
+        "html": Response("<p>", 404, media_type="text/html"),
+        "large": PlainTextResponse("x" * 200_000, 500),
+        "pieces": StreamingResponse(iter([b'{"detail":', b'"a"}']), 400, media_type="text/plain"),
+        "fine": JSONResponse({"detail": "fine"}),
+    }
+
+    @app.api_route("/answer/{name}", methods=["GET", "HEAD"])
+    async def answer(name: str) -> Response:
+        return answers[name]
+
+    @app.post("/json")
+    async def parsed(body: dict[str, str]) -> None:
+        raise RecursionError
+
+    @app.post("/request_error")
+    async def request_error(request: Request) -> None:
+        raise RequestError("no", "n")
+
+    @app.get("/detail")
+    async def detail() -> None:
+        raise HTTPException(409, "taken")
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind", "message"),
+    [
+        ("GET", "/v1/models", 401, "UnauthorizedError", "Unauthorized"),
+        ("GET", "/nothing", 404, "NotFoundError", "Not Found"),
+        ("GET", "/json", 405, "MethodNotAllowedError", "Method Not Allowed"),
+        ("GET", "/detail", 409, "Conflict", "taken"),
+        ("GET", "/answer/text", 500, "InternalServerError", "went wrong"),
+        ("GET", "/answer/none", 503, "ServiceUnavailableError", "Service Unavailable"),
+        ("GET", "/answer/list", 400, "BadRequestError", '["a"]'),
+        ("GET", "/answer/deep", 400, "BadRequestError", "[" * 20000),
+        ("GET", "/answer/odd", 499, "Error", "Error"),
+        ("GET", "/answer/pieces", 400, "BadRequestError", "a"),
+        ("POST", "/json", 400, "BadRequestError", "There was an error parsing the body"),
+    ],
+)
+def test_every_error_has_the_shape(
+    client: TestClient, method: str, path: str, status: int, kind: str, message: str
+) -> None:
+    body = "[" * 20000 if method == "POST" else None
+    headers = {"content-type": "application/json"}
+    answer = client.request(method, path, content=body, headers=headers)
+    assert answer.status_code == status
+    assert answer.json() == error_body(message, kind, status)
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_errors_of_ours_that_nobody_caught(client: TestClient) -> None:
+    assert client.post("/request_error").json() == WHOLE
+    assert (
+        client.post("/json", json={}).json()["error"]["message"] == "the body is nested too deeply"
+    )
+
+
+def test_other_headers_stay(client: TestClient) -> None:
+    assert client.get("/answer/none").headers["Retry-After"] == "9"
+    assert client.get("/answer/whole").headers["X-Request-Id"] == "7"
+    assert client.get("/nothing", headers={"Origin": "x"}).headers["content-length"]
+
+
+def test_a_busy_server_says_when_to_come_again(client: TestClient) -> None:
+    answer = client.get("/answer/busy")
+    assert answer.headers["Retry-After"] == "5"
+    assert answer.json()["error"]["message"] == "busy"
+
+
+def test_what_is_there_is_kept(client: TestClient) -> None:
+    assert client.get("/answer/whole").content == json.dumps(WHOLE, separators=(",", ":")).encode()
+    told: dict[str, Any] = client.get("/answer/anthropic").json()
+    assert told["type"] == "error"
+    assert told["error"] == ANTHROPIC["error"] | {"param": None, "code": 400}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(("name", "body"), [("html", "<p>"), ("large", "x" * 200_000)])
+def test_what_is_no_sentence_passes(client: TestClient, name: str, body: str) -> None:
+    assert client.get(f"/answer/{name}").text == body
+
+
+def test_success_passes(client: TestClient) -> None:
+    assert client.get("/answer/fine").json() == {"detail": "fine"}
+    assert client.head("/answer/none").status_code == 503
+
+
+def test_it_is_put_around_the_operators_middleware() -> None:
+    args = Namespace(middleware=["their.Own"])
+    use_one_shape(args)
+    assert args.middleware == ["their.Own", "server.errors.OneShape"]

@@ -1,0 +1,26 @@
+"""Under which ratio a request is counted."""
+
+import pytest
+
+from server.metrics import ratio_bucket
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+
+PICTURES = [VisualTokenCounts.unpruned(576)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bucket"),
+    [
+        (0.0, "0"),
+        (0.001, "0-0.5"),
+        (0.5, "0.5-0.7"),
+        (2 / 3, "0.5-0.7"),
+        (7 / 9, "0.7-0.8"),
+        (8 / 9, "0.8-0.9"),
+        (0.9, "0.9-1"),
+        (17 / 18, "0.9-1"),
+    ],
+)
+def test_buckets(ratio: float, bucket: str) -> None:
+    assert ratio_bucket(ratio, PICTURES) == bucket
+    assert ratio_bucket(ratio, []) == "none"

@@ -1,0 +1,43 @@
+"""SIGTERM while an answer streams: it goes on to its end, and nobody else is let in."""
+
+import time
+
+import httpx
+import pytest
+
+from tests.server.process import engine_of, running_server
+
+
+@pytest.mark.slow
+def test_a_signal_cuts_off_no_answer() -> None:
+    with running_server("--config", "configs/demo-cpu.yaml") as (url, server):
+        assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
+        engine = engine_of(server)
+        body = {
+            "model": "demo",
+            "messages": [{"role": "user", "content": "Count."}],
+            "max_tokens": 300,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        route = f"{url}/v1/chat/completions"
+        with httpx.stream("POST", route, json=body, timeout=120) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            engine.suspend()  # until all has been looked at
+            server.terminate()
+            until = time.monotonic() + 10
+            while (ready := httpx.get(f"{url}/ready")).status_code == 200:
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            refused = httpx.post(route, json=body)
+            alive = httpx.get(f"{url}/health")
+            engine.resume()
+            *_, last = (line for line in lines if line)
+        assert last == "data: [DONE]"
+        for turned_away in (ready, refused):
+            assert turned_away.status_code == 503
+            assert int(turned_away.headers["Retry-After"]) > 0
+            assert turned_away.json()["error"]["type"] == "ServiceUnavailableError"
+        assert alive.status_code == 200
+        assert server.wait(timeout=60) == 0

@@ -1,0 +1,242 @@
+"""Plans, settings, explanations, aliases and metrics, of a running server."""
+
+import base64
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.server.pictures import picture_message, png_url
+
+pytestmark = pytest.mark.slow
+
+HEADER = "X-Pruning-Ratio"
+V = 576
+
+
+@pytest.fixture(scope="module")
+def http(demo_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=demo_url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(http: httpx.Client) -> str:
+    name: str = http.get("/v1/pruning/config").json()["model"]
+    return name
+
+
+def chat(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": [picture_message(*seeds)],
+        "max_tokens": 3,
+        "temperature": 0,
+        **fields,
+    }
+
+
+def explain(http: httpx.Client, body: dict[str, Any], ratio: str = "0.889") -> httpx.Response:
+    return http.post("/v1/pruning/explain", json=body, headers={HEADER: ratio})
+
+
+def kept(stage: dict[str, Any]) -> set[int]:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
+    return set(np.flatnonzero(bits[:V]).tolist())
+
+
+def metrics(http: httpx.Client) -> dict[str, float]:
+    lines = http.get("/metrics").text.splitlines()
+    return {
+        name: float(value)
+        for line in lines
+        if (found := re.fullmatch(r"(vitcop_\S+) (\S+)", line))
+        for name, value in [found.groups()]
+    }
+
+
+def test_config_tells_what_is_in_force(http: httpx.Client) -> None:
+    config = http.get("/v1/pruning/config").json()
+    assert config["num_layers"] == 16
+    assert config["first_layers"] == [0, 1, 11]
+    assert config["prefix_caching"] is True
+    assert config["settings"]["max_pruning_ratio"] == 0.95
+    assert config["server"]["explain"] is True
+    assert config["server"]["max_body_bytes"] == 64 * 2**20
+
+
+@pytest.mark.parametrize("ratio", [0, 0.3, 0.667, 0.889])
+def test_the_plan_is_what_usage_reports(http: httpx.Client, model: str, ratio: float) -> None:
+    plan = http.get("/v1/pruning/plan", params={"width": 64, "height": 48, "ratio": ratio}).json()
+    answer = http.post("/v1/chat/completions", json=chat(model, 1, pruning_ratio=ratio)).json()
+    tokens = answer["usage"]["visual_tokens"]
+    assert [stage["tokens"] for stage in plan["stages"]] == tokens["stages"]
+    assert plan["encoder_tokens"] == tokens["encoder"] == V
+    assert plan["effective_ratio"] == answer["usage"]["pruning_ratio"]
+    assert plan["pruning_ratio"] == ratio
+    assert plan["decoder_speed_up"] == pytest.approx(1 / (1 - plan["effective_ratio"]))
+    saved = plan["kv_bytes"]["saved"] / plan["kv_bytes"]["unpruned"]
+    assert saved == pytest.approx(plan["effective_ratio"])
+    # Keys and values, 192 wide, in bfloat16, in 16 layers.
+    assert plan["kv_bytes"]["unpruned"] == 2 * 192 * 2 * 16 * V
+
+
+def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Client) -> None:
+    plan = http.get("/v1/pruning/plan").json()
+    assert (plan["width"], plan["height"], plan["box"]) == (336, 336, [0, 0, 336, 336])
+    wide = http.get("/v1/pruning/plan", params={"width": 672, "height": 336}).json()
+    assert wide["box"] == [168, 0, 504, 336]
+
+
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"ratio": "2"}, "pruning_ratio"),
+        ({"ratio": ""}, "pruning_ratio"),
+        ({"width": "64"}, "width"),
+        ({"width": "0", "height": "1"}, "query.width"),
+        ({"width": "a", "height": "1"}, "query.width"),
+        ({"width": "9" * 30, "height": "1"}, "query.width"),
+    ],
+)
+def test_a_bad_plan_is_refused(http: httpx.Client, params: dict[str, str], param: str) -> None:
+    answer = http.get("/v1/pruning/plan", params=params)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("ratio", ["0", "0.3", "0.667", "0.889"])
+def test_an_explanation_draws_what_usage_counts(http: httpx.Client, model: str, ratio: str) -> None:
+    explained = explain(http, chat(model, 1, 2), ratio)
+    assert explained.status_code == 200, explained.text
+    assert float(explained.headers[HEADER]) == float(ratio)
+    told = explained.json()
+    plain = http.post("/v1/chat/completions", json=chat(model, 1, 2), headers={HEADER: ratio})
+    assert told["completion"]["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+    usage = plain.json()["usage"]
+    assert told["completion"]["usage"]["visual_tokens"] == usage["visual_tokens"]
+    assert len(told["pictures"]) == 2
+    for number, total in enumerate(usage["visual_tokens"]["stages"]):
+        drawn = [kept(picture["stages"][number]) for picture in told["pictures"]]
+        assert sum(map(len, drawn)) == total
+        for picture, patches in zip(told["pictures"], drawn, strict=True):
+            assert picture["stages"][number]["tokens"] == len(patches)
+    for picture in told["pictures"]:
+        first, second, third = map(kept, picture["stages"])
+        assert first >= second >= third
+        assert (picture["width"], picture["height"]) == (64, 48)
+        assert picture["box"] == pytest.approx([8, 0, 56, 48], abs=0.1)
+        assert (picture["saliency"] is None) == (ratio == "0")
+        for stage, stays in zip(picture["stages"], (first, second, third), strict=True):
+            for group in stage["merged"]:
+                assert group[0] in stays
+                assert not stays & set(group[1:])
+                assert first >= set(group)
+        if picture["clusters"]:
+            assert {p for p, label in enumerate(picture["clusters"]) if label >= 0} == first
+
+
+def test_asked_again_an_explanation_is_whole(http: httpx.Client, model: str) -> None:
+    """Nothing known of the picture is reused, or there would be nothing to tell."""
+    once, again = (explain(http, chat(model, 5)).json()["pictures"] for _ in range(2))
+    assert once == again
+    assert once[0]["stages"][1]["merged"]
+
+
+def test_text_has_nothing_to_explain(http: httpx.Client, model: str) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    told = explain(http, body).json()
+    assert told["pictures"] == []
+    assert told["completion"]["usage"]["visual_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"stream": True}, 400, "stream"),
+        ({"n": 2}, 400, "n"),
+        ({"pruning_ratio": 2}, 400, "pruning_ratio"),
+        ({"model": "nobody"}, 404, "model"),
+        ({"mm_processor_kwargs": {"explain_as": "x"}}, 400, "mm_processor_kwargs"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(
+    http: httpx.Client, model: str, fields: dict[str, Any], status: int, param: str
+) -> None:
+    answer = http.post("/v1/pruning/explain", json=chat(model, 1) | fields)
+    assert answer.status_code == status
+    assert answer.json()["error"]["param"] == param
+
+
+def test_an_alias_is_a_ratio(http: httpx.Client, model: str) -> None:
+    names = [card["id"] for card in http.get("/v1/models").json()["data"]]
+    assert names == [model, f"{model}@0.667", f"{model}@0.889"]
+    answer = http.post("/v1/chat/completions", json=chat(f"{model}@0.889", 1))
+    assert answer.headers[HEADER] == "0.889"
+    assert answer.json()["usage"]["visual_tokens"]["stages"][0] < V
+    unlisted = http.post("/v1/chat/completions", json=chat(f"{model}@0.5", 1))
+    assert unlisted.headers[HEADER] == "0.5"
+    header = {HEADER: "0.3"}
+    both = http.post("/v1/chat/completions", json=chat(f"{model}@0.889", 1), headers=header)
+    assert both.headers[HEADER] == "0.3"
+    wrong = http.post("/v1/chat/completions", json=chat(f"{model}@1.5", 1))
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "model")
+
+
+def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) -> None:
+    source = {
+        "type": "base64",
+        "media_type": "image/png",
+        "data": png_url(1).partition(",")[2],
+    }
+    content = [{"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]
+    body = {"model": model, "max_tokens": 3, "messages": [{"role": "user", "content": content}]}
+    unpruned = http.post("/v1/messages", json=body)
+    pruned = http.post("/v1/messages", json=body, headers={HEADER: "0.889"})
+    assert pruned.headers[HEADER] == "0.889"
+    tokens = [answer.json()["usage"]["input_tokens"] for answer in (unpruned, pruned)]
+    plan = http.get("/v1/pruning/plan", params={"ratio": 0.889}).json()
+    assert tokens[0] - tokens[1] == V - plan["stages"][0]["tokens"]
+    counted = http.post(
+        "/v1/messages/count_tokens", json={k: v for k, v in body.items() if k != "max_tokens"}
+    )
+    assert counted.json()["input_tokens"] == tokens[0]
+    stream = http.post("/v1/messages", json=body | {"stream": True}, headers={HEADER: "0.889"})
+    assert "message_stop" in stream.text
+    refused = http.post("/v1/messages", json=body | {"pruning_ratio": 0.5})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning_ratio")
+
+
+def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
+    before = metrics(http)
+    plan = http.get("/v1/pruning/plan", params={"ratio": 0.889}).json()
+    http.post("/v1/chat/completions", json=chat(model, 77, 78), headers={HEADER: "0.889"})
+    http.post("/v1/chat/completions", json=chat(model), headers={HEADER: "0.889"})
+    http.post("/v1/chat/completions", json=chat(model, 77), headers={HEADER: "abc"})
+    http.post("/v1/responses", json={"model": model, "input": "x"}, headers={HEADER: "0.5"})
+    after = metrics(http)
+
+    def more(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert more('vitcop_requests_total{ratio="0.8-0.9"}') == 1
+    assert more('vitcop_requests_total{ratio="none"}') == 1
+    assert more("vitcop_ratio_errors_total") == 2
+    for number, stage in enumerate(plan["stages"], start=1):
+        label = f'{{stage="{number}"}}'
+        assert more(f"vitcop_visual_tokens_kept_total{label}") == 2 * stage["tokens"]
+        dropped = 2 * (V - stage["tokens"])
+        assert more(f"vitcop_visual_tokens_dropped_total{label}") == dropped
+        assert more(f"vitcop_selection_seconds_count{label}") >= 1
+    # Two pictures less some hundred tokens each, in layers of 8: blocks of 32, groups by stage.
+    assert more("vitcop_kv_blocks_not_taken_total") > 0
+
+
+def test_explanations_are_off_unless_the_operator_wants_them(server_url: str) -> None:
+    model = httpx.get(f"{server_url}/v1/pruning/config").json()["model"]
+    refused = httpx.post(f"{server_url}/v1/pruning/explain", json=chat(model, 1), timeout=60)
+    assert refused.status_code == 404
+    assert "server.explain" in refused.json()["error"]["message"]
