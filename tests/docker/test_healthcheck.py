@@ -1,0 +1,35 @@
+"""The images' health check."""
+
+import subprocess
+import sys
+
+from tests.docker.files import DOCKER
+from tests.docker.test_proxy import free_port
+from tests.docker.upstream import upstream
+
+
+def exit_status(port: int) -> int:
+    command = [sys.executable, str(DOCKER / "healthcheck.py"), str(port)]
+    return subprocess.run(command, timeout=30, check=False).returncode
+
+
+def test_healthy() -> None:
+    with upstream() as server:
+        assert exit_status(server.port) == 0
+        assert server.asked == ["/health"]
+
+
+def test_unhealthy() -> None:
+    with upstream() as server:
+        server.unavailable = True
+        assert exit_status(server.port) == 1
+
+
+def test_nobody_there() -> None:
+    assert exit_status(free_port()) == 1
+
+
+def test_no_proxy_is_asked(monkeypatch) -> None:
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with upstream() as server:
+        assert exit_status(server.port) == 0

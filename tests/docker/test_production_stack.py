@@ -1,0 +1,41 @@
+"""The values for the production-stack chart, as far as they are ours to judge."""
+
+from typing import Any
+
+import yaml
+
+from server.arguments import make_parser
+from server.settings import server_settings
+from tests.docker.files import DOCKER
+from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
+
+VALUES: dict[str, Any] = yaml.safe_load((DOCKER / "production-stack-values.yaml").read_text())
+KUBERNETES_GRACE_SECONDS = 30  # Where a pod says nothing, and the chart cannot.
+
+
+def arguments() -> Any:
+    (model,) = VALUES["servingEngineSpec"]["modelSpec"]
+    return make_parser().parse_args([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
+
+
+def test_flags_are_vllms() -> None:
+    args = arguments()
+    assert args.trust_request_mm_kwargs
+    settings = PruningSettings.model_validate(args.additional_config[CONFIG_KEY])
+    assert (settings.shallow_boundary, settings.deep_boundary) == (2, 22)
+    server_settings(args)
+
+
+def test_pods_stop_within_kubernetes_grace_period() -> None:
+    assert arguments().shutdown_timeout + 15 <= KUBERNETES_GRACE_SECONDS
+
+
+def test_plugin_is_named() -> None:
+    (model,) = VALUES["servingEngineSpec"]["modelSpec"]
+    assert {"name": "VLLM_PLUGINS", "value": "vitcop"} in model["env"]
+
+
+def test_sessions_are_told_as_by_our_proxy() -> None:
+    assert VALUES["routerSpec"]["routingLogic"] == "session"
+    assert "$http_x_session_id" in (DOCKER / "nginx/nginx.conf").read_text()
+    assert VALUES["routerSpec"]["sessionKey"] == "x-session-id"
