@@ -16,8 +16,12 @@ from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 EXPLAIN_ROUTE = "/v1/pruning/explain"
 PRUNED_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", EXPLAIN_ROUTE})
-HEADER_ROUTES = frozenset({"/v1/messages"})
-"""Pruned routes whose protocol has no room for fields of ours."""
+READ_ROUTES = {
+    "/v1/messages": frozenset({RATIO_HEADER}),
+    "/v1/responses": frozenset({RATIO_HEADER, RATIO_KEY}),
+}
+"""Pruned routes whose bodies are looked into here, before vLLM reads them, each with where its
+ratio may stand: the protocol of messages has no room for fields of ours."""
 
 STATE_KEY = "pruning_ratio"
 """Key in a request's state where its handler leaves the accepted ratio."""
@@ -34,7 +38,7 @@ _TOKENS_PREFIX = "/inference/"
 class PruningMiddleware:
     """Tells the accepted ratio on the pruned routes and refuses it on all others.
 
-    Pure ASGI, so that streams pass through unbuffered. On the pruned routes the body is not
+    Pure ASGI, so that streams pass through unbuffered. On :data:`PRUNED_ROUTES` the body is not
     touched. On other POST routes it is read, looked into and replayed: vLLM would drop an
     unknown header or field there without a word.
     """
@@ -49,7 +53,7 @@ class PruningMiddleware:
         path = _path(scope)
         if path in PRUNED_ROUTES:
             await self._tell_ratio(self.app, scope, receive, send)
-        elif path in HEADER_ROUTES:
+        elif path in READ_ROUTES:
             await self._tell_ratio(self._refuse_ratio, scope, receive, send)
         elif path in _NOT_INFERENCE:
             await self.app(scope, receive, send)
@@ -94,17 +98,18 @@ def _path(scope: Scope) -> str:
 
 
 def _check_unpruned(path: str, headers: Headers, body: Mapping[str, object]) -> None:
+    accepted = READ_ROUTES.get(path, frozenset())
     for param, present in (
-        (RATIO_HEADER, RATIO_HEADER in headers and path not in HEADER_ROUTES),
+        (RATIO_HEADER, RATIO_HEADER in headers),
         (RATIO_KEY, body.get(RATIO_KEY) is not None),
     ):
-        if present:
+        if present and param not in accepted:
             raise RequestError(
                 f"{param} is not supported on this route: "
                 + (
                     f"send header {RATIO_HEADER}"
-                    if path in HEADER_ROUTES
-                    else "send it to /v1/chat/completions or /v1/completions"
+                    if accepted
+                    else "send it to /v1/chat/completions, /v1/completions or /v1/responses"
                 ),
                 param=param,
             )

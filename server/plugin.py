@@ -16,20 +16,21 @@ from server.middleware import PruningMiddleware
 from server.page import attach_page
 from server.preview import preview_of
 from server.readiness import RefuseWhenStopping, note_shutdown
-from server.serving import PrunedChat, PrunedCompletion, PrunedMessages
+from server.serving import PrunedChat, PrunedCompletion, PrunedMessages, PrunedResponses
 from server.settings import server_settings
 from server.usage import PrunedModel
 
 _HANDLERS: dict[str, Any] = {
     "openai_serving_chat": PrunedChat,
     "openai_serving_completion": PrunedCompletion,
+    "openai_serving_responses": PrunedResponses,
     "anthropic_serving_messages": PrunedMessages,
 }
 """Where vLLM keeps its handlers, and ours."""
 
 
 class PruningEndpointPlugin:
-    """Makes vLLM's chat and completion routes honour a pruning ratio per request.
+    """Makes vLLM's chat, completion and response routes honour a pruning ratio per request.
 
     Load it with ``VLLM_PLUGINS=vitcop`` and ``--trust-request-mm-kwargs``, which
     ``python -m server`` sets by itself.

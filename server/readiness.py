@@ -1,10 +1,12 @@
 """Ready is not alive: whether to send requests here, and no new ones once it is to stop."""
 
+import logging
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.v1.engine import async_llm
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.errors import RETRY_SECONDS, error_body
@@ -25,9 +27,18 @@ def note_shutdown(engine_client: Any, state: Any) -> None:
 
     def shutdown(timeout: float | None = None) -> None:
         setattr(state, _STATE_KEY, True)
+        logging.getLogger(async_llm.__name__).addFilter(_is_news)
         stock_shutdown(timeout=timeout)
 
     engine_client.shutdown = shutdown
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record says more than that the engine, told to stop, has stopped.
+
+    vLLM ends the engine before the task that reads from it, which then logs an error.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
 
 @router.get("/ready")

@@ -1,4 +1,4 @@
-"""vLLM's chat and completion handlers, honouring a pruning ratio per request.
+"""vLLM's chat, completion and response handlers, honouring a pruning ratio per request.
 
 Why here: subclassing a serving class is how vLLM builds its own variants (Anthropic, Cohere),
 and a handler sees everything at the right moment. The body is already parsed and validated,
@@ -22,6 +22,8 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.aliases import split_alias
@@ -35,9 +37,15 @@ from server.fields import (
 from server.metrics import RATIO_ERRORS, count_request
 from server.middleware import EXPLAIN_STATE_KEY, STATE_KEY
 from server.ratio import accepted_ratio
-from server.settings import settings_of
+from server.settings import ServerSettings, settings_of
 from server.tracing import trace_pruning
-from server.usage import PrunedModel, extend_event, picture_counts, picture_names
+from server.usage import (
+    PrunedModel,
+    extend_event,
+    extend_usage,
+    picture_counts,
+    picture_names,
+)
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
@@ -46,6 +54,11 @@ _rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=
 no raw request."""
 
 _ERROR_EVENT = 'data: {"error":'
+
+_EMPTY_EVENTS = frozenset(
+    {"response.created", "response.queued", "response.in_progress", "response.failed", "error"}
+)
+"""Types of events of ``/v1/responses`` that hold nothing of an answer."""
 
 
 class _PrunedServing:
@@ -108,9 +121,7 @@ class _PrunedServing:
                 trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
         if isinstance(answer, AsyncGenerator):
             return self._extend_stream(answer, fields, names)
-        if answer.usage is not None:
-            for name, value in fields.items():
-                setattr(answer.usage, name, value)
+        extend_usage(answer.usage, fields)
         return answer
 
     def _take_ratio(self, request: Any, raw_request: Request | None) -> float:
@@ -121,24 +132,35 @@ class _PrunedServing:
         headers = [] if raw_request is None else raw_request.headers.getlist(RATIO_HEADER)
         body_value = getattr(request, RATIO_KEY, None)
         ratio = accepted_ratio(settings, headers, body_value, default)
-        refuse_unsafe_fields(request, settings_of(getattr(raw_request, "app", None)))
+        self._refuse_fields(request, settings_of(getattr(raw_request, "app", None)))
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if explained is not None:
             request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
         return ratio
 
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        refuse_unsafe_fields(request, settings)
+
+    def _begins(self, event: Any) -> bool:
+        """Whether an event of a stream shows that the engine has the request."""
+        return not event.startswith(_ERROR_EVENT)
+
+    def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
+        """An event of a stream with ``fields`` in its usage, if it has one."""
+        return extend_event(event, fields)
+
     async def _extend_stream(
-        self, events: AsyncGenerator[str, None], fields: Mapping[str, Any], names: list[str]
-    ) -> AsyncGenerator[str, None]:
+        self, events: AsyncGenerator[Any, None], fields: Mapping[str, Any], names: list[str]
+    ) -> AsyncGenerator[Any, None]:
         has_begun = False
         try:
             # A client that leaves closes this generator; vLLM frees the request when its own
             # closes.
             async with aclosing(events):
                 async for event in events:
-                    has_begun = has_begun or not event.startswith(_ERROR_EVENT)
-                    yield extend_event(event, fields)
+                    has_begun = has_begun or self._begins(event)
+                    yield self._extend_event(event, fields)
         finally:
             if not has_begun:
                 self._forget(names)
@@ -197,6 +219,39 @@ class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
             _remember(rendered)
             refuse_stray_placeholders(rendered, self.model_config)
         return rendered
+
+
+class PrunedResponses(_PrunedServing, OpenAIServingResponses):
+    """Handler of ``/v1/responses``."""
+
+    async def create_responses(
+        self, request: ResponsesRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(self._create, request, raw_request)
+
+    async def _create(self, request: ResponsesRequest, raw_request: Request | None) -> Any:
+        answer = await super().create_responses(request, raw_request)
+        if request.background:
+            # Nobody hears here how it ends. To send its pictures once more costs a little.
+            self._forget(_rendered.get() or ())
+        return answer
+
+    async def _render_resolved_response_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        rendered = await super()._render_resolved_response_inputs(*args, **kwargs)
+        if not isinstance(rendered, ErrorResponse):
+            _remember([rendered.engine_input])
+            refuse_stray_placeholders([rendered.engine_input], self.model_config)
+        return rendered
+
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        """Nothing: vLLM parses strictly here, and the middleware has looked into the body."""
+
+    def _begins(self, event: Any) -> bool:
+        return event.type not in _EMPTY_EVENTS
+
+    def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
+        extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)
+        return event
 
 
 def _remember(engine_inputs: Any) -> None:

@@ -75,6 +75,13 @@ def picture_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
     return list(map(counts_of_identifier, names))
 
 
+def extend_usage(usage: object | None, fields: Mapping[str, Any]) -> None:
+    """Add ``fields`` to the usage object of an answer of vLLM, if it has one."""
+    if usage is not None:
+        for name, value in fields.items():
+            setattr(usage, name, value)
+
+
 def extend_event(event: str, fields: Mapping[str, Any]) -> str:
     """A server-sent event of vLLM, with ``fields`` added to its ``usage`` if it has one."""
     # Most events of a stream carry one token and no usage: do not parse those.

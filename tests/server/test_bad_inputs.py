@@ -212,6 +212,22 @@ def test_a_picture_of_a_refused_request(server: Server, name: str, is_stream: bo
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("name", REFUSED_ONCE_READ)
+def test_a_picture_of_a_refused_response(server: Server, name: str, is_stream: bool) -> None:
+    seed = 2000 + 2 * list(REFUSED_ONCE_READ).index(name) + is_stream
+    content = [
+        {"type": "input_image", "image_url": png_url(seed)},
+        {"type": "input_text", "text": REFUSED_ONCE_READ[name]},
+    ]
+    item = {"role": "user", "content": content}
+    body = {"model": server.model, "input": [item], "max_output_tokens": 1, "stream": is_stream}
+    refused = server.post("/v1/responses", json.dumps(body))
+    assert refused.status_code == 400 or '"code":400' in refused.text, refused.text
+    answer = server.chat(messages=[picture_message(seed)])
+    assert answer.status_code == 200, answer.text
+
+
 BAD_FIELDS: dict[str, dict[str, Any]] = {
     "chat_template": {"chat_template": "{{ messages }}"},
     "chat_template inside": {"chat_template_kwargs": {"chat_template": "x"}},

@@ -235,7 +235,6 @@ def test_processor_keywords_of_clients(
 
 
 OTHER_ROUTES = [
-    "/v1/responses",
     "/v1/chat/completions/batch",
     "/v1/chat/completions/render",
     "/v1/audio/transcriptions",
@@ -256,17 +255,13 @@ def test_ratio_on_other_routes(http: httpx.Client, model: str, route: str) -> No
 
 
 def test_ratio_hidden_by_another_encoding(http: httpx.Client, model: str) -> None:
-    body = f'{{"model": "{model}", "input": "Hi", "pruning_ratio": 0.5}}'.encode("utf-16")
-    answer = http.post("/v1/responses", content=body, headers={"content-type": "application/json"})
+    body = f'{{"model": "{model}", "prompt": "Hi", "pruning_ratio": 0.5}}'.encode("utf-16")
+    answer = http.post("/invocations", content=body, headers={"content-type": "application/json"})
     assert_refused(answer, "pruning_ratio")
 
 
 def test_other_routes_work_without_a_ratio(http: httpx.Client, model: str) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    answer = http.post(
-        "/v1/responses", json={"model": model, "input": "Hi", "max_output_tokens": 2}
-    )
-    assert answer.status_code == 200, answer.text
     body = {"model": model, "messages": messages, "max_tokens": 2}
     assert http.post("/v1/messages", json=body).status_code == 200
     assert http.post("/invocations", json=body).status_code == 200
@@ -323,7 +318,7 @@ def test_connection_survives_refusals(server_url: str, model: str) -> None:
         first = chat(http, model, 1, ratio="0.5")
         answers = [
             chat(http, model, 1, ratio="2"),
-            http.post("/v1/responses", json=chat_body(model, 1), headers={HEADER: "0.5"}),
+            http.post("/invocations", json=chat_body(model, 1), headers={HEADER: "0.5"}),
             chat(http, model, 1, ratio="0.5"),
         ]
         assert [answer.status_code for answer in answers] == [400, 400, 200]

@@ -1,6 +1,7 @@
 """SIGTERM while an answer streams: it goes on to its end, and nobody else is let in."""
 
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ def test_a_signal_cuts_off_no_answer() -> None:
     with running_server("--config", "configs/demo-cpu.yaml") as (url, server):
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
         engine = engine_of(server)
+        log = Path("/proc", str(server.pid), "fd", "1").open()  # noqa: SIM115 - it outlives PID
         body = {
             "model": "demo",
             "messages": [{"role": "user", "content": "Count."}],
@@ -41,3 +43,8 @@ def test_a_signal_cuts_off_no_answer() -> None:
             assert turned_away.json()["error"]["type"] == "ServiceUnavailableError"
         assert alive.status_code == 200
         assert server.wait(timeout=60) == 0
+        with log:
+            said = log.read()
+        assert "Application shutdown complete." in said
+        assert "ERROR" not in said
+        assert "Traceback" not in said

@@ -1,6 +1,7 @@
 """Plans, settings, explanations, aliases and metrics, of a running server."""
 
 import base64
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -210,13 +211,69 @@ def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) ->
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning_ratio")
 
 
+def response_body(model: str, *seeds: int, text: str = "What is this?", **fields: Any) -> Any:
+    pictures = [{"type": "input_image", "image_url": png_url(seed)} for seed in seeds]
+    content = [*pictures, {"type": "input_text", "text": text}]
+    body = {"model": model, "input": [{"role": "user", "content": content}], "temperature": 0}
+    return {**body, "max_output_tokens": 4, **fields}
+
+
+@pytest.mark.parametrize("where", ["header", "field", "model"])
+def test_responses_take_the_ratio(http: httpx.Client, model: str, where: str) -> None:
+    headers = {HEADER: "0.889"} if where == "header" else {}
+    fields = {"field": {"pruning_ratio": 0.889}, "model": {"model": f"{model}@0.889"}}
+    body = response_body(model, 1) | fields.get(where, {})
+    told = http.post("/v1/responses", json=body, headers=headers)
+    assert told.status_code == 200, told.text
+    assert told.headers[HEADER] == "0.889"
+    usage = told.json()["usage"]
+    asked = http.post("/v1/chat/completions", json=chat(model, 1), headers={HEADER: "0.889"})
+    expected = asked.json()["usage"]
+    for name in ("pruning_ratio", "visual_tokens"):
+        assert usage[name] == expected[name]
+    assert usage["input_tokens"] == expected["prompt_tokens"]
+
+
+def test_responses_stream_the_same_usage(http: httpx.Client, model: str) -> None:
+    body = response_body(model, 1, pruning_ratio=0.5)
+    whole = http.post("/v1/responses", json=body).json()
+    stream = http.post("/v1/responses", json=body | {"stream": True})
+    assert stream.headers[HEADER] == "0.5"
+    *_, last = (line for line in stream.text.splitlines() if line.startswith("data: "))
+    event = json.loads(last.removeprefix("data: "))
+    assert event["type"] == "response.completed"
+    assert event["response"]["usage"]["visual_tokens"] == whole["usage"]["visual_tokens"]
+    texts = [answer["output"][0]["content"][0]["text"] for answer in (event["response"], whole)]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"pruning_ratio": 2}, "pruning_ratio"),
+        ({"pruning_ratio": "much"}, "pruning_ratio"),
+        ({"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
+    ],
+)
+def test_responses_refuse(
+    http: httpx.Client, model: str, fields: dict[str, Any], param: str
+) -> None:
+    refused = http.post("/v1/responses", json=response_body(model, 1, **fields))
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    assert HEADER not in refused.headers
+    unlike = http.post(
+        "/v1/responses", json=response_body(model, pruning_ratio=0.5), headers={HEADER: "0.6"}
+    )
+    assert unlike.status_code == 400
+
+
 def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
     before = metrics(http)
     plan = http.get("/v1/pruning/plan", params={"ratio": 0.889}).json()
     http.post("/v1/chat/completions", json=chat(model, 77, 78), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model, 77), headers={HEADER: "abc"})
-    http.post("/v1/responses", json={"model": model, "input": "x"}, headers={HEADER: "0.5"})
+    http.post("/tokenize", json={"model": model, "prompt": "x"}, headers={HEADER: "0.5"})
     after = metrics(http)
 
     def more(name: str) -> float:
