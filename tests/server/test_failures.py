@@ -3,16 +3,19 @@
 The server answers what vLLM's would, and never hangs.
 """
 
+import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
 import httpx
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from tests.server.pictures import picture_message
@@ -86,6 +89,45 @@ def test_a_client_that_vanishes_gives_everything_back(server_url: str, events: i
     assert ask(server_url, model, 1, 2, max_tokens=3).status_code == 200
 
 
+def raw_request(url: str, content: bytes) -> bytes:
+    """A chat request as it goes over the wire."""
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        f"Host: {httpx.URL(url).netloc.decode()}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        f"X-Pruning-Ratio: {HEADERS['X-Pruning-Ratio']}",
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+def test_slow_clients_hold_up_nobody(server_url: str) -> None:
+    """Some stop in the middle of their request, some never read their answer."""
+    model = model_of(server_url)
+    address = (httpx.URL(server_url).host, httpx.URL(server_url).port or 80)
+    whole = raw_request(server_url, json.dumps(body(model, 1, max_tokens=3)).encode())
+    stream = body(model, 1, max_tokens=1000, stream=True, logprobs=True, top_logprobs=20)
+    deaf = raw_request(server_url, json.dumps(stream).encode())
+    with ExitStack() as clients:
+        slow = [clients.enter_context(socket.create_connection(address)) for _ in range(40)]
+        for number, client in enumerate(slow):
+            # From half a request line to all but the last byte.
+            client.sendall(whole[: 5 + number * (len(whole) - 6) // (len(slow) - 1)])
+        for _ in range(4):
+            client = clients.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            client.sendall(deaf)
+        started = time.monotonic()
+        answers = [ask(server_url, model, seed, max_tokens=3) for seed in range(8)]
+        assert [answer.status_code for answer in answers] == [200] * 8
+        assert time.monotonic() - started < 60
+        slow[-1].sendall(whole[-1:])
+        slow[-1].settimeout(60)
+        assert slow[-1].recv(12) == b"HTTP/1.1 200"
+    wait_until_idle(server_url)
+
+
 def test_more_requests_than_memory_are_all_answered(starved: tuple[str, Popen[bytes]]) -> None:
     url, server = starved
     model = model_of(url)
@@ -103,6 +145,37 @@ def test_more_requests_than_memory_are_all_answered(starved: tuple[str, Popen[by
         if i % 8 < 2:
             assert answer.json()["choices"][0]["message"] == alone[i % 8]["choices"][0]["message"]
     wait_until_idle(url)
+
+
+def test_memory_and_files_stay(starved: tuple[str, Popen[bytes]]) -> None:
+    """Once its caches are full, a server holds no more after 400 requests than before."""
+    url, server = starved
+    model = model_of(url)
+    parent = psutil.Process(server.pid)
+    processes = [parent, *parent.children(recursive=True)]
+
+    def traffic(number: int) -> None:
+        with ThreadPoolExecutor(8) as clients:
+            jobs = [
+                clients.submit(ask, url, model, i % 16, (i + 1) % 16, max_tokens=3)
+                for i in range(number)
+            ]
+            bad = httpx.post(f"{url}/v1/chat/completions", content=b"{", headers=HEADERS)
+            assert {job.result().status_code for job in jobs} == {200}
+        assert bad.status_code == 400
+        wait_until_idle(url)
+
+    def held() -> tuple[int, int]:
+        """Open files, and MiB of memory, of all the server's processes."""
+        files = sum(process.num_fds() for process in processes)
+        return files, sum(process.memory_info().rss for process in processes) >> 20
+
+    traffic(100)
+    files, memory = held()
+    traffic(400)
+    files_after, memory_after = held()
+    assert files_after - files <= 8  # connections that are kept for the next request
+    assert memory_after - memory <= 40
 
 
 def test_ten_times_the_load_is_turned_away_with_a_word(
