@@ -1,0 +1,56 @@
+"""vLLM's serving benchmark, driven by us: what it is told, and that it runs."""
+
+import json
+
+import httpx
+import pytest
+import yaml
+
+from vitcop_vllm.demo.checkpoint import DEMO_MODEL
+from vitcop_vllm.lab import bench_http
+from vitcop_vllm.lab.bench_http import Target, request_arguments, stock_options
+
+
+def test_stock_gets_the_same_options_but_ours():
+    with open("configs/demo-cpu.yaml") as file:
+        config = yaml.safe_load(file)
+    options = stock_options(config)
+    assert options.keys() == config.keys() - {"pruning", "server"}
+    assert options["model"] == str(DEMO_MODEL)
+    assert options["max-num-seqs"] == config["max-num-seqs"]
+
+
+def test_only_ours_is_told_a_ratio():
+    stock, ours = Target("stock", "http://a", None), Target("8/9", "http://b", "0.888889")
+    arguments = [request_arguments(target, "m", "t", 4, 8, 3) for target in (stock, ours)]
+    assert "--header" not in arguments[0]
+    place = arguments[1].index("--header")
+    assert arguments[1][place + 1] == "X-Pruning-Ratio=0.888889"
+    del arguments[1][place : place + 2]
+    arguments[1][arguments[1].index("http://b")] = "http://a"
+    assert arguments[0] == arguments[1]
+
+
+@pytest.mark.slow
+def test_a_running_server(demo_url, capsys):
+    def served() -> float:
+        lines = httpx.get(f"{demo_url}/metrics").text.splitlines()
+        (line,) = (line for line in lines if line.startswith('vitcop_requests_total{ratio="0.8-'))
+        return float(line.split()[-1])
+
+    options = ["--ratios", "8/9", "--clients", "2", "--requests", "4", "--rounds", "1"]
+    assert bench_http.main(["--url", demo_url, *options]) == 0
+    before = served()
+    assert bench_http.main(["--url", demo_url, *options, "--seed", "5"]) == 0
+    assert served() == before + 8 + 4  # to warm up, and the run
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    row = document["clients"]["2"]["8/9"]
+    assert row["requests_per_second"] > 0
+    assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+
+
+@pytest.mark.slow
+def test_requests_that_fail_are_told(demo_url, capsys):
+    options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
+    assert bench_http.main(["--url", demo_url, *options]) == 1
+    assert "8 of 8 requests failed" in capsys.readouterr().err
