@@ -246,13 +246,3 @@ def _renumber(requests: Sequence[ScheduledRequest], rows: _HostRows) -> Ints | N
         positions[span] += np.where(decoded, missing, 0)
         prefilling |= bool((~decoded).any())
     return positions if prefilling else None
-
-
-def fill_slots(step: StagedStep, block_tables: Any, stage_of_group: Sequence[int]) -> None:
-    """Write each staged group's slots for the step, with vLLM's own block tables."""
-    for group, stage in enumerate(stage_of_group):
-        if stage:
-            rows = step.stages[stage]
-            block_tables[group].compute_slot_mapping(
-                rows.seq_lens_cpu.shape[0], rows.query_start_loc, rows.positions
-            )

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -16,6 +17,7 @@ from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.identity import explained_size, plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
+from vitcop_vllm.worker.block_tables import StagedBlockTables
 from vitcop_vllm.worker.explain import ChoiceRecorder
 from vitcop_vllm.worker.step import (
     ScheduledRequest,
@@ -23,7 +25,6 @@ from vitcop_vllm.worker.step import (
     StagedForward,
     StagedStep,
     build_step,
-    fill_slots,
 )
 
 
@@ -46,10 +47,13 @@ class StagedModelRunner(GPUModelRunner):
         settings = settings_of(self.model_config.hf_config)
         return settings.positions == "reference"
 
-    @cached_property
-    def _stage_of_group(self) -> list[int]:
-        specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        return [spec.stage for spec in specs if isinstance(spec, StagedAttentionSpec)]
+    def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
+        super().may_reinitialize_input_batch(kv_cache_config)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        stages = [spec.stage for spec in specs if isinstance(spec, StagedAttentionSpec)]
+        assert len(stages) == len(specs)
+        batch = self.input_batch
+        batch.block_table = StagedBlockTables.adopt(batch.block_table, stages)
 
     def _plan_of(self, request_id: str) -> RequestPlan | None:
         # Kept with vLLM's own state of the request, whose life it shares; made again when
@@ -82,19 +86,22 @@ class StagedModelRunner(GPUModelRunner):
             return step
         return replace(step, forward=self._recorded(step.forward, requests))
 
+    def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before super, which computes the slots.
+        self.step = self._begin_step(scheduler_output.num_scheduled_tokens)
+        self.input_batch.block_table.rows = self.step.stages if self.step else {}
+        return super()._prepare_inputs(scheduler_output, *args, **kwargs)
+
     def _build_attention_metadata(
         self, *args: Any, num_scheduled_tokens: dict[str, int] | None = None, **kwargs: Any
     ) -> Any:
-        # Warm-up and profiling runs have no requests and name no scheduled tokens.
-        step = self._begin_step(num_scheduled_tokens) if num_scheduled_tokens else None
-        if step is not None:
-            # Before super: it hands these tables' slots to the builders.
-            fill_slots(step, self.input_batch.block_table, self._stage_of_group)
+        if not num_scheduled_tokens:
+            self.step = None  # a warm-up or profiling run, which has no requests
+        step = self.step
         for group in self._attn_group_iterator():
             builder = group.get_metadata_builder()
             if isinstance(builder, StagedMetadataBuilder):
                 builder.rows = step.stages[builder.kv_cache_spec.stage] if step else None
-        self.step = step
         return super()._build_attention_metadata(
             *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
         )

@@ -1,0 +1,102 @@
+"""Slots of all groups at once, against the definition, slot by slot."""
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+from vitcop_vllm.engine.attention import StageRows
+from vitcop_vllm.worker.block_tables import StagedBlockTables
+
+BLOCK_SIZE = 4
+STAGES = [2, 0, 1, 1, 2]
+UNWRITTEN = -7
+
+
+def vllm_tables(block_sizes):
+    return MultiGroupBlockTable(
+        max_num_reqs=6,
+        max_num_batched_tokens=64,
+        pin_memory=False,
+        device=torch.device("cpu"),
+        block_sizes=block_sizes,
+        max_num_blocks=[32] * len(block_sizes),
+    )
+
+
+@pytest.fixture
+def tables():
+    """Tables of three requests, each with blocks of its own in every group."""
+    tables = StagedBlockTables.adopt(vllm_tables([BLOCK_SIZE] * len(STAGES)), STAGES)
+    blocks = iter(np.random.default_rng(0).permutation(200).tolist())
+    for request in range(3):
+        tables.add_row(tuple([next(blocks) for _ in range(8)] for _ in STAGES), request)
+    for table in tables.block_tables:
+        table.slot_mapping.gpu.fill_(UNWRITTEN)
+    return tables
+
+
+def rows_of(spans):
+    """(first row of each request, positions) of requests that compute [start, end)."""
+    starts = torch.tensor([0, *(end - start for start, end in spans)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(start, end) for start, end in spans])
+    return starts.cumsum(0, dtype=torch.int32), positions
+
+
+def stage_rows(spans):
+    first, positions = rows_of(spans)
+    lengths = torch.tensor([end for _, end in spans], dtype=torch.int32)
+    longest = max(end - start for start, end in spans)
+    return StageRows(
+        first, first, lengths, lengths, positions, len(positions), longest, int(lengths.max())
+    )
+
+
+def assert_slots(tables, spans_of_stage):
+    for table, stage in zip(tables.block_tables, STAGES, strict=True):
+        expected = [
+            int(table.block_table.np[request, position // BLOCK_SIZE]) * BLOCK_SIZE
+            + position % BLOCK_SIZE
+            for request, (start, end) in enumerate(spans_of_stage[stage])
+            for position in range(start, end)
+        ]
+        slots = table.slot_mapping.gpu.tolist()
+        assert slots[: len(expected)] == expected
+        assert set(slots[len(expected) :]) == {UNWRITTEN}
+
+
+def test_all_stages_alike(tables):
+    spans = [(0, 9), (30, 31), (5, 12)]
+    tables.compute_slot_mapping(3, *rows_of(spans))
+    assert_slots(tables, [spans] * 3)
+
+
+def test_stages_with_rows_of_their_own(tables):
+    spans = [(0, 9), (30, 31), (5, 12)], [(0, 6), (21, 22), (5, 12)], [(0, 3), (11, 12), (4, 4)]
+    tables.rows = {stage: stage_rows(spans[stage]) for stage in (1, 2)}
+    tables.compute_slot_mapping(3, *rows_of(spans[0]))
+    assert_slots(tables, spans)
+    tables.rows = {}
+    tables.compute_slot_mapping(3, *rows_of(spans[0]))
+    assert_slots(tables, [spans[0]] * 3)
+
+
+def test_rows_move_as_vllm_moves_them(tables):
+    plain = vllm_tables([BLOCK_SIZE] * len(STAGES))
+    blocks = [table.block_table.np.copy() for table in tables.block_tables]
+    for request in range(3):
+        plain.add_row(tuple(b[request, :8].tolist() for b in blocks), request)
+    for each in (tables, plain):
+        each.swap_row(0, 2)
+        each.move_row(1, 4)
+        each.append_row(tuple([group] for group in range(len(STAGES))), 4)
+        each.clear_row(2)
+        each.commit_block_table(6)
+    for ours, theirs in zip(tables.block_tables, plain.block_tables, strict=True):
+        np.testing.assert_array_equal(ours.block_table.np, theirs.block_table.np)
+        assert torch.equal(ours.get_device_tensor(6), theirs.get_device_tensor(6))
+
+
+def test_unequal_blocks_are_refused():
+    with pytest.raises(ValueError, match="unequal blocks"):
+        StagedBlockTables.adopt(vllm_tables([4, 8]), [0, 1])

@@ -1,0 +1,110 @@
+"""vLLM's block tables, with the KV slots of a stage's groups computed at once."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from vllm.v1.utils import CpuGpuBuffer
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+
+from vitcop_vllm.engine.attention import StageRows
+
+
+class StagedBlockTables(MultiGroupBlockTable):
+    """Block tables of G groups, whose slots follow the rows of their stage.
+
+    vLLM splits a stage's layers over groups of equal size, 12 to 16 in all, and computes slots
+    group by group. Rows and lengths are the same in all groups of a stage, and in all groups of
+    a step that prunes nothing: here such groups are rows of one tensor, and cost one gather. On
+    a CPU that is most of what many groups cost.
+
+    Attributes:
+        rows: Stage -> the rows of the step; stages that are not in it have vLLM's.
+    """
+
+    rows: Mapping[int, StageRows]
+
+    @classmethod
+    def adopt(cls, tables: MultiGroupBlockTable, stage_of_group: Sequence[int]) -> Self:
+        """``tables``, which vLLM has made and nobody has used yet, as an instance of this class.
+
+        Raises:
+            ValueError: If groups differ in block size or in how long a request may be.
+        """
+        first = tables.block_tables[0]
+        shapes = {(t.block_size, tuple(t.block_table.cpu.shape)) for t in tables.block_tables}
+        if len(shapes) > 1:
+            raise ValueError("groups of layers with unequal blocks cannot be pruned in stages")
+        adopted: Any = copy.copy(tables)
+        adopted.__class__ = cls
+        adopted.rows = {}
+        num_groups = len(stage_of_group)
+        blocks, slots = (
+            _buffer(num_groups, *old.cpu.shape, like=old)
+            for old in (first.block_table, first.slot_mapping)
+        )
+        # Groups of a stage stand together, whatever order vLLM made them in.
+        order = sorted(range(num_groups), key=stage_of_group.__getitem__)
+        for place, group in enumerate(order):
+            table = tables.block_tables[group]
+            table.block_table = _row(blocks, place)
+            table.slot_mapping = _row(slots, place)
+        adopted._blocks, adopted._slots = blocks.gpu.flatten(1), slots.gpu
+        adopted._block_size, adopted._row_stride = first.block_size, blocks.gpu.shape[-1]
+        adopted._places = {
+            stage: slice(
+                sum(other < stage for other in stage_of_group),
+                sum(other <= stage for other in stage_of_group),
+            )
+            for stage in sorted(set(stage_of_group))
+        }
+        return adopted
+
+    def compute_slot_mapping(
+        self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Write the slots of a step.
+
+        Args:
+            num_reqs: R, requests of the step.
+            query_start_loc: (R + 1,) int32, first row of each request where no stage differs.
+            positions: (T,) int64, position of each row there.
+        """
+        if not self.rows:
+            self._compute(slice(None), query_start_loc, positions)
+            return
+        for stage, places in self._places.items():
+            if (rows := self.rows.get(stage)) is None:
+                self._compute(places, query_start_loc, positions)
+            else:
+                self._compute(places, rows.query_start_loc, rows.positions)
+
+    def _compute(
+        self, places: slice, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        num_rows = positions.shape[0]
+        # With its length given, nothing waits for the device.
+        request = torch.repeat_interleave(query_start_loc.diff(), output_size=num_rows)
+        index = positions // self._block_size + request * self._row_stride
+        blocks = self._blocks[places].index_select(1, index)
+        torch.add(
+            positions % self._block_size,
+            blocks,
+            alpha=self._block_size,
+            out=self._slots[places, :num_rows],
+        )
+
+
+def _buffer(*shape: int, like: CpuGpuBuffer) -> CpuGpuBuffer:
+    device = like.gpu.device
+    buffer = CpuGpuBuffer(*shape, dtype=like.cpu.dtype, device=device)
+    if device.type == "cpu":
+        buffer.gpu = buffer.cpu  # as in vLLM's CPU model runner: nothing to copy
+    return buffer
+
+
+def _row(buffer: CpuGpuBuffer, place: int) -> CpuGpuBuffer:
+    row = copy.copy(buffer)
+    row.cpu, row.gpu, row.np = buffer.cpu[place], buffer.gpu[place], buffer.np[place]
+    return row
