@@ -8,10 +8,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.server.pictures import picture_message, png_url
-from tests.server.process import running_server
+from tests.server.process import engine_of, running_server
 from tests.server.test_media import data_url, encoded, huge_png
 
 pytestmark = pytest.mark.slow
@@ -77,15 +78,20 @@ def server(server_url: str) -> Server:
 
 
 @pytest.fixture(scope="module")
-def guarded(checkpoint: Path) -> Iterator[Server]:
+def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
     """A server with keys, a small body limit, and one host from which pictures are fetched."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     limits = {"max_body_bytes": MAX_BODY, "max_picture_pixels": 10_000, "picture_ids": True}
     flags = ["--api-key", "key", "--enable-request-id-headers", "--server", json.dumps(limits)]
     media = ["--allowed-media-domains", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 1}']
     queue = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1"]
-    with running_server(str(checkpoint), *options, *flags, *media, *queue) as (url, _):
-        yield Server(url, KEY)
+    with running_server(str(checkpoint), *options, *flags, *media, *queue) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def guarded(guarded_process: tuple[str, Popen[bytes]]) -> Server:
+    return Server(guarded_process[0], KEY)
 
 
 def picture(url: object, **fields: object) -> list[dict[str, Any]]:
@@ -387,13 +393,19 @@ def test_the_operators_own_limits(guarded: Server) -> None:
         assert guarded.chat(messages=picture(png_url(1), uuid="a")).status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again(guarded: Server) -> None:
+def test_a_full_queue_says_when_to_come_again(
+    guarded: Server, guarded_process: tuple[str, Popen[bytes]]
+) -> None:
+    engine = engine_of(guarded_process[1])
     body = {"model": guarded.model, "messages": user("Hi"), "max_tokens": 100, "ignore_eos": True}
     with ThreadPoolExecutor(8) as clients:
         url = guarded.http.base_url.join(CHAT)
+        engine.suspend()  # nothing is answered before somebody is turned away
         jobs = [
             clients.submit(httpx.post, url, json=body, headers=KEY, timeout=60) for _ in range(8)
         ]
+        wait(jobs, timeout=30, return_when=FIRST_COMPLETED)
+        engine.resume()
         refused = [job.result() for job in jobs if job.result().status_code != 200]
     assert 0 < len(refused) < 8
     for answer in refused:

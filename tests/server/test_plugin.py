@@ -9,10 +9,11 @@ from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 from server.plugin import PruningEndpointPlugin
-from server.serving import PrunedChat, PrunedCompletion, PrunedMessages
+from server.serving import PrunedChat, PrunedCompletion, PrunedMessages, PrunedResponses
 from vitcop_vllm.pruning.settings import PruningSettings
 
 
@@ -22,6 +23,7 @@ def init(
     state = SimpleNamespace(
         openai_serving_chat=OpenAIServingChat.__new__(OpenAIServingChat),
         openai_serving_completion=OpenAIServingCompletion.__new__(OpenAIServingCompletion),
+        openai_serving_responses=OpenAIServingResponses.__new__(OpenAIServingResponses),
         anthropic_serving_messages=AnthropicServingMessages.__new__(AnthropicServingMessages),
         openai_serving_models=OpenAIServingModels.__new__(OpenAIServingModels),
     )
@@ -63,6 +65,7 @@ def test_handlers_are_replaced() -> None:
     state = init(pruning=PruningSettings().model_dump(mode="json"))
     assert type(state.openai_serving_chat) is PrunedChat
     assert type(state.openai_serving_completion) is PrunedCompletion
+    assert type(state.openai_serving_responses) is PrunedResponses
     assert type(state.anthropic_serving_messages) is PrunedMessages
     assert state.openai_serving_chat.pruned_model.names == ("some/model",)
 
