@@ -168,8 +168,6 @@ STOCK: dict[str, Any] = {
 }
 """Options that stock vLLM needs to run as the pruned engine does."""
 
-NO_PLUGIN = {"VLLM_PLUGINS": ""}
-
 
 def _main() -> None:
     job = json.load(sys.stdin)

@@ -3,13 +3,13 @@
 import pytest
 
 from tests.engine.requests import (
-    NO_PLUGIN,
     STOCK,
     Answer,
     Ask,
     generate,
     generate_in_process,
 )
+from vitcop_vllm.lab.serving import NO_PLUGIN
 
 ASKS = [
     Ask("What is this?", (1,), 0.0),

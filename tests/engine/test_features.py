@@ -11,7 +11,6 @@ from vllm.sampling_params import StructuredOutputsParams
 from tests.engine.dense_oracle import DenseLlava
 from tests.engine.requests import (
     IMAGE_TOKEN,
-    NO_PLUGIN,
     STOCK,
     Ask,
     generate,
@@ -20,6 +19,7 @@ from tests.engine.requests import (
 )
 from tests.engine.scheduling import engine_core, recorded_steps
 from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.lab.serving import NO_PLUGIN
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

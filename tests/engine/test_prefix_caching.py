@@ -10,7 +10,6 @@ from vllm.v1.core.kv_cache_utils import get_group_id
 from tests.engine.requests import (
     BLOCK,
     IMAGE_TOKEN,
-    NO_PLUGIN,
     STOCK,
     Answer,
     Ask,
@@ -20,6 +19,7 @@ from tests.engine.requests import (
 )
 from tests.engine.scheduling import engine_core, recorded_steps
 from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.lab.serving import NO_PLUGIN
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

@@ -1,8 +1,9 @@
-"""Pictures for requests, each told by its seed."""
+"""Pictures, each told by its seed, and chat requests about them."""
 
 import base64
 import io
 import random
+from typing import Any
 
 from PIL import Image
 
@@ -21,3 +22,8 @@ def picture_message(*seeds: int, text: str = "What is this?") -> dict[str, objec
     """A user's message with one picture per seed, then ``text``."""
     pictures = [{"type": "image_url", "image_url": {"url": png_url(seed)}} for seed in seeds]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": text}]}
+
+
+def chat_body(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
+    """A greedy chat request about one picture per seed; ``fields`` replace its own."""
+    return {"model": model, "messages": [picture_message(*seeds)], "temperature": 0, **fields}

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 
 import psutil  # type: ignore[import-untyped]
 
-from tests.engine.requests import NO_PLUGIN
 from vitcop_vllm.lab import serving
 
 
@@ -22,10 +21,7 @@ def running_server(
         stock: vLLM's own server without the plugin.
     """
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    if not stock:
-        return serving.running_server(*arguments, environment=environment)
-    module = "vllm.entrypoints.openai.api_server"  # what `vllm serve` runs
-    return serving.running_server(*arguments, module=module, environment=environment | NO_PLUGIN)
+    return serving.running_server(*arguments, stock=stock, environment=environment)
 
 
 def engine_of(server: subprocess.Popen[bytes]) -> psutil.Process:

@@ -18,7 +18,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.server.pictures import picture_message
+from tests.server.pictures import chat_body
 from tests.server.process import engine_of, running_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -40,13 +40,7 @@ def starved(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
 
 
 def body(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "messages": [picture_message(*seeds)],
-        "temperature": 0,
-        "ignore_eos": True,
-        **fields,
-    }
+    return chat_body(model, *seeds, **{"ignore_eos": True, **fields})
 
 
 def model_of(url: str) -> str:

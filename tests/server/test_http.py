@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from tests.server import pictures
 from tests.server.pictures import picture_message
 
 pytestmark = pytest.mark.slow
@@ -33,8 +34,7 @@ def model(client: openai.OpenAI) -> str:
 
 
 def chat_body(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    body = {"model": model, "messages": [picture_message(*seeds)], "max_tokens": 4}
-    return {**body, "temperature": 0, **fields}
+    return pictures.chat_body(model, *seeds, **{"max_tokens": 4, **fields})
 
 
 def chat(

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.server.pictures import picture_message, png_url
+from tests.server.pictures import chat_body, png_url
 
 pytestmark = pytest.mark.slow
 
@@ -31,13 +31,7 @@ def model(http: httpx.Client) -> str:
 
 
 def chat(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "messages": [picture_message(*seeds)],
-        "max_tokens": 3,
-        "temperature": 0,
-        **fields,
-    }
+    return chat_body(model, *seeds, **{"max_tokens": 3, **fields})
 
 
 def explain(http: httpx.Client, body: dict[str, Any], ratio: str = "0.889") -> httpx.Response:

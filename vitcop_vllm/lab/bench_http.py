@@ -30,10 +30,6 @@ from vitcop_vllm.lab.scenarios import summary
 from vitcop_vllm.lab.serving import ServerError, running_server
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_HEADER
 
-STOCK_SERVER = "vllm.entrypoints.openai.api_server"
-"""The module that ``vllm serve`` runs; the command itself cannot start where vLLM's CPU build is
-installed, which has another name."""
-
 _OUR_SECTIONS = (CONFIG_KEY, "server")
 _FIGURES = {
     "requests_per_second": "request_throughput",
@@ -107,19 +103,12 @@ def run_benchmark(arguments: Sequence[str]) -> dict[str, float]:
 
 
 @contextmanager
-def both_servers(config: Path) -> Iterator[tuple[str, str]]:
-    """URLs of stock vLLM's server and of ours, with the same options."""
-    options = stock_options(yaml.safe_load(config.read_text()))
+def both_servers(config: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """URLs of stock vLLM's server and of ours; ``options`` are what stock takes of ``config``."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
         plain = Path(scratch) / "stock.yaml"
-        plain.write_text(yaml.safe_dump(options))
-        stock, _ = servers.enter_context(
-            running_server(
-                *("--config", str(plain)),
-                module=STOCK_SERVER,
-                environment=os.environ | {"VLLM_PLUGINS": ""},
-            )
-        )
+        plain.write_text(yaml.safe_dump(dict(options)))
+        stock, _ = servers.enter_context(running_server("--config", str(plain), stock=True))
         ours, _ = servers.enter_context(running_server("--config", str(config)))
         yield stock, ours
 
@@ -204,10 +193,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             model, tokenizer = arguments.model, resolve(arguments.model)
             targets, ours = [], arguments.url
         else:
-            config = yaml.safe_load(arguments.config.read_text())
-            tokenizer = resolve(config["model"])
-            model = config.get("served-model-name", tokenizer)
-            stock, ours = stack.enter_context(both_servers(arguments.config))
+            options = stock_options(yaml.safe_load(arguments.config.read_text()))
+            tokenizer = options["model"]
+            model = options.get("served-model-name", tokenizer)
+            stock, ours = stack.enter_context(both_servers(arguments.config, options))
             targets = [Target("stock", stock, None)]
         targets += [
             Target(ratio, ours, f"{float(Fraction(ratio)):.6f}") for ratio in arguments.ratios

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vitcop_vllm.lab.concurrency import kv_memory, observed
+from vitcop_vllm.lab.serving import NO_PLUGIN
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 Result = dict[str, Any]
@@ -234,7 +235,7 @@ def _work(connection: Connection, options: dict[str, Any], pruned: bool) -> None
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not pruned:
-        os.environ["VLLM_PLUGINS"] = ""
+        os.environ.update(NO_PLUGIN)
     engine = _Engine(options, pruned)
     connection.send("ready")
     while (command := connection.recv()) is not None:

@@ -1,4 +1,4 @@
-"""Starts this project's own server, for a selector too, and stops it whatever happens."""
+"""Starts a server, this project's or stock vLLM's, and stops it whatever happens."""
 
 import json
 import os
@@ -26,6 +26,9 @@ START_SECONDS = 900
 """A large model is read for minutes. A server that stops is noticed at once."""
 
 STOP_SECONDS = 60
+
+NO_PLUGIN = {"VLLM_PLUGINS": ""}
+"""Environment in which vLLM is stock vLLM."""
 
 
 class ServerError(RuntimeError):
@@ -69,7 +72,7 @@ def _decoder_layers(model: str) -> int:
 
 @contextmanager
 def running_server(
-    *arguments: str, module: str = "server", environment: Mapping[str, str] | None = None
+    *arguments: str, stock: bool = False, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Root URL and process of a server that answers.
 
@@ -77,7 +80,7 @@ def running_server(
 
     Args:
         *arguments: The server's; host and port are chosen here.
-        module: What Python runs: this project's server, or another with vLLM's arguments.
+        stock: vLLM's own server without the plugin, instead of this project's.
         environment: The server's; by default this process's.
 
     Raises:
@@ -87,6 +90,12 @@ def running_server(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
+    module = "server"
+    if stock:
+        # What `vllm serve` runs. The command itself cannot start where vLLM's CPU build is
+        # installed, which has another name.
+        module = "vllm.entrypoints.openai.api_server"
+        environment = {**(os.environ if environment is None else environment), **NO_PLUGIN}
     command = [sys.executable, "-m", module, *arguments]
     with tempfile.TemporaryFile("a+") as log, _sigterm_as_exit():
         process = subprocess.Popen(
