@@ -24,9 +24,6 @@ from vitcop_vllm.pruning.plan import RequestPlan
 class StagedKVCacheManager(SingleTypeKVCacheManager):
     """Asks vLLM's manager for the blocks of a request's *physical* length.
 
-    A step asks each of a request's 12 to 16 managers several things, so what is the same for
-    most requests is answered first.
-
     Attributes:
         stage: 0, 1 or 2.
         plans: Request id -> plan, shared by all stages and kept by the scheduler;
@@ -80,9 +77,6 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
             **kwargs,
         )
 
-    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: every token alive in a stage is attended to."""
-
     def add_local_computed_blocks(
         self,
         request_id: str,
@@ -104,6 +98,15 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         physical = self.physical_length(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, physical, num_tokens_main_model)
 
+    def passes_checkpoint(self, request: Request, num_tokens: int) -> bool:
+        """Whether among the request's first ``num_tokens`` there is something new to cache."""
+        if not self.enable_caching:
+            return False
+        hashes = request.block_hashes
+        assert isinstance(hashes, PrefixHashes)
+        cached = self._cached_tokens.get(request.request_id, 0)
+        return num_tokens >= hashes.next_length(cached)
+
     def cache_blocks(
         self,
         request: Request,
@@ -114,8 +117,6 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     ) -> None:
         hashes, name = request.block_hashes, request.request_id
         cached = self._cached_tokens.get(name, 0)
-        if num_tokens < hashes.next_length(cached):
-            return
         assert isinstance(hashes, PrefixHashes)
         blocks = self.req_to_blocks[name]
         written = self.writes.block_ids.setdefault(name, set())

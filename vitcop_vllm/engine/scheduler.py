@@ -10,6 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.coordinator import StagedCoordinator
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.metrics import KV_BLOCKS_NOT_TAKEN
 from vitcop_vllm.engine.prefix_cache import PrefixHashes, StepWrites
@@ -42,6 +43,7 @@ class StagedScheduler(Scheduler):
         coordinator = self.kv_cache_manager.coordinator
         # Or vLLM would round what is cached down to whole blocks, and miss a span's end.
         coordinator.enable_partial_hash_hits = True
+        StagedCoordinator.adopt(coordinator)
         for manager in coordinator.single_type_managers:
             assert isinstance(manager, StagedKVCacheManager)
             manager.plans = self.plans

@@ -1,0 +1,78 @@
+"""vLLM's coordinator of KV cache groups, asking one group of each stage where all agree."""
+
+from typing import Any, NamedTuple
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.request import Request
+
+from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
+
+
+class _Stage(NamedTuple):
+    """Groups of one stage: the manager of the first, which speaks for all, and their number."""
+
+    manager: StagedKVCacheManager
+    num_groups: int
+
+
+class StagedCoordinator(KVCacheCoordinator):
+    """Answers for a stage at a time what vLLM asks of each group.
+
+    A stage's layers are spread over groups of equal size, 12 to 16 in all. Groups of a stage
+    hold the same tokens, so as many blocks, cached up to the same checkpoint. In most steps a
+    running request needs no block and passes no checkpoint, which three managers can tell.
+    """
+
+    _stages: tuple[_Stage, ...]
+    _no_blocks: tuple[list[KVCacheBlock], ...]
+
+    @classmethod
+    def adopt(cls, coordinator: Any) -> None:
+        """Make a coordinator that vLLM has made, with prefix caching or without, one of these."""
+        base = type(coordinator)
+        coordinator.__class__ = type(f"Staged{base.__name__}", (cls, base), {})
+        managers: dict[int, list[StagedKVCacheManager]] = {}
+        for manager in coordinator.single_type_managers:
+            managers.setdefault(manager.stage, []).append(manager)
+        coordinator._stages = tuple(_Stage(same[0], len(same)) for same in managers.values())
+        coordinator._no_blocks = tuple([] for _ in coordinator.single_type_managers)
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        missing = self._missing_blocks(request_id, num_tokens)
+        if missing is None:
+            return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+        return missing
+
+    def _missing_blocks(self, request_id: str, num_tokens: int) -> int | None:
+        """Blocks that ``num_tokens`` need, of all groups, beyond those that the request has.
+
+        ``None`` if it has none yet: prefix hits then count too, which it cannot have later.
+        """
+        missing = 0
+        for manager, num_groups in self._stages:
+            blocks = manager.req_to_blocks.get(request_id)
+            if not blocks:
+                return None
+            needed = cdiv(manager.physical_length(request_id, num_tokens), manager.block_size)
+            missing += max(needed - len(blocks), 0) * num_groups
+        return missing
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
+        if self._missing_blocks(request_id, num_tokens) == 0 and not any(
+            request_id in manager._partial_hit_reqs for manager, _ in self._stages
+        ):
+            return self._no_blocks
+        return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        if self._stages[0].manager.passes_checkpoint(request, num_computed_tokens):
+            super().cache_blocks(request, num_computed_tokens)
+
+    def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: every token alive in a stage is attended to."""
