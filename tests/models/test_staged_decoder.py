@@ -1,7 +1,5 @@
 """How a boundary's rows are chosen, without an engine."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -41,11 +39,10 @@ def group() -> SpanGroup:
 def layer() -> _LayerBefore:
     torch.manual_seed(0)
     rows = 7 + 2 * V + 9 + 4
-    attention = SimpleNamespace(num_heads=4, num_kv_heads=2, impl=SimpleNamespace(scale=0.5))
     return _LayerBefore(
-        attention,
-        torch.randn(rows, 4 * 8),
-        torch.randn(rows, 2 * 8),
+        0.5,
+        torch.randn(rows, 4, 8),
+        torch.randn(rows, 2, 8),
         torch.randn(rows, 20),
         torch.randn(rows, 20),
     )
@@ -55,8 +52,8 @@ def test_rows_that_fastv_keeps(group, layer):
     rows, _, stream = _select_rows(SELECTORS["fastv"], group, 1, layer, [], torch.ones(20))
     assert stream is None
     prompt = slice(7, 7 + 2 * V + 6)
-    keys = layer.key.view(-1, 2, 8)[prompt].numpy()
-    query = layer.query.view(-1, 4, 8)[prompt][-1].numpy()
+    keys = layer.key[prompt].numpy()
+    query = layer.query[prompt][-1].numpy()
     for member, offset in enumerate((2, 3 + V)):
         visual = list(range(offset, offset + V))
         kept = oracle.last_token_attention(query, keys, 0.5, visual, KEPT)
@@ -71,7 +68,7 @@ def test_rows_that_dart_keeps(group, layer):
         visual = slice(7 + offset, 7 + offset + V)
         # A cosine does not mind the length that the norm divides by.
         states = ((layer.hidden + layer.residual)[visual] * weight).numpy()
-        kept = oracle.least_duplicated(layer.key.view(-1, 2, 8)[visual].numpy(), states, KEPT)
+        kept = oracle.least_duplicated(layer.key[visual].numpy(), states, KEPT)
         assert rows[member].tolist() == [7 + offset + i for i in kept]
 
 

@@ -31,7 +31,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
-from vitcop_vllm.models.staged_decoder import mean_over_ranks, stage_layers, staged_forward
+from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY, explained_identifier, tag_identifier
@@ -238,9 +238,10 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pruning = settings_of(self.config)
         self.selector = SELECTORS[self.pruning.selector]
-        layers = self.language_model.model.layers
-        self.boundaries = self.pruning.boundaries(len(layers))
-        stage_layers(layers, self.boundaries, vllm_config)
+        decoder = self.language_model.model
+        self.staged_decoder = StagedDecoder(
+            decoder, self.pruning.boundaries(len(decoder.layers)), vllm_config
+        )
         self._encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
 
@@ -415,19 +416,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Any:
         """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
         if step is None:
+            if inputs_embeds is not None:
+                self.staged_decoder.compile(positions, inputs_embeds)
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
         assert inputs_embeds is not None
-        return staged_forward(
-            self.language_model.model,
-            self.selector,
-            self.boundaries,
-            step,
-            positions,
-            inputs_embeds,
-            self._labels,
-        )
+        return self.staged_decoder(self.selector, step, positions, inputs_embeds, self._labels)
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

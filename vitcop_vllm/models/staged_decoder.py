@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from vllm.compilation.backends import set_model_tag
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.forward_context import get_forward_context
 
 from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
@@ -19,6 +22,9 @@ from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.selection import StageTwoSelection, merge_tokens
 from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
+
+_ROWS_TO_COMPILE = 256
+"""Rows of the step that stages are compiled with: as in steps to come, and soon computed."""
 
 
 def stage_layers(
@@ -31,17 +37,31 @@ def stage_layers(
 
 
 @contextmanager
-def _recorded_inputs(attention: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects query and key (after rotary embedding) that an attention layer is called with.
+def _recorded_inputs(attention: Any) -> Iterator[list[torch.Tensor]]:
+    """Collects query and key (after rotary embedding) that an attention layer works on.
 
-    A hook for the length of a call: decode steps, which vLLM compiles, never see it.
+    Taken where compiled code, too, comes back to Python: what calls the implementation is an
+    operator that vLLM's compiler does not look into. Copies, for such code uses its buffers
+    again.
     """
     recorded: list[torch.Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _, inputs: recorded.extend(inputs[:2]))
+    compute = attention.impl.forward
+
+    def forward(
+        layer: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if query.dtype == key.dtype:
+            recorded.append(query.clone())
+        else:  # an FP8 KV cache may want queries in FP8, with a scale
+            recorded.append(query.to(key.dtype) * attention._q_scale)
+        recorded.append(key.clone())
+        return compute(layer, query, key, *args, **kwargs)
+
+    attention.impl.forward = forward
     try:
         yield recorded
     finally:
-        handle.remove()
+        del attention.impl.forward
 
 
 def mean_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
@@ -56,12 +76,12 @@ class _LayerBefore(NamedTuple):
     """What the last layer of a stage was called with, and what it left; T rows.
 
     Attributes:
-        attention: Its attention layer.
-        query, key: (T, local heads * D), (T, local KV heads * D), after rotary embedding.
+        scale: Factor on the scores of its attention.
+        query, key: (T, local heads, D), (T, local KV heads, D), after rotary embedding.
         hidden, residual: (T, H); their sum is the residual stream.
     """
 
-    attention: Any
+    scale: float
     query: torch.Tensor
     key: torch.Tensor
     hidden: torch.Tensor
@@ -98,9 +118,9 @@ def _select_rows(
         return before, None, None
     view = BoundaryView(
         rows=before,
-        queries=layer.query.unflatten(-1, (layer.attention.num_heads, -1)),
-        keys=layer.key.unflatten(-1, (layer.attention.num_kv_heads, -1)),
-        scale=layer.attention.impl.scale,
+        queries=layer.query,
+        keys=layer.key,
+        scale=layer.scale,
         hidden=lambda: layer.hidden[before] + layer.residual[before],
         norm_weight=norm_weight,
         prompt_rows=group.prompt_rows[stage - 1],
@@ -114,48 +134,163 @@ def _select_rows(
     return before.gather(1, chosen), chosen, None
 
 
-def staged_forward(
-    decoder: Any,
-    selector: Selector,
-    boundaries: tuple[int, int],
-    step: StagedForward,
-    positions: torch.Tensor,
-    inputs_embeds: torch.Tensor,
-    labels: Sequence[torch.Tensor],
-) -> torch.Tensor:
-    """The decoder's forward for a step in which rows are dropped between stages.
+# Of one code object torch.compile keeps one compiled form, and vLLM drops the guards that would
+# notice another stage: each stage has a forward of its own.
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0})
+class _FirstStage(nn.Module):
+    """Layers up to the shallow boundary."""
+
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = [*layers]  # no submodules: they are the decoder's
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        assert residual is not None
+        return hidden, residual
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
+class _MiddleStage(nn.Module):
+    """Layers between the boundaries."""
+
+    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = [*layers]
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        return hidden, residual
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
+class _LastStage(nn.Module):
+    """Layers from the deep boundary on, and the norm that ends the decoder."""
+
+    def __init__(self, *, layers: Sequence[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.norms = [*layers], [norm]
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual)
+        hidden, _ = self.norms[0](hidden, residual)
+        return hidden
+
+
+class StagedDecoder:
+    """Runs a decoder's layers stage by stage, each with fewer visual rows.
+
+    Each stage is compiled as vLLM compiles the decoder, with the same options; with
+    ``enforce_eager`` nothing is.
 
     Args:
         decoder: vLLM's decoder model; its layers are called as its own forward does.
-        selector: What chooses the visual rows that go on.
         boundaries: First layers of the second and third stage.
-        step: How the step's rows change between stages.
-        positions: (T,) rotary positions.
-        inputs_embeds: (T, H) embeddings, pictures merged in.
-        labels: Cluster labels, one (n1,) tensor per clustered picture of the step.
-
-    Returns:
-        (T, H) hidden states; a dropped token's row repeats its span's last survivor.
+        vllm_config: As the decoder was made with.
     """
-    hidden: torch.Tensor = inputs_embeds
-    residual: torch.Tensor | None = None
-    first = 0
-    for stage, boundary in enumerate(boundaries, start=1):
-        for layer in decoder.layers[first : boundary - 1]:
-            hidden, residual = layer(positions, hidden, residual)
-        last = decoder.layers[boundary - 1]
-        attention = last.self_attn.attn
-        with _recorded_inputs(attention) as recorded:
-            hidden, residual = last(positions, hidden, residual)
-        assert residual is not None
+
+    def __init__(
+        self,
+        decoder: Any,
+        boundaries: tuple[int, int],
+        vllm_config: VllmConfig,
+    ) -> None:
+        layers: Sequence[Any] = decoder.layers
+        stage_layers(layers, boundaries, vllm_config)
+        self._norm = decoder.norm
+        self._last_attention = [layers[boundary - 1].self_attn.attn for boundary in boundaries]
+        shallow, deep = boundaries
+        parts: Any = (
+            (_FirstStage, {"layers": layers[:shallow]}),
+            (_MiddleStage, {"layers": layers[shallow:deep]}),
+            (_LastStage, {"layers": layers[deep:], "norm": decoder.norm}),
+        )
+        self._stages = []
+        for number, (stage, arguments) in enumerate(parts):
+            # What vLLM keeps compiled code under, beside the decoder's own.
+            with set_model_tag(f"vitcop_stage_{number}"):
+                self._stages.append(stage(vllm_config=vllm_config, **arguments))
+        self._is_ready = all(stage.do_not_compile for stage in self._stages)
+
+    def compile(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
+        """Have the stages compiled now, if they are to be, and not when a picture comes.
+
+        Args:
+            positions: (T,) rotary positions, of a step without requests.
+            inputs_embeds: (T, H) embeddings.
+        """
+        if self._is_ready or get_forward_context().attn_metadata is not None:
+            return
+        self._is_ready = True
+        # Separate tensors: compiled code remembers which of its inputs were the same one.
+        for stage, num_streams in zip(self._stages, (1, 2, 2), strict=True):
+            streams = [inputs_embeds[:_ROWS_TO_COMPILE].clone() for _ in range(num_streams)]
+            stage(positions[:_ROWS_TO_COMPILE].clone(), *streams)
+
+    def __call__(
+        self,
+        selector: Selector,
+        step: StagedForward,
+        positions: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        labels: Sequence[torch.Tensor],
+    ) -> torch.Tensor:
+        """The decoder's forward for a step in which rows are dropped between stages.
+
+        Args:
+            selector: What chooses the visual rows that go on.
+            step: How the step's rows change between stages.
+            positions: (T,) rotary positions.
+            inputs_embeds: (T, H) embeddings, pictures merged in.
+            labels: Cluster labels, one (n1,) tensor per clustered picture of the step.
+
+        Returns:
+            (T, H) hidden states; a dropped token's row repeats its span's last survivor.
+        """
+        first, middle, last = self._stages
+        shallow, deep = self._last_attention
+        with _recorded_inputs(shallow) as recorded:
+            hidden, residual = first(positions, inputs_embeds)
         query, key = recorded
-        layer_before = _LayerBefore(attention, query, key, hidden, residual)
+        layer_before = _LayerBefore(shallow.impl.scale, query, key, hidden, residual)
+        rows = self._cross(selector, 1, step, positions, layer_before, labels)
+        with _recorded_inputs(deep) as recorded:
+            hidden, residual = middle(*rows)
+        query, key = recorded
+        layer_before = _LayerBefore(deep.impl.scale, query, key, hidden, residual)
+        positions = rows[0] if step.renumbered is None else step.renumbered
+        rows = self._cross(selector, 2, step, positions, layer_before, labels)
+        normed: torch.Tensor = last(*rows)
+        return normed[step.outputs]
+
+    def _cross(
+        self,
+        selector: Selector,
+        stage: int,
+        step: StagedForward,
+        positions: torch.Tensor,
+        layer_before: _LayerBefore,
+        labels: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows that enter ``stage``: positions, hidden states and residual."""
         source = step.sources[stage].clone()
         merged = []
         for group in step.groups:
             with SELECTION_SECONDS.labels(stage + 1).time():
                 rows, chosen, stream = _select_rows(
-                    selector, group, stage, layer_before, labels, decoder.norm.weight
+                    selector, group, stage, layer_before, labels, self._norm.weight
                 )
             if step.record is not None and chosen is not None:
                 step.record(group, stage, chosen)
@@ -163,14 +298,8 @@ def staged_forward(
             source[destination] = rows
             if stream is not None:
                 merged.append((destination, stream))
-        if stage == len(boundaries) and step.renumbered is not None:
-            positions = step.renumbered
-        positions, hidden, residual = positions[source], hidden[source], residual[source]
+        hidden, residual = layer_before.hidden[source], layer_before.residual[source]
         for destination, stream in merged:
             hidden[destination] = 0
             residual[destination] = stream
-        first = boundary
-    for layer in decoder.layers[first:]:
-        hidden, residual = layer(positions, hidden, residual)
-    hidden, _ = decoder.norm(hidden, residual)
-    return hidden[step.outputs]
+        return positions[source], hidden, residual

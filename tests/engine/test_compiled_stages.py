@@ -1,0 +1,49 @@
+"""Stages that vLLM's compiler has traced give what the same layers give one by one.
+
+Dynamo and vLLM's dispatch are the real ones; of the code they make nothing is generated in
+C++, which would take minutes.
+"""
+
+import pytest
+from vllm import LLM
+from vllm.config import CompilationMode
+
+from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.scheduling import engine_core
+
+pytestmark = pytest.mark.slow
+
+ASKS = [
+    Ask("two of three stages", (1,), 8 / 9),
+    Ask("first or second?", (2, 3), 2 / 3, max_tokens=12),
+    Ask("nothing dropped after the encoder", (4,), 0.3),
+    Ask("unpruned", (5,), 0.0),
+    Ask("no picture, " * 20),
+]
+
+
+@pytest.fixture(scope="session")
+def compiled(checkpoint):
+    """Kept to the end: with it would go the process groups of every engine in this process."""
+    options = {
+        **ENGINE_OPTIONS,
+        "enforce_eager": False,
+        "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
+    }
+    return LLM(str(checkpoint), **options)
+
+
+def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):
+    for ours, theirs in zip(generate(compiled, ASKS), generate(llm, ASKS), strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
+
+
+def test_every_stage_is_compiled_at_start(llm, compiled):
+    def stages(engine):
+        worker = engine_core(engine).model_executor.driver_worker.worker
+        return worker.model_runner.get_model().staged_decoder._stages
+
+    assert [stage.do_not_compile for stage in stages(llm)] == [True] * 3
+    assert [stage.do_not_compile for stage in stages(compiled)] == [False] * 3
+    assert [stage.compiled for stage in stages(compiled)] == [True] * 3
