@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import urllib.request
 from collections import Counter
@@ -22,6 +21,7 @@ import openai
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vitcop_vllm.lab.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
+from vitcop_vllm.lab.conditions import processor_name
 from vitcop_vllm.lab.exam import ExamError, Example, digest, from_demo, read_folder
 from vitcop_vllm.lab.plots import plot
 from vitcop_vllm.lab.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
@@ -134,18 +134,8 @@ class Evaluation:
             "config": None if arguments.url else arguments.config.name,
             "machine": None
             if arguments.url
-            else {"processor": _processor(), "cpus": os.cpu_count()},
+            else {"processor": processor_name(), "cpus": os.cpu_count()},
         }
-
-
-def _processor() -> str:
-    """The processor's name, which Python does not know on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _version(url: str) -> str | None:
