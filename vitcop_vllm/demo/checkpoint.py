@@ -47,6 +47,7 @@ class LlavaShape:
         hidden, layers, heads, kv_heads, intermediate: The Llama decoder.
         max_positions: Longest sequence the rotary embedding is made for, in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
+        vocabulary: Least rows of the embedding, which has one for each token at any rate.
     """
 
     image_size: int = 336
@@ -61,6 +62,7 @@ class LlavaShape:
     intermediate: int
     max_positions: int = 4096
     rope_theta: float = 10_000.0
+    vocabulary: int = 0
 
     @property
     def visual_tokens(self) -> int:
@@ -115,6 +117,19 @@ LLAVA_1_5_7B = LlavaShape(
     heads=32,
     kv_heads=32,
     intermediate=11008,
+    vocabulary=32064,
+)
+
+LLAVA_1_5_13B = LlavaShape(
+    vision_hidden=1024,
+    vision_layers=24,
+    vision_heads=16,
+    hidden=5120,
+    layers=40,
+    heads=40,
+    kv_heads=40,
+    intermediate=13824,
+    vocabulary=32064,
 )
 
 
@@ -127,7 +142,7 @@ def save_config(
         path: Folder to write to.
         shape: Sizes of the model.
         tokenizer: Its tokenizer; by default every byte is a token.
-        vocabulary_size: Rows of the embedding, if more than the tokenizer has tokens.
+        vocabulary_size: Least rows of the embedding, if more than the shape asks for.
     """
     from transformers import (
         CLIPImageProcessor,
@@ -163,7 +178,7 @@ def save_config(
         ),
         text_config=LlamaConfig(
             architectures=["LlamaForCausalLM"],
-            vocab_size=max(len(vocabulary), vocabulary_size),
+            vocab_size=max(len(vocabulary), vocabulary_size, shape.vocabulary),
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
             num_hidden_layers=shape.layers,
