@@ -1,273 +1,208 @@
 """``python -m vitcop_vllm.lab.bench``: what pruning saves, beside what it should save.
 
-Stock vLLM and ours run the same pictures with the same random weights, in alternating
-rounds; figures are medians over rounds. The *ideal* speed-up counts tokens: the encoder
-costs both what it was measured to cost stock, the decoder costs each layer its tokens.
+Stock vLLM and ours run the same pictures with the same random weights in the same process
+layout, in alternating rounds; figures are medians over rounds. The *ideal* counts tokens: the
+encoder costs both what it was measured to cost stock, the decoder costs each layer its tokens.
 *vs-rows* compares with what stock vLLM itself takes for text prompts of as many rows per
 layer: a kernel that is slow for few rows is slow for both. KV memory has an ideal too: no
-blocks, and no whole requests. Prefix caching is on, as is vLLM's default; only a second turn
-asks about a picture that was seen before.
+blocks, and no whole requests. *vs-cls* is ours over an engine that prunes in the encoder alone
+(--peers), at the same layer average. Prefix caching is on, as is vLLM's default; only a second
+turn asks about a picture that was seen before.
+
+The last line of standard output is a JSON document.
 """
 
 import argparse
 import json
-import operator
 import os
-import platform
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B, SMALL, save_random_llava
-from vitcop_vllm.lab.engines import two_engines
-from vitcop_vllm.lab.load import measure_load
-from vitcop_vllm.lab.scenarios import (
-    CAPACITY_RATIOS,
-    DECODE_RATIOS,
-    PREFILL_RATIOS,
-    TURN_RATIOS,
-    Rounds,
-    measure_capacity,
-    measure_decode,
-    measure_prefill,
-    measure_turns,
+from vitcop_vllm.lab import load, prefill, scenarios
+from vitcop_vllm.lab.bench_options import (
+    COLD_START,
+    SHAPES,
+    TooLittleMemoryError,
+    check_room,
+    engine_names,
+    engine_options,
+    parse_arguments,
+    settle_defaults,
+    write_checkpoint,
 )
+from vitcop_vllm.lab.cold_start import measure_cold_start
+from vitcop_vllm.lab.conditions import WrongDeviceError, machine, settle_device
+from vitcop_vllm.lab.engines import STOCK, EngineProcess, running_engines
+from vitcop_vllm.lab.goals import goals_met
+from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row
+from vitcop_vllm.lab.speed_plot import plot_speed
+from vitcop_vllm.lab.tables import table_lines
 
-SHAPES = {"demo": DEMO, "small": SMALL, "llava-1.5-7b": LLAVA_1_5_7B}
-SCENARIOS = ("prefill", "decode", "turns", "capacity", "load")
-MAX_NUM_SEQS = 64
-"""More than any scenario lets run at once, unless a batch is larger."""
 
-GOALS = {
-    "prefill_vs_ideal": (">=", 1.0),
-    "throughput_at_0": (">=", 0.98),
-    "decode_latency_at_8/9": ("<=", 1.02),
-    "stages_share_of_unpruned_prefill": ("<=", 0.02),
-    "second_turn_ttft": ("<=", 1.05),
-    "capacity_vs_ideal_at_8/9": (">=", 0.95),
-    "load_throughput": (">=", 3.0),
-    "load_ttft_p50": ("<", 1.0),
-    "load_ttft_p99": ("<", 1.0),
+@dataclass(frozen=True)
+class Scenario:
+    """Something engines do in turn.
+
+    Attributes:
+        measure: Its rows.
+        series: How many times it goes through its rounds.
+        long: Whether a round takes minutes; then there are :data:`LONG_ROUNDS` at most.
+    """
+
+    measure: Callable[[Rounds, argparse.Namespace], list[Row]]
+    series: Callable[[argparse.Namespace], int]
+    long: bool = False
+
+    def rounds(self, arguments: argparse.Namespace) -> int:
+        """Rounds in all."""
+        number = min(arguments.rounds, LONG_ROUNDS) if self.long else arguments.rounds
+        return number * self.series(arguments)
+
+
+Case = tuple[Any, ...]
+
+
+def _by_case(
+    measure: Callable[..., list[Row]], cases: Callable[[argparse.Namespace], Sequence[Case]]
+) -> Scenario:
+    """A scenario that goes through its rounds once for each case."""
+    return Scenario(
+        lambda rounds, arguments: [
+            row for case in cases(arguments) for row in measure(rounds, *case)
+        ],
+        lambda arguments: len(cases(arguments)),
+    )
+
+
+SCENARIOS = {
+    "prefill": _by_case(
+        prefill.measure_prefill,
+        lambda arguments: [(r, batch) for batch in arguments.batches for r in prefill.RATIOS],
+    ),
+    "images": _by_case(
+        prefill.measure_images,
+        lambda _: [(r, pictures) for pictures in prefill.PICTURES for r in prefill.LONG_RATIOS],
+    ),
+    "long_text": _by_case(
+        prefill.measure_long_text,
+        lambda _: [(r, tokens) for tokens in prefill.TEXT_TOKENS for r in prefill.LONG_RATIOS],
+    ),
+    "decode": _by_case(
+        scenarios.measure_decode,
+        lambda arguments: [
+            (r, running, arguments.tokens)
+            for r in scenarios.DECODE_RATIOS
+            for running in arguments.running
+        ],
+    ),
+    "turns": _by_case(scenarios.measure_turns, lambda _: [(r,) for r in scenarios.TURN_RATIOS]),
+    "capacity": _by_case(
+        scenarios.measure_capacity, lambda _: [(r,) for r in scenarios.CAPACITY_RATIOS]
+    ),
+    "load": Scenario(
+        lambda rounds, arguments: load.measure_load(rounds, arguments.chat_tokens),
+        lambda _: len(load.RATES),
+        long=True,
+    ),
+    "clients": Scenario(
+        lambda rounds, arguments: load.measure_clients(rounds, arguments.chat_tokens),
+        lambda _: len(load.CLIENTS),
+        long=True,
+    ),
 }
-_RELATIONS = {">=": operator.ge, "<=": operator.le, "<": operator.lt}
 
 
-def worst_figures(document: dict[str, Any]) -> dict[str, float]:
-    """What each goal is held against, of the scenarios that were run."""
-    figures: dict[str, float] = {}
-    if prefill := document.get("prefill"):
-        figures["prefill_vs_ideal"] = min(row["vs_ideal"] for row in prefill)
-        figures["stages_share_of_unpruned_prefill"] = max(row["stages_share"] for row in prefill)
-    if decode := document.get("decode"):
-        figures["throughput_at_0"] = min(row["throughput"] for row in decode["0"].values())
-        figures["decode_latency_at_8/9"] = max(
-            row["decode_latency"] for row in decode["8/9"].values()
-        )
-    if turns := document.get("turns"):
-        figures["second_turn_ttft"] = max(row["ttft"] for row in turns.values())
-    if capacity := document.get("capacity"):
-        figures["capacity_vs_ideal_at_8/9"] = capacity["8/9"]["vs_ideal"]
-    if load := document.get("load"):
-        for name in ("throughput", "ttft_p50", "ttft_p99"):
-            figures[f"load_{name}"] = load[name]
-    return figures
+def measure(
+    arguments: argparse.Namespace, checkpoint: Path, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Rows by scenario, and what the engines tell of themselves.
 
-
-def goals_met(document: dict[str, Any]) -> dict[str, Any]:
-    """Each goal's worst figure and whether it holds, for the scenarios that were run."""
-    figures = worst_figures(document)
-    met = {}
-    for name, (relation, goal) in GOALS.items():
-        if name in figures:
-            holds = _RELATIONS[relation](figures[name], goal)
-            met[name] = {"figure": figures[name], "goal": f"{relation} {goal}", "met": holds}
-    return met
-
-
-def _print_header(title: str, columns: str) -> None:
-    print(f"\n{title}\n" + "".join(f"{name:>11}" for name in columns.split()))
-
-
-def print_prefill(rows: list[dict[str, Any]]) -> None:
-    _print_header(
-        "prefill",
-        "ratio batch stock/ms ours/ms encoder/ms speed-up ideal vs-ideal vs-rows stages",
-    )
-    for row in rows:
-        print(
-            f"{row['ratio']:>11}{row['batch']:>11}{row['stock_ms']:>11.0f}{row['ours_ms']:>11.0f}"
-            f"{row['stock_encoder_ms']:>11.0f}{row['speed_up']:>11.2f}{row['ideal']:>11.2f}"
-            f"{row['vs_ideal']:>11.3f}{row['vs_stock_rows']:>11.3f}{row['stages_share']:>11.2%}"
-        )
-
-
-def print_decode(ratios: dict[str, Any]) -> None:
-    _print_header("decode, ours over stock", "ratio running step/ms latency throughput")
-    for ratio, batches in ratios.items():
-        for batch, row in batches.items():
-            print(
-                f"{ratio:>11}{batch:>11}{row['stock_decode_step_ms']:>11.1f}"
-                f"{row['decode_latency']:>11.3f}{row['throughput']:>11.3f}"
-            )
-
-
-def print_turns(ratios: dict[str, Any]) -> None:
-    _print_header(
-        "second turn about a picture: time to first token, and prompt tokens reused",
-        "ratio stock/ms ours/ms ours/stock stock-hits ours-hits",
-    )
-    for ratio, row in ratios.items():
-        hits = [
-            f"{row[f'{engine}_reused_tokens']:.0f}/{row[f'{engine}_prompt_tokens']:.0f}"
-            for engine in ("stock", "ours")
-        ]
-        print(
-            f"{ratio:>11}{row['stock_ttft_ms']:>11.0f}{row['ours_ttft_ms']:>11.0f}"
-            f"{row['ttft']:>11.3f}{hits[0]:>11}{hits[1]:>11}"
-        )
-
-
-def print_capacity(ratios: dict[str, Any]) -> None:
-    _print_header(
-        "requests at once in the same KV memory",
-        "ratio stock ideal vs-ideal ours ideal vs-ideal preempted",
-    )
-    for ratio, row in ratios.items():
-        print(
-            f"{ratio:>11}{row['stock_most']:>11.0f}{row['stock_ideal']:>11.2f}"
-            f"{row['stock_vs_ideal']:>11.3f}{row['most']:>11.0f}{row['ideal']:>11.2f}"
-            f"{row['vs_ideal']:>11.3f}{row['preemptions']:>11.0f}"
-        )
-
-
-def print_load(row: dict[str, Any]) -> None:
-    _print_header(
-        f"open load, {row['arrivals_per_second']:.1f} arrivals/s, {row['clients']} clients at "
-        "most: time from arrival to first token",
-        "engine requests/s p50/ms p99/ms",
-    )
-    for engine in ("stock", "ours"):
-        print(
-            f"{engine:>11}{row[f'{engine}_requests_per_second']:>11.2f}"
-            f"{row[f'{engine}_ttft_p50_ms']:>11.0f}{row[f'{engine}_ttft_p99_ms']:>11.0f}"
-        )
-    print(
-        f"{'ours/stock':>11}{row['throughput']:>11.3f}"
-        f"{row['ttft_p50']:>11.3f}{row['ttft_p99']:>11.3f}"
-    )
-
-
-def print_tables(document: dict[str, Any]) -> None:
-    """The same figures for people."""
-    tables: dict[str, Callable[[Any], None]] = {
-        "prefill": print_prefill,
-        "decode": print_decode,
-        "turns": print_turns,
-        "capacity": print_capacity,
-        "load": print_load,
-    }
-    for name, table in tables.items():
-        if name in document:
-            table(document[name])
-    print()
-    for name, goal in document["goals"].items():
-        print(f"{'met' if goal['met'] else 'MISSED':>6} {name} {goal['figure']:.3f} {goal['goal']}")
-
-
-def measure(rounds: Rounds, scenario: str, batches: list[int], tokens: int) -> Any:
-    """A scenario's rows: a list, or by ratio, or one."""
-    match scenario:
-        case "prefill":
-            return [
-                measure_prefill(rounds, ratio, batch) | {"ratio": name, "batch": batch}
-                for batch in batches
-                for name, ratio in PREFILL_RATIOS.items()
-            ]
-        case "decode":
-            return {
-                name: {
-                    str(batch): measure_decode(rounds, ratio, batch, tokens) for batch in batches
-                }
-                for name, ratio in DECODE_RATIOS.items()
-            }
-        case "turns":
-            return {name: measure_turns(rounds, ratio) for name, ratio in TURN_RATIOS.items()}
-        case "capacity":
-            return {
-                name: measure_capacity(rounds, ratio) for name, ratio in CAPACITY_RATIOS.items()
-            }
-        case _:
-            return measure_load(rounds)
-
-
-def series(scenario: str, num_batches: int) -> int:
-    """How many times a scenario goes through its rounds."""
-    return {
-        "prefill": len(PREFILL_RATIOS) * num_batches,
-        "decode": len(DECODE_RATIOS) * num_batches,
-        "turns": len(TURN_RATIOS),
-        "capacity": len(CAPACITY_RATIOS),
-        "load": 1,
-    }[scenario]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=SCENARIOS)
-    parser.add_argument("--rounds", type=int, default=7, help="medians are over these")
-    parser.add_argument("--batches", default="1,4", help="requests that arrive at once")
-    parser.add_argument("--tokens", type=int, default=32, help="answer length when decoding")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, vLLM's default")
-    parser.add_argument("--kv-cache-gib", type=int, default=2)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+    Raises:
+        TooLittleMemoryError: If requests that are to run at once cannot.
+    """
     shape = SHAPES[arguments.shape]
-    batches = [int(batch) for batch in arguments.batches.split(",")]
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(arguments.kv_cache_gib))
-    options = {
-        "dtype": "bfloat16",
-        "max_model_len": 4096,
-        # All of a batch's prompts fit one step: the bench times kernels, not queues.
-        "max_num_batched_tokens": max(4096, max(batches) * (shape.visual_tokens + 128)),
-        "max_num_seqs": max(MAX_NUM_SEQS, *batches),
-        "enforce_eager": not arguments.compile,
-        "limit_mm_per_prompt": {"image": 1},
-    }
-    total = arguments.rounds * sum(series(name, len(batches)) for name in arguments.scenarios)
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
-        checkpoint.mkdir()
-        save_random_llava(checkpoint, shape, dtype="bfloat16")
-        with (
-            two_engines(checkpoint, options) as (stock, ours),
-            tqdm(total=total, desc="rounds") as bar,
-        ):
-            rounds = Rounds(stock, ours, shape, arguments.rounds, bar)
-            for batch in batches:  # caches, allocators and lazy kernels
-                rounds.serve(rounds.asks(batch, 8 / 9, 4))
-                rounds.serve(rounds.asks(batch, 0.0, 4))
-            measured = {
-                name: measure(rounds, name, batches, arguments.tokens)
-                for name in arguments.scenarios
-            }
-    document = {
-        "shape": arguments.shape,
-        "rounds": arguments.rounds,
-        "compiled": arguments.compile,
-        "machine": {"processor": platform.processor(), "cpus": os.cpu_count()},
+    chosen = {name: SCENARIOS[name] for name in arguments.scenarios if name != COLD_START}
+    total = sum(scenario.rounds(arguments) for scenario in chosen.values())
+    if COLD_START in arguments.scenarios:
+        total += min(arguments.rounds, LONG_ROUNDS)
+    batches = {1}
+    batches |= {*arguments.batches} if "prefill" in chosen else set()
+    batches |= {*arguments.running} if "decode" in chosen else set()
+    measured: dict[str, Any] = {}
+    with tqdm(total=total, desc="rounds") as bar:
+        if chosen:
+            with running_engines(checkpoint, options, engine_names(arguments)) as engines:
+                measured["engines"] = {
+                    name: engine.run("about") for name, engine in engines.items()
+                }
+                stock = measured["engines"][STOCK]
+                check_room(arguments, shape, stock["kv_blocks"], stock["block_size"])
+                rounds = Rounds(
+                    engines,
+                    shape,
+                    arguments.rounds,
+                    bar,
+                    watch_apart=arguments.device == "gpu",
+                )
+                for batch in sorted(batches):  # caches, allocators and lazy kernels
+                    rounds.serve(rounds.asks(batch, 8 / 9, 4))
+                    rounds.serve(rounds.asks(batch, 0.0, 4))
+                for name, scenario in chosen.items():
+                    bar.set_postfix_str(name)
+                    measured[name] = scenario.measure(rounds, arguments)
+        if COLD_START in arguments.scenarios:
+            bar.set_postfix_str(COLD_START)
+            start = partial(EngineProcess, checkpoint, options)
+            measured[COLD_START] = measure_cold_start(start, arguments.rounds, bar)
+    return measured
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv, __doc__)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.platforms import current_platform
+
+    try:
+        settle_defaults(arguments, settle_device(arguments.device, current_platform.device_type))
+        shape = SHAPES[arguments.shape]
+        options = engine_options(arguments, shape)
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint = Path(scratch) / "checkpoint"
+            checkpoint.mkdir()
+            write_checkpoint(checkpoint, shape, options)
+            measured = measure(arguments, checkpoint, options)
+    except (WrongDeviceError, TooLittleMemoryError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    document: dict[str, Any] = {
+        "conditions": {
+            **machine(),
+            "device": arguments.device,
+            "device_name": current_platform.get_device_name(),
+            "shape": arguments.shape,
+            "load_format": arguments.load_format,
+            "compiled": arguments.compile,
+            "rounds": arguments.rounds,
+            "chat_tokens": arguments.chat_tokens,
+            "options": options,
+            "engines": measured.pop("engines", {}),
+        },
         **measured,
-        "goals": goals_met(measured),
     }
-    print_tables(document)
-    print(json.dumps(document))
+    document["goals"] = goals_met(document)
+    print(*table_lines(document), sep="\n")
+    print(json.dumps(document), flush=True)
+    if arguments.plot is not None:
+        plot_speed(document, arguments.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

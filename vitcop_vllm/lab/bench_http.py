@@ -26,7 +26,8 @@ import yaml
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
-from vitcop_vllm.lab.scenarios import summary
+from vitcop_vllm.lab.conditions import machine
+from vitcop_vllm.lab.rounds import summary
 from vitcop_vllm.lab.serving import ServerError, running_server
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_HEADER
 
@@ -173,12 +174,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--config", type=Path, default=Path("configs/demo-cpu.yaml"))
-    where.add_argument("--url", help="root of a server that runs; then also give --model")
+    where.add_argument(
+        "--config",
+        type=Path,
+        default=Path("configs/demo-cpu.yaml"),
+        help="what both servers run from; by default %(default)s",
+    )
+    where.add_argument(
+        "--url", help="root of a server that runs; of another model than demo, give --model"
+    )
     parser.add_argument("--model", default=DEMO_NAME, help="its name in requests, with --url")
     parser.add_argument("--tokenizer", help="folder or repository; default: the model's")
-    parser.add_argument("--ratios", nargs="+", default=["0", "2/3", "8/9"])
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 16, 32])
+    parser.add_argument("--ratios", nargs="+", default=["0", "2/3", "8/9"], help="asked of ours")
+    parser.add_argument(
+        "--clients", nargs="+", type=int, default=[1, 16, 32], help="requests at a time; a run each"
+    )
     parser.add_argument("--requests", type=int, default=32, help="of a run; twice CLIENTS at least")
     parser.add_argument("--rounds", type=int, default=3, help="medians are over these")
     parser.add_argument("--seed", type=int, default=0, help="of the pictures")
@@ -208,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     print_table(measured)
     conditions = {name: getattr(arguments, name) for name in ("rounds", "requests", "seed")}
-    print(json.dumps({**conditions, "cpus": os.cpu_count(), "clients": measured}))
+    print(json.dumps({**conditions, "machine": machine(), "clients": measured}))
     return 0
 
 

@@ -1,35 +1,50 @@
-"""Open load: clients who do not wait for one another, as a server meets them."""
+"""Clients as a server meets them: who come when they like, and who wait for their answers."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 from itertools import accumulate, cycle, islice
+from math import exp, log
 from random import Random
 from statistics import median, quantiles
-from typing import Any
 
-from vitcop_vllm.lab.engines import Ask, Result
-from vitcop_vllm.lab.scenarios import Rounds, summary
+from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.lab.asks import Ask, text_of, user_turn
+from vitcop_vllm.lab.engines import OURS, STOCK
+from vitcop_vllm.lab.ideals import PicturePlan, ideal_rate_gain
+from vitcop_vllm.lab.measured_engine import Result
+from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row, summary
 
-CLIENTS = 32
-"""Requests in flight; who arrives when there are as many waits outside, on the clock."""
+CLIENTS = (16, 32)
+"""Requests in flight."""
 
-REQUESTS = 128
-OVERLOAD = 8.0
-"""Arrival rate over the rate at which stock vLLM, never idle, serves the same mix."""
+REQUESTS = 96
+"""Of a run under open load; whoever arrives when the most clients are in waits outside, on the
+clock."""
 
-RATIOS = (7 / 9, 8 / 9, 17 / 18, 17 / 18)
+REQUESTS_PER_CLIENT = 3
+"""Of a run in which clients wait for their answers."""
+
+RATES = (0.5, 2.0, 8.0)
+"""Arrivals, over the rate at which stock vLLM, never idle, serves the same mix. Between the
+last two is what ours can serve."""
+
+MIXED = "mixed"
+MIXED_RATIOS = (7 / 9, 8 / 9, 17 / 18, 17 / 18)
 """Equally often each; their mean is 8/9."""
 
-QUESTIONS = (
-    "What is this?",
-    "How many people are there?",
-    "Is it day or night?",
-    "What colour is the car on the left?",
-    "Read the sign, please.",
-    "Where might this have been taken, and why do you think so?",
-    "Describe what stands in front of the house.",
-    "Is there anything unusual here?",
-)
+RATIOS = ("0", "2/3", "8/9", MIXED)
+
+QUESTION_TOKENS = 32
+"""Median of a question."""
+
+_SPREAD = 0.8
+"""Standard deviation of a length's logarithm: chats have many short turns, a few long ones."""
+
+_COST_BATCH = 4
+_COST_RUNS = 3
 
 
 def poisson_arrivals(rate: float, number: int, rng: Random) -> list[float]:
@@ -38,52 +53,160 @@ def poisson_arrivals(rate: float, number: int, rng: Random) -> list[float]:
 
 
 def mixed_ratios(number: int, rng: Random) -> list[float]:
-    """:data:`RATIOS` in random order; every fourth number of them has exactly their mean."""
-    ratios = list(islice(cycle(RATIOS), number))
+    """:data:`MIXED_RATIOS` in random order; every fourth number has exactly their mean."""
+    ratios = list(islice(cycle(MIXED_RATIOS), number))
     rng.shuffle(ratios)
     return ratios
 
 
-def mixed_asks(pictures: Sequence[int], arrivals: Sequence[float], rng: Random) -> list[Ask]:
-    """A request about each picture: some question, and an answer of 4 to 32 tokens."""
+def chat_length(median_tokens: int, rng: Random) -> int:
+    """Tokens of a turn: log-normal, between a quarter of the median and four times as many."""
+    tokens = round(exp(rng.gauss(log(median_tokens), _SPREAD)))
+    return min(max(tokens, median_tokens // 4, 1), 4 * median_tokens)
+
+
+def chat_asks(
+    pictures: Sequence[int], arrivals: Sequence[float], answer_tokens: int, rng: Random
+) -> list[Ask]:
+    """A request about each picture, at :func:`mixed_ratios`, as long as those of chats.
+
+    Args:
+        pictures: Seeds.
+        arrivals: Seconds after the clock starts.
+        answer_tokens: Median length of an answer.
+    """
     ratios = mixed_ratios(len(pictures), rng)
     return [
         Ask(
-            f"USER: <image>\n{rng.choice(QUESTIONS)} ASSISTANT:",
-            picture,
+            user_turn(text_of(chat_length(QUESTION_TOKENS, rng), rng)),
+            (picture,),
             ratio,
-            max_tokens=rng.randint(4, 32),
+            max_tokens=chat_length(answer_tokens, rng),
             arrival=arrival,
         )
         for picture, ratio, arrival in zip(pictures, ratios, arrivals, strict=True)
     ]
 
 
-def _seconds_to_first_token(result: Result) -> tuple[float, float]:
-    """Median and 99th percentile."""
-    seconds = result["first_token_seconds"]
-    return median(seconds), quantiles(seconds, n=100, method="inclusive")[-1]
+def seconds_per_token(rounds: Rounds) -> float:
+    """What stock vLLM's decoder takes for a token of a prompt with a picture."""
+    seconds = []
+    for _ in range(_COST_RUNS):
+        asks = partial(rounds.asks, _COST_BATCH, 0.0, 1)
+        timed, watched = rounds.serve_watched(asks, names=(STOCK,))
+        stock, encoder = timed[STOCK], watched[STOCK]["encoder_seconds"]
+        seconds.append((stock["seconds"] - encoder) / sum(stock["prompt_tokens"]))
+    return median(seconds)
 
 
-def measure_load(rounds: Rounds) -> dict[str, Any]:
-    """Requests a second and time to first token at a rate that stock vLLM cannot serve."""
-    at_once = mixed_asks(rounds.pictures(REQUESTS), [0.0] * REQUESTS, Random(0))
-    saturated, _ = rounds.serve(at_once, CLIENTS)
-    rate = OVERLOAD * REQUESTS / saturated["seconds"]
-    figures: dict[str, list[float]] = defaultdict(list)
-    for number in rounds:
-        rng = Random(1 + number)
-        arrivals = poisson_arrivals(rate, REQUESTS, rng)
-        asks = mixed_asks(rounds.pictures(REQUESTS), arrivals, rng)
-        stock, ours = rounds.serve(asks, CLIENTS)
-        for name, result in (("stock", stock), ("ours", ours)):
-            figures[f"{name}_requests_per_second"].append(REQUESTS / result["seconds"])
-            p50, p99 = _seconds_to_first_token(result)
-            figures[f"{name}_ttft_p50_ms"].append(p50 * 1e3)
-            figures[f"{name}_ttft_p99_ms"].append(p99 * 1e3)
-        figures["throughput"].append(stock["seconds"] / ours["seconds"])
-        for name in ("ttft_p50", "ttft_p99"):
-            ratio = figures[f"ours_{name}_ms"][-1] / figures[f"stock_{name}_ms"][-1]
-            figures[name].append(ratio)
-    fixed = {"requests": REQUESTS, "clients": CLIENTS, "arrivals_per_second": rate}
-    return summary(figures, ["throughput", "ttft_p50", "ttft_p99"]) | fixed
+def ideal_speed_up(
+    shape: LlavaShape, stock: float, ratios: Sequence[float], token_seconds: float
+) -> float:
+    """Rate over stock vLLM's of an engine that saves what the plans leave out, and no more.
+
+    Args:
+        stock: Seconds that stock vLLM takes for requests about one picture each.
+        ratios: Of these requests.
+        token_seconds: See :func:`seconds_per_token`.
+    """
+    averages = {ratio: PicturePlan.of(shape, ratio, OURS).average for ratio in {*ratios}}
+    dropped = sum(shape.visual_tokens - averages[ratio] for ratio in ratios)
+    return stock / (stock - dropped * token_seconds)
+
+
+def _take(
+    figures: dict[str, list[float]], stock: Result, ours: Result, ideal: float, since: str
+) -> None:
+    """Add a round's figures; ``since`` names the result's seconds to first tokens."""
+    for side, result in (("stock", stock), ("ours", ours)):
+        seconds = result[since]
+        figures[f"{side}_requests_per_second"].append(len(seconds) / result["seconds"])
+        figures[f"{side}_ttft_p50_ms"].append(median(seconds) * 1e3)
+        p99 = quantiles(seconds, n=100, method="inclusive")[-1]
+        figures[f"{side}_ttft_p99_ms"].append(p99 * 1e3)
+    throughput = stock["seconds"] / ours["seconds"]
+    figures["throughput"].append(throughput)
+    figures["ideal"].append(ideal)
+    figures["vs_ideal"].append(throughput / ideal)
+    for name in ("ttft_p50", "ttft_p99"):
+        figures[name].append(figures[f"ours_{name}_ms"][-1] / figures[f"stock_{name}_ms"][-1])
+
+
+def _row(conditions: Mapping[str, object], figures: Mapping[str, list[float]]) -> Row:
+    return {**conditions} | summary(figures, ["throughput", "ttft_p50", "ttft_p99"])
+
+
+def measure_load(rounds: Rounds, answer_tokens: int) -> list[Row]:
+    """Requests that arrive whether or not there is room for them, at mixed ratios.
+
+    Ideal is what a server saves that leaves out what the plans do, where arrivals let it.
+    """
+    clients = max(CLIENTS)
+    names = (STOCK, OURS)
+    token_seconds = seconds_per_token(rounds)
+    at_once = _busy_asks(rounds, REQUESTS, answer_tokens, seed=0)
+    busy = rounds.serve(at_once, clients=clients, names=names)[STOCK]["seconds"]
+    ratios = [ask.ratio for ask in at_once]
+    speed_up = ideal_speed_up(rounds.shape, busy, ratios, token_seconds)
+    rows = []
+    for rate in RATES:
+        arriving = rate * REQUESTS / busy
+        ideal = ideal_rate_gain(arriving, REQUESTS / busy, speed_up)
+        figures: dict[str, list[float]] = defaultdict(list)
+        for number in rounds.at_most(LONG_ROUNDS):
+            rng = Random(1 + number)
+            arrivals = poisson_arrivals(arriving, REQUESTS, rng)
+            asks = chat_asks(rounds.pictures(REQUESTS), arrivals, answer_tokens, rng)
+            served = rounds.serve(asks, clients=clients, names=names)
+            _take(figures, served[STOCK], served[OURS], ideal, "first_token_seconds")
+        conditions = {
+            "rate": rate,
+            "arrivals_per_second": arriving,
+            "ratio": MIXED,
+            "clients": clients,
+            "requests": REQUESTS,
+        }
+        rows.append(_row(conditions, figures))
+    return rows
+
+
+def _busy_asks(rounds: Rounds, number: int, answer_tokens: int, seed: int) -> list[Ask]:
+    """Requests that are all there from the start; the same ones about other pictures each time."""
+    return chat_asks(rounds.pictures(number), [0.0] * number, answer_tokens, Random(seed))
+
+
+def measure_clients(rounds: Rounds, answer_tokens: int) -> list[Row]:
+    """Clients who each send their next request once the last is answered.
+
+    Stock vLLM runs once in a round, ours once for each ratio, at the same questions.
+    """
+    token_seconds = seconds_per_token(rounds)
+    names = (STOCK, *RATIOS)
+    rows = []
+    for clients in CLIENTS:
+        requests = clients * REQUESTS_PER_CLIENT
+        figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
+        for number in rounds.at_most(LONG_ROUNDS):
+            sent = {name: _busy_asks(rounds, requests, answer_tokens, number) for name in names}
+            for ratio in set(RATIOS) - {MIXED}:
+                sent[ratio] = [replace(ask, ratio=float(Fraction(ratio))) for ask in sent[ratio]]
+            served = rounds.in_turn(
+                {
+                    name: partial(
+                        rounds.engines[STOCK if name == STOCK else OURS].run,
+                        "pictures",
+                        asks=asks,
+                        clients=clients,
+                    )
+                    for name, asks in sent.items()
+                }
+            )
+            stock = served[STOCK]
+            for ratio, row in figures.items():
+                ratios = [ask.ratio for ask in sent[ratio]]
+                ideal = ideal_speed_up(rounds.shape, stock["seconds"], ratios, token_seconds)
+                _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
+        for ratio, row in figures.items():
+            conditions = {"clients": clients, "ratio": ratio, "requests": requests}
+            rows.append(_row(conditions, row))
+    return rows

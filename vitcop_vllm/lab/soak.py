@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
-from vitcop_vllm.lab.engines import random_picture
+from vitcop_vllm.lab.asks import random_picture
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 RATIOS = (0.0, 0.3, 0.5, 2 / 3, 7 / 9, 8 / 9, 17 / 18)

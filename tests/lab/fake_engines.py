@@ -1,0 +1,74 @@
+"""Engines that cost exactly what the plan says: every ideal must come out as met."""
+
+from collections.abc import Mapping
+from math import floor
+from typing import Any
+
+from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.lab.engines import EngineName
+from vitcop_vllm.lab.ideals import PicturePlan, ideal_capacity
+from vitcop_vllm.lab.scenarios import ANSWER_TOKENS
+from vitcop_vllm.pruning.settings import SelectorName
+
+ENCODER = 0.5
+"""Seconds of a picture."""
+
+TOKEN = 1e-3
+"""Seconds of a token in all decoder layers."""
+
+STEP = 0.01
+"""Seconds of a decode step, whoever runs."""
+
+
+class FakeEngine:
+    """Takes down what it is told to serve, in ``asked``."""
+
+    def __init__(self, name: EngineName, shape: LlavaShape) -> None:
+        self.shape = shape
+        self.selector: SelectorName | None = None if name == "stock" else name
+        self.asked: list[Mapping[str, Any]] = []
+
+    def _visual(self, ratio: float) -> float:
+        if self.selector is None:
+            return self.shape.visual_tokens
+        return PicturePlan.of(self.shape, ratio, self.selector).average
+
+    def run(self, what: str, **command: Any) -> dict[str, Any]:
+        self.asked.append({"what": what, **command})
+        run: dict[str, Any] = getattr(self, what)(**command)
+        return run
+
+    def about(self) -> dict[str, Any]:
+        return {"threads": 2, "kv_blocks": 256, "block_size": 128}
+
+    def text(self, *, batch: int, tokens: int) -> dict[str, Any]:
+        return {"seconds": batch * tokens * TOKEN}
+
+    def pictures(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
+        encoder = ENCODER * sum(len(ask.pictures) for ask in asks)
+        tokens = sum(len(ask.prompt) + len(ask.pictures) * self._visual(ask.ratio) for ask in asks)
+        prefill = encoder + tokens * TOKEN
+        steps = max(ask.max_tokens for ask in asks) - 1
+        result = {
+            "seconds": prefill + steps * STEP,
+            "first_token_seconds": [prefill] * len(asks),
+            "first_token_seconds_once_sent": [prefill / 2] * len(asks),
+            "decode_step_seconds": [STEP] * steps,
+            "prompt_tokens": [
+                len(ask.prompt) + len(ask.pictures) * self.shape.visual_tokens for ask in asks
+            ],
+            "reused_tokens": [0] * len(asks),
+            "tokens": [[ask.max_tokens] for ask in asks],
+            "answers": ["a" * ask.max_tokens for ask in asks],
+        }
+        if watched:
+            result |= {"encoder_seconds": encoder, "stage_seconds": 0.001 * prefill}
+        return result
+
+    def capacity(self, *, asks, budget: int) -> dict[str, Any]:
+        longest = len(asks[0].prompt) + self._visual(asks[0].ratio) + ANSWER_TOKENS - 1
+        fit = ideal_capacity(budget, longest, self.shape.layers)
+        return {"most": min(floor(fit), len(asks)), "preemptions": 0}
+
+    def stop(self) -> None:
+        pass

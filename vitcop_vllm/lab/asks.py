@@ -1,0 +1,56 @@
+"""Requests that a bench sends: pictures of noise, and text of a length that is asked for."""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+from random import Random
+from typing import Any
+
+QUESTION = "What is in this picture? Answer in one word."
+
+_WORDS = (
+    *("what", "where", "who", "how", "is", "are", "the", "a", "this", "that", "in", "on", "under"),
+    *("picture", "house", "street", "colour", "people", "behind", "small", "left", "written"),
+    *("describe", "and", "why", "between", "something", "tell", "me", "about", "it"),
+)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request about pictures of noise.
+
+    Attributes:
+        prompt: With ``<image>`` for each picture.
+        pictures: Seeds of their pixels.
+        ratio: Pruning ratio, in [0, 1); stock vLLM is not told.
+        max_tokens: Length of the answer.
+        arrival: Seconds after the clock starts.
+        letters: Whether the answer is made of letters. Random weights else answer bytes that
+            are no text, and that a next turn would hold as other tokens.
+    """
+
+    prompt: str
+    pictures: tuple[int, ...]
+    ratio: float
+    max_tokens: int
+    arrival: float = 0.0
+    letters: bool = False
+
+
+def user_turn(question: str, pictures: int = 1) -> str:
+    """A question about ``pictures`` pictures, in the form LLaVA-1.5 was trained on."""
+    return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
+
+
+def text_of(tokens: int, rng: Random | None = None) -> str:
+    """``tokens`` tokens of text: letters, of which the byte tokenizer makes one each."""
+    words = cycle(_WORDS) if rng is None else (rng.choice(_WORDS) for _ in range(tokens))
+    return " ".join(islice(words, tokens))[:tokens]
+
+
+def random_picture(seed: int) -> Any:
+    """A 336 x 336 picture of noise: fine for cost, meaningless for choice."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (336, 336, 3), dtype=np.uint8))

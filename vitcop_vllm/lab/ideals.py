@@ -1,0 +1,89 @@
+"""What pruning should save, counted from the plan: pure arithmetic.
+
+The encoder computes every patch whatever survives; a decoder layer is taken to cost its
+tokens. Attention, whose cost grows faster, should do better than that, and kernels that are
+slow for few rows do worse.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Self
+
+from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+
+UNPRUNED_FIT = 8
+"""Unpruned requests for which stock vLLM has blocks where KV memory is the limit; at 8/9 there
+is memory for some 40."""
+
+KV_BLOCK = 128
+"""Tokens: stock vLLM's block on a CPU, and a multiple of all others."""
+
+
+@dataclass(frozen=True)
+class PicturePlan:
+    """A picture's visual tokens, layer by layer, under a selector's default settings.
+
+    Attributes:
+        counts: Visual tokens of each stage.
+        layers: Decoder layers of each stage.
+    """
+
+    counts: VisualTokenCounts
+    layers: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, shape: LlavaShape, ratio: float, selector: SelectorName) -> Self:
+        settings = PruningSettings(selector=selector)
+        counts = plan_counts(settings, ratio, shape.layers, shape.visual_tokens)
+        shallow, deep = settings.boundaries(shape.layers)
+        return cls(counts, (shallow, deep - shallow, shape.layers - deep))
+
+    @property
+    def average(self) -> float:
+        """Visual tokens, averaged over the decoder's layers."""
+        shallow, middle, _ = self.layers
+        return self.counts.layer_average((shallow, shallow + middle), sum(self.layers))
+
+    def share(self, text: int, pictures: int = 1) -> float:
+        """Tokens left of a prompt with ``text`` tokens of text, averaged over layers, in (0, 1]."""
+        return (text + pictures * self.average) / (text + pictures * self.counts.encoder)
+
+
+def ideal_prefill(stock: float, encoder: float, share: float) -> float:
+    """Seconds of a prefill whose decoder computes ``share`` of its tokens.
+
+    Args:
+        stock: Seconds it takes stock vLLM, the encoder among them.
+        encoder: Seconds the encoder takes stock vLLM.
+        share: See :meth:`PicturePlan.share`.
+    """
+    return encoder + max(0.0, stock - encoder) * share
+
+
+def ideal_capacity(budget: int, longest: float, num_layers: int) -> float:
+    """Requests whose KV fits, were there no blocks and no whole requests.
+
+    Args:
+        budget: KV slots times layers.
+        longest: Tokens of a request at its longest, averaged over layers.
+        num_layers: L, decoder layers.
+    """
+    return budget / (longest * num_layers)
+
+
+def kv_budget(unpruned: int, num_layers: int) -> int:
+    """KV slots times layers that hold ``UNPRUNED_FIT`` requests of ``unpruned`` tokens each."""
+    return UNPRUNED_FIT * ceil(unpruned / KV_BLOCK) * KV_BLOCK * num_layers
+
+
+def ideal_rate_gain(arrivals: float, stock: float, speed_up: float) -> float:
+    """Requests a second over stock vLLM's, where requests arrive at a given rate.
+
+    Args:
+        arrivals: Requests that arrive a second.
+        stock: Requests a second that stock vLLM serves when it is never idle.
+        speed_up: Rate at which an ideal engine serves them over ``stock``.
+    """
+    return min(arrivals, stock * speed_up) / min(arrivals, stock)
