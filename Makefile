@@ -45,8 +45,8 @@ fix: $(STAMP) ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Measure stock vLLM against ours, in turn (ARGS=--help)
-	$(BIN)/python -m vitcop_vllm.lab.bench $(ARGS)
+bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=--help)
+	$(BIN)/python -m vitcop_vllm.lab.bench --plot docs/speed.png $(ARGS)
 
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m vitcop_vllm.lab.evaluate --plot docs/accuracy.png $(ARGS)
