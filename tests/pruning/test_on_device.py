@@ -99,7 +99,7 @@ def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
     assert selection.index.shape == (2, n2)
     groups = min(num_centres, n2)
     assert selection.merged.shape == (2, groups)
-    assert selection.mean.shape == (2, groups, n1)
+    assert selection.groups.shape == (2, n1)
     hidden = torch.ones(2, n1, 4096, device="cuda", dtype=torch.bfloat16)
     assert merge_tokens(hidden, selection).shape == (2, n2, 4096)
     assert select_stage_three(key_norm[:, :n2], n3).shape == (2, n3)

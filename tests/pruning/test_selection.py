@@ -20,11 +20,10 @@ PUBLISHED = [(172, 20, 77, 15), (230, 34, 165, 33), (288, 51, 253, 51)]
 def rows(selection: StageTwoSelection, picture: int):
     """A picture's selection as the oracle writes it."""
     members = {}
-    groups = zip(selection.merged[picture].tolist(), selection.mean[picture], strict=True)
-    for row, mean in groups:
+    group_of = selection.groups[picture].tolist()
+    for group, row in enumerate(selection.merged[picture].tolist()):
         assert row not in members
-        members[row] = mean.nonzero().flatten().tolist()
-        np.testing.assert_allclose(mean[members[row]].numpy(), 1 / len(members[row]), rtol=1e-6)
+        members[row] = [token for token, its in enumerate(group_of) if its == group]
     return [
         (source, members.get(row)) for row, source in enumerate(selection.index[picture].tolist())
     ]
@@ -43,7 +42,8 @@ def agrees(key_norm, labels, num_centres, n2):
     got = select_stage_two(key_norm[None], labels[None], num_centres, n2)
     assert got.index.shape == (1, n2)
     assert got.index.dtype == torch.int64
-    assert got.mean.dtype == torch.float32
+    assert got.groups.shape == (1, len(labels))
+    assert got.groups.dtype == torch.int64
     assert got.merged.shape[1] == min(num_centres, n2)
     wanted = oracle.stage_two(key_norm.tolist(), labels.tolist(), num_centres, n2)
     assert len(wanted) == n2
@@ -194,7 +194,7 @@ def test_one_batch_is_its_pictures(n2):
         single = select_stage_two(norms[one], labels[one], 12, n2)
         assert torch.equal(batch.index[one], single.index)
         assert torch.equal(batch.merged[one], single.merged)
-        assert torch.equal(batch.mean[one], single.mean)
+        assert torch.equal(batch.groups[one], single.groups)
         torch.testing.assert_close(merged[one], merge_tokens(hidden[one], single))
         assert torch.equal(third[one], select_stage_three(norms[one, :n2], 1))
 
@@ -208,7 +208,9 @@ def test_counts_hold_when_norms_are_not_finite(bad, n2):
     labels = torch.stack([some_labels(40, 12, seed) for seed in range(3)])
     got = select_stage_two(norms, labels, 12, n2)
     assert (got.index.diff(dim=1) > 0).all()
-    torch.testing.assert_close(got.mean.sum(dim=2), torch.ones(got.mean.shape[:2]))
+    for groups in got.groups:
+        assert groups.unique().tolist() == list(range(min(12, n2) + (n2 > 12)))
+        assert (groups == 12).sum() == max(n2 - 12, 0)
     assert (got.merged.sort(dim=1).values.diff(dim=1) > 0).all()
     assert (select_stage_three(norms, n2).diff(dim=1) > 0).all()
 

@@ -427,7 +427,8 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(B, V, C) rows at (B, n) indices: (B, n, C)."""
-    return rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    # Not gather: on a CPU, looking up whole rows is many times faster than each number.
+    return rows[torch.arange(index.shape[0], device=index.device)[:, None], index]
 
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

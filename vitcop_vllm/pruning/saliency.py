@@ -52,14 +52,9 @@ def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
     Returns:
         (B, n, 2) float32 in [0, 1).
     """
-    row = index.div(grid_width, rounding_mode="floor").float()
-    column = index.remainder(grid_width).float()
     # Tensor divisors: CUDA multiplies by the reciprocal of a Python one, which is an ulp
     # away from the CPU's quotient, and a radius may be met exactly.
-    return torch.stack(
-        (
-            row / torch.full_like(row, grid_height),
-            column / torch.full_like(column, grid_width),
-        ),
-        dim=-1,
-    )
+    height = index.new_full((1,), grid_height, dtype=torch.float32)
+    width = index.new_full((1,), grid_width, dtype=torch.float32)
+    row = index.div(grid_width, rounding_mode="floor")
+    return torch.stack((row / height, index.remainder(grid_width) / width), dim=-1)

@@ -5,22 +5,29 @@ Counts are a promise: every picture gets exactly the rows asked for, even if its
 are not finite. Shapes depend on arguments only, and nothing here waits for the device.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def mean_key_norm(key: Tensor) -> Tensor:
+def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """L2 norm of the key averaged over KV heads; *smaller* is more salient.
 
     Args:
-        key: (..., kv_heads, D), after rotary embedding.
+        key: (..., kv_heads, D), after rotary embedding; the heads are this rank's.
+        mean_over_ranks: Averages a tensor over tensor-parallel ranks. The mean of the ranks'
+            means is right: each holds equally many heads, and where there are fewer heads
+            than ranks each head is held equally often.
 
     Returns:
         (...) float32.
     """
-    norm: Tensor = torch.linalg.vector_norm(key.float().mean(dim=-2), dim=-1)
+    mean = key.mean(dim=-2, dtype=torch.float32)
+    if mean_over_ranks is not None:
+        mean = mean_over_ranks(mean)
+    norm: Tensor = torch.linalg.vector_norm(mean, dim=-1)
     return norm
 
 
@@ -31,13 +38,12 @@ class StageTwoSelection(NamedTuple):
         index: (B, n2) int64, ascending. The source token of each output row: the kept
             token itself, or the median member of a merged group.
         merged: (B, m) int64, the output row of each group.
-        mean: (B, m, n1) float32, 1/size at the group's members: the group's mean, which
-            is added to its row, is ``mean @ hidden``.
+        groups: (B, n1) int64, the group each token is merged into; m where it is in none.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, of no use here
     merged: Tensor
-    mean: Tensor
+    groups: Tensor
 
 
 def select_stage_two(
@@ -51,7 +57,8 @@ def select_stage_two(
     the tokens of smallest key norm are kept and the rest is merged.
 
     Args:
-        key_norm: (B, n1), smaller is more salient; equals go to the lower index.
+        key_norm: (B, n1) float32, no value negative; smaller is more salient, equals go to
+            the lower index.
         labels: (B, n1) int64 in [0, K), every label with at least one token.
         num_centres: K.
         n2: Rows to return, from 1 to n1.
@@ -60,17 +67,17 @@ def select_stage_two(
     assert 1 <= n2 <= num_tokens, (n2, num_tokens)
     assert 1 <= num_centres <= num_tokens, (num_centres, num_tokens)
 
-    member = _membership(labels, num_centres)
     # In float64 a sum of float32 norms does not depend on the order of its terms.
-    sums = torch.where(member, key_norm.double()[:, None], 0.0).sum(dim=2)
+    wide = key_norm.double()
+    sums = wide.new_zeros(labels.shape[0], num_centres).scatter_add_(1, labels, wide)
     if num_centres > n2:
         rank = _ranks(sums.argsort(dim=1, stable=True))
-        groups = rank.gather(1, labels).clamp_max(n2 - 1)
-        return _merge(groups, n2, torch.zeros_like(groups, dtype=torch.bool), n2)
-    sizes = member.sum(dim=2)
-    quotas = _quotas(sums, sizes, num_tokens, n2)
-    kept = _ranks_in_cluster(key_norm, labels, sizes) < quotas.gather(1, labels)
-    return _merge(labels, num_centres, kept, n2)
+        return _merge(rank.gather(1, labels).clamp_max_(n2 - 1), n2, n2)
+    place, bounds = _places_by_cluster(key_norm, labels, num_centres)
+    first = bounds[:, :-1]
+    quotas = _quotas(sums, bounds[:, 1:] - first, num_tokens, n2)
+    whole = place < (first + quotas).gather(1, labels)
+    return _merge(labels.masked_fill(whole, num_centres), num_centres, n2)
 
 
 def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
@@ -84,12 +91,15 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
         (B, n2, H) in ``hidden``'s dtype.
     """
     wide = hidden.float()
-    width = hidden.shape[2]
-    rows = wide.gather(1, selection.index[:, :, None].expand(-1, -1, width))
+    pictures, num_groups = selection.merged.shape
+    member = wide.new_zeros(pictures, num_groups + 1, hidden.shape[1])
+    member = member.scatter_(1, selection.groups[:, None, :], 1.0)[:, :num_groups]
+    means = torch.bmm(member, wide).div_(member.sum(dim=2, keepdim=True))
+    # Not gather: on a CPU, looking up whole rows is many times faster than each number.
+    picture = torch.arange(pictures, device=hidden.device)[:, None]
+    rows = wide[picture, selection.index]
     # Each group has a row of its own, so the order of additions is no question.
-    rows.scatter_add_(
-        1, selection.merged[:, :, None].expand(-1, -1, width), torch.bmm(selection.mean, wide)
-    )
+    rows.scatter_add_(1, selection.merged[:, :, None].expand_as(means), means)
     return rows.to(hidden.dtype)
 
 
@@ -107,28 +117,37 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
     return best.sort(dim=1).values
 
 
-def _membership(labels: Tensor, num_labels: int) -> Tensor:
-    """[b, k, i]: whether token i has label k."""
-    every = torch.arange(num_labels, device=labels.device)
-    return labels[:, None, :] == every[:, None]
-
-
 def _ranks(order: Tensor) -> Tensor:
     """The place of each element in ``order``, a permutation per row."""
-    return order.argsort(dim=1)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, place)
 
 
-def _ranks_in_cluster(key_norm: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
-    """Place of each token in its cluster, smallest key norm first; (B, n1)."""
-    # Two stable sorts make one by (label, key norm, index).
-    by_norm = key_norm.argsort(dim=1, stable=True)
-    by_label = labels.gather(1, by_norm).argsort(dim=1, stable=True)
-    first = sizes.cumsum(dim=1) - sizes
-    return _ranks(by_norm.gather(1, by_label)) - first.gather(1, labels)
+def _bounds(ascending: Tensor, num_values: int, bits: int = 0) -> Tensor:
+    """Where runs begin: (B, num_values + 1) int64, the last is the end.
+
+    Args:
+        ascending: (B, n) int64, sorted; a run is what is equal in all but the lowest ``bits``.
+        num_values: Runs, of 0, 1, 2 and so on.
+        bits: Lowest bits that do not matter.
+    """
+    values = torch.arange(0, (num_values + 1) << bits, 1 << bits, device=ascending.device)
+    return torch.searchsorted(ascending, values.expand(ascending.shape[0], -1).contiguous())
+
+
+def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
+    """Tokens by (label, key norm, index): each one's place, (B, n1), and the clusters' bounds.
+
+    One sort of integers: floats that are not negative are ordered as their bits are, and
+    so are infinities, and after them what is no number, once its sign is out of the way.
+    """
+    bits = key_norm.float().view(torch.int32) & 0x7FFFFFFF
+    ascending, order = (labels << 32).add_(bits).sort(dim=1, stable=True)
+    return _ranks(order), _bounds(ascending, num_centres, bits=32)
 
 
 def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
-    """Tokens that each cluster keeps whole: (B, K) int64, in total n2 - K.
+    """Tokens that each cluster keeps whole: (B, K) float64, in total n2 - K.
 
     Proportional to size - 1 and rounded half to even. What rounding leaves over is handed
     out one each to clusters of smallest sum first, what it overspends is taken back from
@@ -143,49 +162,32 @@ def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     total = torch.full_like(sums, max(n1 - num_clusters, 1))
     # The order of operations decides halves, and so does a tensor as the divisor: CUDA
     # multiplies by the reciprocal of a Python one.
-    share = spare.double() / total * (n2 - num_clusters)
-    quotas = share.round().long()
+    quotas = (spare / total).mul_(n2 - num_clusters).round_()
     missing = (n2 - num_clusters) - quotas.sum(dim=1, keepdim=True)
 
-    smallest_first = sums.argsort(dim=1, stable=True)
-    largest_first = sums.argsort(dim=1, stable=True, descending=True)
-    given = _first(missing, quotas < spare, smallest_first)
-    taken = _first(-missing, quotas > 0, largest_first)
-    return quotas + given.long() - taken.long()
-
-
-def _first(count: Tensor, able: Tensor, order: Tensor) -> Tensor:
-    """The first ``count`` clusters in ``order`` that are able; none if it is negative.
-
-    Args:
-        count: (B, 1).
-        able: (B, K) bool.
-        order: (B, K), a permutation per row.
-
-    Returns:
-        (B, K) bool.
-    """
+    step = missing.sign()
+    changed = quotas + step
+    able = (changed >= 0) & (changed <= spare)
+    # Largest sums first where tokens are taken back.
+    order = (sums * step).argsort(dim=1, stable=True)
     in_order = able.gather(1, order)
-    chosen = in_order & (in_order.cumsum(dim=1) <= count)
-    return chosen.gather(1, _ranks(order))
+    chosen = in_order & (in_order.cumsum(dim=1) <= missing.abs())
+    return torch.where(torch.empty_like(able).scatter_(1, order, chosen), changed, quotas)
 
 
-def _merge(groups: Tensor, num_groups: int, kept: Tensor, n2: int) -> StageTwoSelection:
-    """Keep ``kept`` tokens whole and merge the others of each group to one row.
+def _merge(groups: Tensor, num_groups: int, n2: int) -> StageTwoSelection:
+    """Merge the tokens of each group to one row and keep the others whole.
 
     Args:
-        groups: (B, n1) int64 in [0, num_groups).
-        num_groups: Groups, each with at least one token that is not kept.
-        kept: (B, n1) bool, with n2 - num_groups set per picture.
+        groups: (B, n1) int64 in [0, num_groups], where n2 - num_groups tokens per picture
+            are in none: these have the last value.
+        num_groups: m, groups with at least one token each.
         n2: Rows to return.
     """
-    member = _membership(groups, num_groups) & ~kept[:, None, :]
-    size = member.sum(dim=2, keepdim=True)
-    place = member.cumsum(dim=2) - 1
-    median = member & (place == size // 2)
-    # Exactly n2 tokens are sources: sorting them to the front stands in for nonzero.
-    source = (kept | median.any(dim=1)).int()
-    index = source.argsort(dim=1, descending=True, stable=True)[:, :n2]
-    row = source.cumsum(dim=1) - 1
-    merged = row.gather(1, median.int().argmax(dim=2))
-    return StageTwoSelection(index, merged, member.float() / size)
+    ascending, order = groups.sort(dim=1, stable=True)
+    bounds = _bounds(ascending, num_groups)
+    # first + size // 2, for size = end - first
+    medians = order.gather(1, (bounds[:, :-1] + bounds[:, 1:]) >> 1)
+    whole = order[:, order.shape[1] - (n2 - num_groups) :]
+    index = torch.cat((medians, whole), dim=1).sort(dim=1).values
+    return StageTwoSelection(index, torch.searchsorted(index, medians), groups)

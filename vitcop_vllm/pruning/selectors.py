@@ -229,13 +229,8 @@ def least_duplicated(view: BoundaryView, count: int) -> Tensor:
 
 
 def _key_norms(view: BoundaryView) -> Tensor:
-    """(G, n) norm of the key averaged over the KV heads of all ranks; smaller is more salient.
-
-    The mean of the ranks' means: each holds equally many heads, and where there are fewer
-    heads than ranks each head is held equally often.
-    """
-    mean = view.mean_over_ranks(view.keys[view.rows].float().mean(dim=-2))
-    return mean_key_norm(mean.unsqueeze(-2))
+    """(G, n) norm of the key averaged over the KV heads of all ranks; smaller is more salient."""
+    return mean_key_norm(view.keys[view.rows], view.mean_over_ranks)
 
 
 def _indices(taken: Tensor, count: int) -> Tensor:

@@ -85,8 +85,8 @@ class ChoiceRecorder:
 def _groups(selection: StageTwoSelection, number: int) -> list[list[int]]:
     """Members of each merged group, the one whose row stands for them first."""
     rows = selection.index[number][selection.merged[number]].tolist()
-    members = [(weights > 0).nonzero().flatten().tolist() for weights in selection.mean[number]]
+    group_of = selection.groups[number].tolist()
     return [
-        [row, *(member for member in group if member != row)]
-        for row, group in zip(rows, members, strict=True)
+        [row, *(token for token, its in enumerate(group_of) if its == group and token != row)]
+        for group, row in enumerate(rows)
     ]
