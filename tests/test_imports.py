@@ -74,6 +74,17 @@ def test_the_method_knows_nothing_of_vllm(module, path):
         assert "torch" not in roots
 
 
+def test_nobody_needs_triton_to_be_imported():
+    for module, path in modules("vitcop_vllm"):
+        if module == "vitcop_vllm.pruning.kernels":
+            continue
+        assert "triton" not in {name.split(".")[0] for name in imports(path)}
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert "vitcop_vllm.pruning.kernels" not in names | {node.module}, module
+
+
 def test_what_the_server_sees_loads_without_torch():
     loads = "import sys, vitcop_vllm.pruning.identity; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", loads], cwd=ROOT, check=True)

@@ -7,6 +7,8 @@ arguments only, and nothing here waits for the device.
 import torch
 from torch import Tensor
 
+from vitcop_vllm.pruning.fused import kernels_for
+
 _INDISTINCT = 1e-13
 """Squared distance, over squared norms, below which two feature rows count as equal.
 
@@ -100,6 +102,11 @@ def cluster_labels(
     pictures, num_tokens, _ = features.shape
     assert 1 <= num_centres <= num_tokens <= 2**14, (num_centres, num_tokens)
 
+    if kernels := kernels_for(features):
+        labels: Tensor = kernels.cluster_labels(
+            features, positions, num_centres, density_scale, spatial_radius, _INDISTINCT, _TIE
+        )
+        return labels
     distances = _feature_distances(features)
     density = _densities(distances, density_scale)
     ineligible = _no_denser(density).logical_or_(_too_far(positions, spatial_radius))
