@@ -103,9 +103,15 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         f"dummy by default for {' and '.join(sorted(PUBLISHED))}",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of weights and activations; CPUs without AMX or AVX-512 are faster with float32",
+    )
+    parser.add_argument(
         "--kv-cache-gib",
         type=_number,
-        help="of each engine; 3 on a CPU, what the weights leave on a GPU",
+        help="of each engine; 3 on a CPU (6 in float32), what the weights leave on a GPU",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed over ratio")
     arguments = parser.parse_args(argv)
@@ -135,7 +141,7 @@ def settle_defaults(arguments: argparse.Namespace, device: Device) -> None:
     if arguments.chat_tokens is None:
         arguments.chat_tokens = 128 if on_gpu else 16
     if arguments.kv_cache_gib is None and not on_gpu:
-        arguments.kv_cache_gib = 3
+        arguments.kv_cache_gib = 6 if arguments.dtype == "float32" else 3
     if arguments.load_format is None:
         arguments.load_format = "dummy" if arguments.shape in PUBLISHED else "random"
 
@@ -168,7 +174,7 @@ def engine_options(arguments: argparse.Namespace, shape: LlavaShape) -> dict[str
     if chosen & {"load", "clients"}:
         longest.append(prompt + 4 * (load.QUESTION_TOKENS + arguments.chat_tokens))
     options: dict[str, Any] = {
-        "dtype": "bfloat16",
+        "dtype": arguments.dtype,
         "max_model_len": max(longest),
         "max_num_batched_tokens": max(most + longest),
         "max_num_seqs": max(MAX_NUM_SEQS, *arguments.batches, *arguments.running),
