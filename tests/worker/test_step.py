@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.worker.steps import common_metadata
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import ScheduledRequest, StagedForward, build_step
 
@@ -57,23 +58,28 @@ def test_stages_hold_the_rows_that_are_left(batch):
     step = build_step(batch, CPU)
     if step is None:
         return
+    common = common_metadata([(request.start, request.end) for request in batch])
     for stage, rows in step.stages.items():
+        seen = rows.narrow(common, torch.zeros(len(batch), dtype=torch.int32))
         expected = [rows_of(request, stage) for request in batch]
         lengths = [len(part) for part in expected]
         starts = [sum(lengths[:i]) for i in range(len(batch) + 1)]
-        assert rows.query_start_loc.tolist() == starts
-        assert rows.num_rows == sum(lengths)
-        assert rows.max_query_len == max(lengths)
+        assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist() == starts
+        assert seen.num_actual_tokens == sum(lengths)
+        assert seen.max_query_len == max(lengths)
+        assert seen.slot_mapping.shape[0] == sum(lengths)
         physical = [
             request.end
             if request.plan is None
             else request.plan.physical_length(request.end, stage)
             for request in batch
         ]
-        assert rows.seq_lens.tolist() == physical
-        assert rows.max_seq_len == max(physical)
+        assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == physical
+        assert seen.max_seq_len == max(physical)
         # Slots follow on from those of earlier steps, without a gap.
-        assert rows.positions.tolist() == [
+        first, positions = rows.place(common.query_start_loc, common.positions)
+        assert first.tolist() == starts
+        assert positions.tolist() == [
             position
             for length, count in zip(physical, lengths, strict=True)
             for position in range(length - count, length)
@@ -174,6 +180,26 @@ def test_decode_steps_run_the_unstaged_forward(batch):
     decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
     step = build_step(decodes, CPU, renumber_deep=True)
     assert step is None or step.forward is None
+
+
+@given(batches, st.integers(0, 3))
+def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
+    decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
+    step = build_step(decodes, CPU)
+    spans = [(request.start, request.end) for request in decodes]
+    padded = common_metadata(spans, padding=padding)
+    for rows in step.stages.values() if step else ():
+        place = torch.full((len(batch) + 4,), 77, dtype=torch.int32)
+        seen = rows.narrow(padded, place)
+        alone = rows.narrow(common_metadata(spans), torch.zeros_like(place))
+        assert seen.seq_lens.tolist() == alone.seq_lens.tolist() + [0] * padding
+        assert seen.seq_lens_cpu_upper_bound.tolist() == seen.seq_lens.tolist()
+        assert seen.seq_lens.data_ptr() == place.data_ptr()
+        # The rest is vLLM's, which is where a graph reads it.
+        assert seen.query_start_loc.data_ptr() == padded.query_start_loc.data_ptr()
+        assert seen.slot_mapping.data_ptr() == padded.slot_mapping.data_ptr()
+        assert seen.num_actual_tokens == padded.num_actual_tokens == len(batch) + padding
+        assert padded.seq_lens.tolist() == [end for _, end in spans] + [0] * padding
 
 
 def test_a_step_with_a_pruned_picture_runs_the_staged_forward():

@@ -5,6 +5,7 @@ subclasses the backend's metadata builder and implementation, and a thin layer.
 """
 
 import functools
+from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from vllm.v1.attention.backend import (
     subclass_attention_backend_with_overrides,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.worker.utils import AttentionGroup
 
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
@@ -30,7 +32,7 @@ kernels from them while building, so that groups of a stage could not share a bu
 
 @dataclass(frozen=True)
 class StageRows:
-    """A step's rows in one stage; R requests, T rows.
+    """A step in which a stage has rows of its own; R requests, T rows.
 
     Attributes:
         query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
@@ -47,8 +49,10 @@ class StageRows:
     max_query_len: int
     max_seq_len: int
 
-    def narrow(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as this stage sees it."""
+    def narrow(
+        self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
+    ) -> CommonAttentionMetadata:
+        """vLLM's metadata of the step, as this stage sees it; ``seq_lens`` is left alone."""
         return common.replace(
             query_start_loc=self.query_start_loc,
             query_start_loc_cpu=self.query_start_loc_cpu,
@@ -63,16 +67,118 @@ class StageRows:
             _token_to_req_indices_cache=None,
         )
 
+    def place(
+        self, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """First row of each request and position of each row, which decide the KV slots."""
+        return self.query_start_loc, self.positions
 
-class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """What the worker sees of a stage's builder, whatever backend it builds for.
+
+@dataclass(frozen=True)
+class StageLengths:
+    """A step in which a stage has vLLM's rows, of requests that are shorter in it; R requests.
 
     Attributes:
-        rows: The stage's rows in the step to build for; ``None`` where no request of it
-            prunes, and the stage sees what vLLM planned.
+        missing, missing_cpu: (R,) int32, tokens of each request without a slot in the stage.
+        max_seq_len: The longest physical length after the step.
     """
 
-    rows: StageRows | None = None
+    missing: torch.Tensor
+    missing_cpu: torch.Tensor
+    max_seq_len: int
+
+    def narrow(
+        self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
+    ) -> CommonAttentionMetadata:
+        """vLLM's metadata of the step, as this stage sees it.
+
+        Args:
+            common: Of at least R requests; those past them pad a CUDA graph.
+            seq_lens: (max R,) int32, where the physical lengths are put.
+        """
+        num_reqs = self.missing.shape[0]
+        lengths = seq_lens[: common.num_reqs].copy_(common.seq_lens)
+        lengths[:num_reqs] -= self.missing
+        upper_bound = common.seq_lens_cpu_upper_bound
+        if upper_bound is not None:
+            upper_bound = upper_bound.clone()
+            upper_bound[:num_reqs] -= self.missing_cpu
+        return common.replace(
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=upper_bound,
+            max_seq_len=self.max_seq_len,
+            positions=None,  # not the stage's, and no backend of ours reads them
+            _num_computed_tokens_cache=None,
+        )
+
+    def place(
+        self, query_start_loc: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :meth:`StageRows.place`.
+
+        Args:
+            query_start_loc: (R + 1,) int32, first row of each request.
+            positions: (T,) int64, position of each row in the prompt and its answer.
+        """
+        # With its length given, nothing waits for the device.
+        missing = torch.repeat_interleave(
+            self.missing, query_start_loc.diff(), output_size=positions.shape[0]
+        )
+        return query_start_loc, positions - missing
+
+
+@dataclass
+class StageBuild:
+    """What builders of one stage's groups share: a step is built once, and for all of them.
+
+    Attributes:
+        seq_lens: (max R,) int32, physical lengths. A full CUDA graph reads them here, so all
+            steps that may be one put them here; zero for requests that pad it.
+        rows: What the stage sees of the step to build for; ``None`` where no request of it
+            prunes, and the stage sees what vLLM planned.
+        metadata: What was built for the step; ``None`` until then.
+    """
+
+    seq_lens: torch.Tensor
+    rows: StageRows | StageLengths | None = None
+    metadata: Any = None
+
+    def narrow(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """vLLM's metadata of the step, as the stage sees it."""
+        if self.rows is not None:
+            return self.rows.narrow(common, self.seq_lens)
+        return common.replace(seq_lens=self.seq_lens[: common.num_reqs].copy_(common.seq_lens))
+
+
+class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
+    """What the worker sees of a stage's builder, whatever backend it builds for."""
+
+    stage_build: StageBuild
+
+
+def begin_builds(
+    groups: Iterable[AttentionGroup], rows: Mapping[int, StageRows | StageLengths]
+) -> None:
+    """Tell the builders of all groups what a step is in their stages, before they build for it.
+
+    Args:
+        groups: Of all layers, in any order.
+        rows: Stage -> what it sees of the step; absent where it sees what vLLM planned.
+    """
+    first: dict[KVCacheSpec, Any] = {}
+    for group in groups:
+        builder: Any = group.get_metadata_builder()
+        if (leader := first.setdefault(group.kv_cache_spec, builder)) is not builder:
+            # Where vLLM builds once for equal groups, the graphs of all groups must read what
+            # the first one wrote. FlashAttention 3 keeps its schedule in a buffer of its own.
+            if hasattr(leader, "scheduler_metadata"):
+                builder.scheduler_metadata = leader.scheduler_metadata
+            if isinstance(builder, StagedMetadataBuilder):
+                builder.stage_build = leader.stage_build
+        elif isinstance(builder, StagedMetadataBuilder):
+            assert isinstance(group.kv_cache_spec, StagedAttentionSpec)
+            builder.stage_build.rows = rows.get(group.kv_cache_spec.stage)
+            builder.stage_build.metadata = None
 
 
 @functools.lru_cache
@@ -96,12 +202,26 @@ def create_staged_attention_backend(
         # Groups of one stage differ in block table and slots alone: build once for all.
         supports_update_block_table = True
 
+        def __init__(
+            self,
+            kv_cache_spec: KVCacheSpec,
+            layer_names: list[str],
+            vllm_config: VllmConfig,
+            device: torch.device,
+        ) -> None:
+            super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+            max_num_reqs = vllm_config.scheduler_config.max_num_seqs
+            self.stage_build = StageBuild(
+                torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+            )
+
         @classmethod
         def get_cudagraph_support(
             cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
         ) -> AttentionCGSupport:
-            # A stage's lengths are fresh tensors each step, which no full graph can hold.
-            return AttentionCGSupport.NEVER
+            support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            # Never of prefill: a graph of it would be run for steps that drop rows too.
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
         def build(
             self,
@@ -109,15 +229,22 @@ def create_staged_attention_backend(
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            if self.rows is not None:
-                common_attn_metadata = self.rows.narrow(common_attn_metadata)
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            step = self.stage_build
+            if step.metadata is not None:  # model runner V2 asks each group's builder
+                return self.update_block_table(
+                    step.metadata,
+                    common_attn_metadata.block_table_tensor,
+                    common_attn_metadata.slot_mapping,
+                )
+            step.metadata = super().build(
+                common_prefix_len, step.narrow(common_attn_metadata), fast_build
+            )
+            return step.metadata
 
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
-            if self.rows is not None:
-                slot_mapping = slot_mapping[: metadata.slot_mapping.shape[0]]
+            slot_mapping = slot_mapping[: metadata.slot_mapping.shape[0]]
             if underlying_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
             updated = copy(metadata)

@@ -28,8 +28,8 @@ last block of a stage that holds a few dozen tokens."""
 
 _SCHEDULER = "vitcop_vllm.engine.scheduler.create_scheduler"
 _WORKERS = {
-    "cpu": "vitcop_vllm.worker.v1.StagedCPUWorker",
-    "cuda": "vitcop_vllm.worker.v1.StagedGPUWorker",
+    "cpu": "vitcop_vllm.worker.workers.StagedCPUWorker",
+    "cuda": "vitcop_vllm.worker.workers.StagedGPUWorker",
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from vitcop_vllm.engine.attention import StageRows
+from vitcop_vllm.engine.attention import StageLengths, StageRows
 
 
 class StagedBlockTables(MultiGroupBlockTable):
@@ -20,10 +20,10 @@ class StagedBlockTables(MultiGroupBlockTable):
     a CPU that is most of what many groups cost.
 
     Attributes:
-        rows: Stage -> the rows of the step; stages that are not in it have vLLM's.
+        rows: Stage -> what it sees of the step; stages that are not in it see what vLLM does.
     """
 
-    rows: Mapping[int, StageRows]
+    rows: Mapping[int, StageRows | StageLengths]
 
     @classmethod
     def adopt(cls, tables: MultiGroupBlockTable, stage_of_group: Sequence[int]) -> Self:
@@ -78,7 +78,7 @@ class StagedBlockTables(MultiGroupBlockTable):
             if (rows := self.rows.get(stage)) is None:
                 self._compute(places, query_start_loc, positions)
             else:
-                self._compute(places, rows.query_start_loc, rows.positions)
+                self._compute(places, *rows.place(query_start_loc, positions))
 
     def _compute(
         self, places: slice, query_start_loc: torch.Tensor, positions: torch.Tensor

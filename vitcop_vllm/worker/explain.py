@@ -5,13 +5,16 @@ until newer explanations take its place.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vitcop_vllm.pruning.identity import explained_size
 from vitcop_vllm.pruning.selection import StageTwoSelection
+from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, StagedStep
 
 MOST_PICTURES = 256
 """Explanations that wait to be asked for; some 10 kB each."""
@@ -70,6 +73,49 @@ class ChoiceRecorder:
             told["shallow" if stage == 1 else "deep"] = index[number].tolist()
             if isinstance(chosen, StageTwoSelection):
                 told["merged"] = _groups(chosen, number)
+
+    @contextmanager
+    def follow_encoder(self, model: Any, names: Sequence[str]) -> Iterator[None]:
+        """Take down what Stage I chooses while ``model`` encodes pictures of these names."""
+        if not any(map(explained_size, names)):
+            yield
+            return
+        model.patch_choices = []
+        try:
+            yield
+            for name, choice in zip(names, model.patch_choices, strict=True):
+                if choice is not None and explained_size(name):
+                    self.record_patches(name, choice)
+        finally:
+            model.patch_choices = None
+
+    def follow(
+        self, step: StagedStep | None, requests: Sequence[ScheduledRequest]
+    ) -> StagedStep | None:
+        """``step``, telling what it chooses for pictures that are to be explained.
+
+        Args:
+            step: What these requests compute.
+            requests: In row order.
+        """
+        if step is None or step.forward is None:
+            return step
+        names: list[str | None] = []
+        for request in requests:
+            if request.plan is None:
+                continue
+            features = {f.mm_position.offset: f for f in request.features}
+            for span in request.plan.spans_in(request.start, request.end):
+                if span.counts.is_pruned:
+                    name = features[span.offset].identifier
+                    names.append(name if explained_size(name) else None)
+        if not any(names):
+            return step
+
+        def record(group: SpanGroup, stage: int, chosen: Any) -> None:
+            self.record_tokens([names[i] for i in group.pictures], stage, chosen)
+
+        return replace(step, forward=replace(step.forward, record=record))
 
     def take(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Hand over what is known of these pictures, and forget it."""

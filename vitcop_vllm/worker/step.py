@@ -6,7 +6,7 @@ Which rows survive is decided on the device and never needed here.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vitcop_vllm.engine.attention import StageRows
+from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.pruning.identity import Feature
 from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
 
 Ints = npt.NDArray[np.int64]
@@ -29,12 +30,14 @@ class ScheduledRequest(NamedTuple):
         start: Tokens computed before the step.
         end: Tokens computed after it.
         prompt_tokens: Length of its prompt, placeholders included.
+        features: Its pictures, which are asked for their names.
     """
 
     plan: RequestPlan | None
     start: int
     end: int
     prompt_tokens: int
+    features: Sequence[Feature] = ()
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,12 @@ class StagedStep:
     """A step with at least one pruned request.
 
     Attributes:
-        stages: Rows per stage; stage 0 is vLLM's own and absent.
+        stages: What each stage sees; stage 0 is vLLM's own and absent.
         forward: ``None`` where all stages see the same rows, as when decoding: vLLM's own
-            forward is right as it is.
+            forward is right as it is, and may be run from a CUDA graph.
     """
 
-    stages: dict[int, StageRows]
+    stages: Mapping[int, StageRows | StageLengths]
     forward: StagedForward | None
 
 
@@ -141,30 +144,45 @@ def build_step(
         return None
     starts = np.array([r.start for r in requests], dtype=np.int64)
     ends = np.array([r.end for r in requests], dtype=np.int64)
-    before = np.zeros((len(requests), NUM_STAGES), dtype=np.int64)
+    before = np.zeros((NUM_STAGES, len(requests)), dtype=np.int64)
     after = np.zeros_like(before)
     for i, request in enumerate(requests):
         if request.plan is not None:
-            before[i] = request.plan.dropped_tokens(request.start)
-            after[i] = request.plan.dropped_tokens(request.end)
-    host = [_HostRows.of(starts - before[:, s], ends - after[:, s]) for s in range(NUM_STAGES)]
+            before[:, i] = request.plan.dropped_tokens(request.start)
+            after[:, i] = request.plan.dropped_tokens(request.end)
+    host = [_HostRows.of(starts - before[s], ends - after[s]) for s in range(NUM_STAGES)]
+    forward = _plan_forward(requests, host, device, renumber_deep)
+    if forward is None:
+        return StagedStep(_stage_lengths(host, after, device), None)
+    later = range(1, NUM_STAGES)
+    return StagedStep({stage: _stage_rows(host[stage], device) for stage in later}, forward)
 
-    stages = {}
-    for stage in range(1, NUM_STAGES):
-        rows = host[stage]
-        query_start_loc = torch.from_numpy(rows.first.astype(np.int32))
-        seq_lens = torch.from_numpy(rows.ends.astype(np.int32))
-        stages[stage] = StageRows(
-            query_start_loc=async_tensor_h2d(query_start_loc, device=device),
-            query_start_loc_cpu=query_start_loc,
-            seq_lens=async_tensor_h2d(seq_lens, device=device),
-            seq_lens_cpu=seq_lens,
-            positions=async_tensor_h2d(rows.positions, device=device),
-            num_rows=int(rows.first[-1]),
-            max_query_len=int((rows.ends - rows.starts).max()),
-            max_seq_len=int(rows.ends.max()),
-        )
-    return StagedStep(stages, _plan_forward(requests, host, device, renumber_deep))
+
+def _stage_rows(rows: _HostRows, device: torch.device) -> StageRows:
+    query_start_loc = torch.from_numpy(rows.first.astype(np.int32))
+    seq_lens = torch.from_numpy(rows.ends.astype(np.int32))
+    return StageRows(
+        query_start_loc=async_tensor_h2d(query_start_loc, device=device),
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=async_tensor_h2d(seq_lens, device=device),
+        seq_lens_cpu=seq_lens,
+        positions=async_tensor_h2d(rows.positions, device=device),
+        num_rows=int(rows.first[-1]),
+        max_query_len=int((rows.ends - rows.starts).max()),
+        max_seq_len=int(rows.ends.max()),
+    )
+
+
+def _stage_lengths(
+    host: Sequence[_HostRows], missing: Ints, device: torch.device
+) -> dict[int, StageLengths]:
+    """Of a step whose rows are the same in all stages; ``missing`` is (NUM_STAGES, R)."""
+    on_host = torch.from_numpy(missing.astype(np.int32))
+    on_device = async_tensor_h2d(on_host, device=device)  # all stages at once
+    return {
+        stage: StageLengths(on_device[stage], on_host[stage], int(host[stage].ends.max()))
+        for stage in range(1, NUM_STAGES)
+    }
 
 
 def _find_spans(

@@ -1,31 +1,21 @@
 """Adapter to vLLM's V1 model runner, on CPU and on GPU."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker as GPUWorker
 
-from vitcop_vllm.engine.attention import StagedMetadataBuilder
+from vitcop_vllm.engine.attention import begin_builds
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.pruning.identity import explained_size, plan_request
+from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 from vitcop_vllm.worker.explain import ChoiceRecorder
-from vitcop_vllm.worker.step import (
-    ScheduledRequest,
-    SpanGroup,
-    StagedForward,
-    StagedStep,
-    build_step,
-)
+from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step
 
 
 class StagedModelRunner(GPUModelRunner):
@@ -79,12 +69,11 @@ class StagedModelRunner(GPUModelRunner):
                     start,
                     start + num_scheduled_tokens[request_id],
                     int(batch.num_prompt_tokens[row]),
+                    self.requests[request_id].mm_features,
                 )
             )
         step = build_step(requests, self.device, renumber_deep=self._renumber_deep)
-        if step is None or step.forward is None:
-            return step
-        return replace(step, forward=self._recorded(step.forward, requests))
+        return self.choices.follow(step, requests)
 
     def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         # Before super, which computes the slots.
@@ -97,11 +86,7 @@ class StagedModelRunner(GPUModelRunner):
     ) -> Any:
         if not num_scheduled_tokens:
             self.step = None  # a warm-up or profiling run, which has no requests
-        step = self.step
-        for group in self._attn_group_iterator():
-            builder = group.get_metadata_builder()
-            if isinstance(builder, StagedMetadataBuilder):
-                builder.rows = step.stages[builder.kv_cache_spec.stage] if step else None
+        begin_builds(self._attn_group_iterator(), self.step.stages if self.step else {})
         return super()._build_attention_metadata(
             *args, num_scheduled_tokens=num_scheduled_tokens, **kwargs
         )
@@ -114,39 +99,8 @@ class StagedModelRunner(GPUModelRunner):
 
     def _execute_mm_encoder(self, scheduler_output: Any) -> list[torch.Tensor]:
         names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
-        if not any(map(explained_size, names)):
+        with self.choices.follow_encoder(self.get_model(), names):
             return super()._execute_mm_encoder(scheduler_output)
-        model = self.get_model()
-        model.patch_choices = []
-        try:
-            outputs = super()._execute_mm_encoder(scheduler_output)
-            for name, choice in zip(names, model.patch_choices, strict=True):
-                if choice is not None and explained_size(name):
-                    self.choices.record_patches(name, choice)
-        finally:
-            model.patch_choices = None
-        return outputs
-
-    def _recorded(
-        self, forward: StagedForward, requests: Sequence[ScheduledRequest]
-    ) -> StagedForward:
-        """``forward``, telling what it chooses for pictures that are to be explained."""
-        names: list[str | None] = []
-        for request_id, request in zip(self.input_batch.req_ids, requests, strict=True):
-            if request.plan is None:
-                continue
-            features = {f.mm_position.offset: f for f in self.requests[request_id].mm_features}
-            for span in request.plan.spans_in(request.start, request.end):
-                if span.counts.is_pruned:
-                    name = features[span.offset].identifier
-                    names.append(name if explained_size(name) else None)
-        if not any(names):
-            return forward
-
-        def record(group: SpanGroup, stage: int, chosen: Any) -> None:
-            self.choices.record_tokens([names[i] for i in group.pictures], stage, chosen)
-
-        return replace(forward, record=record)
 
 
 class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
@@ -177,31 +131,3 @@ class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             self.input_batch.generators.update(restored)
-
-
-class _ExplainingWorker:
-    """What the API server may ask of a worker."""
-
-    model_runner: StagedModelRunner
-
-    def take_choices(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """See :class:`ChoiceRecorder`; called by name, through vLLM's ``collective_rpc``."""
-        return self.model_runner.choices.take(names)
-
-
-class StagedGPUWorker(_ExplainingWorker, GPUWorker):
-    """vLLM's GPU worker with the staged model runner."""
-
-    def _make_model_runner(self) -> GPUModelRunner:
-        assert not self.use_v2_model_runner
-        return StagedModelRunner(self.vllm_config, self.device)
-
-
-class StagedCPUWorker(_ExplainingWorker, CPUWorker):
-    """vLLM's CPU worker with the staged model runner."""
-
-    def init_device(self) -> None:
-        super().init_device()
-        # vLLM makes its runner inside init_device, without a seam. Ours adds methods and
-        # nothing to construct, so the finished runner may become one.
-        self.model_runner.__class__ = StagedCPUModelRunner

@@ -1,0 +1,149 @@
+"""What full CUDA graphs read of a stage's metadata, when vLLM replays them."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.worker.utils import AttentionGroup
+
+from tests.worker.steps import common_metadata
+from vitcop_vllm.engine.attention import begin_builds, create_staged_attention_backend
+from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.worker.step import ScheduledRequest, build_step
+
+CPU = torch.device("cpu")
+CAPTURED_REQUESTS = 4
+PLAN = RequestPlan((VisualSpan(2, VisualTokenCounts(30, 4, (12, 7, 3))),))
+
+# Requests that decode: plan, tokens computed before.
+STEPS: list[list[tuple[RequestPlan | None, int]]] = [
+    [(PLAN, 20), (None, 9), (PLAN, 33)],
+    [(None, 15), (None, 4)],  # as when nobody prunes
+    [(PLAN, 21), (None, 10), (PLAN, 34), (PLAN, 40)],
+]
+
+
+def staged_groups(llm, backend, stages=(1, 1, 1, 2, 2)):
+    """KV cache groups of stages, as vLLM's runners make them."""
+    core = llm.llm_engine.engine_core.engine_core
+    specs = {
+        group.kv_cache_spec.stage: group.kv_cache_spec
+        for group in core.scheduler.kv_cache_config.kv_cache_groups
+    }
+    groups = []
+    for number, stage in enumerate(stages):
+        staged = create_staged_attention_backend(backend) if stage else backend
+        groups.append(AttentionGroup(staged, [], specs[stage], number))
+        groups[-1].create_metadata_builders(llm.llm_engine.vllm_config, CPU)
+    return groups
+
+
+class Buffers:
+    """The runner's own metadata, which stays where it is from step to step."""
+
+    def __init__(self):
+        self.common = common_metadata([(0, 1)] * CAPTURED_REQUESTS)
+
+    def write(self, spans):
+        step = common_metadata(spans, padding=CAPTURED_REQUESTS - len(spans))
+        self.common.seq_lens.copy_(step.seq_lens)
+        return self.common.replace(
+            seq_lens_cpu_upper_bound=step.seq_lens_cpu_upper_bound, max_seq_len=step.max_seq_len
+        )
+
+
+def build_as_v1(groups, common):
+    """Once per stage; for its other groups the block table is exchanged."""
+    built: dict[KVCacheSpec, Any] = {}
+    for group in groups:
+        builder = group.get_metadata_builder()
+        if (first := built.get(group.kv_cache_spec)) is None:
+            built[group.kv_cache_spec] = group.build_metadata(common)
+        else:
+            builder.update_block_table(first, common.block_table_tensor, common.slot_mapping)
+
+
+def build_as_v2(groups, common):
+    """For every group."""
+    for group in groups:
+        group.build_metadata(common)
+
+
+@pytest.mark.parametrize("build", [build_as_v1, build_as_v2])
+def test_a_graph_sees_the_lengths_of_the_step_it_is_replayed_for(llm, build):
+    groups = staged_groups(llm, TritonAttentionBackend)
+    buffers = Buffers()
+    begin_builds(groups, {})
+    captured = [
+        group.build_metadata_for_cudagraph_capture(buffers.write([(0, 1)] * CAPTURED_REQUESTS))
+        for group in groups
+    ]
+    for requests in STEPS:
+        scheduled = [ScheduledRequest(plan, n, n + 1, 16) for plan, n in requests]
+        step = build_step(scheduled, CPU)
+        begin_builds(groups, step.stages if step else {})
+        build(groups, buffers.write([(request.start, request.end) for request in scheduled]))
+        for group, metadata in zip(groups, captured, strict=True):
+            expected = [
+                request.plan.physical_length(request.end, group.kv_cache_spec.stage)
+                if request.plan
+                else request.end
+                for request in scheduled
+            ]
+            padding = [0] * (CAPTURED_REQUESTS - len(expected))
+            assert metadata.seq_lens.tolist() == expected + padding
+            for name in ("query_start_loc", "slot_mapping"):
+                vllm_s = getattr(buffers.common, name)
+                assert getattr(metadata, name).data_ptr() == vllm_s.data_ptr()
+
+
+@pytest.mark.parametrize("build", [build_as_v1, build_as_v2])
+def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monkeypatch):
+    """Made on the device, here out of the lengths; vLLM V1 makes it for the first group only."""
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
+    monkeypatch.setattr(  # no such kernel on a CPU
+        flash_attn,
+        "get_scheduler_metadata",
+        lambda cache_seqlens, **_: cache_seqlens * 10,
+        raising=False,
+    )
+    compilation = llm.llm_engine.vllm_config.compilation_config
+    monkeypatch.setattr(compilation, "cudagraph_mode", CUDAGraphMode.FULL_DECODE_ONLY)
+    monkeypatch.setattr(compilation, "max_cudagraph_capture_size", 16)
+    groups = staged_groups(llm, FlashAttentionBackend, stages=(0, 0, 1, 1, 2))
+    buffers = Buffers()
+    begin_builds(groups, {})
+    captured = [
+        group.build_metadata_for_cudagraph_capture(buffers.write([(0, 1)] * CAPTURED_REQUESTS))
+        for group in groups
+    ]
+    requests = [ScheduledRequest(PLAN, 20, 21, 16), ScheduledRequest(None, 9, 10, 16)]
+    step = build_step(requests, CPU)
+    assert step is not None
+    begin_builds(groups, step.stages)
+    build(groups, buffers.write([(20, 21), (9, 10)]))
+    schedules = [metadata.scheduler_metadata.tolist() for metadata in captured]
+    lengths = [PLAN.physical_length(21, group.kv_cache_spec.stage) for group in groups]
+    assert schedules == [[10 * length, 100, 0, 0] for length in lengths]
+
+
+@pytest.mark.parametrize(
+    ("backend", "support"),
+    [
+        (TritonAttentionBackend, AttentionCGSupport.UNIFORM_BATCH),
+        (FlashAttentionBackend, AttentionCGSupport.UNIFORM_BATCH),
+        (CPUAttentionBackend, AttentionCGSupport.NEVER),
+    ],
+)
+def test_no_graph_holds_a_prefill(llm, backend, support):
+    (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
+    builder = create_staged_attention_backend(backend).get_builder_cls()
+    config = llm.llm_engine.vllm_config
+    assert builder.get_cudagraph_support(config, group.kv_cache_spec) == support
