@@ -1,8 +1,10 @@
 """Start-up settles the configuration, or refuses with a sentence."""
 
 import json
+import os
 
 import pytest
+from vllm import envs
 
 from vitcop_vllm.engine.config import PrunedModelConfig, _round_down, logger, settings_of
 
@@ -60,6 +62,8 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ),
         ({"kv_events_config": {"enable_kv_cache_events": True}}, "--kv-events-config"),
         ({"prefix_match_unit": 16}, "--prefix-match-unit"),
+        ({"watermark_config": {"key": 1}}, "set VLLM_USE_V2_MODEL_RUNNER=1"),
+        ({"compilation_config": {"mode": 1}}, "unset the compilation config's mode"),
         ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold"),
         ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
         ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
@@ -127,9 +131,45 @@ def test_renumbered_positions_are_never_cached(checkpoint, monkeypatch):
     assert any("positions: reference" in text for text in warnings)
 
 
-def test_model_runner_v2_is_refused(checkpoint, monkeypatch):
+@pytest.fixture
+def v2(monkeypatch):
+    """Model runner V2 asked for, where Triton compiles."""
+    envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")  # to be put back as it was
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+
+
+def test_model_runner_v2_is_for_those_who_ask(checkpoint, v2, monkeypatch):
+    assert config_of(checkpoint).use_v2_model_runner
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
+    assert not config_of(checkpoint).use_v2_model_runner
+
+
+def test_breakable_graphs_are_refused_with_model_runner_v2(checkpoint, v2, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    config_of(checkpoint)
+    assert os.environ["VLLM_USE_BREAKABLE_CUDAGRAPH"] == "0"
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="unset VLLM_USE_BREAKABLE_CUDAGRAPH"):
+        config_of(checkpoint)
+
+
+def test_an_engine_started_earlier_in_this_process_has_settled_the_runner(
+    checkpoint, v2, monkeypatch
+):
+    envs.enable_envs_cache()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="V1 was asked for, and something in"):
+        config_of(checkpoint)
+    envs.disable_envs_cache()
+    assert not config_of(checkpoint).use_v2_model_runner
+
+
+def test_model_runner_v2_needs_triton(checkpoint, v2, monkeypatch):
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", False)
+    with pytest.raises(ValueError, match="Model Runner V2 requires Triton"):
         config_of(checkpoint)
 
 

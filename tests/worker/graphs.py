@@ -75,7 +75,7 @@ def _capture_v2(runner: Any, replayed: list[int], monkeypatch: pytest.MonkeyPatc
         runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
     )
     monkeypatch.setattr(runner, "cudagraph_manager", manager)
-    runner.capture_model()
+    runner.capture_model(profile_only=True)  # else it locks a workspace that CPUs have none of
 
 
 def capture_decode_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -62,6 +62,12 @@ class Witness(DenseLlava):
         return outcome
 
 
+def recorder_of(llm) -> ChoiceRecorder:
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    # Model runner V2 is vLLM's own, and has an adapter beside it.
+    return getattr(runner, "model_state", runner).choices
+
+
 def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, Any]]]:
     """Prompt and choices of a request that asks to be explained, at the same answer."""
     prompt = ask.prompt()
@@ -70,10 +76,10 @@ def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, An
     (plain,) = generate(llm, [ask])
     assert list(output.outputs[0].token_ids) == plain.tokens
     assert list(output.prompt_token_ids) == plain.prompt
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    names = [name for name in runner.choices._choices if name.startswith(f"explain:{request}:")]
+    kept = recorder_of(llm)._choices
+    names = [name for name in kept if name.startswith(f"explain:{request}:")]
     (told,) = llm.collective_rpc("take_choices", args=(names,))
-    assert not runner.choices._choices, "what was asked for is forgotten"
+    assert not kept, "what was asked for is forgotten"
     return plain.prompt, [told[name] for name in names]
 
 
@@ -110,8 +116,7 @@ def test_every_token_that_stays_or_is_merged_is_told_once(llm):
 
 def test_nothing_is_kept_of_pictures_that_nobody_asked_about(llm):
     generate(llm, ASKS)
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    assert not runner.choices._choices
+    assert not recorder_of(llm)._choices
 
 
 def test_old_explanations_make_room():

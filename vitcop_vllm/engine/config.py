@@ -32,6 +32,9 @@ _WORKERS = {
     "cuda": "vitcop_vllm.worker.workers.StagedGPUWorker",
 }
 
+_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+_BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+
 
 def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
     """The settings start-up has put into a pruned model's configuration."""
@@ -57,12 +60,23 @@ def _round_down(ratio: float) -> float:
     return floor(ratio * 1e4) / 1e4
 
 
+def _asks_for_v2() -> bool:
+    """Whether the operator chose model runner V2, vLLM's default on GPUs.
+
+    Ours is V1 unless told otherwise: pruning in V2 has been run on CPUs only, with Triton's
+    interpreter.
+    """
+    return os.environ.get(_RUNNER) == "1"
+
+
 def _refusals(
     vllm_config: "VllmConfig", settings: PruningSettings, boundaries: tuple[int, int]
 ) -> list[str]:
     """What this engine cannot do right together with pruning, and what to change."""
     from transformers import CLIPVisionConfig
+    from vllm.config import CompilationMode
 
+    v2 = _asks_for_v2()
     model_config = vllm_config.model_config
     hf_config = model_config.hf_config
     text_config = model_config.hf_text_config
@@ -151,10 +165,14 @@ def _refusals(
         f"{RATIO_KEY} in --mm-processor-kwargs is not read; set default_ratio instead": (
             RATIO_KEY in (mm_config.mm_processor_kwargs or {})
         ),
-        "watermarking needs model runner V2, which is not supported yet; remove "
-        "--watermark-config": getattr(vllm_config, "watermark_config", None) is not None,
-        "VLLM_USE_V2_MODEL_RUNNER=1 asks for a model runner that is not supported yet; unset it": (
-            os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        f"watermarking needs model runner V2; set {_RUNNER}=1 or remove --watermark-config": (
+            getattr(vllm_config, "watermark_config", None) is not None and not v2
+        ),
+        "model runner V2 would run a step that drops tokens from a breakable CUDA graph; unset "
+        f"{_BREAKABLE}": v2 and os.environ.get(_BREAKABLE) == "1",
+        "torch.compile of the whole model cannot follow dropped tokens; unset the compilation "
+        "config's mode": (
+            vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
         ),
     }
     return [sentence for sentence, broken in checks.items() if broken]
@@ -209,14 +227,19 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             CONFIG_KEY: settings.model_dump(mode="json"),
             "vitcop_vllm": __version__,
         }
-        # Read wherever vLLM asks which runner it has; child processes inherit it, and so
-        # does any other engine that this process starts later.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        if vllm_config.use_v2_model_runner:
+        asked_for_v2 = _asks_for_v2()
+        if asked_for_v2:
+            # vLLM would choose breakable graphs for batch invariance, after this.
+            os.environ.setdefault(_BREAKABLE, "0")
+        else:
+            # Read wherever vLLM asks which runner it has; child processes inherit it, and so
+            # does any other engine that this process starts later.
+            os.environ[_RUNNER] = "0"
+        if vllm_config.use_v2_model_runner != asked_for_v2:
             raise ValueError(
-                "visual token pruning needs vLLM's model runner V1, and something in this "
-                "configuration or in an engine started earlier in this process asks for V2: "
-                "set VLLM_USE_V2_MODEL_RUNNER=0"
+                f"model runner {'V2' if asked_for_v2 else 'V1'} was asked for, and something in "
+                "this configuration, or an engine started earlier in this process, asks for the "
+                f"other: set {_RUNNER}={int(not asked_for_v2)}"
             )
         logger.info(
             "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BatchFeature
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
+from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
@@ -422,7 +423,28 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
         assert inputs_embeds is not None
-        return self.staged_decoder(self.selector, step, positions, inputs_embeds, self._labels)
+        num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
+        eager = replace(
+            get_forward_context(),
+            cudagraph_runtime_mode=CUDAGraphMode.NONE,
+            batch_descriptor=None,
+        )
+        with override_forward_context(eager):
+            return self.staged_decoder(
+                self.selector,
+                step,
+                positions[:num_rows],
+                inputs_embeds[:num_rows],
+                self._labels,
+            )
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """vLLM's question in model runner V2: which class adapts it to this model."""
+        # Other model runners need nothing of V2's.
+        from vitcop_vllm.worker.v2 import StagedModelState
+
+        return StagedModelState
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

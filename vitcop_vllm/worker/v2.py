@@ -1,0 +1,188 @@
+"""Adapter to vLLM's model runner V2, which is vLLM's own and asks the model for it."""
+
+from collections.abc import Sequence
+from copy import copy
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from vitcop_vllm.engine.attention import begin_builds
+from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+from vitcop_vllm.pruning.identity import plan_request
+from vitcop_vllm.pruning.plan import RequestPlan
+from vitcop_vllm.worker.explain import ChoiceRecorder
+from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step
+
+
+class _Prompt(NamedTuple):
+    """What is known of a request: its plan, ``None`` where nothing is pruned, and length."""
+
+    plan: RequestPlan | None
+    tokens: int
+
+
+class StagedModelState(DefaultModelState):
+    """vLLM's state of a model, which tells the stages and the model what a step drops.
+
+    Attributes:
+        choices: What was chosen for pictures that are to be explained.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        settings = settings_of(self.model_config.hf_config)
+        self._renumber_deep = settings.positions == "reference"
+        self.choices = ChoiceRecorder()
+        self._prompts: dict[str, _Prompt] = {}
+        self._step: StagedStep | None = None
+        # Pictures of requests that left since the encoder ran last.
+        self._left: dict[str, list[MultiModalFeatureSpec]] = {}
+        self._stage_tables: dict[int, BlockTables] = {}
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        stages = []
+        for group in kv_cache_config.kv_cache_groups:
+            assert isinstance(group.kv_cache_spec, StagedAttentionSpec)
+            stages.append(group.kv_cache_spec.stage)
+        self._stage_tables = {
+            stage: _tables_of_stage(block_tables, stages, stage) for stage in set(stages) - {0}
+        }
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        plan = plan_request(new_req_data.mm_features)
+        self._prompts[new_req_data.req_id] = _Prompt(plan, new_req_data.prompt_len)
+
+    def remove_request(self, req_id: str) -> None:
+        super().remove_request(req_id)
+        self._prompts.pop(req_id, None)
+        if self.supports_mm_inputs and (left := self.encoder_cache.mm_features.get(req_id)):
+            self._left[req_id] = left
+
+    def execute_mm_encoder(self, scheduled_encoder_inputs: dict[str, list[int]]) -> None:
+        # A request that was preempted in the step that was to encode its pictures is none of
+        # vLLM's any more, but its pictures are counted on; see StagedScheduler.
+        features = self.encoder_cache.mm_features
+        away = scheduled_encoder_inputs.keys() - features.keys()
+        features.update((name, self._left[name]) for name in away)
+        self._left.clear()
+        names, _ = self.encoder_runner.prepare_mm_inputs(scheduled_encoder_inputs)
+        with self.choices.follow_encoder(self.model, names):
+            super().execute_mm_encoder(scheduled_encoder_inputs)
+        for name in away:
+            self.encoder_cache.remove_request(name)
+
+    def _begin_step(self, batch: InputBatch) -> StagedStep | None:
+        # Batches of warm-ups and captures have requests that nobody added.
+        prompts = [self._prompts.get(name) for name in batch.req_ids]
+        if not any(prompt and prompt.plan for prompt in prompts):
+            return None
+        requests = []
+        for row, (name, prompt) in enumerate(zip(batch.req_ids, prompts, strict=True)):
+            assert prompt is not None
+            start = int(batch.num_computed_tokens_np[row])
+            requests.append(
+                ScheduledRequest(
+                    prompt.plan,
+                    start,
+                    start + int(batch.num_scheduled_tokens[row]),
+                    prompt.tokens,
+                    self.encoder_cache.mm_features[name],
+                )
+            )
+        step = build_step(requests, self.device, renumber_deep=self._renumber_deep)
+        return self.choices.follow(step, requests)
+
+    def prepare_attn(
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        self._step = step = self._begin_step(input_batch)
+        # Prefill has no full graphs; see StagedBuilder.get_cudagraph_support.
+        assert cudagraph_mode != CUDAGraphMode.FULL or not step or not step.forward
+        begin_builds(chain.from_iterable(attn_groups), step.stages if step else {})
+        for stage, rows in step.stages.items() if step else ():
+            # vLLM has computed slots for rows that all stages have. By its own means again,
+            # into the same place.
+            query_start_loc, positions = rows.place(
+                input_batch.query_start_loc[: input_batch.num_reqs + 1],
+                input_batch.positions[: input_batch.num_tokens],
+            )
+            self._stage_tables[stage].compute_slot_mappings(
+                input_batch.idx_mapping, query_start_loc, positions, positions.shape[0]
+            )
+        return super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            *args,
+            **kwargs,
+        )
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
+        step, self._step = self._step, None
+        if step is None or step.forward is None:
+            return inputs
+        return {**inputs, "step": step.forward}
+
+
+def _tables_of_stage(tables: BlockTables, stages: Sequence[int], stage: int) -> BlockTables:
+    """``tables``, of which only the groups of one stage are seen; where they lie is shared.
+
+    Args:
+        tables: Of G groups.
+        stages: (G,) stage of each group.
+        stage: One of them.
+
+    Raises:
+        ValueError: If groups of another stage lie between those of this one.
+    """
+    count = stages.count(stage)
+    groups = slice(first := stages.index(stage), first + count)
+    if set(stages[groups]) != {stage}:
+        raise ValueError(f"KV cache groups of stage {stage} do not lie together: {stages}")
+    part = copy(tables)
+    part.num_kv_cache_groups = count
+    part.slot_mappings = tables.slot_mappings[groups]
+    for name in (
+        "block_table_ptrs",
+        "block_table_strides",
+        "block_sizes_tensor",
+        "slot_mapping_enabled",
+        "dcp_sharded",
+    ):
+        # A copy begins where vLLM's own does, in memory: Triton compiles for that.
+        setattr(part, name, getattr(tables, name)[groups].clone())
+    return part
