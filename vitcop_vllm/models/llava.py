@@ -1,7 +1,7 @@
 """LLaVA-1.5 with visual tokens dropped in three stages."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -417,19 +417,15 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Any:
         """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
         if step is None:
-            if inputs_embeds is not None:
-                self.staged_decoder.compile(positions, inputs_embeds)
+            if inputs_embeds is not None and not self.staged_decoder.is_ready:
+                with _without_graphs():
+                    self.staged_decoder.compile(positions, inputs_embeds)
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
         assert inputs_embeds is not None
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
-        eager = replace(
-            get_forward_context(),
-            cudagraph_runtime_mode=CUDAGraphMode.NONE,
-            batch_descriptor=None,
-        )
-        with override_forward_context(eager):
+        with _without_graphs():
             return self.staged_decoder(
                 self.selector,
                 step,
@@ -445,6 +441,15 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         from vitcop_vllm.worker.v2 import StagedModelState
 
         return StagedModelState
+
+
+def _without_graphs() -> AbstractContextManager[None]:
+    """A forward context in which nothing is captured or replayed, whatever vLLM has chosen."""
+    eager = replace(
+        get_forward_context(), cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None
+    )
+    context: AbstractContextManager[None] = override_forward_context(eager)
+    return context
 
 
 def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

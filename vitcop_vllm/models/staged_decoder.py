@@ -199,6 +199,9 @@ class StagedDecoder:
         decoder: vLLM's decoder model; its layers are called as its own forward does.
         boundaries: First layers of the second and third stage.
         vllm_config: As the decoder was made with.
+
+    Attributes:
+        is_ready: Whether no stage is left to compile.
     """
 
     def __init__(
@@ -222,7 +225,7 @@ class StagedDecoder:
             # What vLLM keeps compiled code under, beside the decoder's own.
             with set_model_tag(f"vitcop_stage_{number}"):
                 self._stages.append(stage(vllm_config=vllm_config, **arguments))
-        self._is_ready = all(stage.do_not_compile for stage in self._stages)
+        self.is_ready = all(stage.do_not_compile for stage in self._stages)
 
     def compile(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
         """Have the stages compiled now, if they are to be, and not when a picture comes.
@@ -231,9 +234,9 @@ class StagedDecoder:
             positions: (T,) rotary positions, of a step without requests.
             inputs_embeds: (T, H) embeddings.
         """
-        if self._is_ready or get_forward_context().attn_metadata is not None:
+        if self.is_ready or get_forward_context().attn_metadata is not None:
             return
-        self._is_ready = True
+        self.is_ready = True
         # Separate tensors: compiled code remembers which of its inputs were the same one.
         for stage, num_streams in zip(self._stages, (1, 2, 2), strict=True):
             streams = [inputs_embeds[:_ROWS_TO_COMPILE].clone() for _ in range(num_streams)]
