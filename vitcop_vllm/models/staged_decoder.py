@@ -37,12 +37,12 @@ def stage_layers(
 
 
 @contextmanager
-def _recorded_inputs(attention: Any) -> Iterator[list[torch.Tensor]]:
+def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tensor]]:
     """Collects query and key (after rotary embedding) that an attention layer works on.
 
     Taken where compiled code, too, comes back to Python: what calls the implementation is an
-    operator that vLLM's compiler does not look into. Copies, for such code uses its buffers
-    again.
+    operator that vLLM's compiler does not look into. Such code uses its buffers again: then they
+    must be copied.
     """
     recorded: list[torch.Tensor] = []
     compute = attention.impl.forward
@@ -50,11 +50,10 @@ def _recorded_inputs(attention: Any) -> Iterator[list[torch.Tensor]]:
     def forward(
         layer: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if query.dtype == key.dtype:
-            recorded.append(query.clone())
-        else:  # an FP8 KV cache may want queries in FP8, with a scale
-            recorded.append(query.to(key.dtype) * attention._q_scale)
-        recorded.append(key.clone())
+        recorded_query = query
+        if query.dtype != key.dtype:  # an FP8 KV cache may want queries in FP8, with a scale
+            recorded_query = query.to(key.dtype) * attention._q_scale
+        recorded.extend((recorded_query.clone(), key.clone()) if copy else (recorded_query, key))
         return compute(layer, query, key, *args, **kwargs)
 
     attention.impl.forward = forward
@@ -225,7 +224,8 @@ class StagedDecoder:
             # What vLLM keeps compiled code under, beside the decoder's own.
             with set_model_tag(f"vitcop_stage_{number}"):
                 self._stages.append(stage(vllm_config=vllm_config, **arguments))
-        self.is_ready = all(stage.do_not_compile for stage in self._stages)
+        self._is_compiled = not all(stage.do_not_compile for stage in self._stages)
+        self.is_ready = not self._is_compiled
 
     def compile(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
         """Have the stages compiled now, if they are to be, and not when a picture comes.
@@ -234,7 +234,7 @@ class StagedDecoder:
             positions: (T,) rotary positions, of a step without requests.
             inputs_embeds: (T, H) embeddings.
         """
-        if self.is_ready or get_forward_context().attn_metadata is not None:
+        if get_forward_context().attn_metadata is not None:
             return
         self.is_ready = True
         # Separate tensors: compiled code remembers which of its inputs were the same one.
@@ -262,21 +262,21 @@ class StagedDecoder:
         Returns:
             (T, H) hidden states; a dropped token's row repeats its span's last survivor.
         """
-        first, middle, last = self._stages
-        shallow, deep = self._last_attention
-        with _recorded_inputs(shallow) as recorded:
-            hidden, residual = first(positions, inputs_embeds)
-        query, key = recorded
-        layer_before = _LayerBefore(shallow.impl.scale, query, key, hidden, residual)
+        layer_before = self._run_to_boundary(1, positions, inputs_embeds)
         rows = self._cross(selector, 1, step, positions, layer_before, labels)
-        with _recorded_inputs(deep) as recorded:
-            hidden, residual = middle(*rows)
-        query, key = recorded
-        layer_before = _LayerBefore(deep.impl.scale, query, key, hidden, residual)
+        layer_before = self._run_to_boundary(2, *rows)
         positions = rows[0] if step.renumbered is None else step.renumbered
         rows = self._cross(selector, 2, step, positions, layer_before, labels)
-        normed: torch.Tensor = last(*rows)
+        normed: torch.Tensor = self._stages[-1](*rows)
         return normed[step.outputs]
+
+    def _run_to_boundary(self, stage: int, *rows: torch.Tensor) -> _LayerBefore:
+        """Compute the layers before ``stage``, 1 or 2, on the rows that the last one left."""
+        attention = self._last_attention[stage - 1]
+        with _recorded_inputs(attention, copy=self._is_compiled) as recorded:
+            hidden, residual = self._stages[stage - 1](*rows)
+        query, key = recorded
+        return _LayerBefore(attention.impl.scale, query, key, hidden, residual)
 
     def _cross(
         self,
