@@ -75,8 +75,8 @@ def test_the_plan_is_what_usage_reports(http: httpx.Client, model: str, ratio: f
     assert plan["decoder_speed_up"] == pytest.approx(1 / (1 - plan["effective_ratio"]))
     saved = plan["kv_bytes"]["saved"] / plan["kv_bytes"]["unpruned"]
     assert saved == pytest.approx(plan["effective_ratio"])
-    # Keys and values, 192 wide, in bfloat16, in 16 layers.
-    assert plan["kv_bytes"]["unpruned"] == 2 * 192 * 2 * 16 * V
+    # Keys and values, 192 wide, in float32, in 16 layers.
+    assert plan["kv_bytes"]["unpruned"] == 2 * 192 * 4 * 16 * V
 
 
 def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Client) -> None:
