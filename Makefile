@@ -33,8 +33,8 @@ install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
 serve: $(STAMP) ## Serve CONFIG on HOST:PORT
 	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process)
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 check: $(STAMP) ## Check formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -10,18 +10,52 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
-from tests.server.process import running_server
+from tests.server.process import TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import TINY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep a parallel worker, and what it starts, on its share of the cores.
+
+    Threads of two engines on the same cores wait for each other: OpenMP's spin at barriers.
+    """
+    told = getattr(config, "workerinput", None)
+    if told is None:
+        return
+    cores, number = sorted(os.sched_getaffinity(0)), int(told["workerid"].removeprefix("gw"))
+    mine = cores[number % len(cores) :: told["workercount"]]
+    os.sched_setaffinity(0, mine)
+    os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
+
+
+ENGINES = ("engine/", "worker/", "models/", "lab/test_bench.py", "lab/test_soak.py")
+"""Where engines in the tests' own process are used, or processes that end with a test."""
+
+
+class TwoHalves(LoadScopeScheduling):
+    """Tests with engines to one worker, those with servers to another.
+
+    Two copies of what a session shares would not fit into a small machine's memory.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "engines" if nodeid.removeprefix("tests/").startswith(ENGINES) else "servers"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoHalves:
+    return TwoHalves(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +79,7 @@ def llm(checkpoint: Path) -> "LLM":
 @pytest.fixture(scope="session")
 def server_url(checkpoint: Path) -> Iterator[str]:
     """Base URL of ``python -m server`` with the tiny model, as an operator starts it."""
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
-    with running_server(str(checkpoint), *options) as (url, _):
+    with running_server(str(checkpoint), *TINY_OPTIONS) as (url, _):
         yield url
 
 

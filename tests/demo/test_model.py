@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 
-from tests.server.process import running_server
+from tests.server.process import TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 from vitcop_vllm.demo.questions import Example, exam
 from vitcop_vllm.lab import evaluate
@@ -89,7 +89,7 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 @pytest.mark.slow
 def test_stock_vllm_and_transformers_give_the_same_answers():
     examples = exam(2, EXAM_SEED)
-    options = [str(DEMO_MODEL), "--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    options = [str(DEMO_MODEL), *TINY_OPTIONS]
     with running_server(*options) as (url, _):
         ours = ask(url, examples)
     with running_server("--model", *options, stock=True) as (url, _):

@@ -33,6 +33,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 400,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 4},
+    "kv_cache_memory_bytes": 256 << 20,  # several engines live at a time, by the end of a run
 }
 
 

@@ -8,6 +8,12 @@ import psutil  # type: ignore[import-untyped]
 
 from vitcop_vllm.lab import serving
 
+TINY_OPTIONS = (
+    *("--dtype", "float32", "--enforce-eager"),
+    *("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"),
+)
+"""What a server of a tiny model is started with: several live at a time, by the end of a run."""
+
 
 def running_server(
     *arguments: str, stock: bool = False

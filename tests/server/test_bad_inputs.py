@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.server.pictures import picture_message, png_url
-from tests.server.process import engine_of, running_server
+from tests.server.process import TINY_OPTIONS, engine_of, running_server
 from tests.server.test_media import data_url, encoded, huge_png
 
 pytestmark = pytest.mark.slow
@@ -80,12 +80,11 @@ def server(server_url: str) -> Server:
 @pytest.fixture(scope="module")
 def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
     """A server with keys, a small body limit, and one host from which pictures are fetched."""
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
     limits = {"max_body_bytes": MAX_BODY, "max_picture_pixels": 10_000, "picture_ids": True}
     flags = ["--api-key", "key", "--enable-request-id-headers", "--server", json.dumps(limits)]
     media = ["--allowed-media-domains", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 1}']
     queue = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1"]
-    with running_server(str(checkpoint), *options, *flags, *media, *queue) as server:
+    with running_server(str(checkpoint), *TINY_OPTIONS, *flags, *media, *queue) as server:
         yield server
 
 
