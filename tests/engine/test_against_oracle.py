@@ -98,6 +98,20 @@ def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(llm, pruned
         assert answer.prompt.count(IMAGE_TOKEN) == kept
 
 
+def test_the_encoder_ends_with_what_stage_one_keeps(llm):
+    """Of two pictures at once, one whole: nothing is computed for patches that go."""
+    (model,) = llm.collective_rpc("get_model")
+    rows: list[torch.Size] = []
+    mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
+    hook = mlp.fc1.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1]))
+    try:
+        generate(llm, [Ask("What is this?", (71, 72), 8 / 9, 1), Ask("And this?", (73,), 0.0, 1)])
+    finally:
+        hook.remove()
+    stays = [2 * counts_at(8 / 9).stages[0], counts_at(0.0).encoder]
+    assert sum(shape.numel() for shape in rows) in (sum(stays), sum(stays) + 1)
+
+
 def test_a_prompt_may_end_with_its_picture(llm, checkpoint):
     """The answer then begins from the last survivor."""
     from vllm import SamplingParams

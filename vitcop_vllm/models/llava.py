@@ -1,13 +1,12 @@
 """LLaVA-1.5 with visual tokens dropped in three stages."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BatchFeature
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
@@ -32,6 +31,14 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
+from vitcop_vllm.models.patch_choice import (
+    Chosen,
+    ChosenPatches,
+    batch_of,
+    members_of,
+    rows_that_stay,
+    watching,
+)
 from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
@@ -205,17 +212,6 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         ]
 
 
-@contextmanager
-def _recorded_qkv(projection: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects what a fused projection puts out, for the length of a call."""
-    outputs: list[torch.Tensor] = []
-    handle = projection.register_forward_hook(lambda _, __, output: outputs.append(output[0]))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
-
-
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedLlavaMultiModalProcessor,
     info=PrunedLlavaProcessingInfo,
@@ -270,35 +266,39 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _embed_pruned(
         self, pixel_values: torch.Tensor, pictures: Sequence[VisualTokenCounts]
     ) -> list[torch.Tensor]:
-        """Encode pictures together, then run Stage I on those of equal counts together.
+        """Encode pictures together, and run Stage I on those of equal counts together.
 
         Returns:
             Per picture (n1, H), or (n1, H + 1) with cluster labels where it has clusters.
         """
-        attention = self.vision_tower.vision_model.encoder.layers[-1].self_attn
-        with _recorded_qkv(attention.qkv_proj) as outputs:
+        members = members_of(pictures)
+        layer = self.vision_tower.vision_model.encoder.layers[-1]
+        qkv = torch.empty(0)
+        chosen: Chosen = {}
+
+        def choose_early(output: torch.Tensor) -> torch.Tensor | None:
+            nonlocal qkv, chosen
+            qkv = output
+            if self.selector.reads_embeddings:
+                return None  # of all patches, when they are there
+            chosen = self._choose(layer.self_attn, pixel_values, members, qkv)
+            return rows_that_stay(members, chosen, qkv.device)
+
+        with watching(layer, choose_early):
             features = self._image_pixels_to_features(self.vision_tower, pixel_values)
-        query, key, _ = outputs[0].chunk(3, dim=-1)
+        if self.selector.reads_embeddings:
+            chosen = self._choose(layer.self_attn, pixel_values, members, qkv, features)
         embeddings: list[torch.Tensor] = [torch.empty(0)] * len(pictures)
         choices: list[PatchChoice | None] = [None] * len(pictures)
-        for counts in dict.fromkeys(pictures):
-            chosen = [i for i, picture in enumerate(pictures) if picture == counts]
-            batch: Any = chosen if len(chosen) < len(pictures) else slice(None)
-            if counts.is_pruned:
-                result, made = self._stage_one(
-                    attention,
-                    pixel_values[batch],
-                    features[batch],
-                    query[batch, 0],
-                    key[batch],
-                    counts,
-                )
-                for i, choice in zip(chosen, made, strict=False):
-                    choices[i] = choice
-            else:
-                result = self.multi_modal_projector(features[batch])
-            for i, embedding in zip(chosen, result, strict=True):
-                embeddings[i] = embedding
+        for counts, numbers in members.items():
+            kept = chosen.get(counts)
+            for number, embedding in zip(
+                numbers, self._project(batch_of(features, numbers), kept), strict=True
+            ):
+                embeddings[number] = embedding
+            if kept is not None and self.patch_choices is not None:
+                for number, choice in zip(numbers, self._choices(kept), strict=True):
+                    choices[number] = choice
         self._keep_choices(choices)
         return embeddings
 
@@ -306,55 +306,74 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if self.patch_choices is not None:
             self.patch_choices += choices
 
-    def _stage_one(
+    def _choose(
         self,
         attention: Any,
         pixels: torch.Tensor,
-        features: torch.Tensor,
-        cls_query: torch.Tensor,
-        key: torch.Tensor,
-        counts: VisualTokenCounts,
-    ) -> tuple[torch.Tensor, list[PatchChoice]]:
-        """Keep the patches that the selector chooses, cluster them, and only then project.
+        members: Mapping[VisualTokenCounts, Sequence[int]],
+        qkv: torch.Tensor,
+        features: torch.Tensor | None = None,
+    ) -> dict[VisualTokenCounts, ChosenPatches]:
+        """Keep the patches that the selector chooses of each pruned picture, and cluster them.
 
         Args:
             attention: The tower's last attention layer.
             pixels: (B, 3, height, width) pictures.
+            members: Numbers of the pictures by their counts.
+            qkv: (B, 1 + V, 3 * local heads * D), of that layer, [CLS] first.
+            features: (B, V, C) patches from the encoder, for selectors that read them.
+        """
+        query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv.chunk(3, dim=-1))
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        chosen = {}
+        for counts, numbers in members.items():
+            if not counts.is_pruned:
+                continue
+            view = EncoderView(
+                cls_query=batch_of(query[:, 0], numbers),
+                keys=batch_of(key, numbers),
+                scale=attention.scale,
+                grid=(side, side),
+                pixels=batch_of(pixels, numbers),
+                embed=partial(self._embed_whole, features, numbers),
+                mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
+            )
+            with SELECTION_SECONDS.labels(1).time():
+                index = select_patches(self.selector, view, counts.stages[0])
+                labels = self._labels_of(attention, view.keys, index, counts.centres)
+            chosen[counts] = ChosenPatches(view, index, labels)
+        return chosen
+
+    def _embed_whole(self, features: torch.Tensor | None, numbers: Sequence[int]) -> torch.Tensor:
+        assert features is not None, "the selector reads embeddings before there are any"
+        whole: torch.Tensor = self.multi_modal_projector(batch_of(features, numbers))
+        return whole
+
+    def _project(self, features: torch.Tensor, kept: ChosenPatches | None) -> torch.Tensor:
+        """Embeddings of pictures with equal counts.
+
+        Args:
             features: (B, V, C) patches from the encoder.
-            cls_query: (B, local heads * D) query of [CLS] in that layer.
-            key: (B, 1 + V, local heads * D) keys in that layer, [CLS] first.
-            counts: Of each of the B pictures.
+            kept: What stays of them; ``None`` where all does.
 
         Returns:
-            (B, n1, H) embeddings; with clusters (B, n1, H + 1), their labels' bits as one more
-            column. And the B choices, where they are kept.
+            (B, n1, H); with clusters (B, n1, H + 1), their labels' bits as one more column.
         """
-        heads = attention.num_heads_per_partition
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        view = EncoderView(
-            cls_query=cls_query.unflatten(-1, (heads, -1)),
-            keys=key.unflatten(-1, (heads, -1)),
-            scale=attention.scale,
-            grid=(side, side),
-            pixels=pixels,
-            embed=lambda: self.multi_modal_projector(features),
-            mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
-        )
-        with SELECTION_SECONDS.labels(1).time():
-            index = select_patches(self.selector, view, counts.stages[0])
-            labels = self._labels_of(attention, key, index, counts.centres)
-        embedded: torch.Tensor = self.multi_modal_projector(_take(features, index))
-        if labels is not None:
-            embedded = torch.cat((embedded, _label_column(labels, embedded.dtype)), dim=-1)
-        return embedded, self._choices(view, index, labels)
+        if kept is None:
+            whole: torch.Tensor = self.multi_modal_projector(features)
+            return whole
+        embedded: torch.Tensor = self.multi_modal_projector(_take(features, kept.index))
+        if kept.labels is None:
+            return embedded
+        return torch.cat((embedded, _label_column(kept.labels, embedded.dtype)), dim=-1)
 
     def _labels_of(
-        self, attention: Any, key: torch.Tensor, index: torch.Tensor, num_centres: int
+        self, attention: Any, keys: torch.Tensor, index: torch.Tensor, num_centres: int
     ) -> torch.Tensor | None:
         """(B, n1) cluster labels of the patches that stay; ``None`` without centres."""
         if not num_centres:
             return None
-        patch_keys = _take(key[:, 1:], index)
+        patch_keys = _take(keys[:, 1:].flatten(2), index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
         vision = self.config.vision_config
@@ -367,21 +386,17 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             spatial_radius=self.pruning.spatial_radius,
         )
 
-    def _choices(
-        self, view: EncoderView, index: torch.Tensor, labels: torch.Tensor | None
-    ) -> list[PatchChoice]:
-        if self.patch_choices is None:
-            return []
-        saliency = None
+    def _choices(self, kept: ChosenPatches) -> list[PatchChoice]:
+        view, saliency = kept.view, None
         if self.selector.encoder == "cls_attention":
             saliency = view.mean_over_ranks(cls_saliency(view.cls_query, view.keys, view.scale))
         return [
             PatchChoice(
-                index[i],
-                None if labels is None else labels[i],
+                kept.index[i],
+                None if kept.labels is None else kept.labels[i],
                 None if saliency is None else saliency[i],
             )
-            for i in range(index.shape[0])
+            for i in range(kept.index.shape[0])
         ]
 
     def embed_input_ids(

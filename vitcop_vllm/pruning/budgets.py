@@ -125,6 +125,8 @@ class Selector:
         reads_question: Whether the choice depends on tokens after the picture. It is then
             no function of the prefix: nothing of it can be cached for another prompt, and
             a prompt is computed in one step.
+        reads_embeddings: Whether the choice in the encoder depends on what it makes of the
+            patches, and so can only be made when all are encoded.
     """
 
     budget: BudgetRule
@@ -132,6 +134,7 @@ class Selector:
     shallow: str | None = None
     deep: str | None = None
     reads_question: bool = False
+    reads_embeddings: bool = False
 
     def max_ratio(self, boundaries: tuple[int, int], num_layers: int) -> float:
         """Largest pruning ratio in reach: what the encoder does not cut lives S layers whole."""
@@ -145,7 +148,7 @@ SELECTORS: dict[SelectorName, Selector] = {
     "cls": Selector(encoder_alone, encoder="cls_attention"),
     "random": Selector(encoder_alone, encoder="random_subset"),
     "grid": Selector(encoder_alone, encoder="even_grid"),
-    "divprune": Selector(encoder_alone, encoder="max_min_diversity"),
+    "divprune": Selector(encoder_alone, encoder="max_min_diversity", reads_embeddings=True),
     "key_norm": Selector(both_boundaries, shallow="key_norm", deep="key_norm"),
     "fastv": Selector(shallow_boundary_alone, shallow="last_token_attention", reads_question=True),
     "dart": Selector(shallow_boundary_alone, shallow="least_duplicated"),
