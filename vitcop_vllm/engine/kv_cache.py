@@ -120,7 +120,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         assert isinstance(hashes, PrefixHashes)
         blocks = self.req_to_blocks[name]
         written = self.writes.block_ids.setdefault(name, set())
-        for checkpoint in hashes.checkpoints(self.stage, cached, num_tokens):
+        for checkpoint in hashes.passed(self.stage, cached, num_tokens):
             for index, key in checkpoint.keys:
                 # vLLM's own way takes one key a block, and only of blocks that are full.
                 self.block_pool._insert_block_hash(

@@ -100,6 +100,7 @@ class PrefixHashes(list[BlockHash]):
                 extra_keys,
             )
         self._next = 0, self._find_next(0)
+        self._passed: tuple[tuple[int, int, int], list[Checkpoint]] = (0, 0, 0), []
 
     def _find_next(self, after: int) -> int:
         whole = after // self.block_size * self.block_size + self.block_size
@@ -114,6 +115,14 @@ class PrefixHashes(list[BlockHash]):
         if self._next[0] != after:
             self._next = after, self._find_next(after)
         return self._next[1]
+
+    def passed(self, stage: int, after: int, until: int) -> list[Checkpoint]:
+        """All of :meth:`checkpoints`."""
+        # Asked for by each KV cache group of a stage in turn.
+        asked = stage, after, until
+        if self._passed[0] != asked:
+            self._passed = asked, [*self.checkpoints(*asked)]
+        return self._passed[1]
 
     def checkpoints(self, stage: int, after: int, until: int) -> Iterator[Checkpoint]:
         """Those in (after, until], ascending; ``after`` is one, or 0."""
