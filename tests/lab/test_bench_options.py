@@ -38,6 +38,7 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--rounds", "0"], "at least 1"),
         (["--batches", "1,0"], "at least 1"),
         (["--running", "many"], "invalid"),
+        (["--rates", "2,0"], "above 0"),
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
     ],
 )
@@ -91,6 +92,7 @@ def test_a_step_holds_what_arrives_at_once():
     assert images["limit_mm_per_prompt"] == {"image": max(prefill.PICTURES)}
     clients = options("--scenarios", "clients", "--chat-tokens", "2000")
     assert clients["max_model_len"] >= prompt + 4 * (load.QUESTION_TOKENS + 2000)
+    assert options("--scenarios", "clients", "--clients", "16,80")["max_num_seqs"] == 80
     for one in (few, batch, decode, images, clients):
         # Else a picture with much text would be cut in two.
         assert one["max_num_batched_tokens"] >= one["max_model_len"]

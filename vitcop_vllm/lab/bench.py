@@ -70,7 +70,10 @@ Case = tuple[Any, ...]
 
 
 def _by_case(
-    measure: Callable[..., list[Row]], cases: Callable[[argparse.Namespace], Sequence[Case]]
+    measure: Callable[..., list[Row]],
+    cases: Callable[[argparse.Namespace], Sequence[Case]],
+    *,
+    long: bool = False,
 ) -> Scenario:
     """A scenario that goes through its rounds once for each case."""
     return Scenario(
@@ -78,6 +81,7 @@ def _by_case(
             row for case in cases(arguments) for row in measure(rounds, *case)
         ],
         lambda arguments: len(cases(arguments)),
+        long,
     )
 
 
@@ -107,13 +111,13 @@ SCENARIOS = {
         scenarios.measure_capacity, lambda _: [(r,) for r in scenarios.CAPACITY_RATIOS]
     ),
     "load": Scenario(
-        lambda rounds, arguments: load.measure_load(rounds, arguments.chat_tokens),
-        lambda _: len(load.RATES),
+        lambda rounds, arguments: load.measure_load(rounds, arguments.rates, arguments.chat_tokens),
+        lambda arguments: len(arguments.rates),
         long=True,
     ),
-    "clients": Scenario(
-        lambda rounds, arguments: load.measure_clients(rounds, arguments.chat_tokens),
-        lambda _: len(load.CLIENTS),
+    "clients": _by_case(
+        load.measure_clients,
+        lambda arguments: [(clients, arguments.chat_tokens) for clients in arguments.clients],
         long=True,
     ),
 }

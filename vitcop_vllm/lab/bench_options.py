@@ -82,6 +82,17 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument("--running", **numbers, default=(1, 32), help="requests that decode")
     parser.add_argument("--tokens", type=_number, default=32, help="answer length when decoding")
     parser.add_argument(
+        "--rates",
+        type=_rates,
+        default=load.RATES,
+        metavar="R,R",
+        help="arrivals under open load, over the rate that stock vLLM serves; one is enough for "
+        "a slow machine",
+    )
+    parser.add_argument(
+        "--clients", **numbers, default=load.CLIENTS, help="who wait for their answers"
+    )
+    parser.add_argument(
         "--chat-tokens",
         type=_number,
         help="median answer length under load; 16 on a CPU, 128 on a GPU",
@@ -126,6 +137,13 @@ def _number(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    rates = tuple(map(float, text.split(",")))
+    if min(rates) <= 0.0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return rates
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -177,7 +195,9 @@ def engine_options(arguments: argparse.Namespace, shape: LlavaShape) -> dict[str
         "dtype": arguments.dtype,
         "max_model_len": max(longest),
         "max_num_batched_tokens": max(most + longest),
-        "max_num_seqs": max(MAX_NUM_SEQS, *arguments.batches, *arguments.running),
+        "max_num_seqs": max(
+            MAX_NUM_SEQS, *arguments.batches, *arguments.running, *arguments.clients
+        ),
         "enforce_eager": not arguments.compile,
         "limit_mm_per_prompt": {"image": pictures},
     }

@@ -136,10 +136,14 @@ def _row(conditions: Mapping[str, object], figures: Mapping[str, list[float]]) -
     return {**conditions} | summary(figures, ["throughput", "ttft_p50", "ttft_p99"])
 
 
-def measure_load(rounds: Rounds, answer_tokens: int) -> list[Row]:
+def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> list[Row]:
     """Requests that arrive whether or not there is room for them, at mixed ratios.
 
     Ideal is what a server saves that leaves out what the plans do, where arrivals let it.
+
+    Args:
+        rates: Arrivals, over the rate that stock vLLM serves; see :data:`RATES`.
+        answer_tokens: Median length of an answer.
     """
     clients = max(CLIENTS)
     names = (STOCK, OURS)
@@ -149,7 +153,7 @@ def measure_load(rounds: Rounds, answer_tokens: int) -> list[Row]:
     ratios = [ask.ratio for ask in at_once]
     speed_up = ideal_speed_up(rounds.shape, busy, ratios, token_seconds)
     rows = []
-    for rate in RATES:
+    for rate in rates:
         arriving = rate * REQUESTS / busy
         ideal = ideal_rate_gain(arriving, REQUESTS / busy, speed_up)
         figures: dict[str, list[float]] = defaultdict(list)
@@ -175,38 +179,40 @@ def _busy_asks(rounds: Rounds, number: int, answer_tokens: int, seed: int) -> li
     return chat_asks(rounds.pictures(number), [0.0] * number, answer_tokens, Random(seed))
 
 
-def measure_clients(rounds: Rounds, answer_tokens: int) -> list[Row]:
+def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Row]:
     """Clients who each send their next request once the last is answered.
 
     Stock vLLM runs once in a round, ours once for each ratio, at the same questions.
+
+    Args:
+        clients: How many there are.
+        answer_tokens: Median length of an answer.
     """
     token_seconds = seconds_per_token(rounds)
     names = (STOCK, *RATIOS)
-    rows = []
-    for clients in CLIENTS:
-        requests = clients * REQUESTS_PER_CLIENT
-        figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
-        for number in rounds.at_most(LONG_ROUNDS):
-            sent = {name: _busy_asks(rounds, requests, answer_tokens, number) for name in names}
-            for ratio in set(RATIOS) - {MIXED}:
-                sent[ratio] = [replace(ask, ratio=float(Fraction(ratio))) for ask in sent[ratio]]
-            served = rounds.in_turn(
-                {
-                    name: partial(
-                        rounds.engines[STOCK if name == STOCK else OURS].run,
-                        "pictures",
-                        asks=asks,
-                        clients=clients,
-                    )
-                    for name, asks in sent.items()
-                }
-            )
-            stock = served[STOCK]
-            for ratio, row in figures.items():
-                ratios = [ask.ratio for ask in sent[ratio]]
-                ideal = ideal_speed_up(rounds.shape, stock["seconds"], ratios, token_seconds)
-                _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
+    requests = clients * REQUESTS_PER_CLIENT
+    figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
+    for number in rounds.at_most(LONG_ROUNDS):
+        sent = {name: _busy_asks(rounds, requests, answer_tokens, number) for name in names}
+        for ratio in set(RATIOS) - {MIXED}:
+            sent[ratio] = [replace(ask, ratio=float(Fraction(ratio))) for ask in sent[ratio]]
+        served = rounds.in_turn(
+            {
+                name: partial(
+                    rounds.engines[STOCK if name == STOCK else OURS].run,
+                    "pictures",
+                    asks=asks,
+                    clients=clients,
+                )
+                for name, asks in sent.items()
+            }
+        )
+        stock = served[STOCK]
         for ratio, row in figures.items():
-            conditions = {"clients": clients, "ratio": ratio, "requests": requests}
-            rows.append(_row(conditions, row))
-    return rows
+            ratios = [ask.ratio for ask in sent[ratio]]
+            ideal = ideal_speed_up(rounds.shape, stock["seconds"], ratios, token_seconds)
+            _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
+    return [
+        _row({"clients": clients, "ratio": ratio, "requests": requests}, row)
+        for ratio, row in figures.items()
+    ]
