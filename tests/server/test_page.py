@@ -132,7 +132,8 @@ def facts(page: Page, pane: int) -> dict[str, str]:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
+    """Those in ``text``, in which 1,024 is one."""
+    return [int(number) for number in re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))]
 
 
 def drawn(page: Page, what: str) -> list[tuple[float, float, float, float]]:
