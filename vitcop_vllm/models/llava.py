@@ -340,14 +340,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             )
             with SELECTION_SECONDS.labels(1).time():
                 index = select_patches(self.selector, view, counts.stages[0])
-                labels = self._labels_of(attention, view.keys, index, counts.centres)
+                labels = self._labels_of(attention, view, index, counts.centres)
             chosen[counts] = ChosenPatches(view, index, labels)
         return chosen
 
     def _embed_whole(self, features: torch.Tensor | None, numbers: Sequence[int]) -> torch.Tensor:
         assert features is not None, "the selector reads embeddings before there are any"
-        whole: torch.Tensor = self.multi_modal_projector(batch_of(features, numbers))
-        return whole
+        return self._project(batch_of(features, numbers), None)
 
     def _project(self, features: torch.Tensor, kept: ChosenPatches | None) -> torch.Tensor:
         """Embeddings of pictures with equal counts.
@@ -368,19 +367,17 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return torch.cat((embedded, _label_column(kept.labels, embedded.dtype)), dim=-1)
 
     def _labels_of(
-        self, attention: Any, keys: torch.Tensor, index: torch.Tensor, num_centres: int
+        self, attention: Any, view: EncoderView, index: torch.Tensor, num_centres: int
     ) -> torch.Tensor | None:
         """(B, n1) cluster labels of the patches that stay; ``None`` without centres."""
         if not num_centres:
             return None
-        patch_keys = _take(keys[:, 1:].flatten(2), index)
+        patch_keys = _take(view.keys[:, 1:].flatten(2), index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
         return cluster_labels(
             patch_keys,
-            patch_positions(index, side, side),
+            patch_positions(index, *view.grid),
             num_centres,
             density_scale=self.pruning.density_scale,
             spatial_radius=self.pruning.spatial_radius,
