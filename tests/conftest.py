@@ -40,7 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
 
 
-ENGINES = ("engine/", "worker/", "models/", "lab/test_bench.py", "lab/test_soak.py")
+ENGINES = ("engine/", "worker/", "lab/test_bench.py", "lab/test_soak.py")
 """Where engines in the tests' own process are used, or processes that end with a test."""
 
 

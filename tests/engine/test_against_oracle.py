@@ -99,7 +99,7 @@ def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(llm, pruned
 
 
 def test_the_encoder_ends_with_what_stage_one_keeps(llm):
-    """Of two pictures at once, one whole: nothing is computed for patches that go."""
+    """Two pictures pruned and one whole: nothing is computed for patches that go."""
     (model,) = llm.collective_rpc("get_model")
     rows: list[torch.Size] = []
     mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
@@ -108,8 +108,9 @@ def test_the_encoder_ends_with_what_stage_one_keeps(llm):
         generate(llm, [Ask("What is this?", (71, 72), 8 / 9, 1), Ask("And this?", (73,), 0.0, 1)])
     finally:
         hook.remove()
-    stays = [2 * counts_at(8 / 9).stages[0], counts_at(0.0).encoder]
-    assert sum(shape.numel() for shape in rows) in (sum(stays), sum(stays) + 1)
+    stays = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
+    # vLLM's own way, which a whole picture takes when none beside it is pruned, computes [CLS].
+    assert sum(shape.numel() for shape in rows) in (stays, stays + 1)
 
 
 def test_a_prompt_may_end_with_its_picture(llm, checkpoint):
