@@ -5,9 +5,11 @@ from itertools import chain
 import pytest
 import torch
 from torch import nn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vitcop_vllm.models.patch_choice import (
     ChosenPatches,
+    RowsThatStay,
     batch_of,
     members_of,
     rows_that_stay,
@@ -22,41 +24,56 @@ WHOLE = VisualTokenCounts.unpruned(V)
 
 
 class Attention(nn.Module):
-    """Any mixing of tokens will do, and like vLLM's its projection also returns a bias."""
+    """As vLLM's: its projections also return a bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: AttentionBackendEnum) -> None:
         super().__init__()
-        self.qkv_proj = Projection()
+        self.qkv_proj = Projection(WIDTH, 3 * WIDTH)
+        self.attn = Mixing(backend)
+        self.out_proj = Projection(WIDTH, WIDTH)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv_proj(hidden)[0].chunk(3, dim=-1)
+        mixed = self.attn(*self.qkv_proj(hidden)[0].chunk(3, dim=-1))
+        output: torch.Tensor = self.out_proj(mixed)[0]
+        return output
+
+
+class Mixing(nn.Module):
+    def __init__(self, backend: AttentionBackendEnum) -> None:
+        super().__init__()
+        self.attn_backend = backend
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if self.attn_backend != AttentionBackendEnum.TORCH_SDPA:
+            assert query.shape == key.shape, "as vLLM's FlashAttention wrapper takes for granted"
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
 
 class Projection(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(WIDTH, 3 * WIDTH)
+        self.linear = nn.Linear(width, out)
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.linear(hidden), None
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, backend: AttentionBackendEnum) -> None:
         super().__init__()
-        self.self_attn = Attention()
+        self.self_attn = Attention(backend)
+        self.layer_norm2 = nn.LayerNorm(WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, WIDTH))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.self_attn(hidden)
-        return hidden + self.mlp(hidden)
+        return hidden + self.mlp(self.layer_norm2(hidden))
 
 
-@pytest.fixture
-def layer() -> Layer:
+@pytest.fixture(params=[AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN])
+def layer(request: pytest.FixtureRequest) -> Layer:
     torch.manual_seed(0)
-    return Layer().eval()
+    return Layer(request.param).eval()
 
 
 @pytest.fixture
@@ -69,26 +86,59 @@ def kept(*index: list[int]) -> ChosenPatches:
     return ChosenPatches(view, torch.tensor(index), None)  # type: ignore[arg-type]
 
 
+MEMBERS = members_of([PRUNED, WHOLE, MILDER, PRUNED])
+CHOSEN = {PRUNED: kept([0, 2, 5], [1, 3, 4]), MILDER: kept([0, 1, 2, 3])}
+OF_PICTURE = [[1, 3, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [2, 4, 5]]
+
+
 def test_rows_that_stay_are_those_of_each_picture_behind_its_cls():
-    members = members_of([PRUNED, WHOLE, MILDER, PRUNED])
-    assert members == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
-    chosen = {PRUNED: kept([0, 2, 5], [1, 3, 4]), MILDER: kept([0, 1, 2, 3])}
-    rows = rows_that_stay(members, chosen, torch.device("cpu"))
-    first = {0: [1, 3, 6], 1: [8, 9, 10, 11, 12, 13], 2: [15, 16, 17, 18], 3: [23, 25, 26]}
-    assert sorted(rows.tolist()) == [*chain(*first.values())]
+    assert MEMBERS == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
+    rows = rows_that_stay(MEMBERS, CHOSEN, torch.device("cpu"))
+    padded = [index + [0] * (V - len(index)) for index in OF_PICTURE]
+    assert rows.of_picture.tolist() == padded
+    assert rows.unpadded is not None
+    assert rows.of_picture.flatten()[rows.unpadded].tolist() == [*chain(*OF_PICTURE)]
+    assert rows.of_batch.tolist() == [
+        number * (1 + V) + row for number, index in enumerate(OF_PICTURE) for row in index
+    ]
+
+
+def test_equal_counts_need_no_padding():
+    rows = rows_that_stay({PRUNED: [0, 1]}, CHOSEN, torch.device("cpu"))
+    assert rows.of_picture.tolist() == [OF_PICTURE[0], OF_PICTURE[3]]
+    assert rows.unpadded is None
+    assert rows.of_batch.tolist() == [1, 3, 6, 9, 11, 12]
 
 
 @torch.inference_mode()
-def test_rows_that_stay_come_out_as_they_do_otherwise(layer, hidden):
-    rows = torch.tensor([1, 3, 8, 13, 27])
-    seen = []
-    layer.mlp[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+@pytest.mark.parametrize("members", [MEMBERS, {MILDER: [0]}], ids=["mixed", "one"])
+def test_rows_that_stay_come_out_as_they_do_otherwise(layer, hidden, members):
+    hidden = hidden[: sum(map(len, members.values()))]
+    rows = rows_that_stay(members, CHOSEN, torch.device("cpu"))
+    computed: list[int] = []
+    for part in (layer.self_attn.out_proj, layer.layer_norm2, layer.mlp):
+        part.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0][..., 0].numel()))
     whole = layer(hidden).flatten(0, 1)
+    assert computed == [hidden[..., 0].numel()] * 3
+    computed.clear()
     with watching(layer, lambda _: rows):
         some = layer(hidden)
-    assert seen == [(4, 1 + V, WIDTH), (5, WIDTH)]
+    assert computed == [len(rows.of_batch)] * 3
     assert some.shape == hidden.shape
-    torch.testing.assert_close(some.flatten(0, 1)[rows], whole[rows])
+    torch.testing.assert_close(some.flatten(0, 1)[rows.of_batch], whole[rows.of_batch])
+
+
+@torch.inference_mode()
+def test_attention_that_can_computes_only_rows_that_stay(layer, hidden):
+    rows = rows_that_stay({PRUNED: [0, 1]}, CHOSEN, torch.device("cpu"))
+    queries: list[int] = []
+    layer.self_attn.attn.register_forward_hook(
+        lambda _, __, output: queries.append(output.shape[1])
+    )
+    with watching(layer, lambda _: rows):
+        layer(hidden[:2])
+    sdpa = layer.self_attn.attn.attn_backend == AttentionBackendEnum.TORCH_SDPA
+    assert queries == [3 if sdpa else 1 + V]
 
 
 @torch.inference_mode()
@@ -103,8 +153,12 @@ def test_it_tells_what_the_layer_attends_by_and_may_compute_everything(layer, hi
 @torch.inference_mode()
 def test_nothing_is_left_of_it(layer, hidden):
     whole = layer(hidden)
-    with pytest.raises(IndexError), watching(layer, lambda _: torch.tensor([4 * (1 + V)])):
-        layer(hidden)
+    beyond = torch.tensor([[1 + V]])
+    with (
+        pytest.raises(IndexError),
+        watching(layer, lambda _: RowsThatStay(beyond, None, beyond.flatten())),
+    ):
+        layer(hidden[:1])
     assert torch.equal(layer(hidden), whole)
 
 

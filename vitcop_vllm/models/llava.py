@@ -27,9 +27,11 @@ from vitcop_vllm.models.llava_processor import (
 from vitcop_vllm.models.patch_choice import (
     Chosen,
     ChosenPatches,
+    RowsThatStay,
     batch_of,
     members_of,
     rows_that_stay,
+    take,
     watching,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks
@@ -106,7 +108,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         qkv = torch.empty(0)
         chosen: Chosen = {}
 
-        def choose_early(output: torch.Tensor) -> torch.Tensor | None:
+        def choose_early(output: torch.Tensor) -> RowsThatStay | None:
             nonlocal qkv, chosen
             qkv = output
             if self.selector.reads_embeddings:
@@ -191,7 +193,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if kept is None:
             whole: torch.Tensor = self.multi_modal_projector(features)
             return whole
-        embedded: torch.Tensor = self.multi_modal_projector(_take(features, kept.index))
+        embedded: torch.Tensor = self.multi_modal_projector(take(features, kept.index))
         if kept.labels is None:
             return embedded
         return torch.cat((embedded, _label_column(kept.labels, embedded.dtype)), dim=-1)
@@ -202,7 +204,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """(B, n1) cluster labels of the patches that stay; ``None`` without centres."""
         if not num_centres:
             return None
-        patch_keys = _take(view.keys[:, 1:].flatten(2), index)
+        patch_keys = take(view.keys[:, 1:].flatten(2), index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
         return cluster_labels(
@@ -292,12 +294,6 @@ def _without_graphs() -> AbstractContextManager[None]:
     )
     context: AbstractContextManager[None] = override_forward_context(eager)
     return context
-
-
-def _take(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(B, V, C) rows at (B, n) indices: (B, n, C)."""
-    # Not gather: on a CPU, looking up whole rows is many times faster than each number.
-    return rows[torch.arange(index.shape[0], device=index.device)[:, None], index]
 
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
