@@ -55,7 +55,7 @@ def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_pa
     for name in ("vllm", "torch", "processor", "device_name"):
         assert conditions[name]
     assert (conditions["shape"], conditions["load_format"]) == ("demo", "dummy")
-    assert conditions["options"]["dtype"] == "bfloat16"
+    assert conditions["options"]["dtype"] == "float32"
     assert document["goals"].keys() == GOALS.keys() - {"gpu_prefill_speed_up_at_8/9"}
     assert document["goals"]["throughput_at_0"]["met"]
     rows = document["prefill"]

@@ -55,9 +55,15 @@ def test_scenarios_run_once_each_and_in_order():
 
 
 def test_defaults_suit_the_device_and_the_shape():
-    cpu, gpu = settled(), settled("--shape", "llava-1.5-7b", device="gpu")
-    assert (cpu.compile, cpu.kv_cache_gib, cpu.load_format) == (False, 3, "random")
+    cpu, gpu = settled(), settled(device="gpu")
+    assert (cpu.shape, cpu.dtype, gpu.shape, gpu.dtype) == (
+        *("demo", "float32"),
+        *("llava-1.5-7b", "bfloat16"),
+    )
+    assert (cpu.compile, cpu.kv_cache_gib, cpu.load_format) == (False, 2, "random")
     assert (gpu.compile, gpu.kv_cache_gib, gpu.load_format) == (True, None, "dummy")
+    assert settled("--shape", "small").kv_cache_gib == 6
+    assert settled("--shape", "small", "--dtype", "bfloat16").kv_cache_gib == 3
     assert gpu.chat_tokens > cpu.chat_tokens
     assert settled("--no-compile", device="gpu").compile is False
     assert settled("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
@@ -72,7 +78,7 @@ def test_a_gpu_is_shared_and_left_its_defaults():
     assert 3 * three["gpu_memory_utilization"] == pytest.approx(0.9)
     assert options("--kv-cache-gib", "2", device="gpu")["kv_cache_memory_bytes"] == 2 << 30
     cpu = options()
-    assert (cpu["kv_cache_memory_bytes"], cpu["enforce_eager"]) == (3 << 30, True)
+    assert (cpu["kv_cache_memory_bytes"], cpu["enforce_eager"]) == (2 << 30, True)
     assert "gpu_memory_utilization" not in cpu
 
 

@@ -61,7 +61,11 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     )
     numbers: dict[str, Any] = {"type": _numbers, "metavar": "N,N"}
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: what vLLM runs on")
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="default: demo on a CPU, where small takes hours, and llava-1.5-7b on a GPU",
+    )
     parser.add_argument(
         "--scenarios",
         nargs="+",
@@ -116,13 +120,14 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        default="bfloat16",
-        help="of weights and activations; CPUs without AMX or AVX-512 are faster with float32",
+        help="of weights and activations; default: float32 on a CPU, as the demo is served, and "
+        "bfloat16 on a GPU",
     )
     parser.add_argument(
         "--kv-cache-gib",
         type=_number,
-        help="of each engine; 3 on a CPU (6 in float32), what the weights leave on a GPU",
+        help="of each engine; on a CPU 2 for the demo and 6 for others (3 in bfloat16), on a "
+        "GPU what the weights leave",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed over ratio")
     arguments = parser.parse_args(argv)
@@ -154,12 +159,17 @@ def settle_defaults(arguments: argparse.Namespace, device: Device) -> None:
     """Put in place of what was not given what suits the device and the shape."""
     on_gpu = device == "gpu"
     arguments.device = device
+    if arguments.shape is None:
+        arguments.shape = "llava-1.5-7b" if on_gpu else "demo"
+    if arguments.dtype is None:
+        arguments.dtype = "bfloat16" if on_gpu else "float32"
     if arguments.compile is None:
         arguments.compile = on_gpu
     if arguments.chat_tokens is None:
         arguments.chat_tokens = 128 if on_gpu else 16
     if arguments.kv_cache_gib is None and not on_gpu:
-        arguments.kv_cache_gib = 6 if arguments.dtype == "float32" else 3
+        whole = 6 if arguments.dtype == "float32" else 3
+        arguments.kv_cache_gib = 2 if arguments.shape == "demo" else whole
     if arguments.load_format is None:
         arguments.load_format = "dummy" if arguments.shape in PUBLISHED else "random"
 
