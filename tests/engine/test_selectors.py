@@ -19,6 +19,7 @@ from tests.engine.requests import (
 from tests.engine.test_against_oracle import assert_equals_oracle
 from tests.engine.test_kv_blocks import free_blocks, start
 from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.models.staged_decoder import StagedDecoder
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
@@ -78,6 +79,8 @@ def llm_with(engine) -> Iterator[Callable[[str], Any]]:
         model.pruning, model.selector = settings, row
         vars(processor.info)["settings"] = settings
         core.scheduler._reads_question = row.reads_question
+        decoder = model.language_model.model
+        model.staged_decoder = StagedDecoder(decoder, BOUNDARIES, row, core.vllm_config)
         # Equal counts of another selector would hit.
         core.reset_encoder_cache()
         return engine

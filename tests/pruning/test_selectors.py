@@ -402,3 +402,31 @@ def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
         first, second = ranks.map(on_rank, range(2))
     assert torch.equal(first, choose(view))
     assert torch.equal(second, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        (name, stage)
+        for name, row in SELECTORS.items()
+        for stage, function in enumerate((row.shallow, row.deep), start=1)
+        if function
+    ],
+)
+def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, stage):
+    def not_yet() -> torch.Tensor:
+        raise LookupError
+
+    early = replace(step(), hidden=not_yet)
+    if SELECTORS[name].drops_before_mlp(stage):
+        chosen = chosen_tokens(name, stage, early, 9)
+        assert torch.equal(chosen, chosen_tokens(name, stage, step(), 9))
+    elif name == "vitcop":  # chooses by keys too, but merges
+        assert isinstance(select_tokens(SELECTORS[name], stage, early, 9), StageTwoSelection)
+    else:
+        with pytest.raises(LookupError):
+            chosen_tokens(name, stage, early, 9)
+
+
+def test_nothing_spares_an_mlp_where_nothing_is_dropped():
+    assert not any(SELECTORS["cls"].drops_before_mlp(stage) for stage in (1, 2))

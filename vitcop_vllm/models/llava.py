@@ -34,7 +34,7 @@ from vitcop_vllm.models.patch_choice import (
     take,
     watching,
 )
-from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks
+from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks, stage_layers
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -68,9 +68,9 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.pruning = settings_of(self.config)
         self.selector = SELECTORS[self.pruning.selector]
         decoder = self.language_model.model
-        self.staged_decoder = StagedDecoder(
-            decoder, self.pruning.boundaries(len(decoder.layers)), vllm_config
-        )
+        boundaries = self.pruning.boundaries(len(decoder.layers))
+        stage_layers(decoder.layers, boundaries, vllm_config)
+        self.staged_decoder = StagedDecoder(decoder, boundaries, self.selector, vllm_config)
         self._encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
 
@@ -271,7 +271,6 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs():
             return self.staged_decoder(
-                self.selector,
                 step,
                 positions[:num_rows],
                 inputs_embeds[:num_rows],

@@ -72,12 +72,13 @@ def mean_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 class _LayerBefore(NamedTuple):
-    """What the last layer of a stage was called with, and what it left; T rows.
+    """What the last layer before a boundary attended by, and what crosses; T rows.
 
     Attributes:
         scale: Factor on the scores of its attention.
         query, key: (T, local heads, D), (T, local KV heads, D), after rotary embedding.
-        hidden, residual: (T, H); their sum is the residual stream.
+        hidden, residual: (T, H); their sum is the residual stream, which lacks the layer's MLP
+            where the selector drops before it.
     """
 
     scale: float
@@ -133,17 +134,64 @@ def _select_rows(
     return before.gather(1, chosen), chosen, None
 
 
+class _UpToMLP:
+    """A decoder layer of vLLM's as far as its attention; what is dropped then spares its MLP."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual, hidden = hidden, self._layer.input_layernorm(hidden)
+        else:
+            hidden, residual = self._layer.input_layernorm(hidden, residual)
+        return self._layer.self_attn(positions=positions, hidden_states=hidden), residual
+
+
+class _FromMLP:
+    """The rest of such a layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, residual = self._layer.post_attention_layernorm(hidden, residual)
+        return self._layer.mlp(hidden), residual
+
+
+def layers_by_stage(
+    layers: Sequence[Any], boundaries: tuple[int, int], selector: Selector
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """What each stage computes: layers, and halves of those that the selector drops within."""
+    shallow, deep = boundaries
+    stages = [*layers[:shallow]], [*layers[shallow:deep]], [*layers[deep:]]
+    for stage in (1, 2):
+        if selector.drops_before_mlp(stage):
+            last = stages[stage - 1].pop()
+            stages[stage - 1].append(_UpToMLP(last))
+            stages[stage].insert(0, _FromMLP(last))
+    return stages
+
+
+class _Stage(nn.Module):
+    """Layers, or halves of layers, that run on the same rows."""
+
+    def __init__(self, *, layers: Sequence[Any]) -> None:
+        super().__init__()
+        self.layers = [*layers]  # no submodules: they are the decoder's
+
+
 # Of one code object torch.compile keeps one compiled form, and vLLM drops the guards that would
 # notice another stage: each stage has a forward of its own.
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0})
-class _FirstStage(nn.Module):
+class _FirstStage(_Stage):
     """Layers up to the shallow boundary."""
-
-    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = [*layers]  # no submodules: they are the decoder's
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor
@@ -156,12 +204,8 @@ class _FirstStage(nn.Module):
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
-class _MiddleStage(nn.Module):
+class _MiddleStage(_Stage):
     """Layers between the boundaries."""
-
-    def __init__(self, *, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = [*layers]
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -172,12 +216,12 @@ class _MiddleStage(nn.Module):
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
-class _LastStage(nn.Module):
+class _LastStage(_Stage):
     """Layers from the deep boundary on, and the norm that ends the decoder."""
 
-    def __init__(self, *, layers: Sequence[nn.Module], norm: nn.Module) -> None:
-        super().__init__()
-        self.layers, self.norms = [*layers], [norm]
+    def __init__(self, *, layers: Sequence[Any], norm: nn.Module) -> None:
+        super().__init__(layers=layers)
+        self.norms = [norm]
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -195,8 +239,9 @@ class StagedDecoder:
     ``enforce_eager`` nothing is.
 
     Args:
-        decoder: vLLM's decoder model; its layers are called as its own forward does.
+        decoder: vLLM's decoder model, its layers with their stages' attention.
         boundaries: First layers of the second and third stage.
+        selector: What chooses the visual rows that go on.
         vllm_config: As the decoder was made with.
 
     Attributes:
@@ -207,17 +252,18 @@ class StagedDecoder:
         self,
         decoder: Any,
         boundaries: tuple[int, int],
+        selector: Selector,
         vllm_config: VllmConfig,
     ) -> None:
         layers: Sequence[Any] = decoder.layers
-        stage_layers(layers, boundaries, vllm_config)
+        self._selector = selector
         self._norm = decoder.norm
         self._last_attention = [layers[boundary - 1].self_attn.attn for boundary in boundaries]
-        shallow, deep = boundaries
+        first, middle, last = layers_by_stage(layers, boundaries, selector)
         parts: Any = (
-            (_FirstStage, {"layers": layers[:shallow]}),
-            (_MiddleStage, {"layers": layers[shallow:deep]}),
-            (_LastStage, {"layers": layers[deep:], "norm": decoder.norm}),
+            (_FirstStage, {"layers": first}),
+            (_MiddleStage, {"layers": middle}),
+            (_LastStage, {"layers": last, "norm": decoder.norm}),
         )
         self._stages = []
         for number, (stage, arguments) in enumerate(parts):
@@ -244,7 +290,6 @@ class StagedDecoder:
 
     def __call__(
         self,
-        selector: Selector,
         step: StagedForward,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
@@ -253,7 +298,6 @@ class StagedDecoder:
         """The decoder's forward for a step in which rows are dropped between stages.
 
         Args:
-            selector: What chooses the visual rows that go on.
             step: How the step's rows change between stages.
             positions: (T,) rotary positions.
             inputs_embeds: (T, H) embeddings, pictures merged in.
@@ -263,10 +307,10 @@ class StagedDecoder:
             (T, H) hidden states; a dropped token's row repeats its span's last survivor.
         """
         layer_before = self._run_to_boundary(1, positions, inputs_embeds)
-        rows = self._cross(selector, 1, step, positions, layer_before, labels)
+        rows = self._cross(1, step, positions, layer_before, labels)
         layer_before = self._run_to_boundary(2, *rows)
         positions = rows[0] if step.renumbered is None else step.renumbered
-        rows = self._cross(selector, 2, step, positions, layer_before, labels)
+        rows = self._cross(2, step, positions, layer_before, labels)
         normed: torch.Tensor = self._stages[-1](*rows)
         return normed[step.outputs]
 
@@ -280,7 +324,6 @@ class StagedDecoder:
 
     def _cross(
         self,
-        selector: Selector,
         stage: int,
         step: StagedForward,
         positions: torch.Tensor,
@@ -293,7 +336,7 @@ class StagedDecoder:
         for group in step.groups:
             with SELECTION_SECONDS.labels(stage + 1).time():
                 rows, chosen, stream = _select_rows(
-                    selector, group, stage, layer_before, labels, self._norm.weight
+                    self._selector, group, stage, layer_before, labels, self._norm.weight
                 )
             if step.record is not None and chosen is not None:
                 step.record(group, stage, chosen)

@@ -113,6 +113,10 @@ def _after_stage_one(asked: Asked, v: float, n1: int) -> tuple[int, int]:
     return n2, n3
 
 
+READ_HIDDEN = ("cluster_merging", "least_duplicated")
+"""Functions at a boundary that read the residual stream of tokens, or change it."""
+
+
 @dataclass(frozen=True)
 class Selector:
     """A row of the table.
@@ -135,6 +139,14 @@ class Selector:
     deep: str | None = None
     reads_question: bool = False
     reads_embeddings: bool = False
+
+    def drops_before_mlp(self, stage: int) -> bool:
+        """Whether tokens that do not enter ``stage``, 1 or 2, spare the MLP of the layer before.
+
+        Its keys are there before its MLP is computed; most functions read no more.
+        """
+        function = (self.shallow, self.deep)[stage - 1]
+        return function is not None and function not in READ_HIDDEN
 
     def max_ratio(self, boundaries: tuple[int, int], num_layers: int) -> float:
         """Largest pruning ratio in reach: what the encoder does not cut lives S layers whole."""

@@ -62,7 +62,8 @@ class BoundaryView:
             are this rank's.
         keys: (T, kv_heads, D) keys of that layer, likewise.
         scale: Factor on the scores of query and key.
-        hidden: Makes (G, n, H), the spans' residual stream.
+        hidden: Makes (G, n, H), the spans' residual stream after the layer before; for
+            functions that ``budgets.READ_HIDDEN`` names, the others are asked sooner.
         norm_weight: (H,), of the norm that ends the decoder.
         prompt_rows: (2, G) int64, first and last row of each span's prompt. Only selectors
             that read the question are sure that all of it is in the step.

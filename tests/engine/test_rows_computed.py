@@ -1,0 +1,62 @@
+"""What each layer computes, counted in rows: what the plan says, and no more."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.engine.requests import Ask, generate
+from tests.engine.scheduling import engine_core
+from vitcop_vllm.demo.checkpoint import TINY
+from vitcop_vllm.pruning.plan import plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def rows(llm) -> Any:
+    """Rows that went through a part of a layer since it began to be counted."""
+    model = engine_core(llm).model_executor.driver_worker.worker.model_runner.get_model()
+    counted: Counter[tuple[str, int]] = Counter()
+    hooks = []
+
+    def count(part: str, number: int, module: Any) -> None:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            counted[part, number] += output[..., 0].numel()
+
+        hooks.append(module.register_forward_hook(hook))
+
+    for number, layer in enumerate(model.language_model.model.layers):
+        count("qkv", number, layer.self_attn.qkv_proj)
+        count("mlp", number, layer.mlp)
+    for number, layer in enumerate(model.vision_tower.vision_model.encoder.layers):
+        count("encoder qkv", number, layer.self_attn.qkv_proj)
+        count("encoder attention", number, layer.self_attn.attn)
+        count("encoder mlp", number, layer.mlp.fc2)
+    yield counted
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
+def test_rows_of_every_layer(llm, rows, ratio):
+    (answer,) = generate(llm, [Ask("what is this?", (1,), ratio, max_tokens=1)])
+    settings = PruningSettings()
+    shallow, deep = settings.boundaries(TINY.layers)
+    counts = plan_counts(settings, ratio, TINY.layers, TINY.visual_tokens)
+    n1, n2, n3 = counts.stages
+    text = len(answer.prompt) - n1
+    computed = {part: [rows[part, i] for i in range(TINY.layers)] for part in ("qkv", "mlp")}
+    stages = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)
+    assert computed["qkv"] == [text + n for n in stages]
+    # Stage III has chosen when the layer before it has attended.
+    stages[deep - 1] = n3
+    assert computed["mlp"] == [text + n for n in stages]
+    patches = 1 + TINY.visual_tokens
+    *_, last = sorted(number for part, number in rows if part == "encoder qkv")
+    assert [rows["encoder qkv", i] for i in range(last + 1)] == [patches] * (last + 1)
+    kept = n1 if ratio else patches
+    for part in ("encoder attention", "encoder mlp"):
+        assert [rows[part, i] for i in range(last + 1)] == [patches] * last + [kept]
