@@ -4,7 +4,8 @@ A *selector* is a way of choosing which visual tokens survive. Its row here says
 that are in each stage, and names the functions of ``selectors`` that choose them.
 
 To add one: a function in ``selectors``, a row here, and its name in
-``settings.SelectorName``. Tests hold the three together.
+``settings.SelectorName``; in :data:`READ_HIDDEN` too, where it reads the residual stream at a
+boundary. Tests hold them together.
 """
 
 from bisect import bisect_right
