@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from tests.engine.requests import Ask, generate
-from tests.engine.scheduling import engine_core
+from tests.engine.test_against_oracle import counts_at
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
 pytestmark = pytest.mark.slow
@@ -17,7 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def rows(llm) -> Any:
     """Rows that went through a part of a layer since it began to be counted."""
-    model = engine_core(llm).model_executor.driver_worker.worker.model_runner.get_model()
+    (model,) = llm.collective_rpc("get_model")
     counted: Counter[tuple[str, int]] = Counter()
     hooks = []
 
@@ -43,10 +42,8 @@ def rows(llm) -> Any:
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
 def test_rows_of_every_layer(llm, rows, ratio):
     (answer,) = generate(llm, [Ask("what is this?", (1,), ratio, max_tokens=1)])
-    settings = PruningSettings()
-    shallow, deep = settings.boundaries(TINY.layers)
-    counts = plan_counts(settings, ratio, TINY.layers, TINY.visual_tokens)
-    n1, n2, n3 = counts.stages
+    shallow, deep = PruningSettings().boundaries(TINY.layers)
+    n1, n2, n3 = counts_at(ratio).stages
     text = len(answer.prompt) - n1
     computed = {part: [rows[part, i] for i in range(TINY.layers)] for part in ("qkv", "mlp")}
     stages = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)

@@ -132,15 +132,15 @@ def watching(
         return attended if rows.unpadded is None else attended[rows.unpadded]
 
     def after_out_proj(_: nn.Module, __: object, output: Any) -> Any:
-        return None if rows is None else (in_place(output[0], rows), *output[1:])
+        return None if rows is None else (put_back(output[0], rows), *output[1:])
 
     def before_norm(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
         return None if rows is None else inputs[0].flatten(0, 1)[rows.of_batch]
 
     def after_mlp(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor | None:
-        return None if rows is None else in_place(output, rows)
+        return None if rows is None else put_back(output, rows)
 
-    def in_place(some: torch.Tensor, rows: RowsThatStay) -> torch.Tensor:
+    def put_back(some: torch.Tensor, rows: RowsThatStay) -> torch.Tensor:
         """(N, C) rows where they stand in (B, T, C), for the residual."""
         whole = some.new_zeros(*batch, some.shape[-1])
         whole.flatten(0, 1)[rows.of_batch] = some
