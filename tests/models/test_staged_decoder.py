@@ -12,9 +12,9 @@ from vitcop_vllm.models import staged_decoder
 from vitcop_vllm.models.staged_decoder import (
     _LayerBefore,
     _select_rows,
-    layers_by_stage,
     mean_over_ranks,
 )
+from vitcop_vllm.models.stages import layers_by_stage
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, build_step
