@@ -120,10 +120,10 @@ class StageLengths:
             query_start_loc: (R + 1,) int32, first row of each request.
             positions: (T,) int64, position of each row in the prompt and its answer.
         """
-        # With its length given, nothing waits for the device.
-        missing = torch.repeat_interleave(
-            self.missing, query_start_loc.diff(), output_size=positions.shape[0]
-        )
+        missing, num_rows = self.missing, positions.shape[0]
+        if num_rows != missing.shape[0]:  # else all decode, a row each
+            # With its length given, nothing waits for the device.
+            missing = torch.repeat_interleave(missing, query_start_loc.diff(), output_size=num_rows)
         return query_start_loc, positions - missing
 
 
@@ -244,7 +244,9 @@ def create_staged_attention_backend(
         def update_block_table(
             self, metadata: Any, blk_table: torch.Tensor, slot_mapping: torch.Tensor
         ) -> Any:
-            slot_mapping = slot_mapping[: metadata.slot_mapping.shape[0]]
+            num_rows = metadata.slot_mapping.shape[0]
+            if num_rows < slot_mapping.shape[0]:
+                slot_mapping = slot_mapping[:num_rows]
             if underlying_builder.supports_update_block_table:
                 return super().update_block_table(metadata, blk_table, slot_mapping)
             updated = copy(metadata)
@@ -268,8 +270,10 @@ def create_staged_attention_backend(
             # would write with the runner's, one for each unpruned token.
             if not underlying.forward_includes_kv_cache_update and attn_metadata is not None:
                 slots = attn_metadata.slot_mapping
-                count = slots.shape[0]  # rows that pad a graph have no slot
-                self.do_kv_cache_update(layer, key[:count], value[:count], kv_cache, slots)
+                count = slots.shape[0]
+                if count < key.shape[0]:  # rows that pad a graph have no slot
+                    key, value = key[:count], value[:count]
+                self.do_kv_cache_update(layer, key, value, kv_cache, slots)
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
             )

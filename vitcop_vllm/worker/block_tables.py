@@ -51,7 +51,10 @@ class StagedBlockTables(MultiGroupBlockTable):
             table.block_table = _row(blocks, place)
             table.slot_mapping = _row(slots, place)
         adopted._blocks, adopted._slots = blocks.gpu.flatten(1), slots.gpu
-        adopted._block_size, adopted._row_stride = first.block_size, blocks.gpu.shape[-1]
+        adopted._block_size = first.block_size
+        max_num_reqs, max_num_blocks = blocks.gpu.shape[1:]
+        starts = torch.arange(max_num_reqs, device=blocks.gpu.device) * max_num_blocks
+        adopted._first_blocks = starts
         adopted._places = {
             stage: slice(
                 sum(other < stage for other in stage_of_group),
@@ -83,11 +86,12 @@ class StagedBlockTables(MultiGroupBlockTable):
     def _compute(
         self, places: slice, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        num_rows = positions.shape[0]
-        # With its length given, nothing waits for the device.
-        request = torch.repeat_interleave(query_start_loc.diff(), output_size=num_rows)
-        index = positions // self._block_size + request * self._row_stride
-        blocks = self._blocks[places].index_select(1, index)
+        num_rows, num_reqs = positions.shape[0], query_start_loc.shape[0] - 1
+        first = self._first_blocks[:num_reqs]
+        if num_rows != num_reqs:  # else all decode, a row each
+            # With its length given, nothing waits for the device.
+            first = torch.repeat_interleave(first, query_start_loc.diff(), output_size=num_rows)
+        blocks = self._blocks[places].index_select(1, positions // self._block_size + first)
         torch.add(
             positions % self._block_size,
             blocks,
