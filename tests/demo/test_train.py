@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from vitcop_vllm.demo.batch import BatchShape
 from vitcop_vllm.demo.checkpoint import LlavaShape
-from vitcop_vllm.demo.dataset import BatchShape
 from vitcop_vllm.demo.questions import FAMILIES
 from vitcop_vllm.demo.train import Phase, Run
 

@@ -48,11 +48,13 @@ class _Launches:
 def launches(monkeypatch):
     """Kernels, grids, arguments and options for LLaVA-1.5-7B's least pruned pictures."""
     from vitcop_vllm.pruning import kernels
+    from vitcop_vllm.pruning.kernels import clustering, order, selection
 
     taken: list[tuple[Any, ...]] = []
-    for name, value in vars(kernels).copy().items():
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, _Launches(value, taken))
+    for module in (clustering, order, selection):
+        for name, value in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, _Launches(value, taken))
     saliency, norms = torch.rand(1, 576), torch.rand(1, 288)
     kernels.first(saliency, 288, descending=True)
     kernels.cluster_labels(torch.rand(1, 288, 8), torch.rand(1, 288, 2), 51, 8.0, 0.6, 1e-13, 1e-9)

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitcop_vllm.demo.batch import IGNORED, TELLING, Batch, Sequences
 from vitcop_vllm.demo.checkpoint import FEATURE_LAYER
-from vitcop_vllm.demo.dataset import CONTENT, IGNORED, TELLING, Batch, Sequences
+from vitcop_vllm.demo.dataset import CONTENT
 from vitcop_vllm.demo.drawing import TARGETS
 from vitcop_vllm.demo.questions import FAMILIES
 

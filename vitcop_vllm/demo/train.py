@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from vitcop_vllm.demo.batch import Batch, BatchShape
 from vitcop_vllm.demo.checkpoint import DEMO, FEATURE_LAYER, LlavaShape, save_config, save_weights
-from vitcop_vllm.demo.dataset import Batch, Batches, BatchShape
+from vitcop_vllm.demo.dataset import Batches
 from vitcop_vllm.demo.losses import Heads, answers, looking
 from vitcop_vllm.demo.optimiser import Optimiser
 from vitcop_vllm.demo.questions import corpus

@@ -1,0 +1,32 @@
+"""Servers that survive whatever is sent, with one connection each."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from tests.server.clients import KEY, MAX_BODY, Server
+from tests.server.process import TINY_OPTIONS, running_server
+
+
+@pytest.fixture(scope="session")
+def server(server_url: str) -> Server:
+    return Server(server_url, {})
+
+
+@pytest.fixture(scope="session")
+def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
+    """A server with keys, a small body limit, and one host from which pictures are fetched."""
+    limits = {"max_body_bytes": MAX_BODY, "max_picture_pixels": 10_000, "picture_ids": True}
+    flags = ["--api-key", "key", "--enable-request-id-headers", "--server", json.dumps(limits)]
+    media = ["--allowed-media-domains", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 1}']
+    queue = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1"]
+    with running_server(str(checkpoint), *TINY_OPTIONS, *flags, *media, *queue) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def guarded(guarded_process: tuple[str, Popen[bytes]]) -> Server:
+    return Server(guarded_process[0], KEY)

@@ -1,0 +1,107 @@
+"""Pictures are fetched from where the operator allows, and nothing hangs on who serves them."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from PIL import Image
+
+from tests.server.clients import MAX_BODY, Server, assert_refused, picture
+from tests.server.test_media import encoded
+
+pytestmark = pytest.mark.slow
+
+
+class Upstream(BaseHTTPRequestHandler):
+    """Where pictures are: answers with the status in the path."""
+
+    seen: list[str]
+
+    def do_GET(self) -> None:
+        self.seen.append(self.path)
+        if self.path == "/silent":
+            time.sleep(7)
+        status = int(self.path[1:4]) if self.path[1:4].isdigit() else 200
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/200")
+        data = encoded(Image.new("RGB", (8, 8))) if status == 200 else b""
+        if self.path == "/large":
+            self.send_header("Content-Length", str(2 * MAX_BODY))
+            data = bytes(2 * MAX_BODY)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # The server does not wait for everything.
+            super().handle()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def upstream() -> Iterator[tuple[str, list[str]]]:
+    """A server's address, and the paths that were fetched from it."""
+    seen: list[str] = []
+    handler = type("Handler", (Upstream,), {"seen": seen})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", seen
+        server.shutdown()
+
+
+def test_nothing_is_fetched_unasked(server: Server, upstream: tuple[str, list[str]]) -> None:
+    url, seen = upstream
+    with server.unharmed():
+        for host in (url, url.replace("127.0.0.1", "localhost"), url.replace("http", "HTTP")):
+            assert_refused(server.chat(messages=picture(f"{host}/200")), words="data URLs")
+    assert seen == []
+
+
+def test_pictures_from_an_allowed_host(guarded: Server, upstream: tuple[str, list[str]]) -> None:
+    url, seen = upstream
+    assert guarded.chat(messages=picture(f"{url}/200")).status_code == 200
+    other = url.replace("127.0.0.1", "localhost")
+    assert_refused(guarded.chat(messages=picture(f"{other}/200")), words="allowed domains")
+    assert seen == ["/200"]
+
+
+def test_redirects_are_not_followed(guarded: Server, upstream: tuple[str, list[str]]) -> None:
+    url, seen = upstream
+    with guarded.unharmed():
+        assert_refused(guarded.chat(messages=picture(f"{url}/302")))
+    assert seen == ["/302"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/404", "404"),
+        ("/500", "500"),
+        ("/503", "503"),
+        ("/silent", "TimeoutError"),
+        ("/large", "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=2"),
+    ],
+)
+def test_an_upstream_that_fails(
+    guarded: Server, upstream: tuple[str, list[str]], path: str, words: str
+) -> None:
+    with guarded.unharmed():
+        start = time.monotonic()
+        assert_refused(guarded.chat(messages=picture(upstream[0] + path)), 422, words)
+        assert time.monotonic() - start < 5
+
+
+def test_an_upstream_that_is_not_there(guarded: Server) -> None:
+    with socket.socket() as free, guarded.unharmed():
+        free.bind(("127.0.0.1", 0))
+        start = time.monotonic()
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"
+        assert_refused(guarded.chat(messages=picture(url)), 422, "cannot be fetched")
+        assert time.monotonic() - start < 5

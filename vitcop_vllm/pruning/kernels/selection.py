@@ -1,0 +1,223 @@
+"""Stage II: which tokens stay, and which are merged into which."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vitcop_vllm.pruning.kernels.order import (
+    LAST_64,
+    block_of,
+    chunk_of,
+    comes_before,
+    order_key,
+)
+
+_ROUND = 2.0**52
+"""Added to and taken from a float64 in [0, 2^52), it leaves the integer nearest, halves even."""
+
+_ROUNDING = tl.constexpr(_ROUND)
+
+
+@triton.jit
+def _quotas(
+    sums, sizes, real, cluster, keys, wanted, num_spare, NUM: tl.constexpr, CHUNK: tl.constexpr
+):
+    """As ``selection._quotas``: what each cluster keeps whole, int32, in total ``wanted``.
+
+    Args:
+        sums, sizes: (NUM,) float64 and int32, per cluster.
+        real: (NUM,) whether there is such a cluster.
+        cluster: (NUM,) their numbers.
+        keys: NUM int64 of memory to work in.
+        wanted: n2 - K.
+        num_spare: n1 - K, or 1 where that is 0.
+    """
+    spare = (sizes - 1).to(tl.float64)
+    total = (tl.zeros([NUM], tl.int32) + num_spare).to(tl.float64)
+    share = spare / total * wanted.to(tl.float64)
+    quotas = tl.where(real, (share + _ROUNDING) - _ROUNDING, 0.0)
+    missing = wanted.to(tl.float64) - tl.sum(quotas, axis=0)
+    step = tl.where(missing > 0, 1.0, tl.where(missing < 0, -1.0, 0.0)).to(tl.float64)
+    changed = quotas + step
+    able = real & (changed >= 0) & (changed <= spare)
+    # The able ones first, what is no number behind all others of these.
+    key = tl.where(able, tl.minimum(order_key(sums * step), LAST_64 - 1), LAST_64)
+    tl.store(keys + cluster, key)
+    tl.debug_barrier()
+    rank = tl.zeros([NUM], tl.int32)
+    for start in range(0, NUM, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_key = tl.load(keys + other, mask=other < NUM, other=LAST_64)
+        before = comes_before(other_key, other, key, cluster)
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    tl.debug_barrier()
+    chosen = able & (rank.to(tl.float64) < tl.abs(missing))
+    return tl.where(chosen, changed, quotas).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["n1", "n2", "num_centres"])
+def _stage_two_kernel(
+    norms,
+    labels,
+    index,
+    merged,
+    groups,
+    keys,
+    n1,
+    n2,
+    num_centres,
+    MANY_CLUSTERS: tl.constexpr,
+    CLUSTERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """``selection.select_stage_two`` of one picture.
+
+    Args:
+        norms, labels: n1 float32 and int64, of each token.
+        index, merged, groups: Where the selection goes, int64.
+        keys: CLUSTERS int64 of memory to work in.
+        MANY_CLUSTERS: Whether K > n2.
+    """
+    picture = tl.program_id(0).to(tl.int64)
+    num_groups = tl.minimum(num_centres, n2)
+    norms += picture * n1
+    labels += picture * n1
+    index += picture * n2
+    merged += picture * num_groups
+    groups += picture * n1
+    keys += picture * CLUSTERS
+
+    cluster = tl.arange(0, CLUSTERS)
+    real = cluster < num_centres
+    sums = tl.zeros([CLUSTERS], tl.float64)
+    sizes = tl.zeros([CLUSTERS], tl.int32)
+    for start in range(0, n1, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        label = tl.load(labels + other, mask=other < n1, other=-1)
+        norm = tl.load(norms + other, mask=other < n1, other=0.0).to(tl.float64)
+        member = label[None, :] == cluster[:, None]
+        sums += tl.sum(tl.where(member, norm[None, :], 0.0), axis=1)
+        sizes += tl.sum(member.to(tl.int32), axis=1)
+
+    token = tl.arange(0, BLOCK)
+    here = token < n1
+    label = tl.load(labels + token, mask=here, other=0)
+    if MANY_CLUSTERS:
+        key = tl.where(real, order_key(sums), LAST_64)
+        tl.store(keys + cluster, key)
+        tl.debug_barrier()
+        rank = tl.zeros([CLUSTERS], tl.int32)
+        for start in range(0, CLUSTERS, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            other_key = tl.load(keys + other, mask=other < CLUSTERS, other=LAST_64)
+            before = comes_before(other_key, other, key, cluster)
+            rank += tl.sum(before.to(tl.int32), axis=1)
+        tl.debug_barrier()
+        tl.store(keys + cluster, tl.minimum(rank, n2 - 1).to(tl.int64))
+        tl.debug_barrier()
+        group = tl.load(keys + label)
+    else:
+        quotas = _quotas(
+            sums, sizes, real, cluster, keys, n2 - num_centres, tl.maximum(n1 - num_centres, 1),
+            CLUSTERS, CHUNK,
+        )  # fmt: skip
+        tl.store(keys + cluster, quotas.to(tl.int64))
+        tl.debug_barrier()
+        key = order_key(tl.load(norms + token, mask=here, other=0.0))
+        rank = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, n1, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            other_key = order_key(tl.load(norms + other, mask=other < n1, other=0.0))
+            other_label = tl.load(labels + other, mask=other < n1, other=-1)
+            before = comes_before(other_key, other, key, token)
+            rank += tl.sum((before & (other_label[None, :] == label[:, None])).to(tl.int32), axis=1)
+        whole = rank < tl.load(keys + label)
+        group = tl.where(whole, num_centres, label)
+    tl.store(groups + token, group, mask=here)
+    tl.debug_barrier()
+
+    # The median member of a group has half of the others before it.
+    size = tl.zeros([BLOCK], tl.int32)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n1, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_group = tl.load(groups + other, mask=other < n1, other=-1)
+        fellow = other_group[None, :] == group[:, None]
+        size += tl.sum(fellow.to(tl.int32), axis=1)
+        place += tl.sum((fellow & (other[None, :] < token[:, None])).to(tl.int32), axis=1)
+    kept = here & (group == num_groups)
+    median = here & (group < num_groups) & (place == size // 2)
+    row = tl.cumsum((kept | median).to(tl.int32), axis=0) - 1
+    tl.store(index + row, token.to(tl.int64), mask=kept | median)
+    tl.store(merged + group, row.to(tl.int64), mask=median)
+
+
+@triton.jit(do_not_specialize=["n1", "n2", "num_groups"])
+def _merge_kernel(
+    hidden,
+    index,
+    groups,
+    rows,
+    n1,
+    n2,
+    num_groups,
+    width,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """WIDTH columns of one row of ``selection.merge_tokens``: a token, and its group's mean."""
+    picture = tl.program_id(0).to(tl.int64) // n2
+    hidden += picture * n1 * width
+    groups += picture * n1
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < width
+    source = tl.load(index + tl.program_id(0))
+    group = tl.load(groups + source)
+    row = tl.load(hidden + source * width + column, mask=inside, other=0.0).to(tl.float32)
+    if group < num_groups:
+        total = tl.zeros([WIDTH], tl.float32)
+        size = 0
+        for start in range(0, n1, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            member = tl.load(groups + other, mask=other < n1, other=-1) == group
+            size += tl.sum(member.to(tl.int32), axis=0)
+            place = other.to(tl.int64)[:, None] * width + column[None, :]
+            value = tl.load(hidden + place, mask=member[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(value.to(tl.float32), axis=0)
+        row += total / size
+    out = rows + tl.program_id(0).to(tl.int64) * width + column
+    tl.store(out, row.to(rows.dtype.element_ty), mask=inside)
+
+
+def select_stage_two(
+    key_norm: Tensor, labels: Tensor, num_centres: int, n2: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``selection.select_stage_two``: index, merged and groups."""
+    pictures, n1 = key_norm.shape
+    block, clusters = block_of(n1), block_of(num_centres)
+    index = labels.new_empty(pictures, n2)
+    merged = labels.new_empty(pictures, min(num_centres, n2))
+    groups = labels.new_empty(pictures, n1)
+    keys = labels.new_empty(pictures, clusters)
+    # Fusing a product into a sum would skip the rounding that decides halves of quotas.
+    _stage_two_kernel[(pictures,)](
+        key_norm.float().contiguous(), labels.contiguous(), index, merged, groups, keys,
+        n1, n2, num_centres, num_centres > n2, clusters, block, chunk_of(block),
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    return index, merged, groups
+
+
+def merge_tokens(hidden: Tensor, index: Tensor, merged: Tensor, groups: Tensor) -> Tensor:
+    """``selection.merge_tokens``; sums have another order, so last places may differ."""
+    pictures, n1, width = hidden.shape
+    n2 = index.shape[1]
+    rows = torch.empty(pictures, n2, width, dtype=hidden.dtype, device=hidden.device)
+    columns = min(512, block_of(width))
+    _merge_kernel[(pictures * n2, triton.cdiv(width, columns))](
+        hidden.contiguous(), index, groups, rows, n1, n2, merged.shape[1], width, columns, 16,
+        num_warps=4,
+    )  # fmt: skip
+    return rows
