@@ -64,3 +64,15 @@ def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:
             for request in requests
         ],
     )
+
+
+def one_step(scheduler: Any) -> dict[str, tuple[int, int]]:
+    """One step: request -> tokens before and after."""
+    scheduled = scheduler.schedule()
+    chunks = {}
+    for name, count in scheduled.num_scheduled_tokens.items():
+        after = scheduler.requests[name].num_computed_tokens
+        chunks[name] = after - count, after
+    if chunks:
+        scheduler.update_from_output(scheduled, result_of(scheduler, scheduled))
+    return chunks

@@ -16,6 +16,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from tests.worker.steps import common_metadata
 from vitcop_vllm.engine.attention import begin_builds, create_staged_attention_backend
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.pruning.settings import CONFIG_KEY
 from vitcop_vllm.worker.step import ScheduledRequest, build_step
 
 CPU = torch.device("cpu")
@@ -147,3 +148,14 @@ def test_no_graph_holds_a_prefill(llm, backend, support):
     builder = create_staged_attention_backend(backend).get_builder_cls()
     config = llm.llm_engine.vllm_config
     assert builder.get_cudagraph_support(config, group.kv_cache_spec) == support
+
+
+def test_renumbered_positions_have_no_full_graphs(llm, monkeypatch):
+    """A prompt's last token by itself would look like a decode step, and runs in stages."""
+    (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
+    builder = create_staged_attention_backend(TritonAttentionBackend).get_builder_cls()
+    config = llm.llm_engine.vllm_config
+    settings = getattr(config.model_config.hf_config, CONFIG_KEY)
+    monkeypatch.setitem(settings, "positions", "reference")
+    support = builder.get_cudagraph_support(config, group.kv_cache_spec)
+    assert support == AttentionCGSupport.NEVER

@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import Ask
-from tests.engine.scheduling import add_request, new_scheduler, result_of
+from tests.engine.scheduling import add_request, new_scheduler, one_step
 from tests.engine.test_kv_blocks import free_blocks
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
@@ -50,18 +50,6 @@ def add(llm, scheduler):
     return partial(add_request, llm, scheduler)
 
 
-def step(scheduler) -> dict[str, tuple[int, int]]:
-    """One step: request -> tokens before and after."""
-    scheduled = scheduler.schedule()
-    chunks = {}
-    for name, count in scheduled.num_scheduled_tokens.items():
-        after = scheduler.requests[name].num_computed_tokens
-        chunks[name] = after - count, after
-    if chunks:
-        scheduler.update_from_output(scheduled, result_of(scheduler, scheduled))
-    return chunks
-
-
 def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     before = free_blocks(scheduler)
     add("text", Ask("x" * 500, max_tokens=3))
@@ -69,19 +57,19 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     add("unpruned", Ask("z" * 40, (2,), 0.0, max_tokens=2))
     prompts = {name: request.num_prompt_tokens for name, request in scheduler.requests.items()}
     assert prompts["text"] + prompts["read"] > BUDGET
-    first, second = step(scheduler), step(scheduler)
+    first, second = one_step(scheduler), one_step(scheduler)
     # In order of arrival: nobody overtakes the prompt that waits.
     assert first == {"text": (0, prompts["text"])}
     assert second["read"] == (0, prompts["read"])
     assert second["unpruned"] == (0, prompts["unpruned"])
     while scheduler.has_unfinished_requests():
-        step(scheduler)
+        one_step(scheduler)
     assert free_blocks(scheduler) == before
 
 
 def test_a_prompt_whose_pictures_find_no_room_waits_and_holds_none(scheduler, add):
     add("one", Ask("a", (2,), 0.8, max_tokens=1))
-    step(scheduler)
+    one_step(scheduler)
     manager = scheduler.encoder_cache_manager
     assert manager.freeable, "its picture is still there, and nobody's"
     add("two", Ask("b", (2, 3), 0.8, max_tokens=2))
@@ -92,8 +80,8 @@ def test_a_prompt_whose_pictures_find_no_room_waits_and_holds_none(scheduler, ad
     assert manager.freeable
     assert not manager.request_cached_ids.get("two")
     whole = request.num_prompt_tokens
-    assert step(scheduler) == {"two": (0, whole)}
-    step(scheduler)
+    assert one_step(scheduler) == {"two": (0, whole)}
+    one_step(scheduler)
     assert not scheduler.has_unfinished_requests()
 
 
@@ -116,11 +104,11 @@ def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
     add("talk", Ask("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]
     for _ in range(4):
-        step(scheduler)
+        one_step(scheduler)
     computed = request.num_computed_tokens
     assert computed > 0
     add("talk", Ask("two", (2,), 0.8, max_tokens=3), resumable=True)
-    assert step(scheduler) == {"talk": (0, request.num_prompt_tokens)}
+    assert one_step(scheduler) == {"talk": (0, request.num_prompt_tokens)}
     assert request.num_prompt_tokens > computed + 256
     assert len(scheduler.plans["talk"].spans) == 2
     scheduler.finish_requests("talk", RequestStatus.FINISHED_ABORTED)

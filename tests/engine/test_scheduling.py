@@ -1,8 +1,12 @@
 """Prompts are chunked; a picture's span never is."""
 
+from copy import copy
+
 import pytest
+from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import Ask, generate
+from tests.engine.scheduling import add_request, new_scheduler, one_step
 from vitcop_vllm.engine.scheduler import StagedScheduler
 
 
@@ -47,3 +51,22 @@ def test_a_budget_too_small_for_a_picture_is_refused_at_start_up(checkpoint):
 
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         LLM(str(checkpoint), max_num_batched_tokens=200, max_model_len=1024, enforce_eager=True)
+
+
+def test_a_session_s_unpruned_picture_finds_room_beside_one_pruned_to_little(llm):
+    config = copy(llm.llm_engine.vllm_config)
+    config.scheduler_config = copy(config.scheduler_config)
+    config.scheduler_config.max_num_scheduled_tokens = 400
+    config.scheduler_config.max_num_encoder_input_tokens = 400
+    scheduler = new_scheduler(llm, config)
+    add_request(llm, scheduler, "talk", Ask("one", (91,), 0.94, max_tokens=2), resumable=True)
+    for _ in range(3):
+        one_step(scheduler)
+    add_request(llm, scheduler, "talk", Ask("two", (92,), 0.0, max_tokens=2), resumable=True)
+    request = scheduler.requests["talk"]
+    patches, placeholders = scheduler.plans["talk"].patches_per_placeholder
+    assert 400 * placeholders // patches < scheduler.plans["talk"].longest_span
+    for _ in range(3):
+        one_step(scheduler)
+    assert request.num_computed_tokens >= request.num_prompt_tokens
+    scheduler.finish_requests("talk", RequestStatus.FINISHED_ABORTED)

@@ -61,10 +61,15 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
             "--kv-transfer-config",
         ),
         ({"kv_events_config": {"enable_kv_cache_events": True}}, "--kv-events-config"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "set --kv-cache-dtype to auto or fp8"),
+        ({"offload_group_size": 2}, "--offload-group-size"),
         ({"prefix_match_unit": 16}, "--prefix-match-unit"),
         ({"watermark_config": {"key": 1}}, "set VLLM_USE_V2_MODEL_RUNNER=1"),
         ({"compilation_config": {"mode": 1}}, "unset the compilation config's mode"),
         ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold"),
+        ({"max_num_scheduled_tokens": 64}, "raise --max-num-scheduled-tokens"),
         ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
         ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
@@ -86,7 +91,11 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ),
         (
             {**READING, "max_num_batched_tokens": 1000},
-            "raise --max-num-batched-tokens to 1024, or lower --max-model-len",
+            "to 1024, or lower --max-model-len",
+        ),
+        (
+            {**READING, "max_num_batched_tokens": 1024, "max_num_scheduled_tokens": 600},
+            r"\(and --max-num-scheduled-tokens\) to 1024, or lower --max-model-len",
         ),
         (
             {**READING, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 512},
@@ -99,6 +108,15 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
 def test_what_cannot_be_done_right_is_refused(checkpoint, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         config_of(checkpoint, **options)
+
+
+def test_offloaded_weights_are_reached_in_halves_of_layers_through_uva_alone(
+    checkpoint, monkeypatch
+):
+    config_of(checkpoint, cpu_offload_gb=1)
+    monkeypatch.setenv("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "1")
+    with pytest.raises(ValueError, match="unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA"):
+        config_of(checkpoint, cpu_offload_gb=1)
 
 
 def test_a_ratio_named_by_a_refusal_is_accepted_with_it(checkpoint):

@@ -161,3 +161,15 @@ def test_what_is_seen_of_a_picture_is_what_the_processor_shows(llm):
         assert pixels[0, 0, -1] == pytest.approx(right / width, abs=tolerance)
         assert pixels[1, 0, 0] == pytest.approx(top / height, abs=tolerance)
         assert pixels[1, -1, 0] == pytest.approx(bottom / height, abs=tolerance)
+
+
+def test_embeddings_that_a_client_computed_have_no_choices(llm):
+    """But are encoded in the same step as pictures that are to be explained."""
+    (model,) = llm.collective_rpc("get_model")
+    width = model.config.text_config.hidden_size
+    model.patch_choices = []
+    try:
+        embeddings = model.embed_multimodal(image_embeds=torch.zeros(2, 256, width))
+        assert model.patch_choices == [None] * len(embeddings) == [None, None]
+    finally:
+        model.patch_choices = None

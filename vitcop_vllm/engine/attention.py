@@ -23,6 +23,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.worker.utils import AttentionGroup
 
+from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -219,6 +220,11 @@ def create_staged_attention_backend(
         def get_cudagraph_support(
             cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
         ) -> AttentionCGSupport:
+            settings = settings_of(vllm_config.model_config.hf_config)
+            if settings.positions == "reference":
+                # A prompt's last token, by itself in a step, looks like a decode step to vLLM,
+                # but runs in stages, which no full graph holds.
+                return AttentionCGSupport.NEVER
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             # Never of prefill: a graph of it would be run for steps that drop rows too.
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)

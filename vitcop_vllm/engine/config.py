@@ -74,7 +74,10 @@ def _refusals(
 ) -> list[str]:
     """What this engine cannot do right together with pruning, and what to change."""
     from transformers import CLIPVisionConfig
+    from vllm import envs
     from vllm.config import CompilationMode
+    from vllm.utils.platform_utils import is_uva_available
+    from vllm.utils.torch_utils import kv_cache_uses_per_token_head_scales
 
     v2 = _asks_for_v2()
     model_config = vllm_config.model_config
@@ -83,6 +86,8 @@ def _refusals(
     cache_config = vllm_config.cache_config
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
+    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    offload = vllm_config.offload_config
     vision_config = hf_config.vision_config
     patches = 0
     if isinstance(vision_config, CLIPVisionConfig):
@@ -109,6 +114,27 @@ def _refusals(
         ),
         "a KV connector moves logical blocks; remove --kv-transfer-config": (
             vllm_config.kv_transfer_config is not None
+        ),
+        # vLLM makes it a connector after this.
+        "KV offloading moves logical blocks; remove --kv-offloading-size": (
+            cache_config.kv_offloading_size is not None
+        ),
+        "layers of one stage must hold equal blocks; remove --kv-cache-dtype-skip-layers": (
+            bool(cache_config.kv_cache_dtype_skip_layers)
+        ),
+        # vLLM's own layers write scales in a warm-up; ours would write over other groups'.
+        f"KV cache dtype {cache_config.cache_dtype} keeps scales of each token and head in the "
+        "blocks, which stages share; set --kv-cache-dtype to auto or fp8": (
+            kv_cache_uses_per_token_head_scales(cache_config.cache_dtype)
+        ),
+        "prefetched weights are fetched for whole layers, and stages end inside one; remove "
+        "--offload-group-size, or offload with --cpu-offload-gb": (
+            offload.offload_backend != "uva" and offload.prefetch.offload_group_size > 0
+        ),
+        "weights offloaded without UVA are fetched for whole layers, and stages end inside one; "
+        "unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA or remove --cpu-offload-gb": (
+            offload.uva.cpu_offload_gb > 0
+            and (envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA or not is_uva_available())
         ),
         "KV cache events tell blocks of prompt positions, which a stage's are not; remove "
         "--kv-events-config": (
@@ -152,13 +178,18 @@ def _refusals(
         "--long-prefill-token-threshold to that or unset it": (
             0 < scheduler.long_prefill_token_threshold < patches
         ),
+        # vLLM itself compares --max-num-batched-tokens.
+        f"a picture of {patches} tokens is never split, so a step must hold it; raise "
+        "--max-num-scheduled-tokens to that or unset it": (
+            scheduler.max_num_scheduled_tokens is not None
+            and scheduler.max_num_scheduled_tokens < patches
+        ),
         f"selector {name} keeps every visual token in the first {boundaries[0]} of {num_layers} "
         f"layers; set max_pruning_ratio to at most {_round_down(max_ratio)}": (
             settings.max_pruning_ratio > max_ratio
         ),
-        f"{whole_prompt}; raise --max-num-batched-tokens to {longest}, or lower --max-model-len": (
-            selector.reads_question and scheduler.max_num_batched_tokens < longest
-        ),
+        f"{whole_prompt}; raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
+        f"{longest}, or lower --max-model-len": selector.reads_question and step_tokens < longest,
         f"{whole_prompt}; unset --long-prefill-token-threshold": (
             selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
         ),

@@ -170,10 +170,14 @@ class StagedScheduler(Scheduler):
             end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
             num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
+        if plan is not None and encoder_compute_budget >= patches:
+            # A session's pictures may differ in ratio: any one of them must find room.
+            budget = max(budget, plan.longest_span)
         inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
         )
-        encoder_compute_budget -= (budget - left) * patches // placeholders
+        used = (budget - left) * patches // placeholders
+        encoder_compute_budget = max(encoder_compute_budget - used, 0)
         if num_new_tokens < least:
             # No room for all its pictures: nor may it hold on to those that are there.
             self.encoder_cache_manager.free(request)

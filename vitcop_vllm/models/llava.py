@@ -76,8 +76,10 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         counts = kwargs.pop(COUNTS_FIELD, None)
-        if counts is None:
-            return super().embed_multimodal(**kwargs)
+        if counts is None:  # embeddings that a client has computed: of unpruned pictures
+            embeddings = super().embed_multimodal(**kwargs)
+            self._keep_choices([None] * len(embeddings))
+            return embeddings
         assert isinstance(counts, torch.Tensor)
         pictures = [VisualTokenCounts(v, k, (n1, n2, n3)) for v, k, n1, n2, n3 in counts.tolist()]
         if self.selector.encoder is None or not any(picture.is_pruned for picture in pictures):

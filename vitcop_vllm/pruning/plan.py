@@ -177,6 +177,11 @@ class RequestPlan:
         most = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
         return most.encoder, most.stages[0]
 
+    @cached_property
+    def longest_span(self) -> int:
+        """n1 of the picture that Stage I prunes least."""
+        return max(span.counts.stages[0] for span in self.spans)
+
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per stage, among the first ``num_tokens``.
 
