@@ -113,6 +113,7 @@ def test_what_cannot_be_done_right_is_refused(checkpoint, options, sentence):
 def test_offloaded_weights_are_reached_in_halves_of_layers_through_uva_alone(
     checkpoint, monkeypatch
 ):
+    envs.disable_envs_cache()
     config_of(checkpoint, cpu_offload_gb=1)
     monkeypatch.setenv("VLLM_WEIGHT_OFFLOADING_DISABLE_UVA", "1")
     with pytest.raises(ValueError, match="unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA"):
