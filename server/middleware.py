@@ -1,6 +1,7 @@
 """Around every route: the ratio told in the answer, and never ignored where it is unknown."""
 
 import json
+import re
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,6 +33,9 @@ EXPLAIN_STATE_KEY = "pruning_explained"
 _NOT_INFERENCE = frozenset({"/ping", "/start_profile", "/stop_profile"})
 """POST routes that clients with default headers call beside inference: nothing to prune."""
 
+_CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
+"""The same, of an answer that is made in the background."""
+
 _TOKENS_PREFIX = "/inference/"
 
 
@@ -55,7 +59,7 @@ class PruningMiddleware:
             await self._tell_ratio(self.app, scope, receive, send)
         elif path in READ_ROUTES:
             await self._tell_ratio(self._refuse_ratio, scope, receive, send)
-        elif path in _NOT_INFERENCE:
+        elif path in _NOT_INFERENCE or _CANCEL.fullmatch(path):
             await self.app(scope, receive, send)
         else:
             await self._refuse_ratio(scope, receive, send)

@@ -8,7 +8,7 @@ import yaml
 
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 from vitcop_vllm.lab import bench_http
-from vitcop_vllm.lab.bench_http import Target, request_arguments, stock_options
+from vitcop_vllm.lab.bench_http import Target, memory_share, request_arguments, stock_options
 
 
 def test_stock_gets_the_same_options_but_ours():
@@ -18,6 +18,16 @@ def test_stock_gets_the_same_options_but_ours():
     assert options.keys() == config.keys() - {"pruning", "server"}
     assert options["model"] == str(DEMO_MODEL)
     assert options["max-num-seqs"] == config["max-num-seqs"]
+
+
+@pytest.mark.parametrize("name", ["demo-cpu", "demo-gpu", "llava-1.5-7b", "llava-1.5-13b"])
+def test_two_servers_share_what_one_would_take(name):
+    with open(f"configs/{name}.yaml") as file:
+        options = stock_options(yaml.safe_load(file))
+    takes_all = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & options.keys()
+    assert takes_all == name.startswith("llava")
+    assert (memory_share(options) != ()) == takes_all
+    assert memory_share({"gpu_memory_utilization": 0.3}) == ()
 
 
 def test_only_ours_is_told_a_ratio():

@@ -110,7 +110,12 @@ def test_requests_that_are_to_run_at_once_must_fit():
     with pytest.raises(TooLittleMemoryError, match=r"for 31 requests, and 32 are .* --kv-cache"):
         check_room(at_once, DEMO, kv_blocks=32 * 6 - 1, block_size=128)
     check_room(settled("--scenarios", "prefill"), DEMO, kv_blocks=16 * 6, block_size=128)
-    check_room(settled("--scenarios", "load"), DEMO, kv_blocks=6, block_size=128)
+    check_room(settled("--scenarios", "turns"), DEMO, kv_blocks=6, block_size=128)
+    for scenario in ("load", "clients"):
+        chat = settled("--scenarios", scenario, "--chat-tokens", "128")
+        check_room(chat, DEMO, kv_blocks=32 * 8, block_size=128)
+        with pytest.raises(TooLittleMemoryError, match=f"scenario {scenario}: .* without --peers"):
+            check_room(chat, DEMO, kv_blocks=32 * 8 - 1, block_size=128)
 
 
 def test_large_shapes_have_no_file_of_weights(tmp_path):

@@ -100,3 +100,8 @@ def test_limits():
     }
     assert met["prefill_vs_ideal"] == {"figure": 0.9, "goal": ">= 1.0", "met": False}
     assert met.keys() == GOALS.keys() - {"decode_latency_at_8/9"}
+
+
+def test_dummy_weights_prove_no_tokens():
+    assert "same_tokens_at_0" in figures(decode=DECODE, conditions={"load_format": "random"})
+    assert "same_tokens_at_0" not in figures(decode=DECODE, conditions={"load_format": "dummy"})

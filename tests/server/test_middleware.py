@@ -89,7 +89,7 @@ def test_features_from_elsewhere(client: TestClient) -> None:
     assert client.post("/invocations", json={"features": {}}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/ping", "/start_profile"])
+@pytest.mark.parametrize("path", ["/ping", "/start_profile", "/v1/responses/resp_1/cancel"])
 def test_routes_without_inference_take_default_headers(client: TestClient, path: str) -> None:
     assert client.post(path, headers={HEADER: "0.5"}).status_code == 200
 

@@ -103,14 +103,23 @@ def run_benchmark(arguments: Sequence[str]) -> dict[str, float]:
     return {name: told[theirs] for name, theirs in _FIGURES.items()}
 
 
+def memory_share(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flags for each of two servers, where ``options`` leave all memory to the first."""
+    told = {name.replace("_", "-") for name in options}
+    if told & {"gpu-memory-utilization", "kv-cache-memory-bytes"}:
+        return ()
+    return "--gpu-memory-utilization", "0.45"
+
+
 @contextmanager
 def both_servers(config: Path, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """URLs of stock vLLM's server and of ours; ``options`` are what stock takes of ``config``."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
         plain = Path(scratch) / "stock.yaml"
         plain.write_text(yaml.safe_dump(dict(options)))
-        stock, _ = servers.enter_context(running_server("--config", str(plain), stock=True))
-        ours, _ = servers.enter_context(running_server("--config", str(config)))
+        share = memory_share(options)
+        stock, _ = servers.enter_context(running_server("--config", str(plain), *share, stock=True))
+        ours, _ = servers.enter_context(running_server("--config", str(config), *share))
         yield stock, ours
 
 

@@ -232,18 +232,24 @@ def check_room(
     Raises:
         TooLittleMemoryError: If some would wait for others, unpruned.
     """
-    most = [1]
-    if "prefill" in arguments.scenarios:
-        most += arguments.batches
-    if "decode" in arguments.scenarios:
-        most += arguments.running
-    longest = shape.visual_tokens + TEXT_MARGIN + arguments.tokens
-    room = kv_blocks // ceil(longest / block_size)
-    if max(most) > room:
-        raise TooLittleMemoryError(
-            f"stock vLLM has KV memory for {room} requests, and {max(most)} are to run at once: "
-            "raise --kv-cache-gib, or lower --batches and --running"
-        )
+    prompt = shape.visual_tokens + TEXT_MARGIN
+    chat = prompt + 2 * arguments.chat_tokens  # as many as most answers have
+    at_once = {
+        "prefill": (arguments.batches, prompt),
+        "decode": (arguments.running, prompt + arguments.tokens),
+        "load": (load.CLIENTS, chat),
+        "clients": (arguments.clients, chat),
+    }
+    for scenario, (numbers, longest) in at_once.items():
+        if scenario not in arguments.scenarios:
+            continue
+        room = kv_blocks // ceil(longest / block_size)
+        if max(numbers) > room:
+            raise TooLittleMemoryError(
+                f"stock vLLM has KV memory for {room} requests, and {max(numbers)} are to run at "
+                f"once in scenario {scenario}: raise --kv-cache-gib, lower --batches, --running "
+                "or --clients, or leave that scenario to a run without --peers"
+            )
 
 
 def write_checkpoint(path: Path, shape: LlavaShape, options: dict[str, Any]) -> None:

@@ -64,7 +64,9 @@ def worst_figures(document: Mapping[str, Any]) -> dict[str, float]:
     if (conditions.get("device"), conditions.get("shape")) == ("gpu", "llava-1.5-7b"):
         fastest = rows("prefill", ratio="8/9", batch=16)
         least("gpu_prefill_speed_up_at_8/9", "speed_up", fastest)
-    least("same_tokens_at_0", "same_tokens", rows("decode", ratio="0"))
+    if conditions.get("load_format") != "dummy":
+        # vLLM's dummy weights are so small that a model repeats what it reads, right or wrong.
+        least("same_tokens_at_0", "same_tokens", rows("decode", ratio="0"))
     least("throughput_at_0", "throughput", rows("decode", ratio="0"))
     most("decode_latency_at_8/9", "decode_latency", rows("decode", ratio="8/9", running=RUNNING))
     most("second_turn_ttft", "ttft", rows("turns"))
