@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from typing import Any, Self
 
 from fastapi import Request
+from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -200,6 +201,17 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
     The header works; the protocol's ``usage`` has no room for ours.
     """
 
+    async def count_tokens(
+        self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
+    ) -> Any:
+        names: list[str] = []
+        token = _rendered.set(names)
+        try:
+            return await super().count_tokens(request, raw_request)
+        finally:
+            _rendered.reset(token)
+            self._forget(names)
+
 
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     """Handler of ``/v1/completions``.
@@ -256,5 +268,5 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
 
 def _remember(engine_inputs: Any) -> None:
     names = _rendered.get()
-    if names is not None:  # else tokens are counted, and nothing is answered
+    if names is not None:  # else nobody waits for what becomes of them
         names += picture_names(engine_inputs)

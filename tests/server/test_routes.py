@@ -205,6 +205,21 @@ def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) ->
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning_ratio")
 
 
+def test_a_picture_whose_tokens_were_counted_first_is_answered(
+    http: httpx.Client, model: str
+) -> None:
+    """vLLM believes that the engine has got it, which only counting does not see to."""
+    data = png_url(7201).partition(",")[2]
+    source = {"type": "base64", "media_type": "image/png", "data": data}
+    content = [{"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]
+    body = {"model": model, "messages": [{"role": "user", "content": content}]}
+    counted = http.post("/v1/messages/count_tokens", json=body)
+    assert counted.status_code == 200
+    answer = http.post("/v1/messages", json=body | {"max_tokens": 2})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["input_tokens"] == counted.json()["input_tokens"]
+
+
 def response_body(model: str, *seeds: int, text: str = "What is this?", **fields: Any) -> Any:
     pictures = [{"type": "input_image", "image_url": png_url(seed)} for seed in seeds]
     content = [*pictures, {"type": "input_text", "text": text}]
