@@ -11,8 +11,8 @@ engine client's ``generate`` does not know which HTTP answer it works for.
 
 import copy
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -100,15 +100,12 @@ class _PrunedServing:
             return self.create_error_response(str(error), param=error.param)
         if raw_request is not None:
             setattr(raw_request.state, STATE_KEY, ratio)
-        names: list[str] = []
-        token = _rendered.set(names)
-        try:
-            answer = await create(request, raw_request)
-        except BaseException:
-            self._forget(names)
-            raise
-        finally:
-            _rendered.reset(token)
+        with _remembering() as names:
+            try:
+                answer = await create(request, raw_request)
+            except BaseException:
+                self._forget(names)
+                raise
         if isinstance(answer, ErrorResponse):
             self._forget(names)
             return answer
@@ -204,13 +201,11 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
     async def count_tokens(
         self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
     ) -> Any:
-        names: list[str] = []
-        token = _rendered.set(names)
-        try:
-            return await super().count_tokens(request, raw_request)
-        finally:
-            _rendered.reset(token)
-            self._forget(names)
+        with _remembering() as names:
+            try:
+                return await super().count_tokens(request, raw_request)
+            finally:  # nothing goes to the engine
+                self._forget(names)
 
 
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
@@ -264,6 +259,17 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)
         return event
+
+
+@contextmanager
+def _remembering() -> Iterator[list[str]]:
+    """Names of the pictures that are rendered inside."""
+    names: list[str] = []
+    token = _rendered.set(names)
+    try:
+        yield names
+    finally:
+        _rendered.reset(token)
 
 
 def _remember(engine_inputs: Any) -> None:

@@ -91,11 +91,13 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ),
         (
             {**READING, "max_num_batched_tokens": 1000},
-            "to 1024, or lower --max-model-len",
+            r"raise --max-num-batched-tokens \(and --max-num-scheduled-tokens\) to 1024, or lower "
+            "--max-model-len",
         ),
         (
             {**READING, "max_num_batched_tokens": 1024, "max_num_scheduled_tokens": 600},
-            r"\(and --max-num-scheduled-tokens\) to 1024, or lower --max-model-len",
+            r"raise --max-num-batched-tokens \(and --max-num-scheduled-tokens\) to 1024, or lower "
+            "--max-model-len",
         ),
         (
             {**READING, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 512},

@@ -181,23 +181,22 @@ def test_an_alias_is_a_ratio(http: httpx.Client, model: str) -> None:
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "model")
 
 
-def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) -> None:
-    source = {
-        "type": "base64",
-        "media_type": "image/png",
-        "data": png_url(1).partition(",")[2],
-    }
+def message_body(model: str, seed: int) -> dict[str, Any]:
+    data = png_url(seed).partition(",")[2]
+    source = {"type": "base64", "media_type": "image/png", "data": data}
     content = [{"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]
-    body = {"model": model, "max_tokens": 3, "messages": [{"role": "user", "content": content}]}
+    return {"model": model, "messages": [{"role": "user", "content": content}]}
+
+
+def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) -> None:
+    body = message_body(model, 1) | {"max_tokens": 3}
     unpruned = http.post("/v1/messages", json=body)
     pruned = http.post("/v1/messages", json=body, headers={HEADER: "0.889"})
     assert pruned.headers[HEADER] == "0.889"
     tokens = [answer.json()["usage"]["input_tokens"] for answer in (unpruned, pruned)]
     plan = http.get("/v1/pruning/plan", params={"ratio": 0.889}).json()
     assert tokens[0] - tokens[1] == V - plan["stages"][0]["tokens"]
-    counted = http.post(
-        "/v1/messages/count_tokens", json={k: v for k, v in body.items() if k != "max_tokens"}
-    )
+    counted = http.post("/v1/messages/count_tokens", json=message_body(model, 1))
     assert counted.json()["input_tokens"] == tokens[0]
     stream = http.post("/v1/messages", json=body | {"stream": True}, headers={HEADER: "0.889"})
     assert "message_stop" in stream.text
@@ -209,10 +208,7 @@ def test_a_picture_whose_tokens_were_counted_first_is_answered(
     http: httpx.Client, model: str
 ) -> None:
     """vLLM believes that the engine has got it, which only counting does not see to."""
-    data = png_url(7201).partition(",")[2]
-    source = {"type": "base64", "media_type": "image/png", "data": data}
-    content = [{"type": "image", "source": source}, {"type": "text", "text": "What is this?"}]
-    body = {"model": model, "messages": [{"role": "user", "content": content}]}
+    body = message_body(model, 7201)
     counted = http.post("/v1/messages/count_tokens", json=body)
     assert counted.status_code == 200
     answer = http.post("/v1/messages", json=body | {"max_tokens": 2})

@@ -31,6 +31,23 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 kernels from them while building, so that groups of a stage could not share a build."""
 
 
+def by_row(of_request: torch.Tensor, query_start_loc: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """What is known of each request, for each of its rows.
+
+    Args:
+        of_request: (R,).
+        query_start_loc: (R + 1,) int32, first row of each request, which has one at least.
+        num_rows: T.
+
+    Returns:
+        (T,)
+    """
+    if num_rows == of_request.shape[0]:  # all decode, a row each
+        return of_request
+    # With its length given, nothing waits for the device.
+    return torch.repeat_interleave(of_request, query_start_loc.diff(), output_size=num_rows)
+
+
 @dataclass(frozen=True)
 class StageRows:
     """A step in which a stage has rows of its own; R requests, T rows.
@@ -121,10 +138,7 @@ class StageLengths:
             query_start_loc: (R + 1,) int32, first row of each request.
             positions: (T,) int64, position of each row in the prompt and its answer.
         """
-        missing, num_rows = self.missing, positions.shape[0]
-        if num_rows != missing.shape[0]:  # else all decode, a row each
-            # With its length given, nothing waits for the device.
-            missing = torch.repeat_interleave(missing, query_start_loc.diff(), output_size=num_rows)
+        missing = by_row(self.missing, query_start_loc, positions.shape[0])
         return query_start_loc, positions - missing
 
 

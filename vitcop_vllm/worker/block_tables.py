@@ -8,7 +8,7 @@ import torch
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.engine.attention import StageLengths, StageRows, by_row
 
 
 class StagedBlockTables(MultiGroupBlockTable):
@@ -53,8 +53,10 @@ class StagedBlockTables(MultiGroupBlockTable):
         adopted._blocks, adopted._slots = blocks.gpu.flatten(1), slots.gpu
         adopted._block_size = first.block_size
         max_num_reqs, max_num_blocks = blocks.gpu.shape[1:]
-        starts = torch.arange(max_num_reqs, device=blocks.gpu.device) * max_num_blocks
-        adopted._first_blocks = starts
+        # Of each request, among the flat blocks of a group.
+        adopted._first_blocks = (
+            torch.arange(max_num_reqs, device=blocks.gpu.device) * max_num_blocks
+        )
         adopted._places = {
             stage: slice(
                 sum(other < stage for other in stage_of_group),
@@ -87,10 +89,7 @@ class StagedBlockTables(MultiGroupBlockTable):
         self, places: slice, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> None:
         num_rows, num_reqs = positions.shape[0], query_start_loc.shape[0] - 1
-        first = self._first_blocks[:num_reqs]
-        if num_rows != num_reqs:  # else all decode, a row each
-            # With its length given, nothing waits for the device.
-            first = torch.repeat_interleave(first, query_start_loc.diff(), output_size=num_rows)
+        first = by_row(self._first_blocks[:num_reqs], query_start_loc, num_rows)
         blocks = self._blocks[places].index_select(1, positions // self._block_size + first)
         torch.add(
             positions % self._block_size,

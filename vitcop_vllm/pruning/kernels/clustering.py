@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitcop_vllm.pruning.kernels.order import block_of, chunk_of, comes_before, order_key
+from vitcop_vllm.pruning.kernels.order import block_of, chunk_of, ranks
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -117,13 +117,7 @@ def _label_kernel(
     labels += picture * n
     token = tl.arange(0, BLOCK)
     here = token < n
-    key = ~order_key(tl.load(scores + token, mask=here, other=0.0))
-    rank = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, n, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        other_key = ~order_key(tl.load(scores + other, mask=other < n, other=0.0))
-        before = comes_before(other_key, other, key, token) & (other < n)[None, :]
-        rank += tl.sum(before.to(tl.int32), axis=1)
+    rank = ranks(scores, token, n, True, BLOCK, CHUNK)
     is_centre = here & (rank < num_centres)
     parent = tl.load(parents + token, mask=here, other=0)
     alone = here & (parent == token) & (rank >= num_centres)

@@ -28,14 +28,9 @@ def comes_before(other_key, other, key, index):
     return less | (equal & (other[None, :] < index[:, None]))
 
 
-@triton.jit(do_not_specialize=["n", "count"])
-def _first_kernel(
-    values, chosen, n, count, DESCENDING: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
-    """The ``count`` smallest or largest of n float32 values, their indices ascending."""
-    values += tl.program_id(0).to(tl.int64) * n
-    chosen += tl.program_id(0).to(tl.int64) * count
-    index = tl.arange(0, BLOCK)
+@triton.jit
+def ranks(values, index, n, DESCENDING: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """(BLOCK,) int32: how many of n float32 values come before each; of equals the lower index."""
     key = order_key(tl.load(values + index, mask=index < n, other=0.0))
     key = ~key if DESCENDING else key
     rank = tl.zeros([BLOCK], tl.int32)
@@ -45,6 +40,18 @@ def _first_kernel(
         other_key = ~other_key if DESCENDING else other_key
         before = comes_before(other_key, other, key, index) & (other < n)[None, :]
         rank += tl.sum(before.to(tl.int32), axis=1)
+    return rank
+
+
+@triton.jit(do_not_specialize=["n", "count"])
+def _first_kernel(
+    values, chosen, n, count, DESCENDING: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """The ``count`` smallest or largest of n float32 values, their indices ascending."""
+    values += tl.program_id(0).to(tl.int64) * n
+    chosen += tl.program_id(0).to(tl.int64) * count
+    index = tl.arange(0, BLOCK)
+    rank = ranks(values, index, n, DESCENDING, BLOCK, CHUNK)
     taken = (index < n) & (rank < count)
     place = tl.cumsum(taken.to(tl.int32), axis=0) - 1
     tl.store(chosen + place, index.to(tl.int64), mask=taken)

@@ -20,6 +20,26 @@ _ROUNDING = tl.constexpr(_ROUND)
 
 
 @triton.jit
+def _cluster_ranks(key, cluster, keys, NUM: tl.constexpr, CHUNK: tl.constexpr):
+    """(NUM,) int32: how many clusters come before each.
+
+    Args:
+        key, cluster: (NUM,) int64 and int32; smaller keys first, of equals the lower number.
+        keys: NUM int64 of memory to work in, free again afterwards.
+    """
+    tl.store(keys + cluster, key)
+    tl.debug_barrier()
+    rank = tl.zeros([NUM], tl.int32)
+    for start in range(0, NUM, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        other_key = tl.load(keys + other, mask=other < NUM, other=LAST_64)
+        before = comes_before(other_key, other, key, cluster)
+        rank += tl.sum(before.to(tl.int32), axis=1)
+    tl.debug_barrier()
+    return rank
+
+
+@triton.jit
 def _quotas(
     sums, sizes, real, cluster, keys, wanted, num_spare, NUM: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -43,15 +63,7 @@ def _quotas(
     able = real & (changed >= 0) & (changed <= spare)
     # The able ones first, what is no number behind all others of these.
     key = tl.where(able, tl.minimum(order_key(sums * step), LAST_64 - 1), LAST_64)
-    tl.store(keys + cluster, key)
-    tl.debug_barrier()
-    rank = tl.zeros([NUM], tl.int32)
-    for start in range(0, NUM, CHUNK):
-        other = start + tl.arange(0, CHUNK)
-        other_key = tl.load(keys + other, mask=other < NUM, other=LAST_64)
-        before = comes_before(other_key, other, key, cluster)
-        rank += tl.sum(before.to(tl.int32), axis=1)
-    tl.debug_barrier()
+    rank = _cluster_ranks(key, cluster, keys, NUM, CHUNK)
     chosen = able & (rank.to(tl.float64) < tl.abs(missing))
     return tl.where(chosen, changed, quotas).to(tl.int32)
 
@@ -106,15 +118,7 @@ def _stage_two_kernel(
     label = tl.load(labels + token, mask=here, other=0)
     if MANY_CLUSTERS:
         key = tl.where(real, order_key(sums), LAST_64)
-        tl.store(keys + cluster, key)
-        tl.debug_barrier()
-        rank = tl.zeros([CLUSTERS], tl.int32)
-        for start in range(0, CLUSTERS, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            other_key = tl.load(keys + other, mask=other < CLUSTERS, other=LAST_64)
-            before = comes_before(other_key, other, key, cluster)
-            rank += tl.sum(before.to(tl.int32), axis=1)
-        tl.debug_barrier()
+        rank = _cluster_ranks(key, cluster, keys, CLUSTERS, CHUNK)
         tl.store(keys + cluster, tl.minimum(rank, n2 - 1).to(tl.int64))
         tl.debug_barrier()
         group = tl.load(keys + label)
