@@ -17,7 +17,10 @@ TOKEN = 1e-3
 """Seconds of a token in all decoder layers."""
 
 STEP = 0.01
-"""Seconds of a decode step, whoever runs."""
+"""Seconds of a decode step, whatever is in the KV cache."""
+
+CACHED = 1e-6
+"""Seconds of a token in the KV cache, in all layers, in each decode step."""
 
 
 class FakeEngine:
@@ -39,21 +42,38 @@ class FakeEngine:
         return run
 
     def about(self) -> dict[str, Any]:
-        return {"threads": 2, "kv_blocks": 256, "block_size": 128}
+        return {
+            "model_runner": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+            "model_runner_version": "V1",
+            "threads": 2,
+            "kv_blocks": 256,
+            "block_size": 128,
+            "compilation_mode": 0,
+            "cudagraph_mode": "CUDAGraphMode.NONE",
+            "async_scheduling": False,
+        }
 
-    def text(self, *, batch: int, tokens: int) -> dict[str, Any]:
-        return {"seconds": batch * tokens * TOKEN}
+    def text(self, *, batch: int, tokens: int, max_tokens: int) -> dict[str, Any]:
+        step = STEP + batch * tokens * CACHED
+        seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
+        return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
 
     def pictures(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
         encoder = ENCODER * sum(len(ask.pictures) for ask in asks)
-        tokens = sum(len(ask.prompt) + len(ask.pictures) * self._visual(ask.ratio) for ask in asks)
-        prefill = encoder + tokens * TOKEN
-        steps = max(ask.max_tokens for ask in asks) - 1
+        lengths = [len(ask.prompt) + len(ask.pictures) * self._visual(ask.ratio) for ask in asks]
+        prefill = encoder + sum(lengths) * TOKEN
+        answers = [ask.max_tokens - 1 for ask in asks]
+        steps = [
+            STEP
+            + CACHED
+            * sum(length for length, left in zip(lengths, answers, strict=True) if step < left)
+            for step in range(max(answers))
+        ]
         result = {
-            "seconds": prefill + steps * STEP,
+            "seconds": max(prefill + sum(steps), max(ask.arrival for ask in asks)),
             "first_token_seconds": [prefill] * len(asks),
             "first_token_seconds_once_sent": [prefill / 2] * len(asks),
-            "decode_step_seconds": [STEP] * steps,
+            "decode_step_seconds": steps,
             "prompt_tokens": [
                 len(ask.prompt) + len(ask.pictures) * self.shape.visual_tokens for ask in asks
             ],

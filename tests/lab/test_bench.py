@@ -134,3 +134,4 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
     assert row["visual_tokens"][0] < TINY.visual_tokens
     assert about[STOCK]["model_runner"].startswith("vllm.")
     assert about[OURS]["model_runner"].startswith("vitcop_vllm.")
+    assert about[OURS]["model_runner_version"] == about[STOCK]["model_runner_version"] == "V1"

@@ -6,12 +6,14 @@ import pytest
 import yaml
 
 from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B, LLAVA_1_5_13B
+from vitcop_vllm.lab.asks import Ask
 from vitcop_vllm.lab.ideals import (
     KV_BLOCK,
     PicturePlan,
+    VisualTokenSeconds,
     ideal_capacity,
     ideal_prefill,
-    ideal_rate_gain,
+    ideal_serving,
     kv_budget,
 )
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -65,7 +67,15 @@ def test_the_encoder_costs_the_same_whatever_survives():
     assert ideal_prefill(1.0, 2.0, 0.25) == 2.0
 
 
-def test_a_server_gains_no_more_than_arrives():
-    assert ideal_rate_gain(arrivals=1.0, stock=2.0, speed_up=4.0) == 1.0
-    assert ideal_rate_gain(arrivals=4.0, stock=2.0, speed_up=4.0) == 2.0
-    assert ideal_rate_gain(arrivals=16.0, stock=2.0, speed_up=4.0) == 4.0
+def test_what_plans_leave_out_is_saved_in_prefill_and_in_each_decode_step():
+    token = VisualTokenSeconds(prefill=1.0, decode=0.25)
+    left_out = 576 - PicturePlan.of(DEMO, 8 / 9, "vitcop").average
+    one, whole, long = (Ask("", (1,), r, t) for r, t in ((8 / 9, 1), (0.0, 9), (8 / 9, 9)))
+    assert token.saved(DEMO, [one]) == pytest.approx(left_out)
+    assert token.saved(DEMO, [whole]) == 0.0
+    assert token.saved(DEMO, [one, whole, long, long]) == pytest.approx(7 * left_out)
+
+
+def test_a_server_is_not_done_before_all_came():
+    assert ideal_serving(stock=4.0, saved=3.0, last_arrival=0.0) == 1.0
+    assert ideal_serving(stock=4.0, saved=3.0, last_arrival=2.0) == 2.0

@@ -2,7 +2,8 @@
 
 Stock vLLM and ours run the same pictures with the same random weights in the same process
 layout, in alternating rounds; figures are medians over rounds. The *ideal* counts tokens: the
-encoder costs both what it was measured to cost stock, the decoder costs each layer its tokens.
+encoder costs both what it was measured to cost stock, the decoder costs each layer its tokens,
+a decode step what it costs stock with as many tokens before it.
 *vs-rows* compares with what stock vLLM itself takes for text prompts of as many rows per
 layer: a kernel that is slow for few rows is slow for both. KV memory has an ideal too: no
 blocks, and no whole requests. *vs-cls* is ours over an engine that prunes in the encoder alone

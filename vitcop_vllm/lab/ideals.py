@@ -2,14 +2,18 @@
 
 The encoder computes every patch whatever survives; a decoder layer is taken to cost its
 tokens. Attention, whose cost grows faster, should do better than that, and kernels that are
-slow for few rows do worse.
+slow for few rows do worse. A decode step costs what it costs stock vLLM with as many tokens in
+its KV cache.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Self
 
 from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.lab.asks import Ask
+from vitcop_vllm.lab.engines import OURS
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
 
@@ -78,12 +82,37 @@ def kv_budget(unpruned: int, num_layers: int) -> int:
     return UNPRUNED_FIT * ceil(unpruned / KV_BLOCK) * KV_BLOCK * num_layers
 
 
-def ideal_rate_gain(arrivals: float, stock: float, speed_up: float) -> float:
-    """Requests a second over stock vLLM's, where requests arrive at a given rate.
+@dataclass(frozen=True)
+class VisualTokenSeconds:
+    """What a visual token, in all of its layers, costs stock vLLM's decoder.
+
+    Attributes:
+        prefill: Seconds, once.
+        decode: Seconds of each decode step that attends to it.
+    """
+
+    prefill: float
+    decode: float
+
+    def saved(self, shape: LlavaShape, asks: Sequence[Ask]) -> float:
+        """Seconds of the tokens that the plans of ``asks``, about a picture each, leave out."""
+        averages = {
+            ratio: PicturePlan.of(shape, ratio, OURS).average
+            for ratio in {ask.ratio for ask in asks}
+        }
+        return sum(
+            (shape.visual_tokens - averages[ask.ratio])
+            * (self.prefill + (ask.max_tokens - 1) * self.decode)
+            for ask in asks
+        )
+
+
+def ideal_serving(stock: float, saved: float, last_arrival: float) -> float:
+    """Seconds of an engine that saves what plans leave out, and cannot finish before all came.
 
     Args:
-        arrivals: Requests that arrive a second.
-        stock: Requests a second that stock vLLM serves when it is never idle.
-        speed_up: Rate at which an ideal engine serves them over ``stock``.
+        stock: Seconds that stock vLLM takes for the same requests.
+        saved: See :meth:`VisualTokenSeconds.saved`.
+        last_arrival: Seconds after the clock starts.
     """
-    return min(arrivals, stock * speed_up) / min(arrivals, stock)
+    return max(stock - saved, last_arrival)

@@ -10,10 +10,9 @@ from math import exp, log
 from random import Random
 from statistics import median, quantiles
 
-from vitcop_vllm.demo.checkpoint import LlavaShape
 from vitcop_vllm.lab.asks import Ask, text_of, user_turn
 from vitcop_vllm.lab.engines import OURS, STOCK
-from vitcop_vllm.lab.ideals import PicturePlan, ideal_rate_gain
+from vitcop_vllm.lab.ideals import VisualTokenSeconds, ideal_serving
 from vitcop_vllm.lab.measured_engine import Result
 from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row, summary
 
@@ -44,12 +43,20 @@ _SPREAD = 0.8
 """Standard deviation of a length's logarithm: chats have many short turns, a few long ones."""
 
 _COST_BATCH = 4
+_COST_TOKENS = 9
 _COST_RUNS = 3
 
 
 def poisson_arrivals(rate: float, number: int, rng: Random) -> list[float]:
-    """Seconds at which ``number`` requests arrive, ascending, ``rate`` a second on average."""
-    return list(accumulate(rng.expovariate(rate) for _ in range(number)))
+    """Seconds at which ``number`` requests arrive, ascending.
+
+    A Poisson process whose last arrival is where ``rate`` a second has it, as vLLM's own
+    serving benchmark draws them: of some hundred requests the last would otherwise come a
+    fifth sooner or later than the rate says.
+    """
+    arrivals = list(accumulate(rng.expovariate(rate) for _ in range(number)))
+    stretch = number / rate / arrivals[-1]
+    return [stretch * arrival for arrival in arrivals]
 
 
 def mixed_ratios(number: int, rng: Random) -> list[float]:
@@ -88,30 +95,20 @@ def chat_asks(
     ]
 
 
-def seconds_per_token(rounds: Rounds) -> float:
-    """What stock vLLM's decoder takes for a token of a prompt with a picture."""
-    seconds = []
+def visual_token_seconds(rounds: Rounds) -> VisualTokenSeconds:
+    """What a picture's token costs stock vLLM, in prefill and in decode steps after it."""
+    prefill, decode = [], []
     for _ in range(_COST_RUNS):
-        asks = partial(rounds.asks, _COST_BATCH, 0.0, 1)
+        asks = partial(rounds.asks, _COST_BATCH, 0.0, _COST_TOKENS)
         timed, watched = rounds.serve_watched(asks, names=(STOCK,))
         stock, encoder = timed[STOCK], watched[STOCK]["encoder_seconds"]
-        seconds.append((stock["seconds"] - encoder) / sum(stock["prompt_tokens"]))
-    return median(seconds)
-
-
-def ideal_speed_up(
-    shape: LlavaShape, stock: float, ratios: Sequence[float], token_seconds: float
-) -> float:
-    """Rate over stock vLLM's of an engine that saves what the plans leave out, and no more.
-
-    Args:
-        stock: Seconds that stock vLLM takes for requests about one picture each.
-        ratios: Of these requests.
-        token_seconds: See :func:`seconds_per_token`.
-    """
-    averages = {ratio: PicturePlan.of(shape, ratio, OURS).average for ratio in {*ratios}}
-    dropped = sum(shape.visual_tokens - averages[ratio] for ratio in ratios)
-    return stock / (stock - dropped * token_seconds)
+        prompts, visual = stock["prompt_tokens"], rounds.shape.visual_tokens
+        prefill.append((max(stock["first_token_seconds"]) - encoder) / sum(prompts))
+        text = rounds.decode_step_seconds(_COST_BATCH, prompts[0] - visual, _COST_TOKENS)
+        picture = median(stock["decode_step_seconds"]) - text
+        decode.append(picture / (_COST_BATCH * visual))
+    # Few tokens may cost less than steps differ anyway.
+    return VisualTokenSeconds(median(prefill), max(0.0, median(decode)))
 
 
 def _take(
@@ -139,7 +136,7 @@ def _row(conditions: Mapping[str, object], figures: Mapping[str, list[float]]) -
 def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> list[Row]:
     """Requests that arrive whether or not there is room for them, at mixed ratios.
 
-    Ideal is what a server saves that leaves out what the plans do, where arrivals let it.
+    Ideal is stock vLLM's own time, less what the plans leave out, where arrivals let it.
 
     Args:
         rates: Arrivals, over the rate that stock vLLM serves; see :data:`RATES`.
@@ -147,21 +144,20 @@ def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> 
     """
     clients = max(CLIENTS)
     names = (STOCK, OURS)
-    token_seconds = seconds_per_token(rounds)
+    token = visual_token_seconds(rounds)
     at_once = _busy_asks(rounds, REQUESTS, answer_tokens, seed=0)
     busy = rounds.serve(at_once, clients=clients, names=names)[STOCK]["seconds"]
-    ratios = [ask.ratio for ask in at_once]
-    speed_up = ideal_speed_up(rounds.shape, busy, ratios, token_seconds)
     rows = []
     for rate in rates:
         arriving = rate * REQUESTS / busy
-        ideal = ideal_rate_gain(arriving, REQUESTS / busy, speed_up)
         figures: dict[str, list[float]] = defaultdict(list)
         for number in rounds.at_most(LONG_ROUNDS):
             rng = Random(1 + number)
             arrivals = poisson_arrivals(arriving, REQUESTS, rng)
             asks = chat_asks(rounds.pictures(REQUESTS), arrivals, answer_tokens, rng)
             served = rounds.serve(asks, clients=clients, names=names)
+            seconds, saved = served[STOCK]["seconds"], token.saved(rounds.shape, asks)
+            ideal = seconds / ideal_serving(seconds, saved, arrivals[-1])
             _take(figures, served[STOCK], served[OURS], ideal, "first_token_seconds")
         conditions = {
             "rate": rate,
@@ -188,7 +184,7 @@ def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Ro
         clients: How many there are.
         answer_tokens: Median length of an answer.
     """
-    token_seconds = seconds_per_token(rounds)
+    token = visual_token_seconds(rounds)
     names = (STOCK, *RATIOS)
     requests = clients * REQUESTS_PER_CLIENT
     figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
@@ -209,8 +205,8 @@ def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Ro
         )
         stock = served[STOCK]
         for ratio, row in figures.items():
-            ratios = [ask.ratio for ask in sent[ratio]]
-            ideal = ideal_speed_up(rounds.shape, stock["seconds"], ratios, token_seconds)
+            seconds, saved = stock["seconds"], token.saved(rounds.shape, sent[ratio])
+            ideal = seconds / ideal_serving(seconds, saved, 0.0)
             _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
     return [
         _row({"clients": clients, "ratio": ratio, "requests": requests}, row)

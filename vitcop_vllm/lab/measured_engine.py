@@ -32,9 +32,12 @@ class _Run:
     decode_steps: list[float] = field(default_factory=list)
 
 
-def _runner_name(worker: Any) -> str:
+def _about_runner(worker: Any) -> Result:
     runner = type(worker.model_runner)
-    return f"{runner.__module__}.{runner.__qualname__}"
+    return {
+        "model_runner": f"{runner.__module__}.{runner.__qualname__}",
+        "model_runner_version": "V2" if worker.use_v2_model_runner else "V1",
+    }
 
 
 class MeasuredEngine:
@@ -65,9 +68,9 @@ class MeasuredEngine:
     def about(self) -> Result:
         """Conditions that only the engine knows."""
         config = self.engine.vllm_config
-        (runner,) = self.llm.collective_rpc(_runner_name)
+        (about_runner,) = self.llm.collective_rpc(_about_runner)
         return {
-            "model_runner": runner,
+            **about_runner,
             "threads": self._threads,
             "block_size": config.cache_config.block_size,
             "kv_blocks": config.cache_config.num_gpu_blocks,
@@ -87,7 +90,7 @@ class MeasuredEngine:
                 host waits on the device.
 
         Raises:
-            RuntimeError: If pruned requests ran and none of their stages was seen.
+            RuntimeError: If the encoder ran unseen, or stages of pruned requests did.
         """
         with self._watched() if watched else nullcontext():
             result = self._serve(
@@ -97,19 +100,21 @@ class MeasuredEngine:
                 clients or len(asks),
             )
         if watched:
+            if not self.encoder.uses:
+                raise RuntimeError("no encoder was timed: it no longer runs in embed_multimodal")
             if self.pruned and any(ask.ratio for ask in asks) and not self.stages.uses:
                 raise RuntimeError("no stage was timed: they no longer use SELECTION_SECONDS")
             result["encoder_seconds"] = self.encoder.seconds
             result["stage_seconds"] = self.stages.seconds
         return result
 
-    def text(self, *, batch: int, tokens: int) -> Result:
-        """Prefill a batch of new text-only prompts of ``tokens`` tokens each."""
+    def text(self, *, batch: int, tokens: int, max_tokens: int) -> Result:
+        """Serve a batch of new text-only prompts of ``tokens`` tokens each."""
         prompts: list[dict[str, Any]] = [
             {"prompt_token_ids": [1, *self._rng.choices(range(40, 100), k=tokens - 1)]}
             for _ in range(batch)
         ]
-        return self._serve(prompts, [self._params(1)] * batch, [0.0] * batch, batch)
+        return self._serve(prompts, [self._params(max_tokens)] * batch, [0.0] * batch, batch)
 
     def capacity(self, *, asks: Sequence[Ask], budget: int) -> Result:
         """Serve requests with free KV memory for ``budget`` slots times layers.

@@ -127,8 +127,14 @@ class Rounds:
 
     def layer_seconds(self, batch: int, tokens: int) -> float:
         """What a layer takes stock vLLM for text prompts of ``tokens`` tokens each."""
-        seconds: float = self.engines[STOCK].run("text", batch=batch, tokens=tokens)["seconds"]
+        served = self.engines[STOCK].run("text", batch=batch, tokens=tokens, max_tokens=1)
+        seconds: float = served["seconds"]
         return seconds / self.shape.layers
+
+    def decode_step_seconds(self, batch: int, tokens: int, max_tokens: int) -> float:
+        """What a decode step takes stock vLLM after text prompts of ``tokens`` tokens each."""
+        command = {"batch": batch, "tokens": tokens, "max_tokens": max_tokens}
+        return median(self.engines[STOCK].run("text", **command)["decode_step_seconds"])
 
 
 def summary(figures: Mapping[str, list[float]], with_spread: Sequence[str]) -> Row:

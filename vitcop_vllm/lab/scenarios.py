@@ -27,7 +27,8 @@ ANSWER_TOKENS = 16
 def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> list[Row]:
     """Latency of a decode step, and of the whole, over stock vLLM's.
 
-    Ideal is a decode step as long as stock's, and a prefill that costs its tokens.
+    Ideal is a prefill that costs its tokens, and stock vLLM's own decode step after text
+    prompts as long as what the plan keeps, averaged over layers.
     """
     value = float(Fraction(ratio))
     plans = {name: PicturePlan.of(rounds.shape, value, name) for name in rounds.selectors}
@@ -40,13 +41,19 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
         encoder, prefill = watched[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
         text = stock["prompt_tokens"][0] - rounds.shape.visual_tokens
         step = median(stock["decode_step_seconds"])
+        ideal_steps = {rounds.shape.visual_tokens: step}
         for name, plan in plans.items():
+            kept = round(plan.average)
+            if kept not in ideal_steps:
+                ideal_steps[kept] = rounds.decode_step_seconds(running, text + kept, tokens)
+            ideal_step = ideal_steps[kept] / step
             seconds = timed[name]["seconds"]
-            saved = prefill - ideal_prefill(prefill, encoder, plan.share(text))
-            ideal = stock["seconds"] - saved
+            ideal = ideal_prefill(prefill, encoder, plan.share(text))
+            ideal += (stock["seconds"] - prefill) * ideal_step
             for figure, measured in {
                 "stock_decode_step_ms": step * 1e3,
                 "decode_latency": median(timed[name]["decode_step_seconds"]) / step,
+                "ideal_decode_latency": ideal_step,
                 "throughput": stock["seconds"] / seconds,
                 "ideal": stock["seconds"] / ideal,
                 "vs_ideal": ideal / seconds,

@@ -74,6 +74,7 @@ TABLES = {
             ("selector", "selector", ""),
             ("stock/ms", "stock_decode_step_ms", ".1f"),
             ("step", "decode_latency", ".3f"),
+            ("ideal", "ideal_decode_latency", ".3f"),
             ("throughput", "throughput", ".3f"),
             ("ideal", "ideal", ".2f"),
             ("vs-ideal", "vs_ideal", ".3f"),
@@ -130,9 +131,27 @@ TABLES = {
 """By scenario, in the order they are shown."""
 
 
+_ENGINE = (
+    ("engine", "engine", ""),
+    ("runner", "model_runner_version", ""),
+    ("block", "block_size", ""),
+    ("blocks", "kv_blocks", ""),
+    ("compiled", "compilation_mode", ""),
+    ("graphs", "graphs", ""),
+    ("async", "async_scheduling", ""),
+)
+
+
+def _engine_row(name: str, about: Mapping[str, Any]) -> Row:
+    graphs = about["cudagraph_mode"].rpartition(".")[2].lower()
+    return {**about, "engine": name, "graphs": graphs}
+
+
 def table_lines(document: Mapping[str, Any]) -> list[str]:
-    """Tables of the scenarios that were run, then the goals."""
-    lines = []
+    """How the engines were set up, tables of the scenarios that were run, then the goals."""
+    engines = document["conditions"]["engines"]
+    rows = [_engine_row(name, about) for name, about in engines.items()]
+    lines = Table("engines", _ENGINE).lines(rows) if rows else []
     for scenario, table in TABLES.items():
         if scenario in document:
             lines += ["", *table.lines(document[scenario])]
