@@ -10,10 +10,9 @@ from vitcop_vllm.lab.asks import Ask
 from vitcop_vllm.lab.ideals import (
     KV_BLOCK,
     PicturePlan,
-    VisualTokenSeconds,
+    StockCosts,
     ideal_capacity,
     ideal_prefill,
-    ideal_serving,
     kv_budget,
 )
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -67,15 +66,31 @@ def test_the_encoder_costs_the_same_whatever_survives():
     assert ideal_prefill(1.0, 2.0, 0.25) == 2.0
 
 
-def test_what_plans_leave_out_is_saved_in_prefill_and_in_each_decode_step():
-    token = VisualTokenSeconds(prefill=1.0, decode=0.25)
-    left_out = 576 - PicturePlan.of(DEMO, 8 / 9, "vitcop").average
-    one, whole, long = (Ask("", (1,), r, t) for r, t in ((8 / 9, 1), (0.0, 9), (8 / 9, 9)))
-    assert token.saved(DEMO, [one]) == pytest.approx(left_out)
-    assert token.saved(DEMO, [whole]) == 0.0
-    assert token.saved(DEMO, [one, whole, long, long]) == pytest.approx(7 * left_out)
+COSTS = StockCosts(encoder=288.0, token=1.0, step=2.0, text_step=1.0)
+KEPT = PicturePlan.of(DEMO, 8 / 9, "vitcop").average / 576
 
 
-def test_a_server_is_not_done_before_all_came():
-    assert ideal_serving(stock=4.0, saved=3.0, last_arrival=0.0) == 1.0
-    assert ideal_serving(stock=4.0, saved=3.0, last_arrival=2.0) == 2.0
+@pytest.mark.parametrize("drift", [1.0, 3.0])
+def test_prefill_and_decode_steps_are_scaled_by_what_plans_keep(drift):
+    one = [Ask("", (1,), 8 / 9, 5)]
+    # A third of prefill is the encoder's, half of a decode step is the picture's.
+    prefill = COSTS.ideal_serving(DEMO, one, [576], 30.0 * drift, 0.0)
+    assert prefill == pytest.approx(drift * (10 + 20 * KEPT))
+    both = COSTS.ideal_serving(DEMO, one, [576], 70.0 * drift, 40.0 * drift)
+    assert both == pytest.approx(drift * (10 + 20 * KEPT + 20 + 20 * KEPT))
+
+
+def test_requests_count_as_much_as_they_ask_for():
+    whole, pruned = Ask("", (1,), 0.0, 3), Ask("", (1,), 8 / 9, 7)
+    assert COSTS.ideal_serving(DEMO, [whole], [576], 40.0, 20.0) == 40.0
+    # Three quarters of decode steps' tokens are the pruned one's, and half of the prompts'.
+    both = COSTS.ideal_serving(DEMO, [whole, pruned], [576, 576], 40.0, 20.0)
+    assert both == pytest.approx(
+        20 * (1 + 2 * (1 + KEPT) / 2) / 3 + 20 * (1 - 0.75 * (1 - KEPT) / 2)
+    )
+
+
+def test_a_picture_never_makes_a_step_faster():
+    costs = StockCosts(encoder=1.0, token=1.0, step=2.0, text_step=2.1)
+    one = [Ask("", (1,), 8 / 9, 5)]
+    assert costs.ideal_serving(DEMO, one, [576], 20.0, 20.0) == 20.0

@@ -122,11 +122,12 @@ def test_clients(rounds):
     conditions = [(row["clients"], row["ratio"]) for row in rows]
     assert conditions == [(16, ratio) for ratio in load.RATIOS]
     for row in rows:
-        assert row["vs_ideal"] == EXACTLY_ONE, row
+        # Whose steps grow shorter as answers end.
+        assert row["vs_ideal"] == pytest.approx(1.0, abs=0.01), row
         # A client's clock starts when it sends.
         assert row["stock_ttft_p99_ms"] < row["requests"] / row["stock_requests_per_second"] * 500
     unpruned, *pruned = rows
-    assert unpruned["throughput"] == EXACTLY_ONE
+    assert unpruned["throughput"] == unpruned["vs_ideal"] == EXACTLY_ONE
     assert 1 < pruned[0]["throughput"] < pruned[1]["throughput"]
     runs = [asked for asked in rounds.engines[OURS].asked if asked["clients"] == 16]
     prompts = {tuple((ask.prompt, ask.max_tokens) for ask in run["asks"]) for run in runs}
@@ -140,7 +141,8 @@ def test_load(rounds):
     assert slow["throughput"] == slow["ideal"] == EXACTLY_ONE
     # Of which half goes into encoders; more arrives than anyone serves.
     assert 1.5 < middle["throughput"] < 2.0
-    assert middle["vs_ideal"] == fast["vs_ideal"] == EXACTLY_ONE
+    assert middle["vs_ideal"] == pytest.approx(1.0, abs=0.01)
+    assert fast["vs_ideal"] == pytest.approx(1.0, abs=0.01)
     assert fast["throughput"] == pytest.approx(middle["throughput"], rel=0.05)
     assert fast["arrivals_per_second"] == pytest.approx(
         8 * fast["stock_requests_per_second"], rel=0.1

@@ -83,36 +83,47 @@ def kv_budget(unpruned: int, num_layers: int) -> int:
 
 
 @dataclass(frozen=True)
-class VisualTokenSeconds:
-    """What a visual token, in all of its layers, costs stock vLLM's decoder.
+class StockCosts:
+    """What serving costs stock vLLM. Only ratios of these are used: the machine may drift.
 
     Attributes:
-        prefill: Seconds, once.
-        decode: Seconds of each decode step that attends to it.
+        encoder: Seconds of a picture.
+        token: Seconds of a prompt's token, in all decoder layers.
+        step, text_step: Seconds of a decode step after prompts with a picture each, and without.
     """
 
-    prefill: float
-    decode: float
+    encoder: float
+    token: float
+    step: float
+    text_step: float
 
-    def saved(self, shape: LlavaShape, asks: Sequence[Ask]) -> float:
-        """Seconds of the tokens that the plans of ``asks``, about a picture each, leave out."""
+    def ideal_serving(
+        self,
+        shape: LlavaShape,
+        asks: Sequence[Ask],
+        prompt_tokens: Sequence[int],
+        seconds: float,
+        decode_seconds: float,
+    ) -> float:
+        """Seconds of an engine that spends on requests what their plans keep, and no more.
+
+        Args:
+            shape: The model's.
+            asks: About a picture each.
+            prompt_tokens: Of each, unpruned.
+            seconds: What stock vLLM takes for them.
+            decode_seconds: Of these, in steps that do nothing but decode.
+        """
         averages = {
             ratio: PicturePlan.of(shape, ratio, OURS).average
             for ratio in {ask.ratio for ask in asks}
         }
-        return sum(
-            (shape.visual_tokens - averages[ask.ratio])
-            * (self.prefill + (ask.max_tokens - 1) * self.decode)
-            for ask in asks
-        )
-
-
-def ideal_serving(stock: float, saved: float, last_arrival: float) -> float:
-    """Seconds of an engine that saves what plans leave out, and cannot finish before all came.
-
-    Args:
-        stock: Seconds that stock vLLM takes for the same requests.
-        saved: See :meth:`VisualTokenSeconds.saved`.
-        last_arrival: Seconds after the clock starts.
-    """
-    return max(stock - saved, last_arrival)
+        dropped = [shape.visual_tokens - averages[ask.ratio] for ask in asks]
+        whole = len(asks) * self.encoder + sum(prompt_tokens) * self.token
+        prefill_share = 1 - sum(dropped) * self.token / whole
+        steps = [ask.max_tokens - 1 for ask in asks]
+        gone = sum(tokens * n for tokens, n in zip(dropped, steps, strict=True))
+        gone /= shape.visual_tokens * max(1, sum(steps))
+        # A picture may cost less than steps differ anyway.
+        step_share = 1 - gone * max(0.0, 1 - self.text_step / self.step)
+        return (seconds - decode_seconds) * prefill_share + decode_seconds * step_share

@@ -12,7 +12,7 @@ from statistics import median, quantiles
 
 from vitcop_vllm.lab.asks import Ask, text_of, user_turn
 from vitcop_vllm.lab.engines import OURS, STOCK
-from vitcop_vllm.lab.ideals import VisualTokenSeconds, ideal_serving
+from vitcop_vllm.lab.ideals import StockCosts
 from vitcop_vllm.lab.measured_engine import Result
 from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row, summary
 
@@ -42,9 +42,7 @@ QUESTION_TOKENS = 32
 _SPREAD = 0.8
 """Standard deviation of a length's logarithm: chats have many short turns, a few long ones."""
 
-_COST_BATCH = 4
 _COST_TOKENS = 9
-_COST_RUNS = 3
 
 
 def poisson_arrivals(rate: float, number: int, rng: Random) -> list[float]:
@@ -95,20 +93,32 @@ def chat_asks(
     ]
 
 
-def visual_token_seconds(rounds: Rounds) -> VisualTokenSeconds:
-    """What a picture's token costs stock vLLM, in prefill and in decode steps after it."""
-    prefill, decode = [], []
-    for _ in range(_COST_RUNS):
-        asks = partial(rounds.asks, _COST_BATCH, 0.0, _COST_TOKENS)
-        timed, watched = rounds.serve_watched(asks, names=(STOCK,))
-        stock, encoder = timed[STOCK], watched[STOCK]["encoder_seconds"]
-        prompts, visual = stock["prompt_tokens"], rounds.shape.visual_tokens
-        prefill.append((max(stock["first_token_seconds"]) - encoder) / sum(prompts))
-        text = rounds.decode_step_seconds(_COST_BATCH, prompts[0] - visual, _COST_TOKENS)
-        picture = median(stock["decode_step_seconds"]) - text
-        decode.append(picture / (_COST_BATCH * visual))
-    # Few tokens may cost less than steps differ anyway.
-    return VisualTokenSeconds(median(prefill), max(0.0, median(decode)))
+def stock_costs(rounds: Rounds, clients: int) -> StockCosts:
+    """What ``clients`` requests at once cost stock vLLM, part by part."""
+    timed, watched = rounds.serve_watched(
+        partial(rounds.asks, clients, 0.0, _COST_TOKENS), names=(STOCK,)
+    )
+    stock, encoder = timed[STOCK], watched[STOCK]["encoder_seconds"]
+    prompts = stock["prompt_tokens"]
+    return StockCosts(
+        encoder=encoder / clients,
+        token=(max(stock["first_token_seconds"]) - encoder) / sum(prompts),
+        step=median(stock["decode_step_seconds"]),
+        text_step=rounds.decode_step_seconds(
+            clients, prompts[0] - rounds.shape.visual_tokens, _COST_TOKENS
+        ),
+    )
+
+
+def _ideal(
+    costs: StockCosts, rounds: Rounds, asks: Sequence[Ask], stock: Result, last_arrival: float = 0.0
+) -> float:
+    """Rate over stock vLLM's of an ideal engine, which cannot finish before all have come."""
+    seconds = stock["seconds"]
+    ideal = costs.ideal_serving(
+        rounds.shape, asks, stock["prompt_tokens"], seconds, sum(stock["decode_step_seconds"])
+    )
+    return float(seconds / max(ideal, last_arrival))
 
 
 def _take(
@@ -136,7 +146,7 @@ def _row(conditions: Mapping[str, object], figures: Mapping[str, list[float]]) -
 def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> list[Row]:
     """Requests that arrive whether or not there is room for them, at mixed ratios.
 
-    Ideal is stock vLLM's own time, less what the plans leave out, where arrivals let it.
+    Ideal is stock vLLM's own time, scaled by what plans keep, where arrivals let it.
 
     Args:
         rates: Arrivals, over the rate that stock vLLM serves; see :data:`RATES`.
@@ -144,7 +154,7 @@ def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> 
     """
     clients = max(CLIENTS)
     names = (STOCK, OURS)
-    token = visual_token_seconds(rounds)
+    costs = stock_costs(rounds, clients)
     at_once = _busy_asks(rounds, REQUESTS, answer_tokens, seed=0)
     busy = rounds.serve(at_once, clients=clients, names=names)[STOCK]["seconds"]
     rows = []
@@ -156,8 +166,7 @@ def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> 
             arrivals = poisson_arrivals(arriving, REQUESTS, rng)
             asks = chat_asks(rounds.pictures(REQUESTS), arrivals, answer_tokens, rng)
             served = rounds.serve(asks, clients=clients, names=names)
-            seconds, saved = served[STOCK]["seconds"], token.saved(rounds.shape, asks)
-            ideal = seconds / ideal_serving(seconds, saved, arrivals[-1])
+            ideal = _ideal(costs, rounds, asks, served[STOCK], arrivals[-1])
             _take(figures, served[STOCK], served[OURS], ideal, "first_token_seconds")
         conditions = {
             "rate": rate,
@@ -184,7 +193,7 @@ def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Ro
         clients: How many there are.
         answer_tokens: Median length of an answer.
     """
-    token = visual_token_seconds(rounds)
+    costs = stock_costs(rounds, clients)
     names = (STOCK, *RATIOS)
     requests = clients * REQUESTS_PER_CLIENT
     figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
@@ -205,8 +214,7 @@ def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Ro
         )
         stock = served[STOCK]
         for ratio, row in figures.items():
-            seconds, saved = stock["seconds"], token.saved(rounds.shape, sent[ratio])
-            ideal = seconds / ideal_serving(seconds, saved, 0.0)
+            ideal = _ideal(costs, rounds, sent[ratio], stock)
             _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
     return [
         _row({"clients": clients, "ratio": ratio, "requests": requests}, row)
