@@ -1,0 +1,186 @@
+"""Answers with and without pruning, and the patches that each stage kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from playwright.sync_api import Request, expect
+
+from tests.server.page.person import SAMPLES, answers, ask, choose, drawn, facts, numbers, opened
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_answers_with_their_times_and_counts(page):
+    ask(page)
+    assert answers(page) == ["PLUM", "PLUM"]
+    full, pruned = facts(page, 0), facts(page, 1)
+    for told in (full, pruned):
+        assert 0 < numbers(told["First token"])[0] <= numbers(told["Last token"])[0]
+    assert (full["Tokens kept"], pruned["Tokens kept"]) == ("all 576", "172, 77, 15 of 576")
+    expect(page.locator("#summary")).to_contain_text("The same answer with 89\u00a0%")
+
+
+def test_questions_are_asked_in_turn_and_share_nothing(page):
+    order: list[str] = []
+    bodies: list[Any] = []
+
+    def note(event: str) -> Callable[[Request], None]:
+        def listen(request: Request) -> None:
+            if request.url.endswith("/v1/chat/completions"):
+                order.append(f"{event} {request.headers['x-pruning-ratio']}")
+                bodies.extend([request.post_data_json] * (event == "sent"))
+
+        return listen
+
+    page.on("request", note("sent"))
+    page.on("requestfinished", note("done"))
+    ask(page)
+    assert order == ["sent 0", "done 0", "sent 0.889", "done 0.889"]
+    first, second = bodies
+    assert first["cache_salt"] != second["cache_salt"]
+    # Not even the encoder's output: to the server's caches they are two pictures.
+    pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in bodies]
+    assert pictures[0][:1000] == pictures[1][:1000]
+    assert pictures[0] != pictures[1]
+
+
+def test_cells_drawn_are_the_tokens_that_usage_counts(page):
+    ask(page)
+    *counts, encoder = numbers(facts(page, 1)["Tokens kept"])
+    assert len(drawn(page, ".heat")) == encoder
+    slider = page.get_by_role("slider", name="Stage shown")
+    slider.focus()
+    for stage, count in zip(("Stage I", "Stage II", "Stage III"), counts, strict=True):
+        slider.press("ArrowRight")
+        expect(page.locator("#caption")).to_contain_text(f"{stage}, layer")
+        expect(page.locator("#stops .chosen")).to_have_text(f"{count}{stage}")
+        assert len(drawn(page, ".kept")) == count
+        clusters, seats = drawn(page, ".cluster"), drawn(page, ".kept.seat")
+        assert len(clusters) == len(seats)
+        every = drawn(page, ".kept:not(.seat), .member, .dropped")
+        assert len(every) == encoder  # each patch is one of these
+        told = numbers(page.locator("#caption").inner_text().split(":", 1)[1])
+        if clusters:
+            assert told == [
+                count,
+                encoder,
+                count - len(clusters),
+                len(clusters),
+                len(drawn(page, ".member")),
+            ]
+        else:
+            assert told == [count, encoder]
+
+
+def test_arrow_keys_on_picture_and_slider_change_the_stage(page):
+    ask(page)
+    seen = []
+    page.locator("#frame").focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowRight", "ArrowLeft"):
+        page.keyboard.press(key)
+        seen.append(numbers(page.locator("#caption").inner_text().split(":", 1)[1])[0])
+    page.get_by_role("slider", name="Stage shown").focus()
+    for key in ("Home", "End"):
+        page.keyboard.press(key)
+        seen.append(numbers(page.locator("#caption").inner_text().split(":", 1)[1])[0])
+    assert seen == [172, 77, 15, 15, 77, 576, 15]
+
+
+def test_the_question_keeps_its_arrow_keys(page):
+    page.get_by_role("textbox", name="Question").press("ArrowRight")
+    expect(page.get_by_role("slider", name="Stage shown")).to_have_value("0")
+
+
+def test_cells_lie_on_what_the_processor_shows(page):
+    choose(page, "bank.png")  # 504 x 336; its middle square is shown to the model
+    ask(page)
+    page.locator("#frame").press("ArrowRight")
+    boxes = drawn(page, ".kept, .dropped")
+    edges = [f(box[i] for box in boxes) for i, f in enumerate((min, min, max, max))]
+    assert edges == pytest.approx([84 / 504, 0, 420 / 504, 1], abs=0.005)
+
+
+def test_every_offered_question_is_answered_right(page):
+    right = []
+    for sample, expected in SAMPLES.items():
+        choose(page, sample)
+        questions = page.locator("#suggestions button")
+        expect(questions).to_have_count(len(expected))
+        for i, answer in enumerate(expected):
+            questions.nth(i).click()
+            ask(page)
+            full, pruned = answers(page)
+            assert full == answer, (sample, i)
+            right.append(pruned == answer)
+    assert sum(right) >= len(right) - 2, right
+
+
+def test_the_plan_follows_the_ratio(page):
+    counts = page.locator("#stops b")
+    expect(counts).to_have_text(["576", "172", "77", "15"])
+    expect(page.locator("#chart .count")).to_have_text(["172", "77", "15"])
+    page.get_by_role("button", name="0.667").click()
+    expect(counts).to_have_text(["576", "288", "253", "51"])
+    expect(page.locator("#chart .count")).to_have_text(["288", "253", "51"])
+    expect(page.locator("#plan-text")).to_contain_text("66.7\u00a0% removed")
+    page.get_by_role("spinbutton", name="Ratio").fill("0")
+    expect(page.locator("#plan-text")).to_contain_text("Nothing is removed")
+    expect(page.locator("#pruned-title")).to_have_text("Ratio 0")
+    ask(page)
+    assert facts(page, 1)["Tokens kept"] == "all 576"
+
+
+def test_another_ratio_wipes_what_was_drawn_for_the_last(page):
+    ask(page)
+    assert drawn(page, ".heat")
+    page.get_by_role("button", name="0.778").click()
+    expect(page.locator("#caption")).to_contain_text("Ask, to see")
+    assert not drawn(page, "rect")
+
+
+def test_without_explanations_counts_are_shown(browser, server_url):
+    asked: list[str] = []
+    with opened(browser, server_url) as page:
+        page.on("request", lambda request: asked.append(request.url))
+        expect(page.locator("#stops li")).to_have_count(4)
+        ask(page)
+        *counts, encoder = numbers(facts(page, 1)["Tokens kept"])
+        assert encoder == 256
+        for stage, count in enumerate(counts, 1):
+            page.locator("#frame").press("ArrowRight")
+            expect(page.locator("#caption")).to_contain_text(f"{count} of {encoder} tokens")
+            expect(page.get_by_role("slider", name="Stage shown")).to_have_value(str(stage))
+        expect(page.locator("#caption")).to_contain_text("--server.explain true")
+        assert not drawn(page, "rect")
+    assert not [address for address in asked if "explain" in address]
+
+
+def test_everything_has_a_name(page):
+    for role, name in [
+        ("textbox", "Question"),
+        ("spinbutton", "Ratio: the share of visual tokens removed, averaged over layers"),
+        ("slider", "Ratio, as a slider"),
+        ("slider", "Stage shown"),
+        ("group", "Picture. The left and right arrow keys change the stage shown."),
+        ("img", "Coloured shapes and a sign on a photograph of a coffee cup"),
+        ("article", "Ratio 0"),
+        ("article", "Ratio 0.889"),
+    ]:
+        expect(page.get_by_role(role, name=name, exact=True).first).to_be_visible()
+    for button in page.locator("button:visible").all():
+        assert button.inner_text() or button.locator("img[alt]").count()
+    assert page.locator("#answers [aria-live=polite]").count() == 2
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(browser, url, scheme):
+    phone = {"width": 360, "height": 780}
+    with opened(browser, url, viewport=phone, color_scheme=scheme) as page:
+        expect(page.locator("#stops li")).to_have_count(4)
+        ask(page)
+        for _ in range(4):
+            assert page.evaluate("document.documentElement.scrollWidth") == 360
+            page.locator("#frame").press("ArrowRight")
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(numbers(colour)) < 3 * 128) == (scheme == "dark")
