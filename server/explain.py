@@ -10,6 +10,10 @@ from server.preview import Preview
 from vitcop_vllm.pruning.identity import counts_of_identifier, explained_size
 
 
+class LostChoicesError(RuntimeError):
+    """Newer explanations took the place of one before it was asked for."""
+
+
 def explain_picture(
     preview: Preview, identifier: str, choices: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -19,12 +23,16 @@ def explain_picture(
         preview: Of the served model.
         identifier: The picture's, which tells its size and counts.
         choices: What a worker recorded; see ``vitcop_vllm.worker.explain``.
+
+    Raises:
+        LostChoicesError: If the worker no longer knows all of it.
     """
     size, counts = explained_size(identifier), counts_of_identifier(identifier)
     assert size is not None
     patches = choices.get("patches") or range(counts.encoder)
     stages, merged = _stages(patches, choices)
-    assert tuple(map(len, stages)) == counts.stages, (identifier, list(map(len, stages)))
+    if tuple(map(len, stages)) != counts.stages:
+        raise LostChoicesError(identifier)
     labels = choices.get("labels")
     return {
         **preview.picture_fields(*size, counts),

@@ -49,7 +49,7 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
     """:func:`refuse_unsafe_body` for a request that vLLM has parsed.
 
     Args:
-        request: Of ``/v1/chat/completions`` or ``/v1/completions``.
+        request: Of ``/v1/chat/completions``, its batches or ``/v1/completions``.
         settings: The operator's.
 
     Raises:
@@ -59,7 +59,9 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
     body = request.model_dump(exclude=skipped, exclude_unset=True, warnings=False)
     messages = getattr(request, "messages", None) or []
     for message in messages:
-        _make_readable(message)
+        # A batch has conversations in their place.
+        for one in message if isinstance(message, list) else [message]:
+            _make_readable(one)
     refuse_unsafe_body({**body, "messages": messages}, settings)
 
 

@@ -1,13 +1,14 @@
 """No request costs more than the operator allows: sizes of bodies, answers per request."""
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sized
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import envs
 
-from server.errors import error_body
+from server.errors import RequestError, error_body
 
 MAX_ANSWERS = 128
 """Largest ``n``, as OpenAI's. vLLM's own 16384 lets one request hold the engine for minutes."""
@@ -16,6 +17,21 @@ MAX_ANSWERS = 128
 def limit_answers(environ: MutableMapping[str, str]) -> None:
     """Have vLLM refuse an ``n`` above ``MAX_ANSWERS``, unless the operator chose a limit."""
     environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_ANSWERS))
+
+
+def refuse_many_conversations(conversations: Sized) -> None:
+    """Hold a batch to as many answers as ``n`` may ask for, which vLLM does not.
+
+    Raises:
+        RequestError: If there are more.
+    """
+    most = envs.VLLM_MAX_N_SEQUENCES
+    if len(conversations) > most:
+        raise RequestError(
+            f"a batch holds at most {most} conversations, and this one has {len(conversations)}: "
+            "send it in parts",
+            param="messages",
+        )
 
 
 class BodyLimit:

@@ -16,7 +16,14 @@ from server.settings import settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 EXPLAIN_ROUTE = "/v1/pruning/explain"
-PRUNED_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", EXPLAIN_ROUTE})
+PRUNED_ROUTES = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        EXPLAIN_ROUTE,
+    }
+)
 READ_ROUTES = {
     "/v1/messages": frozenset({RATIO_HEADER}),
     "/v1/responses": frozenset({RATIO_HEADER, RATIO_KEY}),

@@ -1,5 +1,6 @@
 """Entry point of vLLM's ``vllm.endpoint_plugins`` group: everything the server adds."""
 
+import logging
 import os
 from argparse import Namespace
 from typing import Any
@@ -16,12 +17,21 @@ from server.middleware import PruningMiddleware
 from server.page import attach_page
 from server.preview import preview_of
 from server.readiness import RefuseWhenStopping, note_shutdown
-from server.serving import PrunedChat, PrunedCompletion, PrunedMessages, PrunedResponses
+from server.serving import (
+    PrunedChat,
+    PrunedChatBatch,
+    PrunedCompletion,
+    PrunedMessages,
+    PrunedResponses,
+)
 from server.settings import server_settings
 from server.usage import PrunedModel
 
+logger = logging.getLogger(f"vllm.{__name__}")
+
 _HANDLERS: dict[str, Any] = {
     "openai_serving_chat": PrunedChat,
+    "openai_serving_chat_batch": PrunedChatBatch,
     "openai_serving_completion": PrunedCompletion,
     "openai_serving_responses": PrunedResponses,
     "anthropic_serving_messages": PrunedMessages,
@@ -53,6 +63,12 @@ class PruningEndpointPlugin:
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)
         use_one_shape(app.state.args)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            logger.warning(
+                "What the engine counts (vitcop_kv_blocks_not_taken, vitcop_selection_seconds) "
+                "will be missing from /metrics: set PROMETHEUS_MULTIPROC_DIR to an empty "
+                "directory, or start with python -m server, which does."
+            )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Put our handlers in the place of vLLM's, once those are built.

@@ -11,11 +11,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from server.errors import RequestError, error_body
-from server.explain import explain_picture, merge_answers
+from server.explain import LostChoicesError, explain_picture, merge_answers
 from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
 from server.preview import Preview
 from server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_KEY
+from vitcop_vllm.worker.explain import MOST_PICTURES
 
 router = APIRouter()
 
@@ -101,7 +102,15 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
         if explained.names
         else ()
     )
-    pictures = [
-        explain_picture(state.pruning_preview, name, told.get(name, {})) for name in explained.names
-    ]
+    try:
+        pictures = [
+            explain_picture(state.pruning_preview, name, told.get(name, {}))
+            for name in explained.names
+        ]
+    except LostChoicesError:
+        sentence = (
+            f"more than {MOST_PICTURES} pictures are being explained at once, and this one's "
+            "explanation is lost: send fewer at a time"
+        )
+        return JSONResponse(error_body(sentence, "ServiceUnavailableError", 503), 503)
     return JSONResponse({"completion": answer.model_dump(), "pictures": pictures})

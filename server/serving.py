@@ -2,24 +2,27 @@
 
 Why here: subclassing a serving class is how vLLM builds its own variants (Anthropic, Cohere),
 and a handler sees everything at the right moment. The body is already parsed and validated,
-once and by vLLM, so malformed requests keep vLLM's answers. ``render_*_request`` returns the
-processed prompt itself, before any response is started, in the task that serves the request
-(thread pools are below it), once whatever ``n`` is. Usage is still an object here, not text.
+once and by vLLM, so malformed requests keep vLLM's answers. The prompt is processed before any
+response is started, in the task that serves the request, once whatever ``n`` is. Usage is still
+an object here, not text.
 The alternatives see less: middleware would parse and write every body a second time, and the
 engine client's ``generate`` does not know which HTTP answer it works for.
 """
 
 import copy
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, Self
 
 from fastapi import Request
 from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
@@ -32,27 +35,18 @@ from server.errors import RequestError
 from server.fields import (
     PROCESSOR_FIELDS,
     refuse_processor_fields,
-    refuse_stray_placeholders,
     refuse_unsafe_fields,
 )
+from server.limits import refuse_many_conversations
 from server.metrics import RATIO_ERRORS, count_request
 from server.middleware import EXPLAIN_STATE_KEY, STATE_KEY
 from server.ratio import accepted_ratio
+from server.rendering import PictureRenderer, remembering, rendered_pictures
 from server.settings import ServerSettings, settings_of
 from server.tracing import trace_pruning
-from server.usage import (
-    PrunedModel,
-    extend_event,
-    extend_usage,
-    picture_counts,
-    picture_names,
-)
+from server.usage import PrunedModel, extend_event, extend_usage, picture_counts
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
-
-_rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
-"""Names of the pictures rendered for the answer being made, if one is: vLLM's ``render_*`` gets
-no raw request."""
 
 _ERROR_EVENT = 'data: {"error":'
 
@@ -74,6 +68,7 @@ class _PrunedServing:
     is_traced: bool
     create_error_response: Callable[..., ErrorResponse]
     renderer: Any
+    online_renderer: Any
 
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
@@ -86,6 +81,7 @@ class _PrunedServing:
         adopted.__class__ = cls
         adopted.pruned_model = pruned_model
         adopted.is_traced = is_traced
+        adopted.online_renderer = PictureRenderer.adopt(adopted.online_renderer)
         return adopted
 
     async def _create_pruned(
@@ -100,7 +96,7 @@ class _PrunedServing:
             return self.create_error_response(str(error), param=error.param)
         if raw_request is not None:
             setattr(raw_request.state, STATE_KEY, ratio)
-        with _remembering() as names:
+        with remembering() as names:
             try:
                 answer = await create(request, raw_request)
             except BaseException:
@@ -183,13 +179,18 @@ class PrunedChat(_PrunedServing, OpenAIServingChat):
     ) -> Any:
         return await self._create_pruned(super().create_chat_completion, request, raw_request)
 
-    async def render_chat_request(self, request: ChatCompletionRequest) -> Any:
-        rendered = await super().render_chat_request(request)
-        if not isinstance(rendered, ErrorResponse):
-            _conversation, engine_inputs = rendered
-            _remember(engine_inputs)
-            refuse_stray_placeholders(engine_inputs, self.model_config)
-        return rendered
+
+class PrunedChatBatch(_PrunedServing, OpenAIServingChatBatch):
+    """Handler of ``/v1/chat/completions/batch``: conversations at one ratio, with one usage."""
+
+    async def create_batch_chat_completion(
+        self, request: BatchChatCompletionRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(super().create_batch_chat_completion, request, raw_request)
+
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        refuse_many_conversations(request.messages)
+        super()._refuse_fields(request, settings)
 
 
 class PrunedMessages(PrunedChat, AnthropicServingMessages):
@@ -201,7 +202,7 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
     async def count_tokens(
         self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
     ) -> Any:
-        with _remembering() as names:
+        with remembering() as names:
             try:
                 return await super().count_tokens(request, raw_request)
             finally:  # nothing goes to the engine
@@ -220,13 +221,6 @@ class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     ) -> Any:
         return await self._create_pruned(super().create_completion, request, raw_request)
 
-    async def render_completion_request(self, request: CompletionRequest) -> Any:
-        rendered = await super().render_completion_request(request)
-        if not isinstance(rendered, ErrorResponse):
-            _remember(rendered)
-            refuse_stray_placeholders(rendered, self.model_config)
-        return rendered
-
 
 class PrunedResponses(_PrunedServing, OpenAIServingResponses):
     """Handler of ``/v1/responses``."""
@@ -240,15 +234,8 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
         answer = await super().create_responses(request, raw_request)
         if request.background:
             # Nobody hears here how it ends. To send its pictures once more costs a little.
-            self._forget(_rendered.get() or ())
+            self._forget(rendered_pictures())
         return answer
-
-    async def _render_resolved_response_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        rendered = await super()._render_resolved_response_inputs(*args, **kwargs)
-        if not isinstance(rendered, ErrorResponse):
-            _remember([rendered.engine_input])
-            refuse_stray_placeholders([rendered.engine_input], self.model_config)
-        return rendered
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         """Nothing: vLLM parses strictly here, and the middleware has looked into the body."""
@@ -259,20 +246,3 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)
         return event
-
-
-@contextmanager
-def _remembering() -> Iterator[list[str]]:
-    """Names of the pictures that are rendered inside."""
-    names: list[str] = []
-    token = _rendered.set(names)
-    try:
-        yield names
-    finally:
-        _rendered.reset(token)
-
-
-def _remember(engine_inputs: Any) -> None:
-    names = _rendered.get()
-    if names is not None:  # else nobody waits for what becomes of them
-        names += picture_names(engine_inputs)

@@ -1,5 +1,6 @@
 """The values for the production-stack chart, as far as they are ours to judge."""
 
+import re
 from typing import Any
 
 import yaml
@@ -33,6 +34,16 @@ def test_pods_stop_within_kubernetes_grace_period() -> None:
 def test_plugin_is_named() -> None:
     (model,) = VALUES["servingEngineSpec"]["modelSpec"]
     assert {"name": "VLLM_PLUGINS", "value": "vitcop"} in model["env"]
+
+
+def test_engines_counters_have_a_directory_of_the_image() -> None:
+    (model,) = VALUES["servingEngineSpec"]["modelSpec"]
+    (folder,) = (e["value"] for e in model["env"] if e["name"] == "PROMETHEUS_MULTIPROC_DIR")
+    [owned] = re.findall(
+        r"install --directory --owner vitcop [^&]*?((?:/[\w/]+\s*)+)",
+        (DOCKER / "Dockerfile").read_text().replace("\\\n", " "),
+    )
+    assert folder in owned.split()
 
 
 def test_sessions_are_told_as_by_our_proxy() -> None:

@@ -194,6 +194,8 @@ def test_bad_fields(server: Server, name: str) -> None:
 def test_bad_fields_elsewhere(server: Server, route: str, name: str) -> None:
     messages = BAD_PARTS.get(name, user("Hi"))
     body = {"model": server.model, "messages": messages, "input": messages, "max_tokens": 1}
+    if route.endswith("/batch"):
+        body["messages"] = [messages]
     with server.unharmed():
         assert_refused(server.post(route, json.dumps(body | BAD_FIELDS.get(name, {}))))
 

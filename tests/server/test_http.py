@@ -235,7 +235,6 @@ def test_processor_keywords_of_clients(
 
 
 OTHER_ROUTES = [
-    "/v1/chat/completions/batch",
     "/v1/chat/completions/render",
     "/v1/audio/transcriptions",
     "/inference/v1/generate",

@@ -1,30 +1,47 @@
 """The endpoint plugin against vLLM's protocol."""
 
 import asyncio
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.plugin import PruningEndpointPlugin
-from server.serving import PrunedChat, PrunedCompletion, PrunedMessages, PrunedResponses
+from server.serving import (
+    PrunedChat,
+    PrunedChatBatch,
+    PrunedCompletion,
+    PrunedMessages,
+    PrunedResponses,
+)
 from vitcop_vllm.pruning.settings import PruningSettings
+
+
+def handler(of: Any) -> Any:
+    serving = of.__new__(of)
+    serving.online_renderer = OnlineRenderer.__new__(OnlineRenderer)
+    return serving
 
 
 def init(
     *, trust: bool = True, server: dict[str, Any] | None = None, **hf_config: Any
 ) -> SimpleNamespace:
     state = SimpleNamespace(
-        openai_serving_chat=OpenAIServingChat.__new__(OpenAIServingChat),
-        openai_serving_completion=OpenAIServingCompletion.__new__(OpenAIServingCompletion),
-        openai_serving_responses=OpenAIServingResponses.__new__(OpenAIServingResponses),
-        anthropic_serving_messages=AnthropicServingMessages.__new__(AnthropicServingMessages),
+        openai_serving_chat=handler(OpenAIServingChat),
+        openai_serving_chat_batch=handler(OpenAIServingChatBatch),
+        openai_serving_completion=handler(OpenAIServingCompletion),
+        openai_serving_responses=handler(OpenAIServingResponses),
+        anthropic_serving_messages=handler(AnthropicServingMessages),
         openai_serving_models=OpenAIServingModels.__new__(OpenAIServingModels),
     )
     model_config = SimpleNamespace(
@@ -64,6 +81,7 @@ def test_speaks_the_protocol() -> None:
 def test_handlers_are_replaced() -> None:
     state = init(pruning=PruningSettings().model_dump(mode="json"))
     assert type(state.openai_serving_chat) is PrunedChat
+    assert type(state.openai_serving_chat_batch) is PrunedChatBatch
     assert type(state.openai_serving_completion) is PrunedCompletion
     assert type(state.openai_serving_responses) is PrunedResponses
     assert type(state.anthropic_serving_messages) is PrunedMessages
@@ -89,3 +107,17 @@ def test_untrusted_keywords_stop_start_up() -> None:
 def test_foreign_architecture_stops_start_up() -> None:
     with pytest.raises(ValueError, match="NewModel"):
         init()
+
+
+@pytest.mark.parametrize("folder", [None, "/somewhere"])
+def test_metrics_that_will_be_missing_are_told(
+    folder: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    if folder is not None:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", folder)
+    app = FastAPI()
+    app.state.args = SimpleNamespace(additional_config={}, middleware=[])
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    PruningEndpointPlugin().attach_router(app)
+    assert ("PROMETHEUS_MULTIPROC_DIR" in caplog.text) == (folder is None)

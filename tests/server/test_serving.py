@@ -16,6 +16,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionResponse
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.middleware import PruningMiddleware
 from server.serving import PrunedChat, PrunedCompletion
@@ -62,29 +63,38 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Stock:
     stock = Stock()
     usage = UsageInfo(prompt_tokens=3, total_tokens=4, completion_tokens=1)
 
-    async def render_chat(self: Any, request: Any) -> Any:
+    async def preprocess_chat(self: Any, request: Any) -> Any:
         return [], stock.render(request)
 
-    async def render_completion(self: Any, request: Any) -> Any:
+    async def preprocess_completion(self: Any, request: Any) -> Any:
         return stock.render(request)
 
     async def create_chat(self: Any, request: Any, raw_request: Any = None) -> Any:
-        await self.render_chat_request(request)
+        await self.online_renderer.preprocess_chat(request)
         if request.stream:
             return stock.events(usage.model_dump_json())
         return ChatCompletionResponse(model="m", choices=[], usage=usage.model_copy())
 
     async def create_completion(self: Any, request: Any, raw_request: Any = None) -> Any:
-        await self.render_completion_request(request)
+        await self.online_renderer.preprocess_completion(request)
         if request.stream:
             return stock.events(usage.model_dump_json())
         return CompletionResponse(model="m", choices=[], usage=usage.model_copy())
 
-    monkeypatch.setattr(OpenAIServingChat, "render_chat_request", render_chat)
+    monkeypatch.setattr(OnlineRenderer, "preprocess_chat", preprocess_chat)
+    monkeypatch.setattr(OnlineRenderer, "preprocess_completion", preprocess_completion)
     monkeypatch.setattr(OpenAIServingChat, "create_chat_completion", create_chat)
-    monkeypatch.setattr(OpenAIServingCompletion, "render_completion_request", render_completion)
     monkeypatch.setattr(OpenAIServingCompletion, "create_completion", create_completion)
     return stock
+
+
+def handler(of: Any) -> Any:
+    """vLLM's, as it is without an engine."""
+    serving, renderer = of.__new__(of), OnlineRenderer.__new__(OnlineRenderer)
+    renderer.model_config = SimpleNamespace(hf_config=SimpleNamespace(image_token_index=3))
+    serving.online_renderer = renderer
+    serving.renderer = SimpleNamespace(mm_processor_cache=None)
+    return serving
 
 
 @pytest.fixture
@@ -96,14 +106,10 @@ def client(stock: Stock) -> Iterator[TestClient]:
     init_exception_handler(app)
     app.add_middleware(PruningMiddleware)
     app.state.args = SimpleNamespace(log_error_stack=False)
-    chat = OpenAIServingChat.__new__(OpenAIServingChat)
-    completion = OpenAIServingCompletion.__new__(OpenAIServingCompletion)
-    chat.model_config = completion.model_config = SimpleNamespace(
-        hf_config=SimpleNamespace(image_token_index=3)
+    app.state.openai_serving_chat = PrunedChat.adopt(handler(OpenAIServingChat), model)
+    app.state.openai_serving_completion = PrunedCompletion.adopt(
+        handler(OpenAIServingCompletion), model
     )
-    chat.renderer = completion.renderer = SimpleNamespace(mm_processor_cache=None)
-    app.state.openai_serving_chat = PrunedChat.adopt(chat, model)
-    app.state.openai_serving_completion = PrunedCompletion.adopt(completion, model)
     with TestClient(app) as client:
         yield client
 
@@ -188,9 +194,11 @@ def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -
 
 
 def test_adopting_leaves_the_original_alone() -> None:
-    original = OpenAIServingChat.__new__(OpenAIServingChat)
+    original = handler(OpenAIServingChat)
     original.response_role = "assistant"
     adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32))
     assert type(original) is OpenAIServingChat
     assert isinstance(adopted, OpenAIServingChat)
     assert adopted.response_role == "assistant"
+    assert type(original.online_renderer) is OnlineRenderer
+    assert isinstance(adopted.online_renderer, OnlineRenderer)

@@ -12,8 +12,9 @@ KV_BLOCKS_NOT_TAKEN = Counter(
 
 SELECTION_SECONDS = Histogram(
     "vitcop_selection_seconds",
-    "Seconds in which a step chose, clustered and merged visual tokens: of the CPU, which on a "
-    "GPU hands out work and does not wait for it.",
+    "Seconds in which visual tokens were chosen, clustered and merged: stage 1 of pictures that "
+    "are encoded together, stages 2 and 3 of a step. Of the CPU, which on a GPU hands out work "
+    "and does not wait for it.",
     ["stage"],
     buckets=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
 )

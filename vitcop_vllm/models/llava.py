@@ -160,22 +160,22 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv.chunk(3, dim=-1))
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         chosen = {}
-        for counts, numbers in members.items():
-            if not counts.is_pruned:
-                continue
-            view = EncoderView(
-                cls_query=batch_of(query[:, 0], numbers),
-                keys=batch_of(key, numbers),
-                scale=attention.scale,
-                grid=(side, side),
-                pixels=batch_of(pixels, numbers),
-                embed=partial(self._embed_whole, features, numbers),
-                mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
-            )
-            with SELECTION_SECONDS.labels(1).time():
+        with SELECTION_SECONDS.labels(1).time():
+            for counts, numbers in members.items():
+                if not counts.is_pruned:
+                    continue
+                view = EncoderView(
+                    cls_query=batch_of(query[:, 0], numbers),
+                    keys=batch_of(key, numbers),
+                    scale=attention.scale,
+                    grid=(side, side),
+                    pixels=batch_of(pixels, numbers),
+                    embed=partial(self._embed_whole, features, numbers),
+                    mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
+                )
                 index = select_patches(self.selector, view, counts.stages[0])
                 labels = self._labels_of(attention, view, index, counts.centres)
-            chosen[counts] = ChosenPatches(view, index, labels)
+                chosen[counts] = ChosenPatches(view, index, labels)
         return chosen
 
     def _embed_whole(self, features: torch.Tensor | None, numbers: Sequence[int]) -> torch.Tensor:

@@ -234,17 +234,17 @@ class StagedDecoder:
         """The rows that enter ``stage``: positions, hidden states and residual."""
         source = step.sources[stage].clone()
         merged = []
-        for group in step.groups:
-            with SELECTION_SECONDS.labels(stage + 1).time():
+        with SELECTION_SECONDS.labels(stage + 1).time():
+            for group in step.groups:
                 rows, chosen, stream = _select_rows(
                     self._selector, group, stage, layer_before, labels, self._norm.weight
                 )
-            if step.record is not None and chosen is not None:
-                step.record(group, stage, chosen)
-            destination = group.rows(stage)
-            source[destination] = rows
-            if stream is not None:
-                merged.append((destination, stream))
+                if step.record is not None and chosen is not None:
+                    step.record(group, stage, chosen)
+                destination = group.rows(stage)
+                source[destination] = rows
+                if stream is not None:
+                    merged.append((destination, stream))
         hidden, residual = layer_before.hidden[source], layer_before.residual[source]
         for destination, stream in merged:
             hidden[destination] = 0

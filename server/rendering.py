@@ -1,0 +1,64 @@
+"""The pictures of a request, taken down while vLLM renders its prompts."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Self
+
+from vllm.renderers.online_renderer import OnlineRenderer
+
+from server.fields import refuse_stray_placeholders
+from server.usage import picture_names
+
+_rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
+"""Names of the pictures rendered for the answer being made, if one is: vLLM's renderer gets no
+raw request."""
+
+
+@contextmanager
+def remembering() -> Iterator[list[str]]:
+    """Names of the pictures that are rendered inside."""
+    names: list[str] = []
+    token = _rendered.set(names)
+    try:
+        yield names
+    finally:
+        _rendered.reset(token)
+
+
+def rendered_pictures() -> list[str]:
+    """Names of the pictures rendered so far for the answer being made."""
+    return _rendered.get() or []
+
+
+class PictureRenderer(OnlineRenderer):
+    """vLLM's renderer, which names pictures to :func:`remembering` and refuses marks of none.
+
+    All handlers render through the two methods below, one conversation at a time, in the task
+    that serves the request (thread pools are below them). What is rendered is in vLLM's cache
+    of processed pictures, even if a later conversation of the request fails.
+    """
+
+    @classmethod
+    def adopt(cls, renderer: OnlineRenderer) -> Self:
+        """``renderer`` as an instance of this class; itself it stays as it is."""
+        adopted: Any = copy.copy(renderer)
+        adopted.__class__ = cls
+        return adopted
+
+    async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:
+        conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)
+        self._take_down(engine_inputs)
+        return conversation, engine_inputs
+
+    async def preprocess_completion(self, *args: Any, **kwargs: Any) -> Any:
+        engine_inputs = await super().preprocess_completion(*args, **kwargs)
+        self._take_down(engine_inputs)
+        return engine_inputs
+
+    def _take_down(self, engine_inputs: Any) -> None:
+        names = _rendered.get()
+        if names is not None:  # else nobody waits for what becomes of them
+            names += picture_names(engine_inputs)
+        refuse_stray_placeholders(engine_inputs, self.model_config)

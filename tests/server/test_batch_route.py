@@ -1,0 +1,108 @@
+"""Several conversations in one request: one ratio, one usage, answers as each gets alone."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.limits import MAX_ANSWERS
+from tests.server.pictures import chat_body, picture_message
+
+pytestmark = pytest.mark.slow
+
+HEADER = "X-Pruning-Ratio"
+ROUTE = "/v1/chat/completions/batch"
+
+
+@pytest.fixture(scope="module")
+def http(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(http: httpx.Client) -> str:
+    return str(http.get("/v1/models").json()["data"][0]["id"])
+
+
+def batch(model: str, *conversations: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": conversations,
+        "max_tokens": 4,
+        "temperature": 0,
+        **fields,
+    }
+
+
+def alone(http: httpx.Client, model: str, *seeds: int, ratio: str) -> Any:
+    body = chat_body(model, *seeds, max_tokens=4)
+    answer = http.post("/v1/chat/completions", json=body, headers={HEADER: ratio})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@pytest.mark.parametrize("where", ["header", "field", "model"])
+def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, where: str) -> None:
+    headers = {HEADER: "0.667"} if where == "header" else {}
+    fields: dict[str, dict[str, Any]] = {
+        "field": {"pruning_ratio": 0.667},
+        "model": {"model": f"{model}@0.667"},
+    }
+    conversations = [[picture_message(7301)], [picture_message(7302, 7303)]]
+    body = batch(model, *conversations) | fields.get(where, {})
+    answer = http.post(ROUTE, json=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[HEADER] == "0.667"
+    expected = [alone(http, model, *seeds, ratio="0.667") for seeds in ((7301,), (7302, 7303))]
+    texts = [choice["message"]["content"] for choice in answer.json()["choices"]]
+    assert texts == [one["choices"][0]["message"]["content"] for one in expected]
+    usage = answer.json()["usage"]
+    tokens = [one["usage"]["visual_tokens"] for one in expected]
+    assert usage["visual_tokens"]["encoder"] == sum(one["encoder"] for one in tokens)
+    assert usage["visual_tokens"]["stages"] == [
+        sum(stage) for stage in zip(*(one["stages"] for one in tokens), strict=True)
+    ]
+    assert 0.5 < usage["pruning_ratio"] < 0.8
+    assert usage["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in expected)
+
+
+def test_without_pictures_there_is_nothing_to_prune(http: httpx.Client, model: str) -> None:
+    hello = [{"role": "user", "content": "Hi"}]
+    answer = http.post(ROUTE, json=batch(model, hello, hello), headers={HEADER: "0.5"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["visual_tokens"] is None
+
+
+def test_pictures_of_a_refused_batch_are_answered_afterwards(
+    http: httpx.Client, model: str
+) -> None:
+    """vLLM believes that the engine has got the first one, which the second kept from it."""
+    stray = [{"role": "user", "content": "What is <image>?"}]
+    body = batch(model, [picture_message(7310)], stray)
+    refused = http.post(ROUTE, json=body, headers={HEADER: "0.5"})
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == "messages"
+    assert HEADER not in refused.headers
+    alone(http, model, 7310, ratio="0.5")
+
+
+def test_a_batch_asks_for_no_more_answers_than_a_request(http: httpx.Client, model: str) -> None:
+    hello = [{"role": "user", "content": "Hi"}]
+    refused = http.post(ROUTE, json=batch(model, *[hello] * (MAX_ANSWERS + 1), max_tokens=1))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages"
+    assert str(MAX_ANSWERS) in refused.json()["error"]["message"]
+    whole = http.post(ROUTE, json=batch(model, *[hello] * MAX_ANSWERS, max_tokens=1))
+    assert whole.status_code == 200
+    assert len(whole.json()["choices"]) == MAX_ANSWERS
+
+
+@pytest.mark.parametrize("fields", [{"pruning_ratio": 2}, {"mm_processor_kwargs": {}}])
+def test_a_batch_is_refused_as_a_request_is(
+    http: httpx.Client, model: str, fields: dict[str, Any]
+) -> None:
+    refused = http.post(ROUTE, json=batch(model, [picture_message(1)], **fields))
+    assert refused.status_code == 400, refused.text
+    assert refused.json()["error"]["param"] == next(iter(fields))
