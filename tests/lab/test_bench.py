@@ -12,7 +12,7 @@ from tests.lab.test_rounds import Bar
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 from vitcop_vllm.lab import bench, cold_start, prefill, scenarios
 from vitcop_vllm.lab.bench_options import COLD_START, SCENARIOS
-from vitcop_vllm.lab.engines import OURS, PEER, STOCK, running_engines
+from vitcop_vllm.lab.engines import OURS, PEER, STOCK, EngineDiedError, running_engines
 from vitcop_vllm.lab.goals import GOALS
 from vitcop_vllm.lab.rounds import Rounds
 from vitcop_vllm.lab.tables import TABLES
@@ -97,6 +97,25 @@ def test_too_little_memory_is_told_before_anything_is_measured(capsys):
     assert "43 are to run at once" in err
 
 
+@pytest.mark.usefixtures("fakes")
+def test_what_was_measured_before_an_engine_died_is_told(capsys, monkeypatch, tmp_path):
+    def die(self, **command):
+        raise EngineDiedError("engine stock is gone")
+
+    monkeypatch.setattr(FakeEngine, "capacity", die)
+    argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "2"]
+    plot = tmp_path / "speed.png"
+    assert bench.main([*argv, "--plot", str(plot)]) == 1
+    out, err = capsys.readouterr()
+    assert "engine stock is gone" in err
+    document = json.loads(out.splitlines()[-1])
+    assert document["died"] == "engine stock is gone"
+    assert document["prefill"]
+    assert document["turns"]
+    assert document.keys().isdisjoint({"capacity", "load", COLD_START})
+    assert not plot.exists()
+
+
 def test_cold_starts_in_turn():
     order = []
 
@@ -128,6 +147,9 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
         [unpruned] = scenarios.measure_decode(rounds, "0", 2, 6)
         [row] = prefill.measure_images(rounds, "8/9", 2)
         about = {name: engine.run("about") for name, engine in engines.items()}
+        engines[OURS]._process.kill()
+        with pytest.raises(EngineDiedError, match=f"{OURS} was killed.*--kv-cache-gib"):
+            engines[OURS].run("about")
     assert unpruned["same_tokens"], "vLLM made up other weights for ours"
     assert row["stock_encoder_ms"] > 0
     assert row["stages_share"] > 0

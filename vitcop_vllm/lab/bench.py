@@ -40,7 +40,7 @@ from vitcop_vllm.lab.bench_options import (
 )
 from vitcop_vllm.lab.cold_start import measure_cold_start
 from vitcop_vllm.lab.conditions import WrongDeviceError, machine, settle_device
-from vitcop_vllm.lab.engines import STOCK, EngineProcess, running_engines
+from vitcop_vllm.lab.engines import STOCK, EngineDiedError, EngineProcess, running_engines
 from vitcop_vllm.lab.goals import goals_met
 from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row
 from vitcop_vllm.lab.speed_plot import plot_speed
@@ -125,12 +125,16 @@ SCENARIOS = {
 
 
 def measure(
-    arguments: argparse.Namespace, checkpoint: Path, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Rows by scenario, and what the engines tell of themselves.
+    arguments: argparse.Namespace,
+    checkpoint: Path,
+    options: dict[str, Any],
+    measured: dict[str, Any],
+) -> None:
+    """Add rows by scenario, and what the engines tell of themselves, to ``measured``.
 
     Raises:
         TooLittleMemoryError: If requests that are to run at once cannot.
+        EngineDiedError: If an engine's process died; what was measured before is there.
     """
     shape = SHAPES[arguments.shape]
     chosen = {name: SCENARIOS[name] for name in arguments.scenarios if name != COLD_START}
@@ -140,7 +144,6 @@ def measure(
     batches = {1}
     batches |= {*arguments.batches} if "prefill" in chosen else set()
     batches |= {*arguments.running} if "decode" in chosen else set()
-    measured: dict[str, Any] = {}
     with tqdm(total=total, desc="rounds") as bar:
         if chosen:
             with running_engines(checkpoint, options, engine_names(arguments)) as engines:
@@ -166,7 +169,6 @@ def measure(
             bar.set_postfix_str(COLD_START)
             start = partial(EngineProcess, checkpoint, options)
             measured[COLD_START] = measure_cold_start(start, arguments.rounds, bar)
-    return measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.platforms import current_platform
 
+    measured: dict[str, Any] = {}
+    died = None
     try:
         settle_defaults(arguments, settle_device(arguments.device, current_platform.device_type))
         shape = SHAPES[arguments.shape]
@@ -182,7 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             checkpoint = Path(scratch) / "checkpoint"
             checkpoint.mkdir()
             write_checkpoint(checkpoint, shape, options)
-            measured = measure(arguments, checkpoint, options)
+            try:
+                measure(arguments, checkpoint, options, measured)
+            except EngineDiedError as error:
+                died = str(error)
     except (WrongDeviceError, TooLittleMemoryError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -200,10 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "engines": measured.pop("engines", {}),
         },
         **measured,
+        **({"died": died} if died else {}),
     }
     document["goals"] = goals_met(document)
     print(*table_lines(document), sep="\n")
     print(json.dumps(document), flush=True)
+    if died:
+        print(f"{died}. Above is what was measured before.", file=sys.stderr)
+        return 1
     if arguments.plot is not None:
         plot_speed(document, arguments.plot)
     return 0

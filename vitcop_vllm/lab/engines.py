@@ -5,6 +5,7 @@ Only one of them works at a time; the others wait for their next command.
 
 import multiprocessing as mp
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -42,6 +43,10 @@ def _work(connection: Connection, options: dict[str, Any], name: EngineName) -> 
         connection.send(getattr(engine, command.pop("what"))(**command))
 
 
+class EngineDiedError(RuntimeError):
+    """An engine's process ended without an answer."""
+
+
 class EngineProcess:
     """Handle to an engine's process; made once it is ready, and calls wait for its answer.
 
@@ -51,10 +56,11 @@ class EngineProcess:
         name: Which engine it is.
 
     Raises:
-        RuntimeError: If the engine's process died.
+        EngineDiedError: If the engine's process died.
     """
 
     def __init__(self, model: Path, options: dict[str, Any], name: EngineName) -> None:
+        self._name = name
         context = mp.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -67,8 +73,21 @@ class EngineProcess:
     def _answer(self) -> Any:
         try:
             return self._connection.recv()
-        except EOFError:
-            raise RuntimeError("an engine process died; its last words are above") from None
+        except (EOFError, ConnectionError):
+            raise self._death() from None
+
+    def _death(self) -> EngineDiedError:
+        self._process.join(STOP_SECONDS)
+        killed = self._process.exitcode == -signal.SIGKILL
+        return EngineDiedError(
+            f"the process of engine {self._name} "
+            + (
+                "was killed, as the kernel does when memory runs out: free some, or lower "
+                "--kv-cache-gib"
+                if killed
+                else "died; its last words are above"
+            )
+        )
 
     def run(self, what: str, **command: Any) -> Result:
         """Have the engine do ``pictures``, ``text``, ``capacity`` or ``about``.
@@ -83,9 +102,12 @@ class EngineProcess:
             requests that ran at once, and the preemptions.
 
         Raises:
-            RuntimeError: If the engine's process died.
+            EngineDiedError: If the engine's process died.
         """
-        self._connection.send({"what": what, **command})
+        try:
+            self._connection.send({"what": what, **command})
+        except ConnectionError:
+            raise self._death() from None
         answer: Result = self._answer()
         return answer
 
