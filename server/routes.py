@@ -15,8 +15,8 @@ from server.explain import LostChoicesError, explain_picture, merge_answers
 from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
 from server.preview import Preview
 from server.settings import SERVER_KEY, ServerSettings
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED
 from vitcop_vllm.pruning.settings import RATIO_KEY
-from vitcop_vllm.worker.explain import MOST_PICTURES
 
 router = APIRouter()
 
@@ -109,7 +109,7 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
         ]
     except LostChoicesError:
         sentence = (
-            f"more than {MOST_PICTURES} pictures are being explained at once, and this one's "
+            f"more than {MOST_EXPLAINED} pictures are being explained at once, and this one's "
             "explanation is lost: send fewer at a time"
         )
         return JSONResponse(error_body(sentence, "ServiceUnavailableError", 503), 503)

@@ -9,8 +9,9 @@ from PIL import Image
 from tests.engine.dense_oracle import DenseLlava
 from tests.engine.requests import Ask, generate, picture
 from tests.engine.test_against_oracle import BOUNDARIES, counts_at
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED
 from vitcop_vllm.pruning.selection import select_stage_two
-from vitcop_vllm.worker.explain import MOST_PICTURES, ChoiceRecorder, PatchChoice
+from vitcop_vllm.worker.explain import ChoiceRecorder, PatchChoice
 
 ASKS = [
     Ask("Which?", (3, 4), 8 / 9, max_tokens=2),
@@ -122,7 +123,7 @@ def test_nothing_is_kept_of_pictures_that_nobody_asked_about(llm):
 def test_old_explanations_make_room():
     recorder = ChoiceRecorder()
     choice = PatchChoice(torch.arange(3), None, None)
-    for number in range(MOST_PICTURES + 2):
+    for number in range(MOST_EXPLAINED + 2):
         recorder.record_patches(f"picture {number}", choice)
     assert not recorder.take(["picture 0", "picture 1"])
     assert recorder.take(["picture 2"]) == {"picture 2": {"patches": [0, 1, 2]}}

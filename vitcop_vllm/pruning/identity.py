@@ -17,6 +17,9 @@ _SEPARATOR = "@"
 EXPLAIN_KEY = "explain_as"
 """Processor keyword: a name, given to no other request, under which choices are told."""
 
+MOST_EXPLAINED = 256
+"""Explanations that wait in a worker to be asked for; some 10 kB each."""
+
 _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
 

@@ -12,12 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vitcop_vllm.pruning.identity import explained_size
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_size
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, StagedStep
-
-MOST_PICTURES = 256
-"""Explanations that wait to be asked for; some 10 kB each."""
 
 
 class PatchChoice(NamedTuple):
@@ -123,7 +120,7 @@ class ChoiceRecorder:
 
     def _of(self, name: str) -> dict[str, Any]:
         chosen = self._choices.setdefault(name, {})
-        while len(self._choices) > MOST_PICTURES:
+        while len(self._choices) > MOST_EXPLAINED:
             self._choices.popitem(last=False)
         return chosen
 
