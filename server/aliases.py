@@ -1,11 +1,11 @@
 """Model names that carry a ratio, ``NAME@0.889``: for tools that send neither header nor field."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Self
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
+from server.adoption import adopted
 from server.errors import RequestError
 from server.ratio import ratio_text
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -42,10 +42,9 @@ class AliasedModels(OpenAIServingModels):
     @classmethod
     def adopt(cls, models: object, aliases: tuple[float, ...]) -> Self:
         """``models``, which vLLM built, as an instance of this class."""
-        adopted: Any = copy.copy(models)
-        adopted.__class__ = cls
-        adopted.aliases = aliases
-        return adopted
+        listing: Self = adopted(models, cls)
+        listing.aliases = aliases
+        return listing
 
     async def show_available_models(self) -> Any:
         listed = await super().show_available_models()

@@ -1,10 +1,9 @@
 """The pictures of a request, taken down while vLLM renders its prompts."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Self
+from typing import Any
 
 from vllm.renderers.online_renderer import OnlineRenderer
 
@@ -39,13 +38,6 @@ class PictureRenderer(OnlineRenderer):
     that serves the request (thread pools are below them). What is rendered is in vLLM's cache
     of processed pictures, even if a later conversation of the request fails.
     """
-
-    @classmethod
-    def adopt(cls, renderer: OnlineRenderer) -> Self:
-        """``renderer`` as an instance of this class; itself it stays as it is."""
-        adopted: Any = copy.copy(renderer)
-        adopted.__class__ = cls
-        return adopted
 
     async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:
         conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)

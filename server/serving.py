@@ -9,7 +9,6 @@ The alternatives see less: middleware would parse and write every body a second 
 engine client's ``generate`` does not know which HTTP answer it works for.
 """
 
-import copy
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -30,6 +29,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from server.adoption import adopted
 from server.aliases import split_alias
 from server.errors import RequestError
 from server.fields import (
@@ -72,17 +72,12 @@ class _PrunedServing:
 
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
-        """``serving`` as an instance of its own subclass.
-
-        vLLM builds its handlers itself and hands them over finished. Building them again would
-        need a copy of some twenty constructor arguments that changes with every release.
-        """
-        adopted: Any = copy.copy(serving)
-        adopted.__class__ = cls
-        adopted.pruned_model = pruned_model
-        adopted.is_traced = is_traced
-        adopted.online_renderer = PictureRenderer.adopt(adopted.online_renderer)
-        return adopted
+        """``serving`` as an instance of its own subclass."""
+        handler: Self = adopted(serving, cls)
+        handler.pruned_model = pruned_model
+        handler.is_traced = is_traced
+        handler.online_renderer = adopted(handler.online_renderer, PictureRenderer)
+        return handler
 
     async def _create_pruned(
         self, create: Callable[..., Awaitable[Any]], request: Any, raw_request: Request | None

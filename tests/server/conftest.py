@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
 
+import httpx
 import pytest
 
 from tests.server.clients import KEY, MAX_BODY, Server
@@ -30,3 +31,15 @@ def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
 @pytest.fixture(scope="session")
 def guarded(guarded_process: tuple[str, Popen[bytes]]) -> Server:
     return Server(guarded_process[0], KEY)
+
+
+@pytest.fixture(scope="module")
+def http(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(http: httpx.Client) -> str:
+    """The name under which the model is served."""
+    return str(http.get("/v1/models").json()["data"][0]["id"])

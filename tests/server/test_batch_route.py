@@ -1,6 +1,5 @@
 """Several conversations in one request: one ratio, one usage, answers as each gets alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -13,17 +12,6 @@ pytestmark = pytest.mark.slow
 
 HEADER = "X-Pruning-Ratio"
 ROUTE = "/v1/chat/completions/batch"
-
-
-@pytest.fixture(scope="module")
-def http(server_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server_url, timeout=120) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def model(http: httpx.Client) -> str:
-    return str(http.get("/v1/models").json()["data"][0]["id"])
 
 
 def batch(model: str, *conversations: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:

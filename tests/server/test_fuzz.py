@@ -62,11 +62,6 @@ def http(server_url: str) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture(scope="module")
-def model(http: httpx.Client) -> str:
-    return str(http.get("/v1/models").json()["data"][0]["id"])
-
-
-@pytest.fixture(scope="module")
 def schema(http: httpx.Client) -> Any:
     return schemathesis.openapi.from_dict(http.get("/openapi.json").json())
 

@@ -1,6 +1,5 @@
 """The running server, asked by OpenAI's own client and by raw HTTP."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,12 +14,6 @@ pytestmark = pytest.mark.slow
 
 HEADER = "X-Pruning-Ratio"
 ROUND_OFF = 0.15  # Tiny pictures have few tokens to count in.
-
-
-@pytest.fixture(scope="module")
-def http(server_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server_url, timeout=120) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
-from vllm.renderers.online_renderer import OnlineRenderer
 
 from server.plugin import PruningEndpointPlugin
 from server.serving import (
@@ -24,24 +23,19 @@ from server.serving import (
     PrunedMessages,
     PrunedResponses,
 )
+from tests.server.handlers import bare_handler
 from vitcop_vllm.pruning.settings import PruningSettings
-
-
-def handler(of: Any) -> Any:
-    serving = of.__new__(of)
-    serving.online_renderer = OnlineRenderer.__new__(OnlineRenderer)
-    return serving
 
 
 def init(
     *, trust: bool = True, server: dict[str, Any] | None = None, **hf_config: Any
 ) -> SimpleNamespace:
     state = SimpleNamespace(
-        openai_serving_chat=handler(OpenAIServingChat),
-        openai_serving_chat_batch=handler(OpenAIServingChatBatch),
-        openai_serving_completion=handler(OpenAIServingCompletion),
-        openai_serving_responses=handler(OpenAIServingResponses),
-        anthropic_serving_messages=handler(AnthropicServingMessages),
+        openai_serving_chat=bare_handler(OpenAIServingChat),
+        openai_serving_chat_batch=bare_handler(OpenAIServingChatBatch),
+        openai_serving_completion=bare_handler(OpenAIServingCompletion),
+        openai_serving_responses=bare_handler(OpenAIServingResponses),
+        anthropic_serving_messages=bare_handler(AnthropicServingMessages),
         openai_serving_models=OpenAIServingModels.__new__(OpenAIServingModels),
     )
     model_config = SimpleNamespace(

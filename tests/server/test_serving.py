@@ -21,6 +21,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from server.middleware import PruningMiddleware
 from server.serving import PrunedChat, PrunedCompletion
 from server.usage import PrunedModel
+from tests.server.handlers import bare_handler
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -88,15 +89,6 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Stock:
     return stock
 
 
-def handler(of: Any) -> Any:
-    """vLLM's, as it is without an engine."""
-    serving, renderer = of.__new__(of), OnlineRenderer.__new__(OnlineRenderer)
-    renderer.model_config = SimpleNamespace(hf_config=SimpleNamespace(image_token_index=3))
-    serving.online_renderer = renderer
-    serving.renderer = SimpleNamespace(mm_processor_cache=None)
-    return serving
-
-
 @pytest.fixture
 def client(stock: Stock) -> Iterator[TestClient]:
     model = PrunedModel(PruningSettings(default_ratio=0.25), num_layers=32)
@@ -106,9 +98,9 @@ def client(stock: Stock) -> Iterator[TestClient]:
     init_exception_handler(app)
     app.add_middleware(PruningMiddleware)
     app.state.args = SimpleNamespace(log_error_stack=False)
-    app.state.openai_serving_chat = PrunedChat.adopt(handler(OpenAIServingChat), model)
+    app.state.openai_serving_chat = PrunedChat.adopt(bare_handler(OpenAIServingChat), model)
     app.state.openai_serving_completion = PrunedCompletion.adopt(
-        handler(OpenAIServingCompletion), model
+        bare_handler(OpenAIServingCompletion), model
     )
     with TestClient(app) as client:
         yield client
@@ -194,7 +186,7 @@ def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -
 
 
 def test_adopting_leaves_the_original_alone() -> None:
-    original = handler(OpenAIServingChat)
+    original = bare_handler(OpenAIServingChat)
     original.response_role = "assistant"
     adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32))
     assert type(original) is OpenAIServingChat

@@ -119,11 +119,16 @@ class StockCosts:
             for ratio in {ask.ratio for ask in asks}
         }
         dropped = [shape.visual_tokens - averages[ask.ratio] for ask in asks]
-        whole = len(asks) * self.encoder + sum(prompt_tokens) * self.token
-        prefill_share = 1 - sum(dropped) * self.token / whole
+        encoder, decoder = len(asks) * self.encoder, sum(prompt_tokens) * self.token
+        prefill = seconds - decode_seconds
+        ideal = ideal_prefill(
+            prefill,
+            prefill * encoder / (encoder + decoder),
+            1 - sum(dropped) / sum(prompt_tokens),
+        )
         steps = [ask.max_tokens - 1 for ask in asks]
         gone = sum(tokens * n for tokens, n in zip(dropped, steps, strict=True))
         gone /= shape.visual_tokens * max(1, sum(steps))
         # A picture may cost less than steps differ anyway.
         step_share = 1 - gone * max(0.0, 1 - self.text_step / self.step)
-        return (seconds - decode_seconds) * prefill_share + decode_seconds * step_share
+        return ideal + decode_seconds * step_share
