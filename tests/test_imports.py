@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vitcop_vllm.engine.config import SCHEDULER, WORKERS
+from vitcop_vllm.plugin import ARCHITECTURES
+
 ROOT = Path(__file__).parents[1]
 
 # Each layer may import from those before it.
@@ -111,3 +114,50 @@ def test_the_server_sees_settings_and_plan_only(module, path):
 def test_nothing_imports_tests(package):
     for _, path in modules(package):
         assert not any(name.split(".")[0] == "tests" for name in imports(path))
+
+
+CUDA_PATH = [
+    WORKERS["cuda"],
+    SCHEDULER,
+    "vitcop_vllm.worker.v2.StagedModelState",
+    "server.plugin.PruningEndpointPlugin",
+    *(name.replace(":", ".") for name in ARCHITECTURES.values()),
+]
+"""What vLLM imports of ours on a CUDA device."""
+
+CHECK_CUDA = """
+import importlib, sys
+import torch
+import triton.language as tl
+import vllm  # replaces set_stream itself, to know the current one
+
+def seen():
+    return {
+        "Event": torch.Event, "cuda.Event": torch.cuda.Event, "cuda.Stream": torch.cuda.Stream,
+        "cuda.stream": torch.cuda.stream, "cuda.current_stream": torch.cuda.current_stream,
+        "synchronize": torch.accelerator.synchronize,
+        "empty_cache": torch.accelerator.empty_cache,
+        "get_memory_info": torch.accelerator.get_memory_info,
+        "pin_memory": torch.Tensor.pin_memory, "record_stream": torch.Tensor.record_stream,
+        "debug_barrier": tl.debug_barrier,
+    }
+
+before = seen()
+for path in sys.argv[1:]:
+    module, _, name = path.rpartition(".")
+    getattr(importlib.import_module(module), name)
+    replaced = [key for key, value in seen().items() if value != before[key]]
+    assert not replaced, f"importing {path} replaced {replaced}"
+    cpu = [name for name in sys.modules if name.startswith("vllm.v1.worker.cpu")]
+    assert not cpu, f"importing {path} imported {cpu}"
+from vllm.utils.torch_utils import async_tensor_h2d
+assert async_tensor_h2d.__module__ == "vllm.utils.torch_utils", async_tensor_h2d.__module__
+"""
+
+
+def test_nothing_on_the_cuda_path_replaces_torch_s_cuda_functions():
+    """vLLM's CPU worker does so at import, for the whole process."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_CUDA, *CUDA_PATH], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

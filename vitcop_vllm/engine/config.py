@@ -26,10 +26,10 @@ CPU_BLOCK_SIZE = 32
 """Tokens. vLLM's CPU kernels want multiples of 32; its default 128 wastes most of the
 last block of a stage that holds a few dozen tokens."""
 
-_SCHEDULER = "vitcop_vllm.engine.scheduler.create_scheduler"
-_WORKERS = {
-    "cpu": "vitcop_vllm.worker.workers.StagedCPUWorker",
-    "cuda": "vitcop_vllm.worker.workers.StagedGPUWorker",
+SCHEDULER = "vitcop_vllm.engine.scheduler.create_scheduler"
+WORKERS = {
+    "cpu": "vitcop_vllm.worker.cpu_worker.StagedCPUWorker",
+    "cuda": "vitcop_vllm.worker.gpu_worker.StagedGPUWorker",
 }
 
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
@@ -233,10 +233,10 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(refusals)
             )
-        worker = _WORKERS.get(current_platform.device_type)
+        worker = WORKERS.get(current_platform.device_type)
         if worker is None:
             raise ValueError(
-                f"visual token pruning runs on {', '.join(_WORKERS)}, "
+                f"visual token pruning runs on {', '.join(WORKERS)}, "
                 f"not on {current_platform.device_type}"
             )
 
@@ -249,7 +249,7 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             cache_config.enable_prefix_caching = False
         # A picture's tokens are selected together, so its span is computed in one step.
         vllm_config.scheduler_config.disable_chunked_mm_input = True
-        vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
+        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = worker
         # vLLM's key for compiled code is made of this. It sees neither our attention layers
         # nor hf_config, and would take a pruned model's code for the stock one's.

@@ -1,11 +1,10 @@
-"""Adapter to vLLM's V1 model runner, on CPU and on GPU."""
+"""Adapter to vLLM's V1 model runner; ``cpu_runner`` has the one for CPUs."""
 
 from functools import cached_property
 from typing import Any
 
 import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vitcop_vllm.engine.attention import begin_builds
@@ -101,33 +100,3 @@ class StagedModelRunner(GPUModelRunner):
         names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
         with self.choices.follow_encoder(self.get_model(), names):
             return super()._execute_mm_encoder(scheduler_output)
-
-
-class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
-    """The same for vLLM's CPU model runner.
-
-    And with a seeded request whose prompt is chunked, which vLLM 0.32's dies of: to undo a
-    sample it throws away it moves the generator's offset back, and CPU generators have
-    none. We put their state back instead.
-    """
-
-    def _discarded_generators(self) -> dict[int, torch.Generator]:
-        batch = self.input_batch
-        discarded = self.discard_request_mask.np[: batch.num_reqs]
-        return {row: g for row, g in batch.generators.items() if discarded[row]}
-
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        before = [(g, g.get_state()) for g in self._discarded_generators().values()]
-        sampled = super()._sample(*args, **kwargs)
-        for generator, state in before:
-            generator.set_state(state)
-        return sampled
-
-    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
-        restored = self._discarded_generators()
-        for row in restored:
-            del self.input_batch.generators[row]
-        try:
-            return super()._bookkeeping_sync(*args, **kwargs)
-        finally:
-            self.input_batch.generators.update(restored)

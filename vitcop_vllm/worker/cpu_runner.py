@@ -1,0 +1,37 @@
+"""The staged V1 model runner on a CPU."""
+
+from typing import Any
+
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vitcop_vllm.worker.v1 import StagedModelRunner
+
+
+class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
+    """vLLM's CPU model runner in stages, with a mend for seeded requests in chunks.
+
+    vLLM 0.32 undoes a sample that it throws away by moving the generator's offset back, which
+    CPU generators do not have: the engine dies. Here the generator's whole state is put back.
+    """
+
+    def _discarded_generators(self) -> dict[int, torch.Generator]:
+        batch = self.input_batch
+        discarded = self.discard_request_mask.np[: batch.num_reqs]
+        return {row: g for row, g in batch.generators.items() if discarded[row]}
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        before = [(g, g.get_state()) for g in self._discarded_generators().values()]
+        sampled = super()._sample(*args, **kwargs)
+        for generator, state in before:
+            generator.set_state(state)
+        return sampled
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        restored = self._discarded_generators()
+        for row in restored:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(restored)

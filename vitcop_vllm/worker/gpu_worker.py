@@ -1,0 +1,20 @@
+"""vLLM's GPU worker with the staged V1 model runner. Model runner V2 is vLLM's own.
+
+Nothing here may import vLLM's CPU worker or runner: their import replaces CUDA streams, events
+and memory queries of torch for the whole process.
+"""
+
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from vitcop_vllm.worker.explain import ExplainingWorker
+from vitcop_vllm.worker.v1 import StagedModelRunner
+
+
+class StagedGPUWorker(ExplainingWorker, Worker):
+    """vLLM's GPU worker with the staged model runner."""
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        if self.use_v2_model_runner:
+            return super()._make_model_runner()
+        return StagedModelRunner(self.vllm_config, self.device)
