@@ -257,15 +257,6 @@ def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint
     assert key() != ours
 
 
-def test_an_unknown_attention_backend_is_refused():
-    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
-
-    from vitcop_vllm.engine.attention import create_staged_attention_backend
-
-    with pytest.raises(ValueError, match="--attention-backend"):
-        create_staged_attention_backend(FlexAttentionBackend)
-
-
 def test_a_picture_known_by_its_uuid_need_not_be_sent_again(llm):
     from vllm import SamplingParams
 
@@ -278,3 +269,12 @@ def test_a_picture_known_by_its_uuid_need_not_be_sent_again(llm):
     prompt["multi_modal_data"] = {"image": [None]}
     again = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids
     assert list(first) == list(again) == generate(llm, [ask])[0].tokens[:4]
+
+
+def test_rocm_which_calls_its_devices_cuda_is_refused_by_name(checkpoint, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(current_platform, "device_type", "cuda")
+    monkeypatch.setattr(current_platform, "is_rocm", lambda: True)
+    with pytest.raises(ValueError, match="not on rocm"):
+        config_of(checkpoint)

@@ -23,12 +23,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.worker.utils import AttentionGroup
 
+from vitcop_vllm.engine.backends import BACKENDS
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-
-BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""Backends whose metadata holds the block table and the slots as plain fields. Others plan
-kernels from them while building, so that groups of a stage could not share a build."""
 
 
 def by_row(of_request: torch.Tensor, query_start_loc: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -206,10 +203,8 @@ def create_staged_attention_backend(
         ValueError: If ``underlying`` is not among :data:`BACKENDS`.
     """
     if underlying.get_name() not in BACKENDS:
-        raise ValueError(
-            f"visual token pruning does not know attention backend {underlying.get_name()}; "
-            f"set --attention-backend to one of {', '.join(BACKENDS)}"
-        )
+        # Start-up chooses or refuses; this is for engines that skip our start-up hook.
+        raise ValueError(f"stages cannot run on attention backend {underlying.get_name()}")
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
 

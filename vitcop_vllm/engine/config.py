@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vitcop_vllm import __version__
+from vitcop_vllm.engine.backends import choose_backend
 from vitcop_vllm.pruning.budgets import SELECTORS, why_uncacheable
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
 
@@ -233,12 +234,16 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(refusals)
             )
-        worker = WORKERS.get(current_platform.device_type)
+        # ROCm also calls its devices "cuda".
+        device = "rocm" if current_platform.is_rocm() else current_platform.device_type
+        worker = WORKERS.get(device)
         if worker is None:
             raise ValueError(
-                f"visual token pruning runs on {', '.join(WORKERS)}, "
-                f"not on {current_platform.device_type}"
+                f"visual token pruning runs on CPUs and NVIDIA GPUs, not on {device}; serve with "
+                "stock vLLM there (VLLM_PLUGINS='')"
             )
+        if current_platform.is_cuda():
+            choose_backend(vllm_config)
 
         # The processor sees the model's configuration and nothing else of vLLM's.
         setattr(model_config.hf_config, CONFIG_KEY, settings.model_dump(mode="json"))

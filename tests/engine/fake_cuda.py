@@ -1,0 +1,94 @@
+"""A program: what start-up settles on NVIDIA GPUs that are not there.
+
+Arguments: a checkpoint, and a JSON list of [compute capability, options of the engine]. Prints a
+JSON list of what became of each: the attention backend and the worker, or the error.
+
+vLLM's own CUDA platform decides, with its compiled parts stubbed and a card that answers with
+the capability of the case.
+"""
+
+import json
+import os
+import sys
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+
+OPERATORS = (
+    "cutlass_group_gemm_supported",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_scaled_mm_supports_fp8",
+    "rotary_embedding",
+)
+"""Of vLLM's compiled operators those that it looks up while it is imported. None is run."""
+
+capability = (0, 0)
+
+
+def stub(name: str, **attributes: Any) -> None:
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    sys.modules[name] = module
+
+
+def become_cuda() -> None:
+    """Have vLLM believe that it is its CUDA build, on a machine with such a card."""
+    stub("vllm._C_stable_libtorch")
+    for name in OPERATORS:
+        setattr(torch.ops._C, name, MagicMock())
+    # FlashAttention 2, 3 and 4 are installed; vLLM itself says on which cards each runs.
+    stub("vllm.vllm_flash_attn._vllm_fa2_C")
+    stub("vllm.vllm_flash_attn._vllm_fa3_C")
+    from vllm.platforms import cuda
+    from vllm.platforms.interface import DeviceCapability
+
+    class Card(cuda.NonNvmlCudaPlatform):
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*capability)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "Some GPU"
+
+        @classmethod
+        def get_device_total_memory(cls, device_id: int = 0) -> int:
+            return 80 * 2**30
+
+    import vllm.platforms
+
+    vllm.platforms._current_platform = Card()
+    from vllm.vllm_flash_attn import flash_attn_interface
+
+    flash_attn_interface.FA4_AVAILABLE = True
+
+
+def settle(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    try:
+        config = EngineArgs(model=checkpoint, max_model_len=1024, **options).create_engine_config()
+    except ValueError as error:
+        return {"error": str(error)}
+    backend = config.attention_config.backend
+    return {"backend": backend.name if backend else "", "worker": config.parallel_config.worker_cls}
+
+
+def main() -> None:
+    global capability
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    become_cuda()
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    settled = []
+    for (major, minor), options in json.loads(sys.argv[2]):
+        capability = (major, minor)
+        settled.append(settle(sys.argv[1], options))
+    print(json.dumps(settled))
+
+
+if __name__ == "__main__":
+    main()
