@@ -153,6 +153,10 @@ def main(checkpoint: str, path: str) -> None:
     llm = LLM(checkpoint, **ENGINE_OPTIONS)
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner, GPUModelRunner)
+    state = runner.model_state
+    assert runner.model._stages_ran  # at start-up, which leaves nothing of it
+    assert not state._prompts
+    assert not state.encoder_cache.encoder_outputs
     seen = see(llm)
     encode_for_a_request_that_left(llm)
     Path(path).write_text(json.dumps(asdict(seen)))

@@ -19,6 +19,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
+from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
 from vitcop_vllm.models.llava_processor import (
     COUNTS_FIELD,
     PrunedLlavaMultiModalProcessor,
@@ -73,6 +74,8 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.staged_decoder = StagedDecoder(decoder, boundaries, self.selector, vllm_config)
         self._encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
+        # Parts that ran on dummy data while vLLM measured memory, or on real data since.
+        self._encoder_ran = self._stages_ran = False
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         counts = kwargs.pop(COUNTS_FIELD, None)
@@ -83,10 +86,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         assert isinstance(counts, torch.Tensor)
         pictures = [VisualTokenCounts(v, k, (n1, n2, n3)) for v, k, n1, n2, n3 in counts.tolist()]
         if self.selector.encoder is None or not any(picture.is_pruned for picture in pictures):
+            if not self._encoder_ran:
+                self._profile_encoder(len(pictures), **kwargs)
             self._keep_choices([None] * len(pictures))
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None
+        self._encoder_ran = True
         # vLLM budgets the encoder by the tokens it puts out; ours computes all patches. Never
         # more at once than a budget of unpruned pictures would let through.
         pixels = image_input["pixel_values"]
@@ -96,6 +102,17 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             for i in range(0, len(pictures), most)
             for embedding in self._embed_pruned(pixels[i : i + most], pictures[i : i + most])
         ]
+
+    def _profile_encoder(self, num_images: int, **kwargs: object) -> None:
+        """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
+        self._encoder_ran = True
+        if counts := self._dummy_counts():
+            row = [counts.encoder, counts.centres, *counts.stages]
+            self.embed_multimodal(**kwargs, **{COUNTS_FIELD: torch.tensor([row] * num_images)})
+
+    def _dummy_counts(self) -> VisualTokenCounts | None:
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return dummy_counts(self.pruning, self.config.text_config.num_hidden_layers, side * side)
 
     def _embed_pruned(
         self, pixel_values: torch.Tensor, pictures: Sequence[VisualTokenCounts]
@@ -263,13 +280,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> Any:
         """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
         if step is None:
-            if inputs_embeds is not None and not self.staged_decoder.is_ready:
-                with _without_graphs():
-                    self.staged_decoder.compile(positions, inputs_embeds)
+            if inputs_embeds is not None and not self._stages_ran:
+                self._profile_stages(positions, inputs_embeds)
             return super().forward(
                 input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
             )
         assert inputs_embeds is not None
+        self._stages_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs():
             return self.staged_decoder(
@@ -278,6 +295,29 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 inputs_embeds[:num_rows],
                 self._labels,
             )
+
+    def _profile_stages(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
+        """Compile the stages and run them in vLLM's first run on dummy rows.
+
+        That run has as many rows as a step can have, and vLLM measures memory in it.
+
+        Args:
+            positions: (T,) rotary positions.
+            inputs_embeds: (T, H) embeddings.
+        """
+        if get_forward_context().attn_metadata is not None:
+            return  # a real step
+        self._stages_ran = True
+        if (counts := self._dummy_counts()) is None:
+            return
+        dummy = dummy_step(counts, inputs_embeds.shape[0], inputs_embeds.device)
+        if dummy is None:
+            return
+        step, self._labels = dummy
+        # Copies: compiled code remembers that it was first called with parts of one tensor.
+        num_rows = step.outputs.shape[0]
+        positions, inputs_embeds = positions[:num_rows].clone(), inputs_embeds[:num_rows].clone()
+        self.forward(None, positions, inputs_embeds=inputs_embeds, step=step)
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:

@@ -12,7 +12,6 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
-from vllm.forward_context import get_forward_context
 
 from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
@@ -21,9 +20,6 @@ from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.selection import StageTwoSelection, merge_tokens
 from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
-
-_ROWS_TO_COMPILE = 256
-"""Rows of the step that stages are compiled with: as in steps to come, and soon computed."""
 
 
 def stage_layers(
@@ -144,9 +140,6 @@ class StagedDecoder:
         boundaries: First layers of the second and third stage.
         selector: What chooses the visual rows that go on.
         vllm_config: As the decoder was made with.
-
-    Attributes:
-        is_ready: Whether no stage is left to compile.
     """
 
     def __init__(
@@ -172,22 +165,6 @@ class StagedDecoder:
             with set_model_tag(f"vitcop_stage_{number}"):
                 self._stages.append(stage(vllm_config=vllm_config, **arguments))
         self._is_compiled = not all(stage.do_not_compile for stage in self._stages)
-        self.is_ready = not self._is_compiled
-
-    def compile(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
-        """Have the stages compiled now, if they are to be, and not when a picture comes.
-
-        Args:
-            positions: (T,) rotary positions, of a step without requests.
-            inputs_embeds: (T, H) embeddings.
-        """
-        if get_forward_context().attn_metadata is not None:
-            return
-        self.is_ready = True
-        # Separate tensors: compiled code remembers which of its inputs were the same one.
-        for stage, num_streams in zip(self._stages, (1, 2, 2), strict=True):
-            streams = [inputs_embeds[:_ROWS_TO_COMPILE].clone() for _ in range(num_streams)]
-            stage(positions[:_ROWS_TO_COMPILE].clone(), *streams)
 
     def __call__(
         self,

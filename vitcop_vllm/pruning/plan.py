@@ -111,6 +111,15 @@ def plan_counts(
     return VisualTokenCounts(encoder_tokens, centres, stages)
 
 
+def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
+    """The pruning ratio that warm-ups and memory profiling use; 0 where none can be asked for.
+
+    Mild, so that all three stages drop and merge tokens while many are left.
+    """
+    reach = SELECTORS[settings.selector].max_ratio(settings.boundaries(num_layers), num_layers)
+    return min(0.5, settings.max_pruning_ratio, reach)
+
+
 def effective_ratio(
     counts: Iterable[VisualTokenCounts], boundaries: tuple[int, int], num_layers: int
 ) -> float | None:

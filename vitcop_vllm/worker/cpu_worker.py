@@ -3,10 +3,10 @@
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vitcop_vllm.worker.cpu_runner import StagedCPUModelRunner
-from vitcop_vllm.worker.explain import ExplainingWorker
+from vitcop_vllm.worker.staged_worker import StagedWorker
 
 
-class StagedCPUWorker(ExplainingWorker, CPUWorker):
+class StagedCPUWorker(StagedWorker, CPUWorker):
     """vLLM's CPU worker with the staged model runner."""
 
     def init_device(self) -> None:

@@ -125,20 +125,6 @@ class ChoiceRecorder:
         return chosen
 
 
-class ExplainingWorker:
-    """Lets the API server ask a worker for recorded choices."""
-
-    model_runner: Any
-    use_v2_model_runner: bool
-
-    def take_choices(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """See :meth:`ChoiceRecorder.take`; called by name, through vLLM's ``collective_rpc``."""
-        runner = self.model_runner
-        adapter = runner.model_state if self.use_v2_model_runner else runner
-        choices: ChoiceRecorder = adapter.choices
-        return choices.take(names)
-
-
 def _groups(selection: StageTwoSelection, number: int) -> list[list[int]]:
     """Members of each merged group, the one whose row stands for them first."""
     rows = selection.index[number][selection.merged[number]].tolist()

@@ -7,11 +7,11 @@ and memory queries of torch for the whole process.
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from vitcop_vllm.worker.explain import ExplainingWorker
+from vitcop_vllm.worker.staged_worker import StagedWorker
 from vitcop_vllm.worker.v1 import StagedModelRunner
 
 
-class StagedGPUWorker(ExplainingWorker, Worker):
+class StagedGPUWorker(StagedWorker, Worker):
     """vLLM's GPU worker with the staged model runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:

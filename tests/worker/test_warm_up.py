@@ -1,0 +1,120 @@
+"""Before the first request, an engine has run one staged step and kept nothing of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from vllm.forward_context import set_forward_context
+
+from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.scheduling import engine_core
+from vitcop_vllm.pruning.plan import NUM_STAGES
+from vitcop_vllm.worker.warm_up import run_staged_step
+
+pytestmark = pytest.mark.slow
+
+STEP_TOKENS = ENGINE_OPTIONS["max_num_batched_tokens"]
+
+
+@pytest.fixture
+def worker(llm):
+    return engine_core(llm).model_executor.driver_worker.worker
+
+
+@pytest.fixture
+def staged(worker, monkeypatch):
+    """Every staged forward from now on: the step, and rows of its embeddings."""
+    model = worker.model_runner.get_model()
+    decoder, calls = model.staged_decoder, []
+
+    def recording(step, positions, inputs_embeds, labels):
+        calls.append((step, inputs_embeds.shape[0]))
+        return decoder(step, positions, inputs_embeds, labels)
+
+    monkeypatch.setattr(model, "staged_decoder", recording)
+    return calls
+
+
+def test_start_up_ran_the_encoder_and_the_stages(worker):
+    model = worker.model_runner.get_model()
+    assert model._encoder_ran
+    assert model._stages_ran
+
+
+def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, staged):
+    ask = Ask("What is it?", (1,), 8 / 9)
+    before = generate(llm, [ask])
+    staged.clear()
+    runner, scheduler = worker.model_runner, engine_core(llm).scheduler
+    encoded, free = set(runner.encoder_cache), scheduler.kv_cache_manager.block_pool
+    num_free = free.get_num_free_blocks()
+
+    run_staged_step(worker)
+
+    ((step, rows),) = staged
+    (group,) = step.groups
+    n1 = group.counts.stages[0]
+    assert rows <= STEP_TOKENS < rows + n1 + 4
+    assert len(group.pictures) == rows // n1
+    assert not any(name.startswith("warm-up") for name in runner.requests)
+    assert set(runner.encoder_cache) == encoded
+    assert free.get_num_free_blocks() == num_free
+    assert generate(llm, [ask])[0].tokens == before[0].tokens
+
+
+def test_blocks_of_all_requests_lie_inside_the_cache_and_none_is_shared(worker, monkeypatch):
+    steps: list[Any] = []
+    monkeypatch.setattr(worker, "execute_model", steps.append)
+    monkeypatch.setattr(worker, "sample_tokens", lambda grammar: None)
+    run_staged_step(worker)
+    step, clean_up = steps
+    blocks = [b for new in step.scheduled_new_reqs for group in new.block_ids for b in group]
+    assert len(set(blocks)) == len(blocks)
+    assert min(blocks) == 1  # 0 is vLLM's null block
+    assert max(blocks) < worker.model_runner.kv_cache_config.num_blocks
+    assert clean_up.finished_req_ids == set(step.num_scheduled_tokens)
+
+
+def test_a_cache_too_small_for_one_image_is_no_error(worker, monkeypatch):
+    monkeypatch.setattr(worker.model_runner.kv_cache_config, "num_blocks", 5)
+    monkeypatch.setattr(worker, "execute_model", lambda step: pytest.fail("a step ran"))
+    run_staged_step(worker)
+
+
+def test_vllm_s_memory_profile_runs_the_stages_on_as_many_rows_as_a_step_has(llm, worker, staged):
+    model = worker.model_runner.get_model()
+    model._stages_ran = False
+    embeds = torch.zeros(STEP_TOKENS, model.config.text_config.hidden_size)
+    positions = torch.zeros(STEP_TOKENS, dtype=torch.int64)
+    for _ in range(2):  # once only
+        with (
+            torch.inference_mode(),
+            set_forward_context(None, llm.llm_engine.vllm_config, num_tokens=STEP_TOKENS),
+        ):
+            hidden = model(None, positions, inputs_embeds=embeds)
+    assert hidden.shape == embeds.shape
+    ((step, rows),) = staged
+    assert rows <= STEP_TOKENS < rows + step.groups[0].counts.stages[0]
+    assert len(step.sources) == NUM_STAGES - 1
+
+
+def test_vllm_s_memory_profile_encodes_pruned_images_too(worker, monkeypatch):
+    runner = worker.model_runner
+    model = runner.get_model()
+    calls = []
+    embed_pruned = model._embed_pruned
+
+    def recording(pixels, pictures):
+        calls.append(pictures)
+        return embed_pruned(pixels, pictures)
+
+    monkeypatch.setattr(model, "_embed_pruned", recording)
+    model._encoder_ran = False
+    batch = runner._get_mm_dummy_batch("image", 1)
+    for _ in range(2):  # once only
+        with torch.inference_mode():
+            (whole,) = model.embed_multimodal(**batch)
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    assert whole.shape[0] == side * side
+    ((counts,),) = calls
+    assert counts.is_pruned
