@@ -13,11 +13,10 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
-from tests.worker.steps import common_metadata
+from tests.worker.steps import ScheduledRequest, build_step, common_metadata
 from vitcop_vllm.engine.attention import begin_builds, create_staged_attention_backend
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.pruning.settings import CONFIG_KEY
-from vitcop_vllm.worker.step import ScheduledRequest, build_step
 
 CPU = torch.device("cpu")
 CAPTURED_REQUESTS = 4
@@ -88,7 +87,7 @@ def test_a_graph_sees_the_lengths_of_the_step_it_is_replayed_for(llm, build):
     ]
     for requests in STEPS:
         scheduled = [ScheduledRequest(plan, n, n + 1, 16) for plan, n in requests]
-        step = build_step(scheduled, CPU)
+        step = build_step(scheduled)
         begin_builds(groups, step.stages if step else {})
         build(groups, buffers.write([(request.start, request.end) for request in scheduled]))
         for group, metadata in zip(groups, captured, strict=True):
@@ -126,7 +125,7 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
         for group in groups
     ]
     requests = [ScheduledRequest(PLAN, 20, 21, 16), ScheduledRequest(None, 9, 10, 16)]
-    step = build_step(requests, CPU)
+    step = build_step(requests)
     assert step is not None
     begin_builds(groups, step.stages)
     build(groups, buffers.write([(20, 21), (9, 10)]))

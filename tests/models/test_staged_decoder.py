@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.pruning import oracle
+from tests.worker.steps import ScheduledRequest, build_step
 from vitcop_vllm.models import staged_decoder
 from vitcop_vllm.models.staged_decoder import (
     _LayerBefore,
@@ -17,7 +18,7 @@ from vitcop_vllm.models.staged_decoder import (
 from vitcop_vllm.models.stages import layers_by_stage
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
-from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, build_step
+from vitcop_vllm.worker.step import SpanGroup
 
 V, KEPT = 20, 13
 COUNTS = VisualTokenCounts(V, 0, (V, KEPT, KEPT))
@@ -37,7 +38,7 @@ def group() -> SpanGroup:
         ScheduledRequest(plan, 0, 2 * V + 9, 2 * V + 6),
         ScheduledRequest(None, 0, 4, 4),
     ]
-    step = build_step(requests, torch.device("cpu"))
+    step = build_step(requests)
     assert step is not None
     assert step.forward is not None
     (group,) = step.forward.groups
@@ -90,7 +91,7 @@ def test_where_nothing_is_lost_nothing_is_chosen(group, layer, selector):
 
 def test_a_selector_cannot_drop_where_it_has_no_function(layer):
     plan = RequestPlan((VisualSpan(0, VisualTokenCounts(V, 0, (V, 5, 3))),))
-    step = build_step([ScheduledRequest(plan, 0, V + 2, V + 2)], torch.device("cpu"))
+    step = build_step([ScheduledRequest(plan, 0, V + 2, V + 2)])
     assert step is not None
     assert step.forward is not None
     with pytest.raises(AssertionError, match="no token may be lost before stage 2"):

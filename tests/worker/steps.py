@@ -1,11 +1,45 @@
 """Steps as vLLM describes them, for tests of what stages make of them."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vitcop_vllm.pruning.plan import RequestPlan
+from vitcop_vllm.worker.planner import StepPlanner
+from vitcop_vllm.worker.step import StagedStep
+
 PAD_SLOT = -1
+
+
+class ScheduledRequest(NamedTuple):
+    """A request's part in a step.
+
+    Attributes:
+        plan: Its plan, ``None`` where it prunes nothing.
+        start: Tokens computed before the step.
+        end: Tokens computed after it.
+        prompt_tokens: Length of its prompt, placeholders included.
+    """
+
+    plan: RequestPlan | None
+    start: int
+    end: int
+    prompt_tokens: int
+
+
+def build_step(
+    requests: Sequence[ScheduledRequest], *, renumber_deep: bool = False
+) -> StagedStep | None:
+    """The step of requests that were never planned before."""
+    planner = StepPlanner(torch.device("cpu"), renumber_deep=renumber_deep)
+    names = [str(number) for number in range(len(requests))]
+    for name, request in zip(names, requests, strict=True):
+        planner.track(name, request.plan, request.prompt_tokens)
+    starts = np.array([request.start for request in requests])
+    return planner.plan_step(names, starts, np.array([request.end for request in requests]))
 
 
 def common_metadata(

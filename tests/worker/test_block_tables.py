@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from vitcop_vllm.engine.attention import StageRows
+from vitcop_vllm.worker import block_tables
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 
 BLOCK_SIZE = 4
@@ -100,3 +102,33 @@ def test_rows_move_as_vllm_moves_them(tables):
 def test_unequal_blocks_are_refused():
     with pytest.raises(ValueError, match="unequal blocks"):
         StagedBlockTables.adopt(vllm_tables([4, 8]), [0, 1])
+
+
+def test_the_device_gets_all_groups_in_one_transfer_of_the_columns_in_use(monkeypatch):
+    transfers = []
+
+    def buffer(*shape, like):
+        made = CpuGpuBuffer(*shape, dtype=like.cpu.dtype, device=torch.device("cpu"))
+        made.gpu.fill_(UNWRITTEN)  # a device of its own: nothing is shared with the host
+        return made
+
+    def transfer(values, device):
+        transfers.append(values.shape)
+        assert values.flags.c_contiguous
+        return torch.from_numpy(values)
+
+    monkeypatch.setattr(block_tables, "_buffer", buffer)
+    monkeypatch.setattr(block_tables, "async_tensor_h2d", transfer)
+    tables = StagedBlockTables.adopt(vllm_tables([BLOCK_SIZE] * len(STAGES)), STAGES)
+    for request, longest in enumerate((2, 5, 7)):
+        lengths = [longest - stage for stage in STAGES]
+        tables.add_row(tuple([*range(1, length + 1)] for length in lengths), request)
+
+    tables.commit_block_table(2)  # the third request is not in the step
+
+    assert transfers == [(len(STAGES), 2, 5)]
+    for table in tables.block_tables:
+        device = table.get_device_tensor(6)
+        assert device[:2, :5].tolist() == table.get_cpu_tensor()[:2, :5].tolist()
+        assert (device[2:] == UNWRITTEN).all()
+        assert (device[:, 5:] == UNWRITTEN).all()

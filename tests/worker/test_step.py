@@ -4,11 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.worker.steps import common_metadata
+from tests.worker.steps import ScheduledRequest, build_step, common_metadata
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
-from vitcop_vllm.worker.step import ScheduledRequest, StagedForward, build_step
-
-CPU = torch.device("cpu")
+from vitcop_vllm.worker.step import StagedForward
 
 
 @st.composite
@@ -43,19 +41,19 @@ def rows_of(request: ScheduledRequest, stage: int) -> list[int]:
 
 
 def forward_of(batch: list[ScheduledRequest]) -> StagedForward | None:
-    step = build_step(batch, CPU)
+    step = build_step(batch)
     return step.forward if step else None
 
 
 def test_a_step_without_dropped_slots_is_none():
     unpruned = RequestPlan((VisualSpan(0, VisualTokenCounts.unpruned(4)),))
-    assert build_step([ScheduledRequest(None, 0, 5, 5)], CPU) is None
-    assert build_step([ScheduledRequest(unpruned, 0, 5, 5)], CPU) is None
+    assert build_step([ScheduledRequest(None, 0, 5, 5)]) is None
+    assert build_step([ScheduledRequest(unpruned, 0, 5, 5)]) is None
 
 
 @given(batches)
 def test_stages_hold_the_rows_that_are_left(batch):
-    step = build_step(batch, CPU)
+    step = build_step(batch)
     if step is None:
         return
     common = common_metadata([(request.start, request.end) for request in batch])
@@ -156,7 +154,7 @@ def test_outputs_repeat_the_last_survivor_of_a_span(batch):
 
 @given(batches)
 def test_reference_positions_count_the_prompt_compacted_and_the_answer_not(batch):
-    step = build_step(batch, CPU, renumber_deep=True)
+    step = build_step(batch, renumber_deep=True)
     if step is None:
         return
     expected = []
@@ -178,14 +176,14 @@ def test_reference_positions_count_the_prompt_compacted_and_the_answer_not(batch
 @given(batches)
 def test_decode_steps_run_the_unstaged_forward(batch):
     decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
-    step = build_step(decodes, CPU, renumber_deep=True)
+    step = build_step(decodes, renumber_deep=True)
     assert step is None or step.forward is None
 
 
 @given(batches, st.integers(0, 3))
 def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
     decodes = [r._replace(start=r.prompt_tokens, end=r.prompt_tokens + 1) for r in batch]
-    step = build_step(decodes, CPU)
+    step = build_step(decodes)
     spans = [(request.start, request.end) for request in decodes]
     padded = common_metadata(spans, padding=padding)
     for rows in step.stages.values() if step else ():

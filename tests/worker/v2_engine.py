@@ -155,7 +155,7 @@ def main(checkpoint: str, path: str) -> None:
     assert isinstance(runner, GPUModelRunner)
     state = runner.model_state
     assert runner.model._stages_ran  # at start-up, which leaves nothing of it
-    assert not state._prompts
+    assert not state._planner._slots
     assert not state.encoder_cache.encoder_outputs
     seen = see(llm)
     encode_for_a_request_that_left(llm)

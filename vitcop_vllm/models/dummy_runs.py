@@ -1,5 +1,6 @@
 """Pruned dummy data for the runs in which vLLM compiles and measures memory before it serves."""
 
+import numpy as np
 import torch
 
 from vitcop_vllm.pruning.plan import (
@@ -10,7 +11,8 @@ from vitcop_vllm.pruning.plan import (
     plan_counts,
 )
 from vitcop_vllm.pruning.settings import PruningSettings
-from vitcop_vllm.worker.step import ScheduledRequest, StagedForward, build_step
+from vitcop_vllm.worker.planner import StepPlanner
+from vitcop_vllm.worker.step import StagedForward
 
 
 def dummy_counts(
@@ -42,9 +44,14 @@ def dummy_step(
         ``None`` where no stage after the first drops tokens, or no image fits.
     """
     n1 = counts.stages[0]
-    request = ScheduledRequest(RequestPlan((VisualSpan(0, counts),)), 0, n1, n1)
-    step = build_step([request] * (num_rows // n1), device)
+    num_images = num_rows // n1
+    names = [str(number) for number in range(num_images)]
+    planner = StepPlanner(device)
+    for name in names:
+        planner.track(name, RequestPlan((VisualSpan(0, counts),)), n1)
+    starts = np.zeros(num_images, dtype=np.int64)
+    step = planner.plan_step(names, starts, starts + n1)
     if step is None or step.forward is None:
         return None
     labels = torch.arange(n1, device=device) % max(counts.centres, 1)
-    return step.forward, [labels] * (num_rows // n1)
+    return step.forward, [labels] * num_images

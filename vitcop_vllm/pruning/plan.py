@@ -221,6 +221,11 @@ class RequestPlan:
         span = self._next_span(after)
         return None if span is None else span.end
 
+    def last_span_end(self, num_tokens: int) -> int:
+        """The last end of a span within the first ``num_tokens`` tokens; 0 where none is."""
+        index = bisect_right(self._ends, num_tokens)
+        return self._ends[index - 1] if index else 0
+
     def last_whole_end(self, start: int, end: int) -> int:
         """The largest e <= ``end`` such that [start, e) cuts no span in two.
 

@@ -4,7 +4,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
@@ -24,6 +27,8 @@ class StagedBlockTables(MultiGroupBlockTable):
     """
 
     rows: Mapping[int, StageRows | StageLengths]
+    _host_blocks: npt.NDArray[np.int32]
+    _device_blocks: torch.Tensor | None
 
     @classmethod
     def adopt(cls, tables: MultiGroupBlockTable, stage_of_group: Sequence[int]) -> Self:
@@ -50,6 +55,8 @@ class StagedBlockTables(MultiGroupBlockTable):
             table = tables.block_tables[group]
             table.block_table = _row(blocks, place)
             table.slot_mapping = _row(slots, place)
+        adopted._host_blocks = blocks.np
+        adopted._device_blocks = None if blocks.gpu is blocks.cpu else blocks.gpu
         adopted._blocks, adopted._slots = blocks.gpu.flatten(1), slots.gpu
         adopted._block_size = first.block_size
         max_num_reqs, max_num_blocks = blocks.gpu.shape[1:]
@@ -65,6 +72,20 @@ class StagedBlockTables(MultiGroupBlockTable):
             for stage in sorted(set(stage_of_group))
         }
         return adopted
+
+    def commit_block_table(self, num_reqs: int) -> None:
+        """Copy the tables of the first requests to the device: of all groups in one transfer.
+
+        Args:
+            num_reqs: R. Columns past the longest of their tables are left as they are.
+        """
+        if self._device_blocks is None:  # a CPU's tables are where vLLM writes them
+            return
+        used = max(int(t.num_blocks_per_row[:num_reqs].max()) for t in self.block_tables)
+        packed = np.ascontiguousarray(self._host_blocks[:, :num_reqs, :used])
+        self._device_blocks[:, :num_reqs, :used] = async_tensor_h2d(
+            packed, device=self._device_blocks.device
+        )
 
     def compute_slot_mapping(
         self, num_reqs: int, query_start_loc: torch.Tensor, positions: torch.Tensor

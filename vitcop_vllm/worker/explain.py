@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_size
 from vitcop_vllm.pruning.selection import StageTwoSelection
-from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, StagedStep
+from vitcop_vllm.worker.step import SpanGroup, StagedStep
 
 
 class PatchChoice(NamedTuple):
@@ -86,26 +86,11 @@ class ChoiceRecorder:
         finally:
             model.patch_choices = None
 
-    def follow(
-        self, step: StagedStep | None, requests: Sequence[ScheduledRequest]
-    ) -> StagedStep | None:
-        """``step``, telling what it chooses for pictures that are to be explained.
-
-        Args:
-            step: What these requests compute.
-            requests: In row order.
-        """
+    def follow(self, step: StagedStep | None) -> StagedStep | None:
+        """``step``, with a recorder of what it chooses for images that are to be explained."""
         if step is None or step.forward is None:
             return step
-        names: list[str | None] = []
-        for request in requests:
-            if request.plan is None:
-                continue
-            features = {f.mm_position.offset: f for f in request.features}
-            for span in request.plan.spans_in(request.start, request.end):
-                if span.counts.is_pruned:
-                    name = features[span.offset].identifier
-                    names.append(name if explained_size(name) else None)
+        names = [name if explained_size(name) else None for name in step.forward.images]
         if not any(names):
             return step
 

@@ -3,18 +3,19 @@
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vitcop_vllm.engine.attention import begin_builds
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.pruning.identity import plan_request
-from vitcop_vllm.pruning.plan import RequestPlan
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 from vitcop_vllm.worker.explain import ChoiceRecorder
-from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step
+from vitcop_vllm.worker.planner import StepPlanner
+from vitcop_vllm.worker.step import StagedStep
 
 
 class StagedModelRunner(GPUModelRunner):
@@ -32,9 +33,9 @@ class StagedModelRunner(GPUModelRunner):
         return ChoiceRecorder()
 
     @cached_property
-    def _renumber_deep(self) -> bool:
+    def _planner(self) -> StepPlanner:
         settings = settings_of(self.model_config.hf_config)
-        return settings.positions == "reference"
+        return StepPlanner(self.device, renumber_deep=settings.positions == "reference")
 
     def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
         super().may_reinitialize_input_batch(kv_cache_config)
@@ -44,39 +45,25 @@ class StagedModelRunner(GPUModelRunner):
         batch = self.input_batch
         batch.block_table = StagedBlockTables.adopt(batch.block_table, stages)
 
-    def _plan_of(self, request_id: str) -> RequestPlan | None:
-        # Kept with vLLM's own state of the request, whose life it shares; made again when
-        # a streaming session has added pictures to it.
-        state = self.requests[request_id]
-        known, plan = getattr(state, "visual_plan", (None, None))
-        if known != len(state.mm_features):
-            plan = plan_request(state.mm_features)
-            state.visual_plan = len(state.mm_features), plan
-        return plan
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        corrections = super()._update_states(scheduler_output)
+        for name in scheduler_output.finished_req_ids:
+            self._planner.remove(name)
+        # Also known requests to which a streaming session has added images.
+        for new in scheduler_output.scheduled_new_reqs:
+            state = self.requests[new.req_id]
+            self._planner.add(new.req_id, state.mm_features, state.num_prompt_tokens)
+        return corrections
 
-    def _begin_step(self, num_scheduled_tokens: dict[str, int]) -> StagedStep | None:
-        batch = self.input_batch
-        plans = [self._plan_of(request_id) for request_id in batch.req_ids]
-        if all(plan is None for plan in plans):
-            return None
-        requests = []
-        for row, request_id in enumerate(batch.req_ids):
-            start = int(batch.num_computed_tokens_cpu[row])
-            requests.append(
-                ScheduledRequest(
-                    plans[row],
-                    start,
-                    start + num_scheduled_tokens[request_id],
-                    int(batch.num_prompt_tokens[row]),
-                    self.requests[request_id].mm_features,
-                )
-            )
-        step = build_step(requests, self.device, renumber_deep=self._renumber_deep)
-        return self.choices.follow(step, requests)
+    def _plan_step(self, num_scheduled_tokens: dict[str, int]) -> StagedStep | None:
+        names = self.input_batch.req_ids
+        starts = self.input_batch.num_computed_tokens_cpu[: len(names)]
+        counts = np.fromiter(map(num_scheduled_tokens.__getitem__, names), np.int64, len(names))
+        return self.choices.follow(self._planner.plan_step(names, starts, starts + counts))
 
-    def _prepare_inputs(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         # Before super, which computes the slots.
-        self.step = self._begin_step(scheduler_output.num_scheduled_tokens)
+        self.step = self._plan_step(scheduler_output.num_scheduled_tokens)
         self.input_batch.block_table.rows = self.step.stages if self.step else {}
         return super()._prepare_inputs(scheduler_output, *args, **kwargs)
 
@@ -96,7 +83,7 @@ class StagedModelRunner(GPUModelRunner):
         # The model itself: vLLM's graph wrappers around it would replay an unstaged forward.
         return self.get_model()(*args, **kwargs, step=self.step.forward)
 
-    def _execute_mm_encoder(self, scheduler_output: Any) -> list[torch.Tensor]:
+    def _execute_mm_encoder(self, scheduler_output: SchedulerOutput) -> list[torch.Tensor]:
         names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
         with self.choices.follow_encoder(self.get_model(), names):
             return super()._execute_mm_encoder(scheduler_output)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from copy import copy
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,17 +22,9 @@ from vllm.v1.worker.utils import AttentionGroup
 from vitcop_vllm.engine.attention import begin_builds
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.pruning.identity import plan_request
-from vitcop_vllm.pruning.plan import RequestPlan
 from vitcop_vllm.worker.explain import ChoiceRecorder
-from vitcop_vllm.worker.step import ScheduledRequest, StagedStep, build_step
-
-
-class _Prompt(NamedTuple):
-    """What is known of a request: its plan, ``None`` where nothing is pruned, and length."""
-
-    plan: RequestPlan | None
-    tokens: int
+from vitcop_vllm.worker.planner import StepPlanner
+from vitcop_vllm.worker.step import StagedStep
 
 
 class StagedModelState(DefaultModelState):
@@ -51,9 +43,8 @@ class StagedModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         settings = settings_of(self.model_config.hf_config)
-        self._renumber_deep = settings.positions == "reference"
         self.choices = ChoiceRecorder()
-        self._prompts: dict[str, _Prompt] = {}
+        self._planner = StepPlanner(device, renumber_deep=settings.positions == "reference")
         self._step: StagedStep | None = None
         # Pictures of requests that left since the encoder ran last.
         self._left: dict[str, list[MultiModalFeatureSpec]] = {}
@@ -73,12 +64,11 @@ class StagedModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        plan = plan_request(new_req_data.mm_features)
-        self._prompts[new_req_data.req_id] = _Prompt(plan, new_req_data.prompt_len)
+        self._planner.add(new_req_data.req_id, new_req_data.mm_features, new_req_data.prompt_len)
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
-        self._prompts.pop(req_id, None)
+        self._planner.remove(req_id)
         if self.supports_mm_inputs and (left := self.encoder_cache.mm_features.get(req_id)):
             self._left[req_id] = left
 
@@ -95,26 +85,11 @@ class StagedModelState(DefaultModelState):
         for name in away:
             self.encoder_cache.remove_request(name)
 
-    def _begin_step(self, batch: InputBatch) -> StagedStep | None:
-        # Batches of warm-ups and captures have requests that nobody added.
-        prompts = [self._prompts.get(name) for name in batch.req_ids]
-        if not any(prompt and prompt.plan for prompt in prompts):
-            return None
-        requests = []
-        for row, (name, prompt) in enumerate(zip(batch.req_ids, prompts, strict=True)):
-            assert prompt is not None
-            start = int(batch.num_computed_tokens_np[row])
-            requests.append(
-                ScheduledRequest(
-                    prompt.plan,
-                    start,
-                    start + int(batch.num_scheduled_tokens[row]),
-                    prompt.tokens,
-                    self.encoder_cache.mm_features[name],
-                )
-            )
-        step = build_step(requests, self.device, renumber_deep=self._renumber_deep)
-        return self.choices.follow(step, requests)
+    def _plan_step(self, batch: InputBatch) -> StagedStep | None:
+        # Batches of warm-ups and captures have requests that were never added.
+        starts = batch.num_computed_tokens_np[: batch.num_reqs]
+        ends = starts + batch.num_scheduled_tokens[: batch.num_reqs]
+        return self.choices.follow(self._planner.plan_step(batch.req_ids, starts, ends))
 
     def prepare_attn(
         self,
@@ -126,7 +101,7 @@ class StagedModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        self._step = step = self._begin_step(input_batch)
+        self._step = step = self._plan_step(input_batch)
         # Prefill has no full graphs; see StagedBuilder.get_cudagraph_support.
         assert cudagraph_mode != CUDAGraphMode.FULL or not step or not step.forward
         begin_builds(chain.from_iterable(attn_groups), step.stages if step else {})

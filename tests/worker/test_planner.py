@@ -1,0 +1,138 @@
+"""A planner that has seen every step before plans the next one as a new planner does."""
+
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.worker.steps import ScheduledRequest, build_step
+from vitcop_vllm.engine.attention import StageLengths
+from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.worker.planner import StepPlanner
+
+CPU = torch.device("cpu")
+
+
+def assert_same(ours, expected):
+    if isinstance(expected, torch.Tensor):
+        assert ours.tolist() == expected.tolist()
+        assert ours.dtype == expected.dtype
+    elif is_dataclass(expected):
+        for field in fields(expected):
+            assert_same(getattr(ours, field.name), getattr(expected, field.name))
+    elif isinstance(expected, dict):
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(ours[key], value)
+    elif isinstance(expected, tuple):
+        assert len(ours) == len(expected)
+        for one, other in zip(ours, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert ours == expected
+
+
+@st.composite
+def prompts(draw):
+    """A plan, or ``None``, and the length of its prompt."""
+    spans, length = [], draw(st.integers(0, 3))
+    for _ in range(draw(st.integers(0, 3))):
+        n1, n2, n3 = sorted((draw(st.integers(1, 8)) for _ in range(3)), reverse=True)
+        spans.append(VisualSpan(length, VisualTokenCounts(n1 + 2, 1, (n1, n2, n3))))
+        length += n1 + draw(st.integers(0, 3))
+    plan = RequestPlan(tuple(spans))
+    return plan if plan.is_pruned else None, length + draw(st.integers(1, 3))
+
+
+@given(st.data(), st.booleans())
+def test_the_past_makes_no_difference(data, renumber_deep):
+    """Requests come, are chunked, decode, are preempted to any cut, leave, and come again."""
+    planner = StepPlanner(CPU, renumber_deep=renumber_deep)
+    alive: dict[str, tuple[RequestPlan | None, int, int]] = {}
+    names = st.sampled_from("abcdef")
+    for _ in range(data.draw(st.integers(1, 8))):
+        for name in data.draw(st.sets(names, max_size=3)):  # new, or with another prompt
+            plan, prompt = data.draw(prompts())
+            planner.track(name, plan, prompt)
+            alive[name] = plan, prompt, 0
+        for name in data.draw(st.sets(names, max_size=1)):
+            planner.remove(name)
+            alive.pop(name, None)
+        if not alive:
+            continue
+        order = data.draw(st.permutations(sorted(alive)))
+        rows = order[: data.draw(st.integers(1, len(order)))]
+        batch = []
+        for name in rows:
+            plan, prompt, computed = alive[name]
+            spans = plan.spans if plan else ()
+            cuts = [i for i in range(prompt + 9) if not any(s.offset < i < s.end for s in spans)]
+            start = computed
+            if data.draw(st.integers(0, 5)) == 0:  # preempted, with any prefix hit
+                start = data.draw(st.sampled_from([i for i in cuts if i <= computed]))
+            end = data.draw(st.sampled_from([i for i in cuts if i > start] or [start + 1]))
+            batch.append(ScheduledRequest(plan, start, end, prompt))
+            alive[name] = plan, prompt, end
+        starts = np.array([request.start for request in batch], dtype=np.int32)
+        ends = np.array([request.end for request in batch], dtype=np.int32)
+        ours = planner.plan_step(rows, starts, ends)
+        assert_same(ours, build_step(batch, renumber_deep=renumber_deep))
+
+
+def test_decode_steps_look_at_no_request_by_itself():
+    counts = VisualTokenCounts(9, 2, (6, 4, 2))
+    planner = StepPlanner(CPU)
+    names = [str(number) for number in range(40)]
+    for name in names:
+        planner.track(name, RequestPlan((VisualSpan(1, counts),)), 8)
+    starts = np.zeros(40, dtype=np.int32)
+    planner.plan_step(names, starts, starts + 8)
+
+    planner._requests.clear()  # to look at one would raise
+    for length in (8, 9, 200):
+        step = planner.plan_step(names, starts + length, starts + length + 1)
+        assert step is not None
+        assert step.forward is None
+        lengths = step.stages[2]
+        assert isinstance(lengths, StageLengths)
+        assert lengths.missing.tolist() == [4] * 40
+
+
+def test_requests_that_prune_nothing_are_not_kept():
+    planner = StepPlanner(CPU)
+    planner.track("text", None, 5)
+    assert not planner._slots
+    assert planner.plan_step(["text"], np.array([0]), np.array([5])) is None
+
+
+def test_slots_are_used_again():
+    plan = RequestPlan((VisualSpan(0, VisualTokenCounts(9, 2, (6, 4, 2))),))
+    planner = StepPlanner(CPU)
+    for round_number in range(50):
+        planner.track(str(round_number), plan, 8)
+        planner.track("same", plan, 8)
+        planner.remove(str(round_number - 1))
+    assert planner._until.shape[0] <= 8
+    planner.remove("never seen")
+
+
+@pytest.mark.parametrize("pruned", [0, 1])
+def test_images_of_a_step_are_named_in_row_order(pruned):
+    counts = VisualTokenCounts(9, 2, (6, 4, 2))
+    mild = VisualTokenCounts(9, 0, (6, 6, 6))
+    whole = VisualTokenCounts.unpruned(6)
+    planner = StepPlanner(CPU)
+    first = RequestPlan((VisualSpan(0, whole), VisualSpan(6, counts)))
+    second = RequestPlan((VisualSpan(0, mild), VisualSpan(6, counts)))
+    planner.track("one", first, 13, ["w", "a"])
+    planner.track("two", second, 13, ["b", "c"])
+    ends = np.array([13, 13])
+    step = planner.plan_step(["two", "one"], np.array([0, 6 * pruned]), ends)
+    assert step is not None
+    assert step.forward is not None
+    assert step.forward.images == ("b", "c", "a")
+    (group,) = step.forward.groups
+    assert group.pictures == (1, 2)
