@@ -21,10 +21,10 @@ LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-h
 
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix bench eval soak lock clean
+.PHONY: help install serve test check fix bench eval soak gpu-check lock clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  Variables: PYTHON=%s HOST=%s PORT=%s CONFIG=%s DEVICE=%s ARGS="..."\n' \
 		'$(PYTHON)' '$(HOST)' '$(PORT)' '$(CONFIG)' '$(DEVICE)'
 
@@ -53,6 +53,9 @@ eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARG
 
 soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
 	$(BIN)/python -m vitcop_vllm.lab.soak $(ARGS)
+
+gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
+	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)

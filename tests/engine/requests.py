@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -34,7 +35,10 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 4},
     "kv_cache_memory_bytes": 256 << 20,  # several engines live at a time, by the end of a run
+    "block_size": BLOCK,
 }
+if torch.cuda.is_available():  # in float32, as the oracle computes
+    ENGINE_OPTIONS["attention_backend"] = "TRITON_ATTN"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,94 @@
+"""A program: mixed traffic on a GPU, as a server has it, on an engine with a tiny model.
+
+Ratios are mixed, prompts are chunked, requests preempted, prefixes reused. With
+``VLLM_GPU_SYNC_CHECK=error`` any wait of the host for the GPU ends it with an error.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROUNDS = 4
+
+
+def describe_device() -> None:
+    """Print what there is.
+
+    Raises:
+        SystemExit: If it is no NVIDIA GPU.
+    """
+    import torch
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda() and torch.cuda.is_available()):
+        raise SystemExit(f"No NVIDIA GPU: vLLM {vllm.__version__} runs on {current_platform}.")
+    print(
+        f"{torch.cuda.get_device_name()}, compute capability "
+        f"{torch.cuda.get_device_capability()}, CUDA {torch.version.cuda}, torch "
+        f"{torch.__version__}, vLLM {vllm.__version__}"
+    )
+
+
+def check(llm: Any) -> None:
+    """Send rounds of requests; every block must come back and every count must be the plan's."""
+    from tests.engine.requests import Ask, generate
+    from tests.engine.scheduling import engine_core
+
+    pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
+    assert llm.reset_prefix_cache()
+    free = pool.get_num_free_blocks()
+    for round_number in range(ROUNDS):
+        seeds = range(10 * round_number, 10 * round_number + 4)
+        asks = [
+            Ask("What is it?", (seeds[0],), 8 / 9, max_tokens=24),
+            Ask("Which is larger? " * 20, (seeds[1], seeds[2]), 2 / 3, max_tokens=40),
+            Ask("unpruned", (seeds[3],), 0.0, max_tokens=16),
+            Ask("no image, " * 60, max_tokens=32),
+            Ask("What is it?", (seeds[0],), 7 / 9, max_tokens=8),
+            *(Ask(f"number {n}", (seeds[0],), 8 / 9, max_tokens=12) for n in range(12)),
+        ]
+        answers = generate(llm, asks, reuse=round_number % 2 == 1)
+        assert [len(answer.tokens) for answer in answers] == [ask.max_tokens for ask in asks]
+        again = generate(llm, [asks[0]], reuse=True)
+        assert again[0].reused > 0
+    assert llm.reset_prefix_cache()
+    assert pool.get_num_free_blocks() == free
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device-only", action="store_true")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--kernels", default="auto")
+    options = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    describe_device()
+    if options.device_only:
+        return
+    from vllm import LLM
+
+    from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_llava(Path(folder), TINY)
+        llm = LLM(
+            folder,
+            dtype="bfloat16",
+            enforce_eager=options.eager,
+            max_model_len=2048,
+            max_num_batched_tokens=600,  # prompts are chunked
+            max_num_seqs=16,
+            limit_mm_per_prompt={"image": 4},
+            # Small enough that requests are preempted.
+            kv_cache_memory_bytes=8 << 20,
+            additional_config={"pruning": {"kernels": options.kernels}},
+        )
+        check(llm)
+
+
+if __name__ == "__main__":
+    main()

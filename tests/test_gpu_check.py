@@ -1,0 +1,61 @@
+"""The acceptance run on a GPU, as far as it goes without one."""
+
+import json
+
+import pytest
+import torch
+
+from tests.gpu_check import CHECKS, ENGINE_TESTS, ROOT, Check, main
+
+
+def test_without_a_gpu_it_says_so_and_stops(capfd):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main([]) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert any("No NVIDIA GPU" in line for line in lines)
+    result = json.loads(lines[-1])
+    assert result["failed"] == [CHECKS[0].name]
+    assert len(result["checks"]) == 1
+
+
+def test_what_passed_failed_and_ran_too_long_is_told_apart(capfd):
+    checks = [
+        Check("fine", ("-c", 'print("{\\"speed\\": 4.5}")')),
+        Check("wrong", ("-c", "raise SystemExit('why it failed')")),
+        Check("slow", ("-c", "import time; time.sleep(60)"), timeout_s=1),
+        Check("with its environment", ("-c", "import os; os.environ['A']"), {"A": "1"}),
+    ]
+    assert main([], checks) == 1
+    out = capfd.readouterr().out
+    assert "why it failed" in out
+    assert "stopped after 1 s" in out
+    told = json.loads(out.splitlines()[-1])
+    assert told["failed"] == ["wrong", "slow"]
+    assert told["checks"][0]["figures"] == {"speed": 4.5}
+    assert main(["--only", "fine"], checks) == 0
+    assert main(["--only", "no such check"], checks) == 1
+
+
+def test_every_check_names_files_and_options_that_exist():
+    names = [check.name for check in CHECKS]
+    assert len(set(names)) == len(names)
+    for check in CHECKS:
+        for argument in check.command:
+            if argument.startswith("tests/"):
+                assert (ROOT / argument).exists()
+    assert all((ROOT / path).exists() for path in ENGINE_TESTS)
+
+
+def test_bench_and_environment_are_those_of_today(monkeypatch):
+    from vllm import envs
+
+    from vitcop_vllm.lab.bench_options import parse_arguments
+
+    (bench,) = {check.command for check in CHECKS if "vitcop_vllm.lab.bench" in check.command}
+    assert parse_arguments(bench[2:], None).shape == "small"
+    for check in CHECKS:
+        assert check.environment.keys() <= envs.environment_variables.keys()
+        for key, value in check.environment.items():
+            monkeypatch.setenv(key, value)
+            envs.environment_variables[key]()  # raises where it knows no such value
