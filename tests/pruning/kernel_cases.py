@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.pruning.test_clustering import clumps, some_patches
-from tests.pruning.test_selection import some_labels
+from tests.pruning.test_selection import HALVES, some_labels, tokens_of_clusters
 from vitcop_vllm.pruning import clustering, fused, kernels, saliency, selection
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.saliency import most_salient, patch_positions
@@ -77,15 +77,13 @@ def test_stage_two_is_the_same_to_the_bit(n1, num_centres, n2, with_kernels):
         assert torch.equal(ours, theirs), field
 
 
-def test_quotas_that_are_halves_round_as_documented(with_kernels):
-    # A product fused into the sum after it would not be rounded, and halves would be none.
-    for extra in range(2, 50, 5):
-        sizes = torch.tensor([extra, 50 - extra + 10])
-        labels = torch.arange(2).repeat_interleave(sizes)[None].to(DEVICE)
-        norms = torch.rand(labels.shape).to(DEVICE)
-        wanted = select_stage_two(norms, labels, 2, 31)
-        got = with_kernels(select_stage_two, norms, labels, 2, 31)
-        assert torch.equal(got.groups, wanted.groups)
+@pytest.mark.parametrize("step", [1.0, -1.0], ids=["ascending", "descending"])
+@pytest.mark.parametrize(("sizes", "n2", "whole"), HALVES)
+def test_float32_decides_halves_of_quotas(sizes, n2, whole, step, with_kernels):
+    norms, labels = tokens_of_clusters(sizes, [100.0 + step * k for k in range(len(sizes))])
+    got = with_kernels(select_stage_two, norms.to(DEVICE), labels.to(DEVICE), len(sizes), n2)
+    kept = labels[got.groups.cpu() == len(sizes)]
+    assert kept.bincount(minlength=len(sizes)).tolist() == list(whole)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The kernels that choose tokens on a GPU, mostly without one."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,9 +91,13 @@ def test_kernels_compile_for_gpus(capability, launches):
         )
         assert compiled.asm["cubin"]
         if kernel.__name__ in ("_stage_two_kernel", "_parent_kernel"):
-            # A product fused into a sum is not rounded: halves of quotas and a radius that is
-            # met exactly would come out otherwise than torch's.
+            # A product fused into a sum is not rounded: a radius that is met exactly would come
+            # out otherwise than torch's.
             assert "fma." not in compiled.asm["ptx"]
+        # Approximate division would round halves of quotas otherwise than torch does.
+        assert not re.search(r"div\.(full|approx)", compiled.asm["ptx"])
+        if kernel.__name__ == "_stage_two_kernel":
+            assert ("div.rn.f32" in compiled.asm["ptx"]) is (not fixed["MANY_CLUSTERS"])
 
 
 def test_kernels_serve_gpus_alone_and_only_when_enabled(monkeypatch):
