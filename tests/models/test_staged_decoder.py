@@ -16,6 +16,7 @@ from vitcop_vllm.models.staged_decoder import (
 )
 from vitcop_vllm.models.stages import layers_by_stage
 from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import ScheduledRequest, SpanGroup, build_step
 
@@ -58,7 +59,7 @@ def layer() -> _LayerBefore:
 
 
 def test_rows_that_fastv_keeps(group, layer):
-    rows, _, stream = _select_rows(SELECTORS["fastv"], group, 1, layer, [], torch.ones(20))
+    rows, _, stream = _select_rows(SELECTORS["fastv"], group, 1, layer, [], torch.ones(20), TORCH)
     assert stream is None
     prompt = slice(7, 7 + 2 * V + 6)
     keys = layer.key[prompt].numpy()
@@ -71,7 +72,7 @@ def test_rows_that_fastv_keeps(group, layer):
 
 def test_rows_that_dart_keeps(group, layer):
     weight = torch.rand(20)
-    rows, _, stream = _select_rows(SELECTORS["dart"], group, 1, layer, [], weight)
+    rows, _, stream = _select_rows(SELECTORS["dart"], group, 1, layer, [], weight, TORCH)
     assert stream is None
     for member, offset in enumerate((2, 3 + V)):
         visual = slice(7 + offset, 7 + offset + V)
@@ -83,7 +84,7 @@ def test_rows_that_dart_keeps(group, layer):
 
 @pytest.mark.parametrize("selector", ["fastv", "dart"])
 def test_where_nothing_is_lost_nothing_is_chosen(group, layer, selector):
-    rows, _, stream = _select_rows(SELECTORS[selector], group, 2, layer, [], torch.ones(20))
+    rows, _, stream = _select_rows(SELECTORS[selector], group, 2, layer, [], torch.ones(20), TORCH)
     assert stream is None
     assert torch.equal(rows, group.rows(1))
 
@@ -94,7 +95,9 @@ def test_a_selector_cannot_drop_where_it_has_no_function(layer):
     assert step is not None
     assert step.forward is not None
     with pytest.raises(AssertionError, match="no token may be lost before stage 2"):
-        _select_rows(SELECTORS["fastv"], step.forward.groups[0], 2, layer, [], torch.ones(20))
+        _select_rows(
+            SELECTORS["fastv"], step.forward.groups[0], 2, layer, [], torch.ones(20), TORCH
+        )
 
 
 class Layer(nn.Module):

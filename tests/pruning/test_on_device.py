@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from tests.pruning.test_clustering import clumps
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
 from vitcop_vllm.pruning.selection import (
     StageTwoSelection,
@@ -117,6 +118,7 @@ def test_choosing_patches_stays_on_the_device(name):
         pixels=ones(2, 3, 336, 336),
         embed=lambda: ones(2, 576, 4096),
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
     assert select_patches(SELECTORS[name], view, 64).shape == (2, 64)
 
@@ -136,6 +138,7 @@ def test_choosing_tokens_stays_on_the_device(name):
         labels=torch.ones(2, 576, device="cuda", dtype=torch.int64),
         num_centres=20,
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
     chosen = select_tokens(SELECTORS[name], 1, view, 77)
     index = chosen.index if isinstance(chosen, StageTwoSelection) else chosen
@@ -160,6 +163,7 @@ def everything(query, keys, features):
         pixels=features,
         embed=lambda: keys[:, 1:].flatten(2),
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
     rows = torch.arange(30).unflatten(0, (2, 15))
     tokens = BoundaryView(
@@ -173,6 +177,7 @@ def everything(query, keys, features):
         labels=rows % 5,
         num_centres=5,
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
     others = []
     for row in SELECTORS.values():

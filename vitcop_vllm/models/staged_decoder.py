@@ -17,7 +17,8 @@ from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.models.stages import FirstStage, LastStage, MiddleStage, layers_by_stage
 from vitcop_vllm.pruning.budgets import Selector
-from vitcop_vllm.pruning.selection import StageTwoSelection, merge_tokens
+from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
@@ -90,6 +91,7 @@ def _select_rows(
     layer: _LayerBefore,
     labels: Sequence[torch.Tensor],
     norm_weight: torch.Tensor,
+    kernels: KernelSet,
 ) -> tuple[torch.Tensor, torch.Tensor | StageTwoSelection | None, torch.Tensor | None]:
     """Which rows of the stage before stand for a group's spans in ``stage``.
 
@@ -100,6 +102,7 @@ def _select_rows(
         layer: The last layer of the stage before.
         labels: Cluster labels per clustered picture of the step, (n1,) each.
         norm_weight: (H,), of the norm that ends the decoder.
+        kernels: Implementation of the functions that choose and merge tokens.
 
     Returns:
         (G, m) rows; what was chosen, ``None`` where nothing had to be; and what the residual
@@ -122,10 +125,11 @@ def _select_rows(
         labels=torch.stack([labels[i] for i in group.pictures]) if counts.centres else None,
         num_centres=counts.centres,
         mean_over_ranks=partial(mean_over_ranks, ranks=get_tensor_model_parallel_world_size()),
+        kernels=kernels,
     )
     chosen = select_tokens(selector, stage, view, counts.stages[stage])
     if isinstance(chosen, StageTwoSelection):
-        return before.gather(1, chosen.index), chosen, merge_tokens(view.hidden(), chosen)
+        return before.gather(1, chosen.index), chosen, kernels.merge_tokens(view.hidden(), chosen)
     return before.gather(1, chosen), chosen, None
 
 
@@ -139,6 +143,7 @@ class StagedDecoder:
         decoder: vLLM's decoder model, its layers with their stages' attention.
         boundaries: First layers of the second and third stage.
         selector: What chooses the visual rows that go on.
+        kernels: Implementation of the functions that choose and merge tokens.
         vllm_config: As the decoder was made with.
     """
 
@@ -147,10 +152,12 @@ class StagedDecoder:
         decoder: Any,
         boundaries: tuple[int, int],
         selector: Selector,
+        kernels: KernelSet,
         vllm_config: VllmConfig,
     ) -> None:
         layers: Sequence[Any] = decoder.layers
         self._selector = selector
+        self._kernels = kernels
         self._norm = decoder.norm
         self._last_attention = [layers[boundary - 1].self_attn.attn for boundary in boundaries]
         first, middle, last = layers_by_stage(layers, boundaries, selector)
@@ -214,7 +221,13 @@ class StagedDecoder:
         with SELECTION_SECONDS.labels(stage + 1).time():
             for group in step.groups:
                 rows, chosen, stream = _select_rows(
-                    self._selector, group, stage, layer_before, labels, self._norm.weight
+                    self._selector,
+                    group,
+                    stage,
+                    layer_before,
+                    labels,
+                    self._norm.weight,
+                    self._kernels,
                 )
                 if step.record is not None and chosen is not None:
                     step.record(group, stage, chosen)

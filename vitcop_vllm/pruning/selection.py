@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitcop_vllm.pruning.fused import kernels_for
-
 
 def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """L2 norm of the key averaged over KV heads; *smaller* is more salient.
@@ -69,8 +67,6 @@ def select_stage_two(
     assert 1 <= n2 <= num_tokens, (n2, num_tokens)
     assert 1 <= num_centres <= num_tokens, (num_centres, num_tokens)
 
-    if kernels := kernels_for(key_norm):
-        return StageTwoSelection(*kernels.select_stage_two(key_norm, labels, num_centres, n2))
     # In float64 a sum of float32 norms does not depend on the order of its terms.
     wide = key_norm.double()
     sums = wide.new_zeros(labels.shape[0], num_centres).scatter_add_(1, labels, wide)
@@ -94,9 +90,6 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     Returns:
         (B, n2, H) in ``hidden``'s dtype.
     """
-    if kernels := kernels_for(hidden):
-        merged: Tensor = kernels.merge_tokens(hidden, *selection)
-        return merged
     wide = hidden.float()
     pictures, num_groups = selection.merged.shape
     member = wide.new_zeros(pictures, num_groups + 1, hidden.shape[1])
@@ -120,9 +113,6 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
     Returns:
         (B, n3) int64, ascending.
     """
-    if kernels := kernels_for(key_norm):
-        index: Tensor = kernels.first(key_norm, n3)
-        return index
     best = key_norm.argsort(dim=1, stable=True)[:, :n3]
     return best.sort(dim=1).values
 

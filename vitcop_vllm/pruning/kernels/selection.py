@@ -12,6 +12,7 @@ from vitcop_vllm.pruning.kernels.order import (
     comes_before,
     order_key,
 )
+from vitcop_vllm.pruning.selection import StageTwoSelection
 
 _TO_INTEGER = tl.constexpr(2.0**23)
 """A float32 in [0, 2^23) plus this minus this is the nearest integer, halves to even."""
@@ -196,9 +197,11 @@ def _merge_kernel(
 
 def select_stage_two(
     key_norm: Tensor, labels: Tensor, num_centres: int, n2: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``selection.select_stage_two``: index, merged and groups."""
+) -> StageTwoSelection:
+    """``selection.select_stage_two``."""
     pictures, n1 = key_norm.shape
+    assert 1 <= n2 <= n1, (n2, n1)
+    assert 1 <= num_centres <= n1, (num_centres, n1)
     block, clusters = block_of(n1), block_of(num_centres)
     index = labels.new_empty(pictures, n2)
     merged = labels.new_empty(pictures, min(num_centres, n2))
@@ -210,11 +213,12 @@ def select_stage_two(
         n1, n2, num_centres, num_centres > n2, clusters, block, chunk_of(block),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return index, merged, groups
+    return StageTwoSelection(index, merged, groups)
 
 
-def merge_tokens(hidden: Tensor, index: Tensor, merged: Tensor, groups: Tensor) -> Tensor:
+def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     """``selection.merge_tokens``; sums have another order, so last places may differ."""
+    index, merged, groups = selection
     pictures, n1, width = hidden.shape
     n2 = index.shape[1]
     rows = torch.empty(pictures, n2, width, dtype=hidden.dtype, device=hidden.device)
