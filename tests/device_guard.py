@@ -48,6 +48,10 @@ class _NoHostSync(TorchDispatchMode):
         if "cuda" not in before and (device is None or torch.device(device).type == "cpu"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func.namespace == "aten":
+            with self:  # inference mode does not take operations apart by itself
+                if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return result
         if before == {"cpu", "cuda"} and not self._may_mix(func, args):
             raise HostSyncError(f"{func} gets tensors of host and GPU")
         if func in _INDEXED and any(

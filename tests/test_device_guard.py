@@ -63,8 +63,9 @@ def assign(x, index, value):
         (lambda x: torch.where(torch.ones(5) > 0, x, x), HostSyncError),
     ],
 )  # fmt: skip
-def test_what_waits_for_the_gpu_is_caught(act, error):
-    with no_host_sync(), pytest.raises(error):
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_waits_for_the_gpu_is_caught(act, error, inference):
+    with torch.inference_mode(inference), no_host_sync(), pytest.raises(error):
         act(torch.ones(5, device=CUDA))
 
 
@@ -84,8 +85,9 @@ def test_what_waits_for_the_gpu_is_caught(act, error):
         lambda x: x.new_full((1,), int(torch.tensor(HOST_INDEX).max())),
     ],
 )
-def test_what_does_not_wait_passes(act):
-    with no_host_sync():
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_does_not_wait_passes(act, inference):
+    with torch.inference_mode(inference), no_host_sync():
         assert act(torch.ones(5, device=CUDA)).device == CUDA
 
 

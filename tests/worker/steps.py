@@ -6,10 +6,15 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 PAD_SLOT = -1
+CPU = torch.device("cpu")
 
 
 def common_metadata(
-    spans: Sequence[tuple[int, int]], *, padding: int = 0, num_blocks: int = 8
+    spans: Sequence[tuple[int, int]],
+    *,
+    padding: int = 0,
+    num_blocks: int = 8,
+    device: torch.device = CPU,
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of requests that compute [start, end), with requests that pad a graph.
 
@@ -22,15 +27,17 @@ def common_metadata(
     positions = torch.cat([torch.arange(start, end) for start, end in spans])
     num_rows = len(positions) + padding
     return CommonAttentionMetadata(
-        query_start_loc=first,
+        query_start_loc=first.to(device, non_blocking=True),
         query_start_loc_cpu=first.clone(),
-        seq_lens=ends.to(torch.int32),
+        seq_lens=ends.to(torch.int32).to(device, non_blocking=True),
         seq_lens_cpu_upper_bound=ends.to(torch.int32),
         num_reqs=len(spans) + padding,
         num_actual_tokens=num_rows,
         max_query_len=max(lengths),
         max_seq_len=int(ends.max()),
-        block_table_tensor=torch.zeros(len(spans) + padding, num_blocks, dtype=torch.int32),
-        slot_mapping=torch.full((num_rows,), PAD_SLOT),
-        positions=positions,
+        block_table_tensor=torch.zeros(
+            len(spans) + padding, num_blocks, dtype=torch.int32, device=device
+        ),
+        slot_mapping=torch.full((num_rows,), PAD_SLOT, device=device),
+        positions=positions.to(device, non_blocking=True),
     )

@@ -35,7 +35,8 @@ from vitcop_vllm.models.patch_choice import (
     take,
     watching,
 )
-from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks, stage_layers
+from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
+from vitcop_vllm.models.tensor_parallel import mean_over_ranks
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.plan import VisualTokenCounts
