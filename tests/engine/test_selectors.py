@@ -80,7 +80,9 @@ def llm_with(engine) -> Iterator[Callable[[str], Any]]:
         vars(processor.info)["settings"] = settings
         core.scheduler._reads_question = row.reads_question
         decoder = model.language_model.model
-        model.staged_decoder = StagedDecoder(decoder, BOUNDARIES, row, core.vllm_config)
+        model.staged_decoder = StagedDecoder(
+            decoder, BOUNDARIES, row, model.kernels, core.vllm_config
+        )
         # Equal counts of another selector would hit.
         core.reset_encoder_cache()
         return engine

@@ -76,6 +76,8 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"additional_config": {"pruning": {"default_ratio": 1.0}}}, "default_ratio"),
         ({"additional_config": {"pruning": [1]}}, "mapping"),
         ({"additional_config": {"pruning": {"selector": "fast"}}}, "selector: Input should be"),
+        ({"additional_config": {"pruning": {"kernels": "triton"}}}, "set kernels to auto or torch"),
+        ({"additional_config": {"pruning": {"kernels": "cuda"}}}, "kernels: Input should be"),
         (
             {"additional_config": {"pruning": {"selector": "key_norm"}}},
             "selector key_norm keeps every visual token in the first 1 of 8 layers; "

@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from tests.device_guard import CUDA, no_host_sync
 from vitcop_vllm.models.patch_choice import (
     ChosenPatches,
     RowsThatStay,
     batch_of,
     members_of,
     rows_that_stay,
+    take,
     watching,
 )
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -84,6 +86,11 @@ def hidden() -> torch.Tensor:
 def kept(*index: list[int]) -> ChosenPatches:
     view: object = None
     return ChosenPatches(view, torch.tensor(index), None)  # type: ignore[arg-type]
+
+
+def kept_on(device: torch.device, counts: VisualTokenCounts, pictures: int) -> ChosenPatches:
+    index = torch.arange(counts.stages[0], device=device).expand(pictures, -1)
+    return ChosenPatches(None, index, None)  # type: ignore[arg-type]
 
 
 MEMBERS = members_of([PRUNED, WHOLE, MILDER, PRUNED])
@@ -166,3 +173,23 @@ def test_all_pictures_of_a_batch_are_no_copy():
     rows = torch.randn(3, 2)
     assert batch_of(rows, [0, 1, 2]) is rows
     assert torch.equal(batch_of(rows, [0, 2]), rows[[0, 2]])
+
+
+@no_host_sync()
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "backend", [AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN]
+)
+@pytest.mark.parametrize("members", [MEMBERS, {MILDER: [0]}], ids=["mixed", "one"])
+def test_nothing_waits_for_the_gpu(backend, members):
+    chosen = {counts: kept_on(CUDA, counts, len(members.get(counts, [0]))) for counts in CHOSEN}
+    with torch.device(CUDA):
+        layer = Layer(backend).eval()
+    hidden = torch.randn(sum(map(len, members.values())), 1 + V, WIDTH, device=CUDA)
+    with watching(layer, lambda _: rows_that_stay(members, chosen, CUDA)):
+        output = layer(hidden)
+    for counts, numbers in members.items():
+        rows = batch_of(output, numbers)
+        if counts in chosen:
+            rows = take(rows, chosen[counts].index)
+        assert rows.shape == (len(numbers), counts.stages[0] + (counts not in chosen), WIDTH)

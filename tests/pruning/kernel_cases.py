@@ -10,28 +10,14 @@ import pytest
 import torch
 
 from tests.pruning.test_clustering import clumps, some_patches
-from tests.pruning.test_selection import some_labels
-from vitcop_vllm.pruning import clustering, fused, kernels, saliency, selection
+from tests.pruning.test_selection import HALVES, some_labels, tokens_of_clusters
 from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.kernels import TRITON
 from vitcop_vllm.pruning.saliency import most_salient, patch_positions
 from vitcop_vllm.pruning.selection import merge_tokens, select_stage_three, select_stage_two
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture
-def with_kernels(monkeypatch):
-    """Calls a function with all values given to the kernels; the interpreter's are on the CPU."""
-
-    def call(function, *args):
-        assert fused.kernels_for(torch.ones(1, 1)) is None
-        with monkeypatch.context() as patch:
-            for module in (clustering, saliency, selection):
-                patch.setattr(module, "kernels_for", lambda values: kernels)
-            return function(*args)
-
-    return call
 
 
 def some_norms(n):
@@ -66,40 +52,38 @@ SIZES = [  # n1, K, n2
 
 
 @pytest.mark.parametrize(("n1", "num_centres", "n2"), SIZES)
-def test_stage_two_is_the_same_to_the_bit(n1, num_centres, n2, with_kernels):
+def test_stage_two_is_the_same_to_the_bit(n1, num_centres, n2):
     norms = some_norms(n1)
     labels = [some_labels(n1, num_centres, seed, skew=seed % 3) for seed in range(5)]
     args = (norms, torch.stack(labels).to(DEVICE), num_centres, n2)
     wanted = select_stage_two(*args)
-    got = with_kernels(select_stage_two, *args)
+    got = TRITON.select_stage_two(*args)
     for field, ours, theirs in zip(wanted._fields, got, wanted, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs), field
 
 
-def test_quotas_that_are_halves_round_as_documented(with_kernels):
-    # A product fused into the sum after it would not be rounded, and halves would be none.
-    for extra in range(2, 50, 5):
-        sizes = torch.tensor([extra, 50 - extra + 10])
-        labels = torch.arange(2).repeat_interleave(sizes)[None].to(DEVICE)
-        norms = torch.rand(labels.shape).to(DEVICE)
-        wanted = select_stage_two(norms, labels, 2, 31)
-        got = with_kernels(select_stage_two, norms, labels, 2, 31)
-        assert torch.equal(got.groups, wanted.groups)
+@pytest.mark.parametrize("step", [1.0, -1.0], ids=["ascending", "descending"])
+@pytest.mark.parametrize(("sizes", "n2", "whole"), HALVES)
+def test_float32_decides_halves_of_quotas(sizes, n2, whole, step):
+    norms, labels = tokens_of_clusters(sizes, [100.0 + step * k for k in range(len(sizes))])
+    got = TRITON.select_stage_two(norms.to(DEVICE), labels.to(DEVICE), len(sizes), n2)
+    kept = labels[got.groups.cpu() == len(sizes)]
+    assert kept.bincount(minlength=len(sizes)).tolist() == list(whole)
 
 
 @pytest.mark.parametrize(
     ("n1", "num_centres", "n2", "dtype"),
     [(1, 1, 1, torch.float32), (40, 3, 9, torch.bfloat16), (40, 12, 4, torch.float32)],
 )
-def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype, with_kernels):
+def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype):
     torch.manual_seed(n1)
     labels = torch.stack([some_labels(n1, num_centres, seed) for seed in range(2)])
     selection = select_stage_two(torch.rand(2, n1), labels, num_centres, n2)
     selection = type(selection)(*(field.to(DEVICE) for field in selection))
     hidden = torch.randn(2, n1, 520, dtype=dtype, device=DEVICE)
     wanted = merge_tokens(hidden, selection)
-    got = with_kernels(merge_tokens, hidden, selection)
+    got = TRITON.merge_tokens(hidden, selection)
     assert got.dtype == dtype
     rtol = 1e-5 if dtype == torch.float32 else 1e-2
     assert torch.allclose(got, wanted, rtol=rtol, atol=1e-6)
@@ -110,47 +94,47 @@ def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (33, 32), (128, 77)])
-def test_the_first_are_the_same(n, count, with_kernels):
+def test_the_first_are_the_same(n, count):
     values = some_norms(n)
-    for function in (select_stage_three, most_salient):
-        assert torch.equal(with_kernels(function, values, count), function(values, count))
+    assert torch.equal(TRITON.select_stage_three(values, count), select_stage_three(values, count))
+    assert torch.equal(TRITON.most_salient(values, count), most_salient(values, count))
 
 
-def agrees(features, index, side, num_centres, with_kernels, *options):
+def agrees(features, index, side, num_centres, *options):
     places = patch_positions(index, side, side).to(DEVICE)
     args = (features.to(DEVICE), places, num_centres, *options)
-    assert torch.equal(with_kernels(cluster_labels, *args), cluster_labels(*args))
+    assert torch.equal(TRITON.cluster_labels(*args), cluster_labels(*args))
 
 
 @pytest.mark.parametrize(
     ("n", "num_centres", "radius"),
     [(1, 1, 0.6), (2, 1, 0.0), (40, 40, 0.2), (65, 7, 0.1), (130, 20, 0.6)],
 )
-def test_labels_are_the_same(n, num_centres, radius, with_kernels):
+def test_labels_are_the_same(n, num_centres, radius):
     features = torch.stack([clumps(n, 32, seed) for seed in range(2)])
     index = torch.stack([some_patches(n, 14, 14, seed) for seed in range(2)])
-    agrees(features, index, 14, num_centres, with_kernels, 7.0, radius)
+    agrees(features, index, 14, num_centres, 7.0, radius)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_labels_are_the_same_when_tokens_tie(seed, with_kernels):
+def test_labels_are_the_same_when_tokens_tie(seed):
     torch.manual_seed(seed)
     features = 4.0 * torch.randint(-2, 3, (2, 49, 2))
     features[1] = 0.1
     index = torch.arange(49).expand(2, -1)
-    agrees(features, index, 7, 1 + 12 * seed, with_kernels, 8.0, [0.3, 0.6][seed % 2])
+    agrees(features, index, 7, 1 + 12 * seed, 8.0, [0.3, 0.6][seed % 2])
 
 
-def test_long_chains_end_at_their_centre(with_kernels):
+def test_long_chains_end_at_their_centre():
     steps = torch.arange(60)
     features = torch.cat([torch.zeros(10), 100 + steps + steps.square() / 100])[None, :, None]
-    agrees(features, torch.zeros(1, 70), 1, 2, with_kernels, 1.0)
+    agrees(features, torch.zeros(1, 70), 1, 2, 1.0)
 
 
-def test_labels_stay_in_range_when_features_are_not_finite(with_kernels):
+def test_labels_stay_in_range_when_features_are_not_finite():
     features = clumps(60, 16, seed=2).view(2, 30, 16).to(DEVICE)
     features[0, 4] = torch.nan
     features[1, 4, 3] = torch.inf
     places = patch_positions(torch.arange(30).expand(2, 30), 5, 6).to(DEVICE)
-    for picture in with_kernels(cluster_labels, features, places, 6):
+    for picture in TRITON.cluster_labels(features, places, 6):
         assert picture.unique().tolist() == list(range(6))

@@ -76,13 +76,18 @@ def labels(features, places, num_centres, density_scale=8.0, radius=0.6):
     return [follow(i) for i in range(n)]
 
 
+def share(size, n1, num_clusters, n2):
+    """Tokens a cluster keeps whole, before the total is made up; float32 rounds each step."""
+    quotient = np.float32(size - 1) / np.float32(n1 - num_clusters)
+    return round(float(quotient * np.float32(n2 - num_clusters)))  # halves to even
+
+
 def quotas(sizes, sums, n1, n2):
     """Tokens each cluster keeps whole, in total n2 - len(sizes)."""
     clusters = range(len(sizes))
     wanted = n2 - len(sizes)
     quota = {
-        k: min(round((sizes[k] - 1) / (n1 - len(sizes)) * wanted), sizes[k] - 1) if wanted else 0
-        for k in clusters
+        k: min(share(sizes[k], n1, len(sizes), n2), sizes[k] - 1) if wanted else 0 for k in clusters
     }
     while sum(quota.values()) < wanted:
         for k in sorted(clusters, key=lambda k: (sums[k], k)):

@@ -1,18 +1,22 @@
 """The kernels that choose tokens on a GPU, mostly without one."""
 
 import os
+import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from vitcop_vllm.pruning import fused
+from vitcop_vllm.pruning.kernel_set import TORCH, KernelSet, kernel_set
 
 pytest.importorskip("triton", reason="this build of torch comes without Triton")
+
+from vitcop_vllm.pruning.kernels import MAX_TOKENS, TRITON
 
 ROOT = Path(__file__).parents[2]
 MODES = ["interpreted", *(["compiled"] if torch.cuda.is_available() else [])]
@@ -44,24 +48,31 @@ class _Launches:
         return lambda *args, **options: self.taken.append((self.kernel, grid, args, options))
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """Kernels, grids, arguments and options for LLaVA-1.5-7B's least pruned pictures."""
-    from vitcop_vllm.pruning import kernels
+LARGEST_OF_LLAVA = (288, 51, 253)  # n1, K, n2
+LARGEST = (MAX_TOKENS, 184, 900)
+
+
+@cache
+def launches(n1, num_centres, n2):
+    """(kernel, grid, arguments, options) of every kernel, for one image of these counts."""
     from vitcop_vllm.pruning.kernels import clustering, order, selection
 
     taken: list[tuple[Any, ...]] = []
-    for module in (clustering, order, selection):
-        for name, value in vars(module).copy().items():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, _Launches(value, taken))
-    saliency, norms = torch.rand(1, 576), torch.rand(1, 288)
-    kernels.first(saliency, 288, descending=True)
-    kernels.cluster_labels(torch.rand(1, 288, 8), torch.rand(1, 288, 2), 51, 8.0, 0.6, 1e-13, 1e-9)
-    labels = torch.zeros(1, 288, dtype=torch.int64)
-    index, merged, groups = kernels.select_stage_two(norms, labels, 51, 253)
-    kernels.select_stage_two(norms, labels, 51, 20)
-    kernels.merge_tokens(torch.rand(1, 288, 4096).bfloat16(), index, merged, groups)
+    kernels = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (clustering, order, selection):
+            for name, value in vars(module).copy().items():
+                if name.endswith("_kernel"):
+                    kernels.add(value)
+                    patch.setattr(module, name, _Launches(value, taken))
+        TRITON.most_salient(torch.rand(1, min(2 * n1, MAX_TOKENS)), n1)
+        TRITON.cluster_labels(torch.rand(1, n1, 8), torch.rand(1, n1, 2), num_centres)
+        norms, labels = torch.rand(1, n1), torch.zeros(1, n1, dtype=torch.int64)
+        selected = TRITON.select_stage_two(norms, labels, num_centres, n2)
+        TRITON.select_stage_two(norms, labels, num_centres, num_centres - 1)
+        TRITON.merge_tokens(torch.rand(1, n1, 4096).bfloat16(), selected)
+        TRITON.select_stage_three(norms[:, :n2], n2 // 5)
+    assert {kernel for kernel, *_ in taken} == kernels
     return taken
 
 
@@ -73,36 +84,66 @@ def _signature(argument) -> str:
     return {int: "i32", float: "fp32"}[type(argument)]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_compile_for_gpus(capability, launches):
+def _compile(kernel, args, options, capability):
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, _, args, options in launches:
-        given = dict(zip(kernel.arg_names, args, strict=True))
-        fixed = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
-        types = {k: "constexpr" if k in fixed else _signature(v) for k, v in given.items()}
-        compiled = compile_kernel(
-            ASTSource(fn=kernel, signature=types, constexprs=fixed),
-            target=GPUTarget("cuda", capability, 32),
-            options=options,
-        )
+    given = dict(zip(kernel.arg_names, args, strict=True))
+    fixed = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
+    types = {k: "constexpr" if k in fixed else _signature(v) for k, v in given.items()}
+    # Tensors begin at multiples of 16 bytes on a GPU, and Triton compiles for that.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(args)
+        if isinstance(argument, torch.Tensor)
+    }
+    return compile_kernel(
+        ASTSource(fn=kernel, signature=types, constexprs=fixed, attrs=aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "image"),
+    [(capability, LARGEST_OF_LLAVA) for capability in (75, 80, 89, 90, 100, 120)]
+    + [(capability, LARGEST) for capability in (75, 90)],
+)
+def test_kernels_compile_for_gpus(capability, image):
+    for kernel, _, args, options in launches(*image):
+        compiled = _compile(kernel, args, options, capability)
         assert compiled.asm["cubin"]
+        assert compiled.metadata.shared <= 4096  # bytes per program; every GPU has 48 KiB
+        ptx = compiled.asm["ptx"]
         if kernel.__name__ in ("_stage_two_kernel", "_parent_kernel"):
-            # A product fused into a sum is not rounded: halves of quotas and a radius that is
-            # met exactly would come out otherwise than torch's.
-            assert "fma." not in compiled.asm["ptx"]
+            # A product fused into a sum is not rounded: a radius that is met exactly would come
+            # out otherwise than torch's.
+            assert "fma." not in ptx
+        # Approximate division would round halves of quotas otherwise than torch does.
+        assert not re.search(r"div\.(full|approx)", ptx)
+        if dict(zip(kernel.arg_names, args, strict=True)).get("MANY_CLUSTERS") is False:
+            assert "div.rn.f32" in ptx
 
 
-def test_kernels_serve_gpus_alone_and_only_when_enabled(monkeypatch):
-    with FakeTensorMode():
-        on_gpu = torch.ones(2, fused.MOST_TOKENS, device="cuda")
-        too_many = torch.ones(2, fused.MOST_TOKENS + 1, device="cuda")
-        assert fused.kernels_for(on_gpu) is None
-        monkeypatch.setattr(fused, "ENABLED", True)
-        from vitcop_vllm.pruning import kernels
+def test_the_setting_chooses_the_kernels():
+    assert kernel_set("auto") is TORCH
+    assert kernel_set("torch") is TORCH
+    assert kernel_set("triton") is TRITON
 
-        assert fused.kernels_for(on_gpu) is kernels
-        assert fused.kernels_for(too_many) is None
-    assert fused.kernels_for(torch.ones(2, 2)) is None
+
+def test_images_too_large_for_one_program_use_torch():
+    n = MAX_TOKENS + 1
+    values, labels = torch.rand(1, n), torch.zeros(1, n, dtype=torch.int64)
+    arguments: Any = {
+        "most_salient": (values, 5),
+        "cluster_labels": (torch.rand(1, n, 4), torch.rand(1, n, 2), 3),
+        "select_stage_two": (values, labels, 1, 9),
+        "merge_tokens": (torch.rand(1, n, 4), TORCH.select_stage_two(values, labels, 1, 9)),
+        "select_stage_three": (values, 7),
+    }
+    assert set(arguments) == set(KernelSet._fields)
+    for name, given in arguments.items():
+        ours, theirs = getattr(TRITON, name)(*given), getattr(TORCH, name)(*given)
+        for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+            assert torch.equal(one, other), name

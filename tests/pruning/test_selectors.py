@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.pruning import oracle
 from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selectors import (
     NUM_PIVOTS,
@@ -41,6 +42,7 @@ def pictures(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> E
         pixels=torch.randn(batch, 3, 10, 14, generator=generator),
         embed=lambda: embeddings,
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
 
 
@@ -74,6 +76,7 @@ def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
         labels=torch.stack([torch.arange(n) % 7 for _ in offsets]),
         num_centres=7,
         mean_over_ranks=lambda x: x,
+        kernels=TORCH,
     )
 
 

@@ -78,6 +78,7 @@ def test_key_that_is_no_text_is_unknown():
         ("density_scale", math.inf),
         ("spatial_radius", -0.6),
         ("positions", "both"),
+        ("kernels", "cuda"),
         ("counts", "rounded"),
         ("default_ratio", -0.1),
         ("default_ratio", 1.0),

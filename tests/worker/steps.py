@@ -12,6 +12,7 @@ from vitcop_vllm.worker.planner import StepPlanner
 from vitcop_vllm.worker.step import StagedStep
 
 PAD_SLOT = -1
+CPU = torch.device("cpu")
 
 
 class ScheduledRequest(NamedTuple):
@@ -31,10 +32,13 @@ class ScheduledRequest(NamedTuple):
 
 
 def build_step(
-    requests: Sequence[ScheduledRequest], *, renumber_deep: bool = False
+    requests: Sequence[ScheduledRequest],
+    device: torch.device = CPU,
+    *,
+    renumber_deep: bool = False,
 ) -> StagedStep | None:
     """The step of requests that were never planned before."""
-    planner = StepPlanner(torch.device("cpu"), renumber_deep=renumber_deep)
+    planner = StepPlanner(device, renumber_deep=renumber_deep)
     names = [str(number) for number in range(len(requests))]
     for name, request in zip(names, requests, strict=True):
         planner.track(name, request.plan, request.prompt_tokens)
@@ -43,7 +47,11 @@ def build_step(
 
 
 def common_metadata(
-    spans: Sequence[tuple[int, int]], *, padding: int = 0, num_blocks: int = 8
+    spans: Sequence[tuple[int, int]],
+    *,
+    padding: int = 0,
+    num_blocks: int = 8,
+    device: torch.device = CPU,
 ) -> CommonAttentionMetadata:
     """vLLM's metadata of requests that compute [start, end), with requests that pad a graph.
 
@@ -56,15 +64,17 @@ def common_metadata(
     positions = torch.cat([torch.arange(start, end) for start, end in spans])
     num_rows = len(positions) + padding
     return CommonAttentionMetadata(
-        query_start_loc=first,
+        query_start_loc=first.to(device, non_blocking=True),
         query_start_loc_cpu=first.clone(),
-        seq_lens=ends.to(torch.int32),
+        seq_lens=ends.to(torch.int32).to(device, non_blocking=True),
         seq_lens_cpu_upper_bound=ends.to(torch.int32),
         num_reqs=len(spans) + padding,
         num_actual_tokens=num_rows,
         max_query_len=max(lengths),
         max_seq_len=int(ends.max()),
-        block_table_tensor=torch.zeros(len(spans) + padding, num_blocks, dtype=torch.int32),
-        slot_mapping=torch.full((num_rows,), PAD_SLOT),
-        positions=positions,
+        block_table_tensor=torch.zeros(
+            len(spans) + padding, num_blocks, dtype=torch.int32, device=device
+        ),
+        slot_mapping=torch.full((num_rows,), PAD_SLOT, device=device),
+        positions=positions.to(device, non_blocking=True),
     )

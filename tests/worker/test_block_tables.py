@@ -6,21 +6,23 @@ import torch
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
-from vitcop_vllm.engine.attention import StageRows
+from tests.device_guard import CUDA, no_host_sync
+from vitcop_vllm.engine.attention import StageLengths, StageRows
 from vitcop_vllm.worker import block_tables
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 
+CPU = torch.device("cpu")
 BLOCK_SIZE = 4
 STAGES = [2, 0, 1, 1, 2]
 UNWRITTEN = -7
 
 
-def vllm_tables(block_sizes):
+def vllm_tables(block_sizes, device=CPU):
     return MultiGroupBlockTable(
         max_num_reqs=6,
         max_num_batched_tokens=64,
         pin_memory=False,
-        device=torch.device("cpu"),
+        device=device,
         block_sizes=block_sizes,
         max_num_blocks=[32] * len(block_sizes),
     )
@@ -132,3 +134,19 @@ def test_the_device_gets_all_groups_in_one_transfer_of_the_columns_in_use(monkey
         assert device[:2, :5].tolist() == table.get_cpu_tensor()[:2, :5].tolist()
         assert (device[2:] == UNWRITTEN).all()
         assert (device[:, 5:] == UNWRITTEN).all()
+
+
+@no_host_sync()
+@pytest.mark.parametrize("alike", [True, False])
+def test_slots_do_not_make_the_host_wait_for_the_gpu(alike):
+    tables = StagedBlockTables.adopt(vllm_tables([BLOCK_SIZE] * len(STAGES), CUDA), STAGES)
+    tables.add_row(tuple([[1, 2]] * len(STAGES)), 0)
+    tables.add_row(tuple([[3, 4]] * len(STAGES)), 1)
+    tables.commit_block_table(2)
+    first = torch.tensor([0, 5, 6], dtype=torch.int32).to(CUDA, non_blocking=True)
+    positions = torch.arange(6, device=CUDA)
+    shorter = torch.ones(2, dtype=torch.int32, device=CUDA)
+    if not alike:
+        rows = StageRows(first, shorter, shorter, shorter, positions[:4], 4, 3, 7)
+        tables.rows = {1: rows, 2: StageLengths(shorter, shorter, 7)}
+    tables.compute_slot_mapping(2, first, positions)

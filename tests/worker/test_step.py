@@ -1,10 +1,13 @@
 """A step's arithmetic, against rows written out one by one."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.device_guard import CUDA, no_host_sync
 from tests.worker.steps import ScheduledRequest, build_step, common_metadata
+from vitcop_vllm.engine.attention import StageBuild
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import StagedForward
 
@@ -204,3 +207,25 @@ def test_a_step_with_a_pruned_picture_runs_the_staged_forward():
     plan = RequestPlan((VisualSpan(1, VisualTokenCounts(9, 2, (6, 4, 2))),))
     assert forward_of([ScheduledRequest(plan, 0, 8, 8)]) is not None
     assert forward_of([ScheduledRequest(plan, 7, 8, 8)]) is None
+
+
+@pytest.mark.parametrize("renumber_deep", [False, True])
+@pytest.mark.parametrize("start", [0, 12, 16], ids=["prefill", "last chunk", "decode"])
+def test_a_step_does_not_make_the_host_wait_for_the_gpu(start, renumber_deep):
+    plan = RequestPlan((VisualSpan(2, VisualTokenCounts(30, 4, (10, 7, 3))),))
+    batch = [ScheduledRequest(plan, start, start + 16, 16), ScheduledRequest(None, 9, 10, 4)]
+    if start:
+        batch[0] = batch[0]._replace(end=start + 1)
+    with no_host_sync():
+        step = build_step(batch, CUDA, renumber_deep=renumber_deep)
+        assert step is not None
+        common = common_metadata([(r.start, r.end) for r in batch], padding=2, device=CUDA)
+        for stage in range(3):
+            build = StageBuild(
+                torch.zeros(8, dtype=torch.int32, device=CUDA), step.stages.get(stage)
+            )
+            seen = build.narrow(common)
+            assert seen.seq_lens.device == seen.slot_mapping.device == CUDA
+        for rows in step.stages.values():
+            first, positions = rows.place(common.query_start_loc[:3], common.positions)
+            assert first.device == positions.device == CUDA

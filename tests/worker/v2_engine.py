@@ -1,4 +1,4 @@
-"""A program: an engine with vLLM's model runner V2, on a CPU.
+"""A program: an engine with vLLM's model runner V2 and our Triton kernels, on a CPU.
 
 Reads a path to a checkpoint and one to write to; writes what :class:`Seen` describes. vLLM has
 that runner for CPUs on which Triton can compile. Where it cannot, Triton's own interpreter runs
@@ -150,13 +150,17 @@ def main(checkpoint: str, path: str) -> None:
     from vllm import LLM
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    llm = LLM(checkpoint, **ENGINE_OPTIONS)
+    from vitcop_vllm.pruning.kernels import TRITON
+
+    settings = {"pruning": {"kernels": "triton"}}
+    llm = LLM(checkpoint, **ENGINE_OPTIONS, additional_config=settings)
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner, GPUModelRunner)
     state = runner.model_state
     assert runner.model._stages_ran  # at start-up, which leaves nothing of it
     assert not state._planner._slots
     assert not state.encoder_cache.encoder_outputs
+    assert runner.model.kernels is TRITON
     seen = see(llm)
     encode_for_a_request_that_left(llm)
     Path(path).write_text(json.dumps(asdict(seen)))

@@ -77,6 +77,7 @@ def _refusals(
     from transformers import CLIPVisionConfig
     from vllm import envs
     from vllm.config import CompilationMode
+    from vllm.triton_utils import HAS_TRITON
     from vllm.utils.platform_utils import is_uva_available
     from vllm.utils.torch_utils import kv_cache_uses_per_token_head_scales
 
@@ -193,6 +194,9 @@ def _refusals(
         f"{longest}, or lower --max-model-len": selector.reads_question and step_tokens < longest,
         f"{whole_prompt}; unset --long-prefill-token-threshold": (
             selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
+        ),
+        "kernels: triton needs a GPU that Triton supports; set kernels to auto or torch": (
+            settings.kernels == "triton" and not HAS_TRITON
         ),
         f"{RATIO_KEY} in --mm-processor-kwargs is not read; set default_ratio instead": (
             RATIO_KEY in (mm_config.mm_processor_kwargs or {})

@@ -35,9 +35,10 @@ from vitcop_vllm.models.patch_choice import (
     take,
     watching,
 )
-from vitcop_vllm.models.staged_decoder import StagedDecoder, mean_over_ranks, stage_layers
+from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
+from vitcop_vllm.models.tensor_parallel import mean_over_ranks
 from vitcop_vllm.pruning.budgets import SELECTORS
-from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.saliency import cls_saliency, patch_positions
 from vitcop_vllm.pruning.selectors import EncoderView, select_patches
@@ -68,10 +69,13 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.pruning = settings_of(self.config)
         self.selector = SELECTORS[self.pruning.selector]
+        self.kernels = kernel_set(self.pruning.kernels)
         decoder = self.language_model.model
         boundaries = self.pruning.boundaries(len(decoder.layers))
         stage_layers(decoder.layers, boundaries, vllm_config)
-        self.staged_decoder = StagedDecoder(decoder, boundaries, self.selector, vllm_config)
+        self.staged_decoder = StagedDecoder(
+            decoder, boundaries, self.selector, self.kernels, vllm_config
+        )
         self._encoder_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
         # Parts that ran on dummy data while vLLM measured memory, or on real data since.
@@ -189,6 +193,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                     pixels=batch_of(pixels, numbers),
                     embed=partial(self._embed_whole, features, numbers),
                     mean_over_ranks=partial(mean_over_ranks, ranks=attention.tp_size),
+                    kernels=self.kernels,
                 )
                 index = select_patches(self.selector, view, counts.stages[0])
                 labels = self._labels_of(attention, view, index, counts.centres)
@@ -226,7 +231,7 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         patch_keys = take(view.keys[:, 1:].flatten(2), index)
         if attention.tp_size > 1:
             patch_keys = tensor_model_parallel_all_gather(patch_keys)
-        return cluster_labels(
+        return self.kernels.cluster_labels(
             patch_keys,
             patch_positions(index, *view.grid),
             num_centres,

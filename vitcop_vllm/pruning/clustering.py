@@ -7,16 +7,14 @@ arguments only, and nothing here waits for the device.
 import torch
 from torch import Tensor
 
-from vitcop_vllm.pruning.fused import kernels_for
-
-_INDISTINCT = 1e-13
+INDISTINCT = 1e-13
 """Squared distance, over squared norms, below which two feature rows count as equal.
 
 It lies above the Gram matrix's rounding error in float64 and, as a distance, within a
 few units in the last place of the float32 features themselves.
 """
 
-_TIE = 2.0**-38
+TIE = 2.0**-38
 """Density that each index costs a token, so that no two are equally dense.
 
 Densities lie in [1, n], where float32 values are at least 2^-23 apart: up to 2^14 tokens no
@@ -36,7 +34,7 @@ def _feature_distances(features: Tensor) -> Tensor:
     norms = gram.diagonal(dim1=1, dim2=2)
     scale = norms[:, :, None] + norms[:, None, :]
     squared = torch.sub(scale, gram, alpha=2)
-    indistinct = squared <= scale.mul_(_INDISTINCT)
+    indistinct = squared <= scale.mul_(INDISTINCT)
     return squared.masked_fill_(indistinct, 0.0).sqrt_().float()
 
 
@@ -64,7 +62,7 @@ def _no_denser(density: Tensor) -> Tensor:
     A strict order, so that following denser tokens can never run in a circle.
     """
     index = torch.arange(density.shape[1], device=density.device, dtype=torch.float64)
-    strict = torch.sub(density, index, alpha=_TIE)
+    strict = torch.sub(density, index, alpha=TIE)
     return strict[:, None, :] <= strict[:, :, None]
 
 
@@ -102,11 +100,6 @@ def cluster_labels(
     pictures, num_tokens, _ = features.shape
     assert 1 <= num_centres <= num_tokens <= 2**14, (num_centres, num_tokens)
 
-    if kernels := kernels_for(features):
-        labels: Tensor = kernels.cluster_labels(
-            features, positions, num_centres, density_scale, spatial_radius, _INDISTINCT, _TIE
-        )
-        return labels
     distances = _feature_distances(features)
     density = _densities(distances, density_scale)
     ineligible = _no_denser(density).logical_or_(_too_far(positions, spatial_radius))

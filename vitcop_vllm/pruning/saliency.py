@@ -7,8 +7,6 @@ only, and nothing here waits for the device.
 import torch
 from torch import Tensor
 
-from vitcop_vllm.pruning.fused import kernels_for
-
 
 def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that each patch receives from [CLS]; higher is more salient.
@@ -38,9 +36,6 @@ def most_salient(saliency: Tensor, count: int) -> Tensor:
     Returns:
         (B, count) int64, ascending.
     """
-    if kernels := kernels_for(saliency):
-        index: Tensor = kernels.first(saliency, count, descending=True)
-        return index
     # Not topk: which of several equals topk returns is unspecified.
     best = saliency.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best.sort(dim=1).values

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vitcop_vllm.pruning.fused import kernels_for
-
 
 def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """L2 norm of the key averaged over KV heads; *smaller* is more salient.
@@ -69,8 +67,6 @@ def select_stage_two(
     assert 1 <= n2 <= num_tokens, (n2, num_tokens)
     assert 1 <= num_centres <= num_tokens, (num_centres, num_tokens)
 
-    if kernels := kernels_for(key_norm):
-        return StageTwoSelection(*kernels.select_stage_two(key_norm, labels, num_centres, n2))
     # In float64 a sum of float32 norms does not depend on the order of its terms.
     wide = key_norm.double()
     sums = wide.new_zeros(labels.shape[0], num_centres).scatter_add_(1, labels, wide)
@@ -94,9 +90,6 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     Returns:
         (B, n2, H) in ``hidden``'s dtype.
     """
-    if kernels := kernels_for(hidden):
-        merged: Tensor = kernels.merge_tokens(hidden, *selection)
-        return merged
     wide = hidden.float()
     pictures, num_groups = selection.merged.shape
     member = wide.new_zeros(pictures, num_groups + 1, hidden.shape[1])
@@ -120,9 +113,6 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
     Returns:
         (B, n3) int64, ascending.
     """
-    if kernels := kernels_for(key_norm):
-        index: Tensor = kernels.first(key_norm, n3)
-        return index
     best = key_norm.argsort(dim=1, stable=True)[:, :n3]
     return best.sort(dim=1).values
 
@@ -157,22 +147,31 @@ def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tu
 
 
 def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
-    """Tokens that each cluster keeps whole: (B, K) float64, in total n2 - K.
+    """Tokens that each cluster keeps whole: (B, K) int64, n2 - K in total.
 
-    Proportional to size - 1 and rounded half to even. What rounding leaves over is handed
-    out one each to clusters of smallest sum first, what it overspends is taken back from
-    the largest sum first; equal sums by lower label.
+    A quota is (size - 1) / (n1 - K) * (n2 - K). As in the published program, float32 rounds
+    the quotient and then the product, and a half goes to the even integer: the float32
+    rounding decides exact halves. If the quotas add up to less than n2 - K, the clusters of
+    smallest sum get one token more each; if to more, the clusters of largest sum lose one.
+    Equal sums go by lower label.
 
-    One pass always makes up the total. No share exceeds size - 1, so a cluster that was
-    rounded down has room for one more; it was rounded by half a token at most, so there
-    are at least twice as many of these as tokens to hand out. Likewise for taking back.
+    One pass makes up the total. Rounding changes a quota by half a token, or by little more in
+    float32, so at least as many clusters are rounded down as tokens are missing, and each of
+    them has room: its quota is below size - 1. In the same way at least as many clusters are
+    rounded up as there are tokens too many, and each of them has a token to lose.
+
+    Args:
+        sums: (B, K) float64, sum of key norms per cluster.
+        sizes: (B, K) int64, tokens per cluster, n1 in total.
+        n1: Tokens.
+        n2: Rows to return, at least K.
     """
     num_clusters = sizes.shape[1]
     spare = sizes - 1
-    total = torch.full_like(sums, max(n1 - num_clusters, 1))
-    # The order of operations decides halves, and so does a tensor as the divisor: CUDA
-    # multiplies by the reciprocal of a Python one.
-    quotas = (spare / total).mul_(n2 - num_clusters).round_()
+    # Float32 whatever the default dtype is. And a tensor divides: CUDA would multiply by the
+    # reciprocal of a Python number, which rounds otherwise.
+    total = torch.full_like(spare, max(n1 - num_clusters, 1), dtype=torch.float32)
+    quotas = (spare / total).mul_(n2 - num_clusters).round_().long()
     missing = (n2 - num_clusters) - quotas.sum(dim=1, keepdim=True)
 
     step = missing.sign()

@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitcop_vllm.pruning.budgets import Selector
-from vitcop_vllm.pruning.saliency import cls_saliency, most_salient
-from vitcop_vllm.pruning.selection import (
-    StageTwoSelection,
-    mean_key_norm,
-    select_stage_three,
-    select_stage_two,
-)
+from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.saliency import cls_saliency
+from vitcop_vllm.pruning.selection import StageTwoSelection, mean_key_norm
 
 NUM_PIVOTS = 8
 """Pivots of DART, as published for LLaVA-1.5."""
@@ -41,6 +37,7 @@ class EncoderView:
         pixels: (B, ...) the pictures as they enter the encoder.
         embed: Makes (B, V, H), the tokens as the decoder would get them.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
+        kernels: Implementation of the functions that choose tokens.
     """
 
     cls_query: Tensor
@@ -50,6 +47,7 @@ class EncoderView:
     pixels: Tensor
     embed: Callable[[], Tensor]
     mean_over_ranks: Callable[[Tensor], Tensor]
+    kernels: KernelSet
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,7 @@ class BoundaryView:
         labels: (G, n) int64 cluster labels; ``None`` where there are no clusters.
         num_centres: K.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
+        kernels: Implementation of the functions that choose tokens.
     """
 
     rows: Tensor
@@ -82,6 +81,7 @@ class BoundaryView:
     labels: Tensor | None
     num_centres: int
     mean_over_ranks: Callable[[Tensor], Tensor]
+    kernels: KernelSet
 
 
 def select_patches(selector: Selector, view: EncoderView, count: int) -> Tensor:
@@ -115,7 +115,7 @@ def cls_attention(view: EncoderView, count: int) -> Tensor:
     tokens.
     """
     saliency = cls_saliency(view.cls_query, view.keys, view.scale)
-    return most_salient(view.mean_over_ranks(saliency), count)
+    return view.kernels.most_salient(view.mean_over_ranks(saliency), count)
 
 
 def random_subset(view: EncoderView, count: int) -> Tensor:
@@ -179,12 +179,12 @@ def max_min_diversity(view: EncoderView, count: int) -> Tensor:
 def cluster_merging(view: BoundaryView, count: int) -> StageTwoSelection:
     """ViTCoP's Stage II (arXiv 2601.17818): small keys stay whole, clusters are merged."""
     assert view.labels is not None
-    return select_stage_two(_key_norms(view), view.labels, view.num_centres, count)
+    return view.kernels.select_stage_two(_key_norms(view), view.labels, view.num_centres, count)
 
 
 def key_norm(view: BoundaryView, count: int) -> Tensor:
     """The tokens of smallest mean key norm: ViTCoP's Stage III (arXiv 2601.17818)."""
-    return select_stage_three(_key_norms(view), count)
+    return view.kernels.select_stage_three(_key_norms(view), count)
 
 
 def last_token_attention(view: BoundaryView, count: int) -> Tensor:
@@ -201,7 +201,7 @@ def last_token_attention(view: BoundaryView, count: int) -> Tensor:
     prompt = (row >= first[:, None]) & (row <= last[:, None])
     attention = scores.masked_fill(~prompt[:, None, None], -torch.inf).softmax(dim=-1)
     received = view.mean_over_ranks(attention.mean(dim=(1, 2)).gather(1, view.rows))
-    return most_salient(received, count)
+    return view.kernels.most_salient(received, count)
 
 
 def least_duplicated(view: BoundaryView, count: int) -> Tensor:

@@ -27,6 +27,9 @@ _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 SelectorName = Literal["vitcop", "cls", "random", "grid", "divprune", "key_norm", "fastv", "dart"]
 """Ways of choosing which visual tokens survive; what each is: ``budgets`` and ``selectors``."""
 
+KernelsName = Literal["auto", "torch", "triton"]
+"""Implementations of the functions that choose tokens; see ``kernel_set``."""
+
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
@@ -109,6 +112,10 @@ class PruningSettings(Frozen):
         spatial_radius: Farthest a denser neighbour may lie, in picture heights/widths.
         positions: ``original`` keeps prompt positions in every layer; ``reference``
             renumbers prefill tokens from the deep boundary on, as the published program.
+        kernels: Implementation of the functions that choose tokens. ``triton`` launches a few
+            Triton kernels per image where ``torch`` launches some hundred; images of more
+            than 1024 tokens use torch all the same. It needs a GPU. ``auto`` is ``torch``
+            until the kernels have been tested on GPUs.
         default_ratio: Pruning ratio of a request that names none, in [0, 1).
         max_pruning_ratio: Largest pruning ratio a request may name, in [0, 1).
     """
@@ -120,6 +127,7 @@ class PruningSettings(Frozen):
     density_scale: Positive = 8.0
     spatial_radius: Positive = 0.6
     positions: Literal["original", "reference"] = "original"
+    kernels: KernelsName = "auto"
     default_ratio: Ratio = 0.0
     max_pruning_ratio: Ratio = 0.95
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vitcop_vllm.pruning.clustering import INDISTINCT, TIE
 from vitcop_vllm.pruning.kernels.order import block_of, chunk_of, ranks
 
 
@@ -19,7 +20,7 @@ def _density_kernel(
         gram: (n, n) float64, products of a picture's features.
         distances, densities: Where n x n and n float32 go.
         MINUS_SCALE: -1 / d_c^2.
-        INDISTINCT: ``clustering._INDISTINCT``.
+        INDISTINCT: ``clustering.INDISTINCT``.
     """
     picture = tl.program_id(0).to(tl.int64)
     gram += picture * n * n
@@ -59,7 +60,7 @@ def _parent_kernel(
         parents: Where n int64 go.
         scores: Where n float32 go: density times delta.
         radius: Farthest a parent may stand.
-        TIE: ``clustering._TIE``.
+        TIE: ``clustering.TIE``.
     """
     picture = tl.program_id(0).to(tl.int64)
     distances += picture * n * n
@@ -152,11 +153,15 @@ def _label_kernel(
 
 
 def cluster_labels(
-    features: Tensor, positions: Tensor, num_centres: int, density_scale: float, radius: float,
-    indistinct: float, tie: float,
-) -> Tensor:  # fmt: skip
+    features: Tensor,
+    positions: Tensor,
+    num_centres: int,
+    density_scale: float = 8.0,
+    spatial_radius: float = 0.6,
+) -> Tensor:
     """``clustering.cluster_labels``."""
     pictures, n, _ = features.shape
+    assert 1 <= num_centres <= n, (num_centres, n)
     wide = features.double()
     gram = wide @ wide.mT
     distances = torch.empty(pictures, n, n, dtype=torch.float32, device=features.device)
@@ -167,12 +172,12 @@ def cluster_labels(
     rows, columns = 16, 64
     grid = (pictures, triton.cdiv(n, rows))
     _density_kernel[grid](
-        gram, distances, densities, n, -(density_scale**-2), indistinct, rows, columns,
+        gram, distances, densities, n, -(density_scale**-2), INDISTINCT, rows, columns,
         enable_fp_fusion=False,
     )  # fmt: skip
     _parent_kernel[grid](
-        distances, densities, positions.float().contiguous(), parents, scores, n, float(radius),
-        tie, rows, columns, enable_fp_fusion=False,
+        distances, densities, positions.float().contiguous(), parents, scores, n,
+        float(spatial_radius), TIE, rows, columns, enable_fp_fusion=False,
     )  # fmt: skip
     block = block_of(n)
     _label_kernel[(pictures,)](

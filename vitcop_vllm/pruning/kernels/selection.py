@@ -12,11 +12,10 @@ from vitcop_vllm.pruning.kernels.order import (
     comes_before,
     order_key,
 )
+from vitcop_vllm.pruning.selection import StageTwoSelection
 
-_ROUND = 2.0**52
-"""Added to and taken from a float64 in [0, 2^52), it leaves the integer nearest, halves even."""
-
-_ROUNDING = tl.constexpr(_ROUND)
+_TO_INTEGER = tl.constexpr(2.0**23)
+"""A float32 in [0, 2^23) plus this minus this is the nearest integer, halves to even."""
 
 
 @triton.jit
@@ -43,29 +42,30 @@ def _cluster_ranks(key, cluster, keys, NUM: tl.constexpr, CHUNK: tl.constexpr):
 def _quotas(
     sums, sizes, real, cluster, keys, wanted, num_spare, NUM: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """As ``selection._quotas``: what each cluster keeps whole, int32, in total ``wanted``.
+    """``selection._quotas``: tokens that each cluster keeps whole, int32, ``wanted`` in total.
 
     Args:
         sums, sizes: (NUM,) float64 and int32, per cluster.
-        real: (NUM,) whether there is such a cluster.
-        cluster: (NUM,) their numbers.
-        keys: NUM int64 of memory to work in.
+        real: (NUM,) bool, false for the padding behind the K clusters.
+        cluster: (NUM,) int32, numbers of the clusters.
+        keys: Scratch memory for NUM int64.
         wanted: n2 - K.
-        num_spare: n1 - K, or 1 where that is 0.
+        num_spare: n1 - K, or 1 if that is 0.
     """
-    spare = (sizes - 1).to(tl.float64)
-    total = (tl.zeros([NUM], tl.int32) + num_spare).to(tl.float64)
-    share = spare / total * wanted.to(tl.float64)
-    quotas = tl.where(real, (share + _ROUNDING) - _ROUNDING, 0.0)
-    missing = wanted.to(tl.float64) - tl.sum(quotas, axis=0)
-    step = tl.where(missing > 0, 1.0, tl.where(missing < 0, -1.0, 0.0)).to(tl.float64)
+    spare = sizes - 1
+    total = (tl.zeros([NUM], tl.int32) + num_spare).to(tl.float32)
+    # Plain / is approximate in float32.
+    share = tl.div_rn(spare.to(tl.float32), total) * wanted.to(tl.float32)
+    quotas = tl.where(real, ((share + _TO_INTEGER) - _TO_INTEGER).to(tl.int32), 0)
+    missing = wanted - tl.sum(quotas, axis=0)
+    step = tl.where(missing > 0, 1, tl.where(missing < 0, -1, 0))
     changed = quotas + step
     able = real & (changed >= 0) & (changed <= spare)
-    # The able ones first, what is no number behind all others of these.
-    key = tl.where(able, tl.minimum(order_key(sums * step), LAST_64 - 1), LAST_64)
+    # Clusters that can change come first, those whose sum is NaN behind the others.
+    key = tl.where(able, tl.minimum(order_key(sums * step.to(tl.float64)), LAST_64 - 1), LAST_64)
     rank = _cluster_ranks(key, cluster, keys, NUM, CHUNK)
-    chosen = able & (rank.to(tl.float64) < tl.abs(missing))
-    return tl.where(chosen, changed, quotas).to(tl.int32)
+    chosen = able & (rank < tl.abs(missing))
+    return tl.where(chosen, changed, quotas)
 
 
 @triton.jit(do_not_specialize=["n1", "n2", "num_centres"])
@@ -190,16 +190,18 @@ def _merge_kernel(
             place = other.to(tl.int64)[:, None] * width + column[None, :]
             value = tl.load(hidden + place, mask=member[:, None] & inside[None, :], other=0.0)
             total += tl.sum(value.to(tl.float32), axis=0)
-        row += total / size
+        row += tl.div_rn(total, tl.zeros([WIDTH], tl.float32) + size)
     out = rows + tl.program_id(0).to(tl.int64) * width + column
     tl.store(out, row.to(rows.dtype.element_ty), mask=inside)
 
 
 def select_stage_two(
     key_norm: Tensor, labels: Tensor, num_centres: int, n2: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``selection.select_stage_two``: index, merged and groups."""
+) -> StageTwoSelection:
+    """``selection.select_stage_two``."""
     pictures, n1 = key_norm.shape
+    assert 1 <= n2 <= n1, (n2, n1)
+    assert 1 <= num_centres <= n1, (num_centres, n1)
     block, clusters = block_of(n1), block_of(num_centres)
     index = labels.new_empty(pictures, n2)
     merged = labels.new_empty(pictures, min(num_centres, n2))
@@ -211,11 +213,12 @@ def select_stage_two(
         n1, n2, num_centres, num_centres > n2, clusters, block, chunk_of(block),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return index, merged, groups
+    return StageTwoSelection(index, merged, groups)
 
 
-def merge_tokens(hidden: Tensor, index: Tensor, merged: Tensor, groups: Tensor) -> Tensor:
+def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     """``selection.merge_tokens``; sums have another order, so last places may differ."""
+    index, merged, groups = selection
     pictures, n1, width = hidden.shape
     n2 = index.shape[1]
     rows = torch.empty(pictures, n2, width, dtype=hidden.dtype, device=hidden.device)

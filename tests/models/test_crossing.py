@@ -1,0 +1,177 @@
+"""Crossing a boundary, without an engine."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.device_guard import CUDA, no_host_sync
+from tests.pruning import oracle
+from tests.worker.steps import ScheduledRequest, build_step
+from vitcop_vllm.models import crossing
+from vitcop_vllm.models.crossing import Crossing, LayerBefore
+from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.kernel_set import TORCH
+from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.worker.step import StagedForward
+
+V, KEPT, DEEP = 20, 13, 5
+CENTRES = 6
+HIDDEN = 20
+CPU = torch.device("cpu")
+IMAGES = (2, 3 + V)  # where they begin in their prompt
+PROMPT = 2 * V + 6
+FIRST_ROW = 7  # of that prompt in the step
+ROWS = FIRST_ROW + PROMPT + 3 + 4
+
+
+@pytest.fixture(autouse=True)
+def _one_rank(monkeypatch):
+    monkeypatch.setattr(crossing, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+def step_of(counts: VisualTokenCounts, device: torch.device = CPU, **options: Any) -> StagedForward:
+    """Text of another request, then a prompt of two images that has answers already."""
+    plan = RequestPlan(tuple(VisualSpan(offset, counts) for offset in IMAGES))
+    requests = [
+        ScheduledRequest(None, 0, FIRST_ROW, FIRST_ROW),
+        ScheduledRequest(plan, 0, PROMPT + 3, PROMPT),
+        ScheduledRequest(None, 0, 4, 4),
+    ]
+    step = build_step(requests, device, **options)
+    assert step is not None
+    assert step.forward is not None
+    return step.forward
+
+
+def layer_before(rows: int = ROWS, device: torch.device = CPU) -> LayerBefore:
+    torch.manual_seed(0)
+    return LayerBefore(
+        0.5,
+        torch.randn(rows, 4, 8, device=device),
+        torch.randn(rows, 2, 8, device=device),
+        torch.randn(rows, HIDDEN, device=device),
+        torch.randn(rows, HIDDEN, device=device),
+    )
+
+
+def crossing_of(selector: str, device: torch.device = CPU) -> Crossing:
+    """With a norm of random weight."""
+    norm = nn.Module()
+    norm.weight = torch.rand(HIDDEN, device=device)
+    return Crossing(SELECTORS[selector], TORCH, norm)  # type: ignore[index]
+
+
+def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
+    return [torch.arange(V, device=device) % CENTRES for _ in IMAGES]
+
+
+DROPPED_AT_ONCE = VisualTokenCounts(V, 0, (V, KEPT, KEPT))
+
+
+def test_rows_that_fastv_keeps():
+    (group,), layer = step_of(DROPPED_AT_ONCE).groups, layer_before()
+    rows, _, stream = crossing_of("fastv").select_rows(group, 1, layer, [])
+    assert stream is None
+    prompt = slice(FIRST_ROW, FIRST_ROW + PROMPT)
+    keys = layer.key[prompt].numpy()
+    query = layer.query[prompt][-1].numpy()
+    for member, offset in enumerate(IMAGES):
+        visual = list(range(offset, offset + V))
+        kept = oracle.last_token_attention(query, keys, 0.5, visual, KEPT)
+        assert rows[member].tolist() == [FIRST_ROW + offset + i for i in kept]
+
+
+def test_rows_that_dart_keeps():
+    (group,), layer, dart = step_of(DROPPED_AT_ONCE).groups, layer_before(), crossing_of("dart")
+    rows, _, stream = dart.select_rows(group, 1, layer, [])
+    assert stream is None
+    for member, offset in enumerate(IMAGES):
+        visual = slice(FIRST_ROW + offset, FIRST_ROW + offset + V)
+        # A cosine does not change with the length that the norm divides by.
+        states = ((layer.hidden + layer.residual)[visual] * dart.norm.weight).numpy()
+        kept = oracle.least_duplicated(layer.key[visual].numpy(), states, KEPT)
+        assert rows[member].tolist() == [FIRST_ROW + offset + i for i in kept]
+
+
+@pytest.mark.parametrize("selector", ["fastv", "dart"])
+def test_where_nothing_is_lost_nothing_is_chosen(selector):
+    (group,) = step_of(DROPPED_AT_ONCE).groups
+    rows, chosen, stream = crossing_of(selector).select_rows(group, 2, layer_before(), [])
+    assert chosen is None
+    assert stream is None
+    assert torch.equal(rows, group.rows(1))
+
+
+def test_a_selector_cannot_drop_where_it_has_no_function():
+    (group,) = step_of(VisualTokenCounts(V, 0, (V, 5, 3))).groups
+    with pytest.raises(AssertionError, match="no token may be lost before stage 2"):
+        crossing_of("fastv").select_rows(group, 2, layer_before(), [])
+
+
+def test_a_merged_row_holds_its_group_and_other_rows_hold_what_they_held():
+    step, layer = step_of(VisualTokenCounts(V, CENTRES, (V, KEPT, DEEP))), layer_before()
+    positions = torch.arange(ROWS)
+    after, hidden, residual = crossing_of("vitcop")(1, step, positions, layer, labels_of())
+    norms = layer.key.mean(dim=1).norm(dim=-1)
+    stream = layer.hidden + layer.residual
+    expected = list(range(FIRST_ROW + IMAGES[0]))
+    merged = {}
+    for offset, end in zip(IMAGES, (IMAGES[1], PROMPT), strict=True):
+        begin = FIRST_ROW + offset
+        output = oracle.stage_two(
+            norms[begin : begin + V].numpy(), [i % CENTRES for i in range(V)], CENTRES, KEPT
+        )
+        for source, members in output:
+            if members is not None:
+                tokens = stream[[begin + i for i in members]]
+                merged[len(expected)] = stream[begin + source] + tokens.mean(dim=0)
+            expected.append(begin + source)
+        expected += range(begin + V, FIRST_ROW + end)
+    expected += range(FIRST_ROW + PROMPT, ROWS)
+    assert after.tolist() == expected
+    wanted = stream[expected]
+    for row, token in merged.items():
+        wanted[row] = token
+    torch.testing.assert_close(hidden + residual, wanted)
+
+
+@no_host_sync()
+@pytest.mark.parametrize("renumber_deep", [False, True])
+@pytest.mark.parametrize(
+    ("selector", "counts"),
+    [
+        ("vitcop", VisualTokenCounts(V, CENTRES, (V, KEPT, DEEP))),
+        ("vitcop", VisualTokenCounts(V, CENTRES, (V, CENTRES - 1, 1))),
+        ("key_norm", VisualTokenCounts(V, 0, (V, KEPT, DEEP))),
+        ("fastv", DROPPED_AT_ONCE),
+        ("dart", DROPPED_AT_ONCE),
+    ],
+)
+def test_no_selector_makes_the_host_wait_for_the_gpu(selector, counts, renumber_deep):
+    step = step_of(counts, CUDA, renumber_deep=renumber_deep)
+    cross = crossing_of(selector, CUDA)
+    rows = torch.arange(ROWS, device=CUDA)
+    for stage in (1, 2):
+        layer = layer_before(rows.shape[0], CUDA)
+        rows, hidden, residual = cross(stage, step, rows, layer, labels_of(CUDA))
+        left = ROWS - len(IMAGES) * (V - counts.stages[stage])
+        assert rows.shape == (left,)
+        assert hidden.shape == residual.shape == (left, HIDDEN)
+    assert hidden[step.outputs].shape == (ROWS, HIDDEN)
+    assert (step.renumbered is not None) is renumber_deep
+
+
+def test_choices_are_recorded_where_they_are_wanted():
+    seen = []
+    step = replace(
+        step_of(DROPPED_AT_ONCE), record=lambda group, stage, chosen: seen.append((stage, chosen))
+    )
+    cross, positions = crossing_of("dart"), torch.arange(ROWS)
+    rows = cross(1, step, positions, layer_before(), [])
+    cross(2, step, rows[0], layer_before(rows[0].shape[0]), [])
+    ((stage, chosen),) = seen
+    assert stage == 1
+    assert chosen.shape == (2, KEPT)

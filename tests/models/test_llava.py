@@ -1,0 +1,86 @@
+"""LLaVA's encoder without an engine: a tower of one layer."""
+
+from types import SimpleNamespace
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from tests.device_guard import CUDA, no_host_sync
+from tests.models.test_patch_choice import WIDTH, Layer
+from vitcop_vllm.models.llava import (
+    PrunedLlavaForConditionalGeneration,
+    _label_column,
+    _labels_of_column,
+)
+from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.kernel_set import TORCH
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+
+SIDE = 6
+V = SIDE * SIDE
+HEADS = 2
+HIDDEN = 12
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class OneLayerLlava(PrunedLlavaForConditionalGeneration):
+    """The parts that encode images, with random weights."""
+
+    def __init__(self, selector: SelectorName) -> None:
+        nn.Module.__init__(self)
+        self.config = SimpleNamespace(
+            vision_config=SimpleNamespace(image_size=14 * SIDE, patch_size=14)
+        )
+        self.pruning = PruningSettings(selector=selector)
+        self.selector = SELECTORS[selector]
+        self.kernels = TORCH
+        layer = Layer(AttentionBackendEnum.TORCH_SDPA)
+        layer.self_attn.head_dim, layer.self_attn.scale = WIDTH // HEADS, 0.5
+        layer.self_attn.tp_size = 1
+        encoder = SimpleNamespace(layers=[layer])
+        self.vision_tower = SimpleNamespace(vision_model=SimpleNamespace(encoder=encoder))
+        self.embed = nn.Linear(3 * 14 * 14, WIDTH)
+        self.multi_modal_projector = nn.Linear(WIDTH, HIDDEN)
+
+    def _image_pixels_to_features(self, tower, pixel_values):
+        patches = nn.functional.unfold(pixel_values, 14, stride=14).mT
+        hidden = self.embed(nn.functional.pad(patches, (0, 0, 1, 0)))
+        return tower.vision_model.encoder.layers[-1](hidden)[:, 1:]
+
+
+def images_of(selector: SelectorName) -> list[VisualTokenCounts]:
+    """Four images, of three counts; clustered where the selector needs clusters."""
+    pruned, milder = (
+        VisualTokenCounts(V, 4 if selector == "vitcop" else 0, stages)
+        for stages in ((20, 10, 2), (30, 12, 3))
+    )
+    return [pruned, VisualTokenCounts.unpruned(V), milder, pruned]
+
+
+@no_host_sync()
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", [s for s in get_args(SelectorName) if SELECTORS[s].encoder])
+def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
+    with torch.device(CUDA):
+        llava = OneLayerLlava(selector)
+    images = images_of(selector)
+    pixels = torch.rand(len(images), 3, 14 * SIDE, 14 * SIDE, device=CUDA)
+    embeddings = llava._embed_pruned(pixels, images)
+    for counts, embedding in zip(images, embeddings, strict=True):
+        assert embedding.shape == (counts.stages[0], HIDDEN + bool(counts.centres))
+        if counts.centres:
+            assert _labels_of_column(embedding[:, HIDDEN]).dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_labels_survive_as_a_column_of_embeddings(dtype):
+    labels = torch.arange(300).unflatten(0, (2, 150))
+    column = _label_column(labels, dtype)
+    assert column.dtype == dtype
+    embeddings = torch.cat((torch.rand(2, 150, 5).to(dtype), column), dim=-1)
+    for number, embedding in enumerate(embeddings):
+        assert torch.equal(_labels_of_column(embedding[:, 5]), labels[number])

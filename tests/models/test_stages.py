@@ -1,0 +1,70 @@
+"""A decoder's layers, cut into stages."""
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitcop_vllm.models.stages import layers_by_stage
+from vitcop_vllm.pruning.budgets import SELECTORS
+
+
+class Layer(nn.Module):
+    """As vLLM's Llama has it: a norm adds its two inputs up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def input_layernorm(self, hidden, residual=None):
+        if residual is None:
+            return 2 * hidden
+        return 2 * (hidden + residual), hidden + residual
+
+    def post_attention_layernorm(self, hidden, residual):
+        return 3 * (hidden + residual), hidden + residual
+
+    def self_attn(self, *, positions, hidden_states):
+        return self.attention(hidden_states) + positions[:, None]
+
+    def forward(self, positions, hidden, residual):
+        if residual is None:
+            residual, hidden = hidden, self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.self_attn(positions=positions, hidden_states=hidden)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("boundaries", [(1, 2), (2, 3)])
+@pytest.mark.parametrize("selector", ["vitcop", "key_norm", "fastv", "dart", "cls"])
+def test_the_stages_are_the_layers_wherever_a_boundary_cuts(selector, boundaries):
+    torch.manual_seed(0)
+    layers = [Layer() for _ in range(4)]
+    positions, hidden = torch.arange(5.0), torch.randn(5, 8)
+    ours: Any
+    theirs: Any
+    stages = layers_by_stage(layers, boundaries, SELECTORS[selector])
+    ours, theirs = (hidden, None), (hidden, None)
+    for layer in layers:
+        theirs = layer(positions, *theirs)
+    for layer in chain(*stages):
+        ours = layer(positions, *ours)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize(
+    ("selector", "cuts"),
+    [("vitcop", [2]), ("key_norm", [1, 2]), ("fastv", [1]), ("dart", []), ("cls", [])],
+)
+def test_a_boundary_lies_before_the_mlp_where_the_selector_lets_it(selector, cuts):
+    layers = [Layer() for _ in range(6)]
+    stages = layers_by_stage(layers, (2, 4), SELECTORS[selector])
+    assert [len(stage) for stage in stages] == [2, 2 + (1 in cuts), 2 + (2 in cuts)]
+    for stage, layer in enumerate((layers[1], layers[3]), start=1):
+        assert (stages[stage - 1][-1] is layer) is (stage not in cuts)

@@ -1,0 +1,131 @@
+"""Crossing a boundary: which rows enter the next stage, and what they hold."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size
+
+from vitcop_vllm.engine.metrics import SELECTION_SECONDS
+from vitcop_vllm.models.tensor_parallel import mean_over_ranks
+from vitcop_vllm.pruning.budgets import Selector
+from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.selection import StageTwoSelection
+from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
+from vitcop_vllm.worker.step import SpanGroup, StagedForward
+
+
+class LayerBefore(NamedTuple):
+    """The last layer before a boundary; T rows.
+
+    Attributes:
+        scale: Factor on the scores of its attention.
+        query, key: (T, local heads, D), (T, local KV heads, D), after rotary embedding.
+        hidden, residual: (T, H) output of the layer; their sum is the residual stream. It lacks
+            the layer's MLP if the selector drops rows before the MLP.
+    """
+
+    scale: float
+    query: torch.Tensor
+    key: torch.Tensor
+    hidden: torch.Tensor
+    residual: torch.Tensor
+
+
+class SelectedRows(NamedTuple):
+    """Rows that stand for the G spans of a group in the next stage, m of n each.
+
+    Attributes:
+        rows: (G, m) int64, rows of the stage before.
+        chosen: What the selector returned; ``None`` if the stage drops nothing.
+        stream: (G, m, H) residual stream of these rows if the selector merged tokens.
+    """
+
+    rows: torch.Tensor
+    chosen: torch.Tensor | StageTwoSelection | None
+    stream: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Drops and merges the visual rows of a step between two stages.
+
+    Attributes:
+        selector: Chooses the rows that are kept.
+        kernels: Implementation of the functions that choose and merge tokens.
+        norm: The norm that ends the decoder. Its weight is read in each step.
+    """
+
+    selector: Selector
+    kernels: KernelSet
+    norm: Any
+
+    def __call__(
+        self,
+        stage: int,
+        step: StagedForward,
+        positions: torch.Tensor,
+        layer: LayerBefore,
+        labels: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The rows that enter ``stage``: positions, hidden states and residual.
+
+        Args:
+            stage: 1 or 2.
+            step: How the step's rows change between stages.
+            positions: (T,) rotary positions in the stage before.
+            layer: The last layer of the stage before.
+            labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+        """
+        source = step.sources[stage].clone()
+        merged = []
+        with SELECTION_SECONDS.labels(stage + 1).time():
+            for group in step.groups:
+                rows, chosen, stream = self.select_rows(group, stage, layer, labels)
+                if step.record is not None and chosen is not None:
+                    step.record(group, stage, chosen)
+                destination = group.rows(stage)
+                source[destination] = rows
+                if stream is not None:
+                    merged.append((destination, stream))
+        hidden, residual = layer.hidden[source], layer.residual[source]
+        for destination, stream in merged:
+            # Not hidden[destination] = 0: on a GPU the host would copy the 0 there and wait.
+            hidden.index_fill_(0, destination.flatten(), 0)
+            residual[destination] = stream
+        return positions[source], hidden, residual
+
+    def select_rows(
+        self,
+        group: SpanGroup,
+        stage: int,
+        layer: LayerBefore,
+        labels: Sequence[torch.Tensor],
+    ) -> SelectedRows:
+        """The rows of the stage before that stand for a group's spans in ``stage``."""
+        counts = group.counts
+        before = group.rows(stage - 1)
+        if counts.stages[stage] == counts.stages[stage - 1]:
+            # Many selectors drop nothing here, and mild ratios drop nothing in Stage III.
+            return SelectedRows(before, None, None)
+        ranks = get_tensor_model_parallel_world_size()
+        view = BoundaryView(
+            rows=before,
+            queries=layer.query,
+            keys=layer.key,
+            scale=layer.scale,
+            hidden=lambda: layer.hidden[before] + layer.residual[before],
+            norm_weight=self.norm.weight,
+            prompt_rows=group.prompt_rows[stage - 1],
+            labels=torch.stack([labels[i] for i in group.pictures]) if counts.centres else None,
+            num_centres=counts.centres,
+            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
+            kernels=self.kernels,
+        )
+        chosen = select_tokens(self.selector, stage, view, counts.stages[stage])
+        if not isinstance(chosen, StageTwoSelection):
+            return SelectedRows(before.gather(1, chosen), chosen, None)
+        stream = self.kernels.merge_tokens(view.hidden(), chosen)
+        return SelectedRows(before.gather(1, chosen.index), chosen, stream)
