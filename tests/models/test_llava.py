@@ -1,7 +1,7 @@
 """LLaVA's encoder without an engine: a tower of one layer."""
 
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
         self.selector = SELECTORS[selector]
         self.kernels = TORCH
         layer = Layer(AttentionBackendEnum.TORCH_SDPA)
-        layer.self_attn.head_dim, layer.self_attn.scale = WIDTH // HEADS, 0.5
-        layer.self_attn.tp_size = 1
+        attention: Any = layer.self_attn
+        attention.head_dim, attention.scale, attention.tp_size = WIDTH // HEADS, 0.5, 1
         encoder = SimpleNamespace(layers=[layer])
         self.vision_tower = SimpleNamespace(vision_model=SimpleNamespace(encoder=encoder))
         self.embed = nn.Linear(3 * 14 * 14, WIDTH)

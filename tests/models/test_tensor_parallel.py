@@ -1,18 +1,110 @@
-"""Sums over tensor-parallel ranks, without ranks."""
+"""Tensor-parallel ranks, each a thread, combine values by vLLM's own functions."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, local
+
+import pytest
 import torch
+from vllm.distributed import parallel_state
 
-from vitcop_vllm.models import tensor_parallel
-from vitcop_vllm.models.tensor_parallel import mean_over_ranks
+from tests.models.test_crossing import (
+    CENTRES,
+    DEEP,
+    DROPPED_AT_ONCE,
+    KEPT,
+    ROWS,
+    V,
+    crossing_of,
+    labels_of,
+    layer_before,
+    step_of,
+)
+from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+
+RANKS = 2
 
 
-def test_the_mean_over_ranks_is_their_sum_divided(monkeypatch):
-    held = torch.rand(3, 4).T
-    assert mean_over_ranks(held, 1) is held
+class Communicator:
+    """In place of vLLM's group. Takes what its strictest communicators take, and no more."""
 
-    def all_reduce(x):
+    world_size = RANKS
+
+    def __init__(self) -> None:
+        self.barrier, self.rank = Barrier(RANKS), local()
+        self.held: list[torch.Tensor] = [torch.empty(0)] * RANKS
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.dim() == 1, "FlashInfer takes 2-D tensors if their rows suit it"
+        return sum(self.exchange(x), torch.zeros(()))
+
+    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        assert dim % x.dim() != 0, "the result may be a buffer of the communicator's"
+        return torch.cat(self.exchange(x), dim=dim)
+
+    def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
         assert x.is_contiguous()
-        return x + 2 * x
+        self.held[self.rank.number] = x
+        self.barrier.wait(timeout=30)
+        held = list(self.held)
+        self.barrier.wait(timeout=30)
+        return held
 
-    monkeypatch.setattr(tensor_parallel, "tensor_model_parallel_all_reduce", all_reduce)
-    torch.testing.assert_close(mean_over_ranks(held, 2), 1.5 * held)
+    def run(self, function, *per_rank):
+        """The results of each rank, called with its own arguments."""
+
+        def of_rank(number, args):
+            self.rank.number = number
+            return function(*args)
+
+        with ThreadPoolExecutor(RANKS) as pool:
+            return [*pool.map(of_rank, range(RANKS), per_rank)]
+
+
+@pytest.fixture
+def communicator(monkeypatch) -> Communicator:
+    communicator = Communicator()
+    monkeypatch.setattr(parallel_state, "_TP", communicator)
+    return communicator
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7), (2, 7, 5)])
+def test_the_mean_over_ranks_is_their_sum_divided(shape, communicator):
+    held = [torch.rand(*reversed(shape)).permute(*reversed(range(len(shape)))) for _ in range(2)]
+    assert mean_over_ranks(held[0], 1) is held[0]
+    for mean in communicator.run(mean_over_ranks, *((x, RANKS) for x in held)):
+        torch.testing.assert_close(mean, (held[0] + held[1]) / 2)
+
+
+def test_values_of_ranks_stand_side_by_side(communicator):
+    held = [torch.rand(4, 7, 2).transpose(0, 1) for _ in range(2)]
+    assert concat_over_ranks(held[0], 1) is held[0]
+    for whole in communicator.run(concat_over_ranks, *((x, RANKS) for x in held)):
+        assert torch.equal(whole, torch.cat(held, dim=-1))
+
+
+@pytest.mark.parametrize(
+    ("selector", "counts"),
+    [
+        ("vitcop", VisualTokenCounts(V, CENTRES, (V, KEPT, DEEP))),
+        ("key_norm", VisualTokenCounts(V, 0, (V, KEPT, DEEP))),
+        ("fastv", DROPPED_AT_ONCE),
+        ("dart", DROPPED_AT_ONCE),
+    ],
+)
+def test_all_ranks_let_the_same_rows_cross(selector, counts, communicator):
+    # Each rank has half of the heads.
+    layer, cross = layer_before(), crossing_of(selector)
+    halves = [
+        layer._replace(query=query, key=key)
+        for query, key in zip(layer.query.chunk(2, dim=1), layer.key.chunk(2, dim=1), strict=True)
+    ]
+    args = (step_of(counts), torch.arange(ROWS))
+    first, second = communicator.run(
+        lambda half: cross(1, *args, half, labels_of()), *((half,) for half in halves)
+    )
+    for ours, theirs in zip(first, second, strict=True):
+        assert torch.equal(ours, theirs)
+    communicator.world_size = 1
+    for ours, alone in zip(first, cross(1, *args, layer, labels_of()), strict=True):
+        torch.testing.assert_close(ours, alone)

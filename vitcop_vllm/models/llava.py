@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava import (
@@ -36,7 +35,7 @@ from vitcop_vllm.models.patch_choice import (
     watching,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
-from vitcop_vllm.models.tensor_parallel import mean_over_ranks
+from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -229,10 +228,8 @@ class PrunedLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if not num_centres:
             return None
         patch_keys = take(view.keys[:, 1:].flatten(2), index)
-        if attention.tp_size > 1:
-            patch_keys = tensor_model_parallel_all_gather(patch_keys)
         return self.kernels.cluster_labels(
-            patch_keys,
+            concat_over_ranks(patch_keys, attention.tp_size),
             patch_positions(index, *view.grid),
             num_centres,
             density_scale=self.pruning.density_scale,
