@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan
 
@@ -60,6 +61,7 @@ class FakeWorker:
         encoded: Pictures in the encoder cache, by identifier.
         copies: Blocks copied so far.
         computed: Prompt and answer positions computed so far.
+        resent: Images that were encoded with data sent after the request itself.
     """
 
     def __init__(self, scheduler: Any, block_size: int, salts: dict[str, str | None]) -> None:
@@ -70,7 +72,7 @@ class FakeWorker:
         self.memory: dict[int, list[Content | None]] = {}
         self.states: dict[str, _State] = {}
         self.encoded: set[str] = set()
-        self.copies = self.computed = 0
+        self.copies = self.computed = self.resent = 0
 
     def _block(self, block: int) -> list[Content | None]:
         return self.memory.setdefault(block, [None] * self.block_size)
@@ -81,10 +83,15 @@ class FakeWorker:
             self.states.pop(name, None)
         starts = {}
         for new in scheduled.scheduled_new_reqs:
-            tokens = list(new.prompt_token_ids)
+            # Model runner V2 gets resumed requests as new ones, with their answers so far.
+            tokens = list(new.prefill_token_ids or new.prompt_token_ids)
             tables = tuple(map(list, new.block_ids))
             self.states[new.req_id] = _State(
-                tokens, len(tokens), self.salts.get(new.req_id), new.mm_features, tables
+                tokens,
+                len(new.prompt_token_ids),
+                self.salts.get(new.req_id),
+                new.mm_features,
+                tables,
             )
             starts[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
@@ -104,8 +111,13 @@ class FakeWorker:
         """Run a step, and check everything that it reads."""
         starts = self._update(scheduled)
         self.encoded -= set(scheduled.free_encoder_mm_hashes)
+        sent = scheduled.image_data if isinstance(scheduled, StagedSchedulerOutput) else {}
         for name, inputs in scheduled.scheduled_encoder_inputs.items():
-            self.encoded |= {self.states[name].features[i].identifier for i in inputs}
+            features = [self.states[name].features[i] for i in inputs]
+            for i, feature in zip(inputs, features, strict=True):
+                assert feature.data is not None or i in sent[name]
+                self.resent += feature.data is None
+            self.encoded |= {feature.identifier for feature in features}
         copies = scheduled.kv_cache_block_copies or ()
         # All at once, as vLLM's copy does.
         self.memory |= {copy.dst_block_id: list(self.memory[copy.src_block_id]) for copy in copies}

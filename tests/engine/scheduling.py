@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
 
 from tests.engine.requests import Ask
 from vitcop_vllm.engine.scheduler import create_scheduler
@@ -42,14 +43,19 @@ def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Sche
     return steps
 
 
-def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:
-    """Give a request to a scheduler as the engine would."""
+def new_request(llm: LLM, name: str, ask: Ask, **options: Any) -> Request:
+    """A request as the engine gives it to its scheduler."""
     engine = llm.llm_engine
     (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
     request = engine.input_processor.process_inputs(
         name, prompt, ask.params(), supported_tasks=("generate",), **options
     )
-    scheduler.add_request(engine_core(llm).preprocess_add_request(request)[0])
+    return engine_core(llm).preprocess_add_request(request)[0]
+
+
+def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:
+    """Give a request to a scheduler as the engine would."""
+    scheduler.add_request(new_request(llm, name, ask, **options))
 
 
 def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:

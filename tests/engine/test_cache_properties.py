@@ -5,6 +5,7 @@ that checks every slot it reads; see ``fake_worker``.
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
 from math import ceil
@@ -22,7 +23,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from vllm import LLM, SamplingParams
-from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.multimodal.inputs import (
+    MultiModalFeatureSpec,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
@@ -52,6 +57,18 @@ parts = st.lists(st.one_of(texts, st.integers(0, 2)), min_size=1, max_size=5)
 seen: Counter[str] = Counter()
 
 
+def cacheable_lengths(num_tokens: int, features: Sequence[Any]) -> set[int]:
+    """Lengths at which a prefix of a prompt is cached: whole blocks, and ends of pruned images.
+
+    Args:
+        num_tokens: Length of the prompt.
+        features: Its pruned images. A prefix that ends inside one is not cached.
+    """
+    spans = [(f.mm_position.offset, f.mm_position.offset + f.mm_position.length) for f in features]
+    lengths = {*range(0, num_tokens + 1, BLOCK), *(end for _, end in spans if end <= num_tokens)}
+    return {n for n in lengths if not any(start < n < end for start, end in spans)}
+
+
 class Traffic(RuleBasedStateMachine):
     """Requests as they come and go; at most two steps are in flight."""
 
@@ -60,11 +77,12 @@ class Traffic(RuleBasedStateMachine):
     @initialize(
         blocks=st.sampled_from([120, 170, 400]),
         is_async=st.booleans(),
+        is_v2=st.booleans(),
         policy=st.sampled_from(list(SchedulingPolicy)),
         budget=st.sampled_from([260, 400, 900]),
         threshold=st.sampled_from([0, 256]),
     )
-    def start(self, blocks, is_async, policy, budget, threshold):
+    def start(self, blocks, is_async, policy, budget, threshold, is_v2=False):
         config = copy(self.llm.llm_engine.vllm_config)
         config.scheduler_config = copy(config.scheduler_config)
         config.scheduler_config.async_scheduling = is_async
@@ -76,6 +94,7 @@ class Traffic(RuleBasedStateMachine):
             engine_core(self.llm).scheduler.kv_cache_manager.kv_cache_config, num_blocks=blocks
         )
         self.scheduler = new_scheduler(self.llm, config, cache)
+        self.scheduler.use_v2_model_runner = is_v2
         self.depth = 2 if is_async else 1
         self.salts: dict[str, str | None] = {}
         self.worker = FakeWorker(self.scheduler, BLOCK, self.salts)
@@ -125,7 +144,8 @@ class Traffic(RuleBasedStateMachine):
                 continue
             place = PlaceholderRange(offset=len(tokens), length=counts.stages[0])
             name = tag_identifier(f"picture {part}", counts)
-            features.append(MultiModalFeatureSpec(None, "image", name, place))
+            data = MultiModalKwargsItem.dummy()
+            features.append(MultiModalFeatureSpec(data, "image", name, place))
             tokens += [IMAGE_TOKEN] * counts.stages[0]
         self.salts[request_id] = salt
         return Request(
@@ -155,12 +175,33 @@ class Traffic(RuleBasedStateMachine):
             len(self.in_flight) == self.depth or not scheduled.total_num_scheduled_tokens
         ):
             done = self.in_flight.popleft()
-            self.scheduler.update_from_output(done, self.worker.execute(done))
+            outputs = self.scheduler.update_from_output(done, self.worker.execute(done))
+            for output in outputs[0].outputs if 0 in outputs else ():
+                self._check_usage(output)
         for name, (request, parts, ratio) in list(self.live.items()):
             if request.is_finished():
                 del self.live[name]
                 self.asked.append(([*parts, list(request.output_token_ids)], ratio))
                 seen["preemptions"] += request.num_preemptions
+
+    def _check_usage(self, output: Any) -> None:
+        """What a request reads from the cache and writes to it is all that can be cached."""
+        stats = output.prefill_stats
+        if stats is None or output.request_id not in self.live:
+            return
+        request, _, ratio = self.live[output.request_id]
+        images = request.mm_features if COUNTS[ratio].is_pruned else ()
+        lengths = cacheable_lengths(request.num_prompt_tokens, images)
+        cached = stats.num_cached_tokens + stats.num_cache_creation_tokens
+        assert cached in lengths
+        if not request.num_preemptions:
+            assert cached == max(lengths)
+            seen["read and wrote"] += 0 < stats.num_cached_tokens < cached
+        else:
+            # Less if its first token was in flight, and the step that was to compute the
+            # second was made up and then undone: blocks of that step are evicted whole.
+            seen["preempted before the first token"] += 1
+            seen["of these, all counted"] += cached == max(lengths)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 100))
@@ -208,6 +249,7 @@ class Traffic(RuleBasedStateMachine):
             assert not manager._cached_tokens
             assert not manager._partial_hit_reqs
         seen["copies"] += self.worker.copies
+        seen["resent images"] += self.worker.resent
         seen["requests"] += self.counter
 
 
@@ -229,6 +271,9 @@ def test_every_slot_holds_its_request_s_prefix(llm):
     # Else little was tested.
     assert seen["copies"] > 500
     assert seen["preemptions"] > 100
+    assert seen["read and wrote"] > 100
+    assert seen["of these, all counted"] > 0.8 * seen["preempted before the first token"] > 10
+    assert seen["resent images"] > 10
 
 
 @pytest.mark.parametrize("parts", [[[40] * 1199], [[40] * 700, 1, [40] * 400]])

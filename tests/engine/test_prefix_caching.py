@@ -1,5 +1,6 @@
 """Prefix caching: what is reused is as right as what is computed, and all that can be is."""
 
+import pickle
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -234,6 +235,17 @@ def test_a_request_that_reused_a_picture_can_compute_it_after_preemption(llm):
     while engine.has_unfinished_requests():
         outputs = engine.step()
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
+
+
+def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(llm, monkeypatch):
+    asks = [Ask(text, (1,), 8 / 9, max_tokens=2) for text in ("What is it?", "Is it a dog?")]
+    steps = recorded_steps(engine_core(llm).scheduler, monkeypatch)
+    generate_in_turn(llm, asks)
+    first, second = (step for step in steps if step.scheduled_new_reqs)
+    pixels = first.scheduled_new_reqs[0].mm_features[0].data["pixel_values"].data
+    assert len(pickle.dumps(first)) > pixels.nbytes > 100_000
+    assert second.scheduled_new_reqs[0].mm_features[0].data is None
+    assert len(pickle.dumps(second)) < 5000
 
 
 QUESTIONS = [

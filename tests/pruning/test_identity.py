@@ -4,7 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitcop_vllm.pruning.identity import counts_of_identifier, plan_request, tag_identifier
+from vitcop_vllm.pruning.identity import (
+    CountsMismatchError,
+    counts_of_identifier,
+    plan_request,
+    tag_identifier,
+)
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 COUNTS = VisualTokenCounts(576, 20, (172, 77, 15))
@@ -46,16 +51,38 @@ def test_a_plan_lists_spans_where_the_placeholders_are():
     assert [(span.offset, span.end) for span in plan.spans] == [(3, 175)]
 
 
-def test_a_picture_processed_elsewhere_has_as_many_tokens_as_placeholders():
-    assert plan_request([feature("f00d", 3)]) is None
-    plan = plan_request([feature("f00d", 3), feature(tag_identifier("a", COUNTS), 200)])
+@pytest.mark.parametrize(
+    "name", ["f00d", "me@example.org", "f00d@1.2.3", "f00d@1.2.3.4.x", "1.1.1.1.1"]
+)
+def test_an_image_processed_elsewhere_has_as_many_tokens_as_placeholders(name):
+    assert plan_request([feature(name, 3)]) is None
+    plan = plan_request([feature(name, 3), feature(tag_identifier("a", COUNTS), 200)])
     assert plan is not None
     assert plan.spans[0].counts == VisualTokenCounts.unpruned(172)
 
 
-def test_counts_that_do_not_fit_the_prompt_are_not_believed():
-    assert plan_request([feature(tag_identifier("a", COUNTS), 3, length=171)]) is None
-    assert plan_request([feature("f00d@5.1.9.9.9", 3)]) is None
+@pytest.mark.parametrize("length", [1, 171, 173, 576])
+def test_counts_that_contradict_the_prompt_are_an_error(length):
+    good = feature(tag_identifier("a", COUNTS), 3)
+    with pytest.raises(CountsMismatchError, match=f"172 visual tokens.* {length} placeholders"):
+        plan_request([good, feature(tag_identifier("b", COUNTS), 200, length)])
+
+
+def test_unpruned_counts_that_contradict_the_prompt_are_an_error():
+    whole = tag_identifier("a", VisualTokenCounts.unpruned(576))
+    with pytest.raises(CountsMismatchError):
+        plan_request([feature(whole, 3)])
+
+
+def test_impossible_counts_are_an_error():
+    with pytest.raises(CountsMismatchError, match="impossible"):
+        plan_request([feature("f00d@5.1.9.9.9", 3, length=9)])
+
+
+def test_an_error_does_not_repeat_a_long_name():
+    with pytest.raises(CountsMismatchError) as caught:
+        plan_request([feature("x" * 5000 + "@" + "9" * 5000 + ".1.1.1.1", 3)])
+    assert len(str(caught.value)) < 300
 
 
 def test_an_identity_without_counts_is_an_error_to_who_must_know_them():

@@ -9,7 +9,7 @@ import psutil  # type: ignore[import-untyped]
 from vitcop_vllm.lab import serving
 
 TINY_OPTIONS = (
-    *("--dtype", "float32", "--enforce-eager"),
+    *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"),
 )
 """What a server of a tiny model is started with: several live at a time, by the end of a run."""

@@ -8,6 +8,7 @@ from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
     BlockHashList,
     KVCacheBlock,
     make_block_hash_with_group_id,
@@ -122,16 +123,24 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         written = self.writes.block_ids.setdefault(name, set())
         for checkpoint in hashes.passed(self.stage, cached, num_tokens):
             for index, key in checkpoint.keys:
-                # vLLM's own way takes one key a block, and only of blocks that are full.
-                self.block_pool._insert_block_hash(
-                    make_block_hash_with_group_id(key, self.kv_cache_group_id),
-                    blocks[index],
-                    num_tokens=checkpoint.length,
-                )
+                self._add_key(blocks[index], key, checkpoint.length)
                 self.writes.keys.add(key)
                 written.add(blocks[index].block_id)
             self._cached_tokens[name] = checkpoint.length
             self.num_cached_block[name] = checkpoint.slots // self.block_size
+
+    def _add_key(self, block: KVCacheBlock, key: BlockHash, num_tokens: int) -> None:
+        """Make a block findable by one more key: that of a prefix of ``num_tokens``.
+
+        vLLM's own methods remove a block's shorter keys when they add a longer one. Here
+        they stay, because a prefix may end at any checkpoint inside the block. As in vLLM the
+        longest prefix is the block's first key: vLLM reads the length of a block's first key
+        to count the prompt tokens that a request wrote to the cache.
+        """
+        shorter = self.block_pool._remove_cached_block_hashes(block)
+        longest = make_block_hash_with_group_id(key, self.kv_cache_group_id)
+        for block_hash in (longest, *shorter):
+            self.block_pool._insert_block_hash(block_hash, block, num_tokens=num_tokens)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         self._cached_tokens.pop(request_id, None)

@@ -10,6 +10,14 @@ KV_BLOCKS_NOT_TAKEN = Counter(
     "KV cache blocks that prompts would have taken, had no visual token been dropped.",
 )
 
+COUNTS_MISMATCHES = Counter(
+    "vitcop_counts_mismatches",
+    "Requests that failed because an image's identifier and its placeholders in the prompt "
+    "contradict each other, by where it was found: processor or scheduler. A fault of the "
+    "server or of whoever processed the prompt.",
+    ["found_by"],
+)
+
 SELECTION_SECONDS = Histogram(
     "vitcop_selection_seconds",
     "Seconds in which visual tokens were chosen, clustered and merged: stage 1 of pictures that "

@@ -18,6 +18,7 @@ from vllm.v1.core.kv_cache_utils import (
     generate_block_hash_extra_keys,
     hash_block_tokens,
 )
+from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.request import Request
 
 from vitcop_vllm.pruning.plan import RequestPlan
@@ -57,6 +58,21 @@ class StepWrites:
     def clear(self) -> None:
         self.keys.clear()
         self.block_ids.clear()
+
+
+@dataclass
+class PreemptedPrefillStats(PrefillStats):
+    """vLLM's counts of a request's prompt, for a request that was preempted.
+
+    When a request's first token arrives, vLLM 0.32 counts the tokens that the request wrote to
+    the prefix cache, in the blocks that it holds then (``Scheduler.update_from_output``). With
+    asynchronous scheduling a preemption may come before the token: the request then holds no
+    blocks, and vLLM would count 0. So the tokens are counted at the preemption too.
+    """
+
+    def finalize(self, num_cached_tokens: int) -> None:
+        counted = self.num_cached_tokens + self.num_cache_creation_tokens
+        super().finalize(max(counted, num_cached_tokens))
 
 
 class PrefixHashes(list[BlockHash]):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -12,11 +14,18 @@ from vllm.v1.request import Request
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.coordinator import StagedCoordinator
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
-from vitcop_vllm.engine.metrics import KV_BLOCKS_NOT_TAKEN
-from vitcop_vllm.engine.prefix_cache import PrefixHashes, StepWrites
+from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES, KV_BLOCKS_NOT_TAKEN
+from vitcop_vllm.engine.output import StagedSchedulerOutput
+from vitcop_vllm.engine.prefix_cache import (
+    PreemptedPrefillStats,
+    PrefixHashes,
+    StepWrites,
+)
 from vitcop_vllm.pruning.budgets import SELECTORS
-from vitcop_vllm.pruning.identity import plan_request
+from vitcop_vllm.pruning.identity import CountsMismatchError, plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class StagedScheduler(Scheduler):
@@ -50,7 +59,16 @@ class StagedScheduler(Scheduler):
             manager.writes = self._writes
 
     def _update_plan(self, request: Request) -> None:
-        plan = plan_request(request.mm_features)
+        try:
+            plan = plan_request(request.mm_features)
+        except CountsMismatchError as error:
+            # The processor refuses such a request. An error here would stop the engine, so a
+            # prompt that did not pass the processor is finished with an error: vLLM does so
+            # with these requests at the end of the step.
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
+            COUNTS_MISMATCHES.labels("scheduler").inc()
+            logger.error("Request %s refused: %s", request.request_id, error)
+            return
         if plan is not None:
             self.plans[request.request_id] = plan
             KV_BLOCKS_NOT_TAKEN.inc(self._blocks_not_taken(request, plan))
@@ -95,13 +113,19 @@ class StagedScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         scheduled = super().schedule(*args, **kwargs)
-        # vLLM keeps from its runner the pixels of pictures that a prefix hit covers, and
-        # model runner V1 is never sent them again: it dies if, once the request has been
-        # preempted, they must be encoded after all.
-        for new in scheduled.scheduled_new_reqs:
-            new.mm_features = self.requests[new.req_id].mm_features
         self._encode_what_is_counted_on(scheduled)
-        return scheduled
+        return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
+
+    def _with_image_data(self, scheduled: SchedulerOutput) -> SchedulerOutput:
+        """The step, with data of images that model runner V1 may lack."""
+        new = {request.req_id for request in scheduled.scheduled_new_reqs}
+        data: dict[str, dict[int, MultiModalKwargsItem]] = {}
+        for name, input_ids in scheduled.scheduled_encoder_inputs.items():
+            request = self.requests[name]
+            if request.num_preemptions and name not in new:
+                features = request.mm_features
+                data[name] = {i: item for i in input_ids if (item := features[i].data)}
+        return StagedSchedulerOutput(**vars(scheduled), image_data=data) if data else scheduled
 
     def _allocate_encoder_inputs(
         self, request: Request, input_ids: list[int], *args: Any, **kwargs: Any
@@ -126,6 +150,8 @@ class StagedScheduler(Scheduler):
             self._to_encode.clear()
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        if request.request_id in self.encoder_cache_mismatch_reqs:
+            return False
         if not super()._handle_blocked_waiting_request(request):
             return False
         hashes = request.block_hashes
@@ -142,6 +168,9 @@ class StagedScheduler(Scheduler):
         # If the step being scheduled was to write some of its blocks, nobody may find them.
         if block_ids := self._writes.block_ids.pop(request.request_id, None):
             self.kv_cache_manager.evict_blocks(block_ids)
+        if (stats := request.prefill_stats) is not None:
+            stats = request.prefill_stats = PreemptedPrefillStats(**vars(stats))
+            stats.finalize(self.kv_cache_manager.estimate_cached_tokens(request))
         super()._preempt_request(request, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(

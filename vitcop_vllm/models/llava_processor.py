@@ -3,11 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from http import HTTPStatus
 from typing import Any
 
 import torch
 from transformers import BatchFeature
-from vllm.inputs import MultiModalHashes
+from vllm.exceptions import GracefulHTTPError
+from vllm.inputs import MultiModalHashes, MultiModalInput
+from vllm.logger import init_logger
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProcessingInfo
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import (
@@ -19,12 +22,31 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
-from vitcop_vllm.pruning.identity import EXPLAIN_KEY, explained_identifier, tag_identifier
+from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
+from vitcop_vllm.pruning.identity import (
+    EXPLAIN_KEY,
+    CountsMismatchError,
+    counts_in_prompt,
+    explained_identifier,
+    tag_identifier,
+)
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 
+logger = init_logger(f"vllm.{__name__}")
+
 COUNTS_FIELD = "visual_token_counts"
 """Name under which a picture's counts reach the encoder: V, K, n1, n2, n3."""
+
+
+class MisprocessedImageError(GracefulHTTPError, CountsMismatchError):
+    """A fault of the processor: vLLM's server answers the request with status 503."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"the server processed an image of this request wrongly: {message}",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
 
 
 class PrunedLlavaProcessingInfo(LlavaProcessingInfo):
@@ -122,6 +144,25 @@ class PrunedLlavaMultiModalProcessor(LlavaMultiModalProcessor):
                 )
             counts.append(self.info.counts(tokens, processor_kwargs))
         return counts
+
+    def apply(self, *args: Any, **kwargs: Any) -> MultiModalInput:
+        """vLLM's processed prompt.
+
+        Raises:
+            MisprocessedImageError: If an image's identifier contradicts its placeholders.
+                Here the error costs one request; in the engine it would cost all.
+        """
+        processed = super().apply(*args, **kwargs)
+        names = processed["mm_hashes"].get("image", ())
+        places = processed["mm_placeholders"].get("image", ())
+        try:
+            for name, place in zip(names, places, strict=True):
+                counts_in_prompt(name, place.length)
+        except CountsMismatchError as error:
+            COUNTS_MISMATCHES.labels("processor").inc()
+            logger.error("Request refused: %s", error)
+            raise MisprocessedImageError(str(error)) from None
+        return processed
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Inputs for memory profiling: pictures that are not pruned."""

@@ -14,6 +14,9 @@ from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 
 _SEPARATOR = "@"
 
+_TAG = re.compile(r"[0-9]+(\.[0-9]+){4}")
+"""Form of the counts at the end of an identifier; see :meth:`VisualTokenCounts.encode`."""
+
 EXPLAIN_KEY = "explain_as"
 """Processor keyword: a name, given to no other request, under which choices are told."""
 
@@ -83,26 +86,48 @@ def counts_of_identifier(identifier: str) -> VisualTokenCounts:
         ) from error
 
 
-def _counts_of_feature(feature: Feature) -> VisualTokenCounts:
-    """Counts that fit the prompt: those told, or all tokens of a picture not processed by us.
+class CountsMismatchError(RuntimeError):
+    """An image's identifier ends with counts that cannot be those of its placeholders.
 
-    Engines also take prompts that were processed elsewhere. An error here would stop them
-    for every request; such a picture simply has as many tokens as placeholders.
+    A fault of ours, or of whoever processed the prompt. Tokens would be dropped at wrong
+    places, so the request must fail; others are not affected.
     """
-    length = feature.mm_position.length
+
+
+def counts_in_prompt(identifier: str, num_placeholders: int) -> VisualTokenCounts:
+    """Counts of an image that has ``num_placeholders`` tokens in the prompt.
+
+    Engines also accept prompts that another processor made. An identifier of such a prompt
+    does not end with counts; the image is not pruned and has one visual token per placeholder.
+
+    Raises:
+        CountsMismatchError: If the identifier ends with counts, and they are impossible or
+            their n1 is not ``num_placeholders``.
+    """
+    _, separator, tag = identifier.rpartition(_SEPARATOR)
+    if not separator or not _TAG.fullmatch(tag):
+        return VisualTokenCounts.unpruned(num_placeholders)
+    image = f"image ...{identifier[-48:]!r}"
     try:
-        counts = counts_of_identifier(feature.identifier)
-    except RuntimeError:
-        return VisualTokenCounts.unpruned(length)
-    return counts if counts.stages[0] == length else VisualTokenCounts.unpruned(length)
+        counts = VisualTokenCounts.decode(tag)
+    except ValueError as error:
+        raise CountsMismatchError(f"{image}: {error}") from None
+    if counts.stages[0] != num_placeholders:
+        raise CountsMismatchError(
+            f"{image} keeps {counts.stages[0]} visual tokens in Stage I by its identifier, and "
+            f"has {num_placeholders} placeholders in the prompt"
+        )
+    return counts
 
 
 def plan_request(features: Iterable[Feature]) -> RequestPlan | None:
-    """Plan of a request with these pictures; ``None`` where nothing is pruned."""
+    """Plan of a request with these images; ``None`` if no image is pruned.
+
+    Raises:
+        CountsMismatchError: See :func:`counts_in_prompt`.
+    """
+    places = [(feature.identifier, feature.mm_position) for feature in features]
     plan = RequestPlan(
-        tuple(
-            VisualSpan(feature.mm_position.offset, _counts_of_feature(feature))
-            for feature in features
-        )
+        tuple(VisualSpan(at.offset, counts_in_prompt(name, at.length)) for name, at in places)
     )
     return plan if plan.is_pruned else None

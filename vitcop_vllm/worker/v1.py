@@ -1,5 +1,6 @@
 """Adapter to vLLM's V1 model runner; ``cpu_runner`` has the one for CPUs."""
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vitcop_vllm.engine.attention import begin_builds
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 from vitcop_vllm.worker.explain import ChoiceRecorder
 from vitcop_vllm.worker.planner import StepPlanner
@@ -84,6 +86,15 @@ class StagedModelRunner(GPUModelRunner):
         return self.get_model()(*args, **kwargs, step=self.step.forward)
 
     def _execute_mm_encoder(self, scheduler_output: SchedulerOutput) -> list[torch.Tensor]:
+        if isinstance(scheduler_output, StagedSchedulerOutput):
+            self._complete_features(scheduler_output)
         names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
         with self.choices.follow_encoder(self.get_model(), names):
             return super()._execute_mm_encoder(scheduler_output)
+
+    def _complete_features(self, scheduler_output: StagedSchedulerOutput) -> None:
+        for name, items in scheduler_output.image_data.items():
+            features = self.requests[name].mm_features
+            for i, item in items.items():
+                if features[i].data is None:
+                    features[i] = replace(features[i], data=item)

@@ -1,0 +1,66 @@
+"""Prompt tokens read from the prefix cache and written to it, as clients pay by them."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.pictures import png_url
+
+pytestmark = pytest.mark.slow
+
+HEADER = "X-Pruning-Ratio"
+
+TURNS = [("What is this?", 8401), ("How many are there?", 8402, 8403), ("And here?", 8401)]
+"""Of a conversation: a question and the seeds of its images."""
+
+
+def chat(http: httpx.Client, body: dict[str, Any], ratio: str) -> tuple[int, int, int]:
+    """Prompt tokens: all, read and written."""
+    answer = http.post("/v1/chat/completions", json=body, headers={HEADER: ratio}).json()
+    details = answer["usage"]["prompt_tokens_details"]
+    return (
+        answer["usage"]["prompt_tokens"],
+        details["cached_tokens"],
+        details["created_cache_tokens"],
+    )
+
+
+def messages(http: httpx.Client, body: dict[str, Any], ratio: str) -> tuple[int, int, int]:
+    usage = http.post("/v1/messages", json=body, headers={HEADER: ratio}).json()["usage"]
+    read, written = usage["cache_read_input_tokens"], usage["cache_creation_input_tokens"]
+    return usage["input_tokens"] + read + written, read, written
+
+
+def openai_image(seed: int) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": png_url(seed)}}
+
+
+def anthropic_image(seed: int) -> dict[str, Any]:
+    _, data = png_url(seed).split(",")
+    return {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": data},
+    }
+
+
+@pytest.mark.parametrize("ratio", ["0", "0.3", "0.889"])
+@pytest.mark.parametrize(("ask", "image"), [(chat, openai_image), (messages, anthropic_image)])
+def test_the_same_request_again_reads_what_was_read_and_written(
+    http: httpx.Client, model: str, ask: Any, image: Any, ratio: str
+) -> None:
+    system = f"{ask.__name__} at {ratio}"  # so that nothing is shared with other tests
+    said: list[dict[str, Any]] = []
+    written = 0
+    for question, *seeds in TURNS:
+        text = {"type": "text", "text": f"{system}. {question}" if not said else question}
+        # The cases differ before their first image: one of them writes nothing for another.
+        parts = [text, *map(image, seeds)] if not said else [*map(image, seeds), text]
+        said.append({"role": "user", "content": parts})
+        body = {"model": model, "messages": said, "max_tokens": 2, "temperature": 0}
+        (total, *first), (_, *again) = (ask(http, body, ratio) for _ in range(2))
+        assert first[0] >= written
+        written = sum(first)
+        assert 0 < written < total
+        assert again == [written, 0]
+        said.append({"role": "assistant", "content": "Yes."})
