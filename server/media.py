@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import aiohttp
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.image import open_image
@@ -30,6 +31,7 @@ from vllm.multimodal.media import (
 from server.data_urls import decode_base64, split_data_url
 from server.errors import RequestError
 from server.formats import describe_unreadable
+from server.pixels import to_eight_bits
 from server.settings import ServerSettings
 
 CONNECTOR_NAME = "vitcop"
@@ -149,7 +151,9 @@ class GuardedConnector(MediaConnector):
 
 
 class GuardedImageIO(ImageMediaIO):
-    """vLLM's image reader, with size limits."""
+    """vLLM's image reader, with size limits and correct colours. Use one instance per image."""
+
+    _file: ImageFile
 
     def __init__(self, limits: PictureLimits, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -162,6 +166,7 @@ class GuardedImageIO(ImageMediaIO):
         try:
             with open_image(BytesIO(data)) as file:
                 self._limits.check(*file.size)
+                self._file = file
             loaded = super().load_bytes(data)
             self._limits.check(*loaded.media.size)  # A container's header may lie.
         except Image.DecompressionBombError as error:
@@ -175,6 +180,11 @@ class GuardedImageIO(ImageMediaIO):
         except OSError as error:  # From a header that is cut off.
             raise RequestError(f"the image cannot be read: {error}", param=_PARAM) from error
         return loaded
+
+    def _convert_image_mode(self, image: Image.Image | MediaWithBytes[Image.Image]) -> Image.Image:
+        # load_bytes passes a decoded copy, which has lost the file's format and tags.
+        assert isinstance(image, Image.Image)
+        return super()._convert_image_mode(to_eight_bits(image, self._file))
 
 
 class BoundedConnection(HTTPConnection):
