@@ -49,13 +49,13 @@ def anthropic_image(seed: int) -> dict[str, Any]:
 def test_the_same_request_again_reads_what_was_read_and_written(
     http: httpx.Client, model: str, ask: Any, image: Any, ratio: str
 ) -> None:
-    system = f"{ask.__name__} at {ratio}"  # so that nothing is shared with other tests
     said: list[dict[str, Any]] = []
     written = 0
     for question, *seeds in TURNS:
-        text = {"type": "text", "text": f"{system}. {question}" if not said else question}
-        # The cases differ before their first image: one of them writes nothing for another.
-        parts = [text, *map(image, seeds)] if not said else [*map(image, seeds), text]
+        text = {"type": "text", "text": question}
+        parts = [*map(image, seeds), text]
+        if not said:  # so that no test reads what another one wrote
+            parts.insert(0, {"type": "text", "text": f"{ask.__name__} at {ratio}: "})
         said.append({"role": "user", "content": parts})
         body = {"model": model, "messages": said, "max_tokens": 2, "temperature": 0}
         (total, *first), (_, *again) = (ask(http, body, ratio) for _ in range(2))
