@@ -13,3 +13,10 @@ def adopted(original: object, subclass: type) -> Any:
     adoptee: Any = copy.copy(original)
     adoptee.__class__ = subclass
     return adoptee
+
+
+def adopt_in_place(original: Any, mixin: type) -> Any:
+    """``original`` itself, with ``mixin`` before its class: for objects that vLLM refers to."""
+    base = type(original)
+    original.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+    return original

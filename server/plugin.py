@@ -11,6 +11,7 @@ from server import readiness, routes
 from server.aliases import AliasedModels
 from server.errors import nested_too_deep, use_one_shape
 from server.exit_status import exit_nonzero_when_dead
+from server.image_cache import keep_caches_equal
 from server.limits import BodyLimit, limit_answers
 from server.media import guard_media
 from server.middleware import PruningMiddleware
@@ -97,5 +98,6 @@ class PruningEndpointPlugin:
         )
         state.pruning_server_settings = settings
         state.pruning_preview = preview_of(engine_client, model)
+        keep_caches_equal(engine_client)
         exit_nonzero_when_dead(engine_client)
         note_shutdown(engine_client, state)

@@ -26,17 +26,11 @@ def remembering() -> Iterator[list[str]]:
         _rendered.reset(token)
 
 
-def rendered_pictures() -> list[str]:
-    """Names of the pictures rendered so far for the answer being made."""
-    return _rendered.get() or []
-
-
 class PictureRenderer(OnlineRenderer):
     """vLLM's renderer, which names pictures to :func:`remembering` and refuses marks of none.
 
     All handlers render through the two methods below, one conversation at a time, in the task
-    that serves the request (thread pools are below them). What is rendered is in vLLM's cache
-    of processed pictures, even if a later conversation of the request fails.
+    that serves the request (thread pools are below them).
     """
 
     async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:

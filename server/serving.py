@@ -10,12 +10,11 @@ engine client's ``generate`` does not know which HTTP answer it works for.
 """
 
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Self
 
 from fastapi import Request
-from vllm.entrypoints.anthropic.protocol import AnthropicCountTokensRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -41,19 +40,12 @@ from server.limits import refuse_many_conversations
 from server.metrics import RATIO_ERRORS, count_request
 from server.middleware import EXPLAIN_STATE_KEY, STATE_KEY
 from server.ratio import accepted_ratio
-from server.rendering import PictureRenderer, remembering, rendered_pictures
+from server.rendering import PictureRenderer, remembering
 from server.settings import ServerSettings, settings_of
 from server.tracing import trace_pruning
 from server.usage import PrunedModel, extend_event, extend_usage, picture_counts
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
-
-_ERROR_EVENT = 'data: {"error":'
-
-_EMPTY_EVENTS = frozenset(
-    {"response.created", "response.queued", "response.in_progress", "response.failed", "error"}
-)
-"""Types of events of ``/v1/responses`` that hold nothing of an answer."""
 
 
 class _PrunedServing:
@@ -67,7 +59,6 @@ class _PrunedServing:
     pruned_model: PrunedModel
     is_traced: bool
     create_error_response: Callable[..., ErrorResponse]
-    renderer: Any
     online_renderer: Any
 
     @classmethod
@@ -92,13 +83,8 @@ class _PrunedServing:
         if raw_request is not None:
             setattr(raw_request.state, STATE_KEY, ratio)
         with remembering() as names:
-            try:
-                answer = await create(request, raw_request)
-            except BaseException:
-                self._forget(names)
-                raise
+            answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
-            self._forget(names)
             return answer
         pictures = picture_counts(names)
         count_request(ratio, pictures)
@@ -109,7 +95,7 @@ class _PrunedServing:
             if self.is_traced:
                 trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
         if isinstance(answer, AsyncGenerator):
-            return self._extend_stream(answer, fields, names)
+            return self._extend_stream(answer, fields)
         extend_usage(answer.usage, fields)
         return answer
 
@@ -131,39 +117,17 @@ class _PrunedServing:
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         refuse_unsafe_fields(request, settings)
 
-    def _begins(self, event: Any) -> bool:
-        """Whether an event of a stream shows that the engine has the request."""
-        return not event.startswith(_ERROR_EVENT)
-
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         """An event of a stream with ``fields`` in its usage, if it has one."""
         return extend_event(event, fields)
 
     async def _extend_stream(
-        self, events: AsyncGenerator[Any, None], fields: Mapping[str, Any], names: list[str]
+        self, events: AsyncGenerator[Any, None], fields: Mapping[str, Any]
     ) -> AsyncGenerator[Any, None]:
-        has_begun = False
-        try:
-            # A client that leaves closes this generator; vLLM frees the request when its own
-            # closes.
-            async with aclosing(events):
-                async for event in events:
-                    has_begun = has_begun or self._begins(event)
-                    yield self._extend_event(event, fields)
-        finally:
-            if not has_begun:
-                self._forget(names)
-
-    def _forget(self, names: Sequence[str]) -> None:
-        """Have pictures sent to the engine again, which may not have got them.
-
-        vLLM's front end does not send what it believes the engine to hold, and believes so of
-        every picture it has processed. Of a request refused after that, the next one with the
-        same picture would be answered with status 500.
-        """
-        cache = self.renderer.mm_processor_cache
-        for name in names if cache is not None else ():
-            cache.invalidate(name)
+        # A client that leaves closes this generator; vLLM frees the request when its own closes.
+        async with aclosing(events):
+            async for event in events:
+                yield self._extend_event(event, fields)
 
 
 class PrunedChat(_PrunedServing, OpenAIServingChat):
@@ -194,15 +158,6 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
     The header works; the protocol's ``usage`` has no room for ours.
     """
 
-    async def count_tokens(
-        self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
-    ) -> Any:
-        with remembering() as names:
-            try:
-                return await super().count_tokens(request, raw_request)
-            finally:  # nothing goes to the engine
-                self._forget(names)
-
 
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     """Handler of ``/v1/completions``.
@@ -223,20 +178,10 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
     async def create_responses(
         self, request: ResponsesRequest, raw_request: Request | None = None
     ) -> Any:
-        return await self._create_pruned(self._create, request, raw_request)
-
-    async def _create(self, request: ResponsesRequest, raw_request: Request | None) -> Any:
-        answer = await super().create_responses(request, raw_request)
-        if request.background:
-            # Nobody hears here how it ends. To send its pictures once more costs a little.
-            self._forget(rendered_pictures())
-        return answer
+        return await self._create_pruned(super().create_responses, request, raw_request)
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         """Nothing: vLLM parses strictly here, and the middleware has looked into the body."""
-
-    def _begins(self, event: Any) -> bool:
-        return event.type not in _EMPTY_EVENTS
 
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)

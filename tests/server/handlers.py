@@ -11,5 +11,4 @@ def bare_handler(of: Any) -> Any:
     serving, renderer = of.__new__(of), OnlineRenderer.__new__(OnlineRenderer)
     renderer.model_config = SimpleNamespace(hf_config=SimpleNamespace(image_token_index=3))
     serving.online_renderer = renderer
-    serving.renderer = SimpleNamespace(mm_processor_cache=None)
     return serving

@@ -11,8 +11,12 @@ from vitcop_vllm.lab import serving
 TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"),
+    *("--mm-processor-cache-gb", "0.003"),
 )
 """What a server of a tiny model is started with: several live at a time, by the end of a run."""
+
+IMAGE_ROOM = 5
+"""Images that the image cache of such a server holds."""
 
 
 def running_server(

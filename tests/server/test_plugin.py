@@ -53,7 +53,7 @@ def init(
     )
     engine = SimpleNamespace(
         vllm_config=vllm_config,
-        renderer=SimpleNamespace(mm_processor=SimpleNamespace(info=None)),
+        renderer=SimpleNamespace(mm_processor=SimpleNamespace(info=None), mm_processor_cache=None),
         shutdown=None,
         errored=False,
     )
