@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from server import readiness, routes
 from server.aliases import AliasedModels
+from server.cors import expose_headers
 from server.errors import nested_too_deep, use_one_shape
 from server.exit_status import exit_nonzero_when_dead
 from server.limits import BodyLimit, limit_answers
@@ -62,6 +63,7 @@ class PruningEndpointPlugin:
         app.add_middleware(PruningMiddleware)
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)
+        expose_headers(app.state.args)
         use_one_shape(app.state.args)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.warning(

@@ -36,6 +36,7 @@ class Explained:
     names: list[str] = field(default_factory=list)
 
 
+@router.head("/v1/pruning/config", include_in_schema=False)
 @router.get("/v1/pruning/config")
 async def config(raw_request: Request) -> dict[str, Any]:
     """Settings and limits in force."""
@@ -52,6 +53,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
     }
 
 
+@router.head("/v1/pruning/plan", include_in_schema=False)
 @router.get("/v1/pruning/plan")
 async def plan(
     raw_request: Request,
