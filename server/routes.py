@@ -16,7 +16,6 @@ from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
 from server.preview import Preview
 from server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 router = APIRouter()
 
@@ -65,11 +64,13 @@ async def plan(
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        asked = settings.default_ratio if ratio is None else settings.parse_ratio(ratio)
+        asked = (
+            settings.default_ratio if ratio is None else settings.parse_ratio(ratio, name="ratio")
+        )
         if (width is None) != (height is None):
             raise RequestError("send both width and height, or neither", param="width")
     except ValueError as error:
-        param = error.param if isinstance(error, RequestError) else RATIO_KEY
+        param = error.param if isinstance(error, RequestError) else "ratio"
         return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
     if width is None or height is None:
         width, height = preview.input_size()

@@ -89,8 +89,8 @@ def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Clien
 @pytest.mark.parametrize(
     ("params", "param"),
     [
-        ({"ratio": "2"}, "pruning_ratio"),
-        ({"ratio": ""}, "pruning_ratio"),
+        ({"ratio": "2"}, "ratio"),
+        ({"ratio": ""}, "ratio"),
         ({"width": "64"}, "width"),
         ({"width": "0", "height": "1"}, "query.width"),
         ({"width": "a", "height": "1"}, "query.width"),
