@@ -26,6 +26,9 @@ _ENGINE_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_c
 _MAX_LENGTH_PENALTY = 16
 """Beam search divides by the length to this power, which must be neither 0 nor infinite."""
 
+_UNBATCHED_FIELDS = ("stream", "tools", "prompt_logprobs", "return_prompt_text")
+"""Fields of a chat that vLLM 0.32 accepts for a batch, and then answers wrongly or ignores."""
+
 _LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
 """Text and tokens only, up to millions, that vLLM checks one by one itself."""
 
@@ -62,6 +65,8 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
         # A batch has conversations in their place.
         for one in message if isinstance(message, list) else [message]:
             _make_readable(one)
+    if body.get("echo"):
+        _refuse_echoed_images(messages)
     refuse_unsafe_body({**body, "messages": messages}, settings)
 
 
@@ -86,6 +91,22 @@ def refuse_unsafe_body(body: Mapping[str, object], settings: ServerSettings) -> 
             "truncate_prompt_tokens might cut through a picture: leave it out",
             param="truncate_prompt_tokens",
         )
+
+
+def refuse_unbatched_fields(request: Any) -> None:
+    """Refuse fields that a batch of chats would answer wrongly or without effect.
+
+    Raises:
+        RequestError: If one of ``_UNBATCHED_FIELDS`` is set.
+    """
+    for field in _UNBATCHED_FIELDS:
+        value = getattr(request, field, None)
+        if not (value is None or value is False or value == []):
+            raise RequestError(
+                f"{field} is not supported in a batch: leave it out, or send each conversation to "
+                "/v1/chat/completions",
+                param=field,
+            )
 
 
 def refuse_stray_placeholders(
@@ -188,6 +209,14 @@ def _parts(messages: object) -> Iterator[Mapping[str, object]]:
             unseen.append(value.get("content"))
         elif isinstance(value, (list, tuple)):
             unseen += value
+
+
+def _refuse_echoed_images(messages: list[Any]) -> None:
+    """Refuse ``echo`` of a message with images: vLLM looks for a text in each of its parts."""
+    is_batch = bool(messages) and isinstance(messages[0], list)
+    conversations = messages if is_batch else [messages]
+    if any(has_non_text_content(conversation[-1:]) for conversation in conversations):
+        raise RequestError("echo repeats text only: the last message has an image", param="echo")
 
 
 def _refuse_unreadable_items(items: object) -> None:

@@ -35,6 +35,7 @@ from server.errors import RequestError
 from server.fields import (
     PROCESSOR_FIELDS,
     refuse_processor_fields,
+    refuse_unbatched_fields,
     refuse_unsafe_fields,
 )
 from server.limits import refuse_many_conversations
@@ -185,6 +186,7 @@ class PrunedChatBatch(_PrunedServing, OpenAIServingChatBatch):
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         refuse_many_conversations(request.messages)
+        refuse_unbatched_fields(request)
         super()._refuse_fields(request, settings)
 
 

@@ -222,6 +222,17 @@ def test_bad_prompts(server: Server, prompt: object) -> None:
         assert_refused(server.post("/v1/completions", body))
 
 
+def test_an_image_cannot_be_echoed(server: Server) -> None:
+    answer = server.chat(messages=[picture_message(1)], echo=True, add_generation_prompt=False)
+    assert_refused(answer)
+    assert answer.json()["error"]["param"] == "echo"
+    said = {"role": "assistant", "content": "I see"}
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    prefilled = server.chat(messages=[picture_message(1), said], echo=True, **fields)
+    assert prefilled.status_code == 200, prefilled.text
+    assert prefilled.json()["choices"][0]["message"]["content"].startswith("I see")
+
+
 def test_what_only_looks_bad(server: Server) -> None:
     assert server.chat(messages=user("a\0b")).status_code == 200
     assert server.chat(messages=user("<imag e> and image>")).status_code == 200
