@@ -10,6 +10,10 @@ def adopted(original: object, subclass: type) -> Any:
     vLLM builds its handlers itself. Building them again would need a copy of some twenty
     constructor arguments that changes with every release.
     """
-    adoptee: Any = copy.copy(original)
-    adoptee.__class__ = subclass
-    return adoptee
+    return adopt_in_place(copy.copy(original), subclass)
+
+
+def adopt_in_place(original: Any, subclass: type) -> Any:
+    """Turn ``original`` itself into a ``subclass``, for all who hold a reference to it."""
+    original.__class__ = subclass
+    return original

@@ -26,6 +26,7 @@ from server.serving import (
     PrunedResponses,
 )
 from server.settings import server_settings
+from server.tokenization import PrunedTokenization
 from server.usage import PrunedModel
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -36,6 +37,7 @@ _HANDLERS: dict[str, Any] = {
     "openai_serving_completion": PrunedCompletion,
     "openai_serving_responses": PrunedResponses,
     "anthropic_serving_messages": PrunedMessages,
+    "serving_tokenization": PrunedTokenization,
 }
 """Where vLLM keeps its handlers, and ours."""
 
@@ -90,13 +92,11 @@ class PruningEndpointPlugin:
         model = PrunedModel.from_config(
             vllm_config.model_config, args.served_model_name or [args.model]
         )
+        AliasedModels.adopt(state.openai_serving_models, model.settings, settings.aliases)
         is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
         for name, pruned_serving in _HANDLERS.items():
             stock = getattr(state, name)
             setattr(state, name, pruned_serving.adopt(stock, model, is_traced))
-        state.openai_serving_models = AliasedModels.adopt(
-            state.openai_serving_models, settings.aliases
-        )
         state.pruning_server_settings = settings
         state.pruning_preview = preview_of(engine_client, model)
         exit_nonzero_when_dead(engine_client)

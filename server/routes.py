@@ -12,8 +12,9 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from server.errors import RequestError, error_body
 from server.explain import LostChoicesError, explain_picture, merge_answers
-from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
+from server.middleware import EXPLAIN_STATE_KEY
 from server.preview import Preview
+from server.route_rules import EXPLAIN_ROUTE
 from server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED
 

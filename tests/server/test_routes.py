@@ -278,7 +278,7 @@ def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
     http.post("/v1/chat/completions", json=chat(model, 77, 78), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model, 77), headers={HEADER: "abc"})
-    http.post("/tokenize", json={"model": model, "prompt": "x"}, headers={HEADER: "0.5"})
+    http.post("/detokenize", json={"model": model, "tokens": [5]}, headers={HEADER: "0.5"})
     after = metrics(http)
 
     def more(name: str) -> float:
