@@ -10,13 +10,16 @@ def adopted(original: object, subclass: type) -> Any:
     vLLM builds its handlers itself. Building them again would need a copy of some twenty
     constructor arguments that changes with every release.
     """
-    adoptee: Any = copy.copy(original)
-    adoptee.__class__ = subclass
-    return adoptee
+    return adopt_in_place(copy.copy(original), subclass)
 
 
-def adopt_in_place(original: Any, mixin: type) -> Any:
-    """``original`` itself, with ``mixin`` before its class: for objects that vLLM refers to."""
-    base = type(original)
-    original.__class__ = type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+def adopt_in_place(original: Any, subclass: type) -> Any:
+    """Turn ``original`` itself into a ``subclass``, for all who hold a reference to it."""
+    original.__class__ = subclass
     return original
+
+
+def mix_in_place(original: Any, mixin: type) -> Any:
+    """Put ``mixin`` before the class of ``original``, whichever class vLLM chose."""
+    base = type(original)
+    return adopt_in_place(original, type(f"{mixin.__name__}{base.__name__}", (mixin, base), {}))

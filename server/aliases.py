@@ -5,9 +5,10 @@ from typing import Any, Self
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-from server.adoption import adopted
+from server.adoption import adopt_in_place
 from server.errors import RequestError
 from server.ratio import ratio_text
+from server.route_rules import MODEL_KEY
 from vitcop_vllm.pruning.settings import PruningSettings
 
 _SEPARATOR = "@"
@@ -31,20 +32,40 @@ def split_alias(
     try:
         return base, settings.parse_ratio(ratio, name=f"the ratio in model {name!r}")
     except ValueError as error:
-        raise RequestError(str(error), param="model") from error
+        raise RequestError(str(error), param=MODEL_KEY) from error
 
 
 class AliasedModels(OpenAIServingModels):
-    """vLLM's list of models, each also under the names that the operator wants listed."""
+    """vLLM's list of models, which also knows each model by its name with any ratio.
 
+    All of vLLM's handlers hold this one object, and ask it whether a request's model exists.
+    """
+
+    settings: PruningSettings
     aliases: tuple[float, ...]
 
     @classmethod
-    def adopt(cls, models: object, aliases: tuple[float, ...]) -> Self:
-        """``models``, which vLLM built, as an instance of this class."""
-        listing: Self = adopted(models, cls)
+    def adopt(cls, models: object, settings: PruningSettings, aliases: tuple[float, ...]) -> Self:
+        """Turn ``models``, which vLLM built, into an instance of this class.
+
+        Args:
+            models: vLLM's list.
+            settings: The range of ratios.
+            aliases: Ratios for which names are listed.
+        """
+        listing: Self = adopt_in_place(models, cls)
+        listing.settings = settings
         listing.aliases = aliases
         return listing
+
+    def split(self, name: str | None) -> tuple[str | None, float | None]:
+        """See :func:`split_alias`."""
+        served = [model.name for model in self.base_model_paths]
+        return split_alias(name, served, self.settings)
+
+    def is_base_model(self, model_name: str) -> bool:
+        base, _ = self.split(model_name)
+        return base is not None and super().is_base_model(base)
 
     async def show_available_models(self) -> Any:
         listed = await super().show_available_models()
@@ -54,3 +75,15 @@ class AliasedModels(OpenAIServingModels):
             for ratio in self.aliases
         ]
         return listed
+
+
+def ratio_in_name(app: Any, name: object) -> float | None:
+    """The ratio in a model's name, if the name has one and a running ``app`` serves the model.
+
+    Raises:
+        RequestError: If the ratio is out of range.
+    """
+    models: AliasedModels | None = getattr(app.state, "openai_serving_models", None)
+    if models is None or not isinstance(name, str):
+        return None
+    return models.split(name)[1]

@@ -1,4 +1,4 @@
-"""Errors of requests: what the client has to change, always in the shape of OpenAI's."""
+"""Errors of requests: what the client has to change, in the shape of the route's protocol."""
 
 import json
 from argparse import Namespace
@@ -11,12 +11,24 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.exceptions import VLLMValidationError
 
+from server.route_rules import rules_of
+
 RETRY_SECONDS = 5
 """Told with every 503 that tells nothing else: a queue is full, or something starts or stops."""
 
 _MAX_ERROR_BYTES = 65536
 _ERROR_TYPES = ("application/json", "text/plain", "")
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_ANTHROPIC_TYPES: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+    HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
+}
+"""Anthropic's types of errors; others are the client's (``invalid_request_error``) or ours."""
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
@@ -55,10 +67,11 @@ def use_one_shape(args: Namespace) -> None:
 
 
 class OneShape:
-    """Gives every error the shape of OpenAI's, whoever answered.
+    """Gives every error the shape of the route's protocol, whoever answered.
 
     vLLM's keys, unknown routes and methods, and bodies that are no JSON have shapes of their
-    own, and a full queue says not when to come again. Answers that are no errors, streams, and
+    own, and a full queue says not when to come again. The shape is OpenAI's; on Anthropic's
+    routes it is Anthropic's around OpenAI's fields. Answers that are no errors, streams, and
     what is too large to be a sentence pass untouched.
     """
 
@@ -67,15 +80,16 @@ class OneShape:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] != "HEAD":
-            send = _Reshaped(send).send
+            send = _Reshaped(send, rules_of(scope).is_anthropic).send
         await self.app(scope, receive, send)
 
 
 class _Reshaped:
     """The messages of one answer; those of an error are held back until it is whole."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, is_anthropic: bool) -> None:
         self._send = send
+        self._is_anthropic = is_anthropic
         self._start: Message | None = None
         self._body = b""
 
@@ -94,7 +108,7 @@ class _Reshaped:
         self._start = None
         body = self._body
         if not more and len(body) <= _MAX_ERROR_BYTES:
-            body = _in_shape(start["status"], body)
+            body = _in_shape(start["status"], body, self._is_anthropic)
             headers = MutableHeaders(scope=start)
             headers["content-type"] = "application/json"
             headers["content-length"] = str(len(body))
@@ -114,8 +128,8 @@ def _may_lack_shape(start: Message) -> bool:
     )
 
 
-def _in_shape(status: int, body: bytes) -> bytes:
-    """``body`` with what its ``error`` lacks; other fields, such as Anthropic's, are kept."""
+def _in_shape(status: int, body: bytes, is_anthropic: bool) -> bytes:
+    """``body`` with what its ``error`` lacks; other fields are kept."""
     phrase = _PHRASES.get(status, "Error")
     told = _parsed(body)
     fields = told if isinstance(told, dict) else {}
@@ -125,7 +139,17 @@ def _in_shape(status: int, body: bytes) -> bytes:
         fields, error = {}, {"message": message if isinstance(message, str) else json.dumps(told)}
     kind = phrase.replace(" ", "").replace("-", "").removesuffix("Error") + "Error"
     whole = {**error_body(phrase, kind, status)["error"], **error}
-    return body if whole == error else json.dumps({**fields, "error": whole}).encode()
+    if is_anthropic:
+        fields = {"type": "error", **fields}
+        whole["type"] = _anthropic_type(status)
+    shaped = {**fields, "error": whole}
+    return body if shaped == told else json.dumps(shaped).encode()
+
+
+def _anthropic_type(status: int) -> str:
+    is_client_fault = status < HTTPStatus.INTERNAL_SERVER_ERROR
+    fallback = "invalid_request_error" if is_client_fault else "api_error"
+    return _ANTHROPIC_TYPES.get(status, fallback)
 
 
 def _parsed(body: bytes) -> Any:

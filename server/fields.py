@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from vllm.renderers.chat_utils import has_non_text_content
 
 from server.errors import RequestError
+from server.route_rules import CHAT_RULES, RouteRules
 from server.settings import ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
@@ -26,21 +27,32 @@ _ENGINE_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_c
 _MAX_LENGTH_PENALTY = 16
 """Beam search divides by the length to this power, which must be neither 0 nor infinite."""
 
+_FIELDS_WITH_PARTS = ("messages", "input", "content_parts")
+"""Fields that may hold pictures, on one route or another."""
+
+_UNBATCHED_FIELDS = ("stream", "tools", "prompt_logprobs", "return_prompt_text")
+"""Fields of a chat that vLLM 0.32 accepts for a batch, and then answers wrongly or ignores."""
+
 _LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
 """Text and tokens only, up to millions, that vLLM checks one by one itself."""
 
 
-def refuse_processor_fields(body: Mapping[str, object]) -> None:
+def refuse_processor_fields(body: Mapping[str, object], rules: RouteRules = CHAT_RULES) -> None:
     """Refuse a client that sets picture processing itself.
+
+    Args:
+        body: The request's fields.
+        rules: Of the route, to say how the client can choose a ratio there.
 
     Raises:
         RequestError: If one of ``PROCESSOR_FIELDS`` is there and not ``null``.
     """
     for field in PROCESSOR_FIELDS:
         if body.get(field) is not None:
+            hint = f"; to choose how many visual tokens are removed {rules.advice}"
             raise RequestError(
-                f"{field} is not accepted from clients; to choose how many visual tokens are "
-                f"removed send header {RATIO_HEADER} or body field {RATIO_KEY}",
+                f"{field} is not accepted from clients"
+                + (hint if RATIO_HEADER in rules.ratio_places else ""),
                 param=field,
             )
 
@@ -62,23 +74,34 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
         # A batch has conversations in their place.
         for one in message if isinstance(message, list) else [message]:
             _make_readable(one)
+    if body.get("echo"):
+        _refuse_echoed_images(messages)
     refuse_unsafe_body({**body, "messages": messages}, settings)
 
 
-def refuse_unsafe_body(body: Mapping[str, object], settings: ServerSettings) -> None:
+def refuse_unsafe_body(
+    body: Mapping[str, object], settings: ServerSettings, rules: RouteRules = CHAT_RULES
+) -> None:
     """Refuse what vLLM 0.32 would answer with status 500, or from another client's picture.
+
+    Args:
+        body: The request's fields.
+        settings: The operator's.
+        rules: Of the route, whose words errors use.
 
     Raises:
         RequestError: If it cannot be served, or not without harm.
     """
     _refuse_values(body)
     _refuse_length_penalty(body.get("length_penalty"))
-    _refuse_engine_arguments(body.get("vllm_xargs"))
+    _refuse_engine_arguments(body.get("vllm_xargs"), rules)
     _refuse_unreadable_items(body.get("input"))
-    for part in _parts([body.get("messages"), body.get("input")]):
-        _refuse_role(part)
-        if not settings.picture_ids:
-            _refuse_picture_id(part)
+    for field in _FIELDS_WITH_PARTS:
+        for part in _parts(body.get(field)):
+            if not rules.is_anthropic:  # vLLM knows Anthropic's roles, which are fewer.
+                _refuse_role(part, field)
+            if not settings.picture_ids:
+                _refuse_picture_id(part)
     if body.get("truncate_prompt_tokens") is not None and has_non_text_content(
         body.get("messages")
     ):
@@ -88,8 +111,24 @@ def refuse_unsafe_body(body: Mapping[str, object], settings: ServerSettings) -> 
         )
 
 
+def refuse_unbatched_fields(request: Any) -> None:
+    """Refuse fields that a batch of chats would answer wrongly or without effect.
+
+    Raises:
+        RequestError: If one of ``_UNBATCHED_FIELDS`` is set.
+    """
+    for field in _UNBATCHED_FIELDS:
+        value = getattr(request, field, None)
+        if not (value is None or value is False or value == []):
+            raise RequestError(
+                f"{field} is not supported in a batch: leave it out, or send each conversation to "
+                "/v1/chat/completions",
+                param=field,
+            )
+
+
 def refuse_stray_placeholders(
-    engine_inputs: Iterable[Mapping[str, Any]], model_config: Any
+    engine_inputs: Iterable[Mapping[str, Any]], model_config: Any, prompt_field: str
 ) -> None:
     """Refuse a prompt whose text was taken for a picture's place.
 
@@ -99,6 +138,7 @@ def refuse_stray_placeholders(
     Args:
         engine_inputs: vLLM's processed prompts.
         model_config: vLLM's, of the served model.
+        prompt_field: The body field that holds the text.
 
     Raises:
         RequestError: If a picture's token is anywhere but in the place of a picture.
@@ -110,10 +150,15 @@ def refuse_stray_placeholders(
         places = (engine_input.get("mm_placeholders") or {}).get("image", ())
         inside = (tokens[place.offset : place.offset + place.length] for place in places)
         if tokens.count(token) > sum(place.count(token) for place in inside):
+            place = (
+                "in the messages of /v1/chat/completions"
+                if prompt_field == "prompt"
+                else "as content parts"
+            )
             raise RequestError(
-                "the text holds the mark of a picture's place (such as <image>) where no picture "
-                "is: send pictures as content parts, and write the mark in another way",
-                param="messages",
+                f"{prompt_field} holds the mark of an image's place (such as <image>) without an "
+                f"image: send images {place}, and write the mark in another way in text",
+                param=prompt_field,
             )
 
 
@@ -190,6 +235,14 @@ def _parts(messages: object) -> Iterator[Mapping[str, object]]:
             unseen += value
 
 
+def _refuse_echoed_images(messages: list[Any]) -> None:
+    """Refuse ``echo`` of a message with images: vLLM looks for a text in each of its parts."""
+    is_batch = bool(messages) and isinstance(messages[0], list)
+    conversations = messages if is_batch else [messages]
+    if any(has_non_text_content(conversation[-1:]) for conversation in conversations):
+        raise RequestError("echo repeats text only: the last message has an image", param="echo")
+
+
 def _refuse_unreadable_items(items: object) -> None:
     """Refuse what vLLM's ``/v1/responses`` reads without looking whether it is there."""
     for item in items if isinstance(items, list) else ():
@@ -204,22 +257,22 @@ def _refuse_unreadable_items(items: object) -> None:
             raise RequestError("a custom_tool_call needs call_id and name", param="input")
 
 
-def _refuse_engine_arguments(arguments: object) -> None:
+def _refuse_engine_arguments(arguments: object, rules: RouteRules) -> None:
     if not isinstance(arguments, Mapping):
         return
     if RATIO_KEY in arguments:
         raise RequestError(
-            f"{RATIO_KEY} is a field of the body itself, not of vllm_xargs", param="vllm_xargs"
+            f"{RATIO_KEY} is not accepted in vllm_xargs: {rules.advice}", param="vllm_xargs"
         )
     if unsafe := _ENGINE_ARGUMENTS & arguments.keys():
         raise RequestError(f"{min(unsafe)} is not accepted in vllm_xargs", param="vllm_xargs")
 
 
-def _refuse_role(message: Mapping[str, object]) -> None:
+def _refuse_role(message: Mapping[str, object], field: str) -> None:
     role = message.get("role")
     if isinstance(role, str) and role not in _ROLES:
         raise RequestError(
-            f"unknown role {role[:32]!r}: one of {', '.join(sorted(_ROLES))}", param="messages"
+            f"unknown role {role[:32]!r}: one of {', '.join(sorted(_ROLES))}", param=field
         )
 
 

@@ -1,35 +1,20 @@
-"""Around every route: the ratio told in the answer, and never ignored where it is unknown."""
+"""Around every route: the answer tells the ratio, and a ratio that vLLM would ignore is refused."""
 
 import json
-import re
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.aliases import ratio_in_name
 from server.errors import RequestError
 from server.fields import refuse_processor_fields, refuse_unsafe_body
 from server.metrics import RATIO_ERRORS
 from server.ratio import ratio_text
+from server.route_rules import MODEL_KEY, RouteRules, route_path, rules_of
 from server.settings import settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
-
-EXPLAIN_ROUTE = "/v1/pruning/explain"
-PRUNED_ROUTES = frozenset(
-    {
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/completions",
-        EXPLAIN_ROUTE,
-    }
-)
-READ_ROUTES = {
-    "/v1/messages": frozenset({RATIO_HEADER}),
-    "/v1/responses": frozenset({RATIO_HEADER, RATIO_KEY}),
-}
-"""Pruned routes whose bodies are looked into here, before vLLM reads them, each with where its
-ratio may stand: the protocol of messages has no room for fields of ours."""
 
 STATE_KEY = "pruning_ratio"
 """Key in a request's state where its handler leaves the accepted ratio."""
@@ -37,21 +22,15 @@ STATE_KEY = "pruning_ratio"
 EXPLAIN_STATE_KEY = "pruning_explained"
 """Key in a request's state of what its explanation needs; absent from all other requests."""
 
-_NOT_INFERENCE = frozenset({"/ping", "/start_profile", "/stop_profile"})
-"""POST routes that clients with default headers call beside inference: nothing to prune."""
-
-_CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
-"""The same, of an answer that is made in the background."""
-
 _TOKENS_PREFIX = "/inference/"
 
 
 class PruningMiddleware:
-    """Tells the accepted ratio on the pruned routes and refuses it on all others.
+    """Tells the accepted ratio in the answer, and refuses ratios where a route takes none.
 
-    Pure ASGI, so that streams pass through unbuffered. On :data:`PRUNED_ROUTES` the body is not
-    touched. On other POST routes it is read, looked into and replayed: vLLM would drop an
-    unknown header or field there without a word.
+    Pure ASGI, so that streams pass through unbuffered. Where the route's
+    :class:`~server.route_rules.RouteRules` say so, the body is read, checked and replayed: vLLM
+    would drop an unknown header or field there without a word.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -61,17 +40,10 @@ class PruningMiddleware:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        path = _path(scope)
-        if path in PRUNED_ROUTES:
-            await self._tell_ratio(self.app, scope, receive, send)
-        elif path in READ_ROUTES:
-            await self._tell_ratio(self._refuse_ratio, scope, receive, send)
-        elif path in _NOT_INFERENCE or _CANCEL.fullmatch(path):
+        rules = rules_of(scope)
+        if not rules.is_inference:
             await self.app(scope, receive, send)
-        else:
-            await self._refuse_ratio(scope, receive, send)
-
-    async def _tell_ratio(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         state = scope.setdefault("state", {})
 
         async def send_with_ratio(message: Message) -> None:
@@ -81,21 +53,33 @@ class PruningMiddleware:
                     MutableHeaders(scope=message)[RATIO_HEADER] = ratio_text(ratio)
             await send(message)
 
-        await app(scope, receive, send_with_ratio)
+        if rules.is_body_read:
+            await self._check_body(rules, scope, receive, send_with_ratio)
+        else:
+            await self.app(scope, receive, send_with_ratio)
 
-    async def _refuse_ratio(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = _path(scope)
+    async def _check_body(
+        self, rules: RouteRules, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         # Read to the end even when the header alone decides: an unread body would cost the
         # client its connection.
         messages = await _read_body(receive)
+        headers = Headers(scope=scope)
         try:
             body = _json_object(messages)
-            _check_unpruned(path, Headers(scope=scope), body)
-            refuse_unsafe_body(body, settings_of(scope["app"]))
+            ratio = ratio_in_name(scope["app"], body.get(MODEL_KEY))
+            _refuse_misplaced_ratios(rules, headers, body, ratio)
+            refuse_processor_fields(body, rules)
+            _refuse_features(route_path(scope), body)
+            refuse_unsafe_body(body, settings_of(scope["app"]), rules)
         except RequestError as error:
-            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY))
+            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
             return
+        has_other = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
+        if rules.is_model_dropped and ratio is not None and not has_other:
+            header = (RATIO_HEADER.lower().encode(), ratio_text(ratio).encode())
+            scope = {**scope, "headers": [*scope["headers"], header]}
 
         async def replay() -> Message:
             return messages.pop(0) if messages else await receive()
@@ -103,28 +87,21 @@ class PruningMiddleware:
         await self.app(scope, replay, send)
 
 
-def _path(scope: Scope) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
-
-
-def _check_unpruned(path: str, headers: Headers, body: Mapping[str, object]) -> None:
-    accepted = READ_ROUTES.get(path, frozenset())
-    for param, present in (
-        (RATIO_HEADER, RATIO_HEADER in headers),
-        (RATIO_KEY, body.get(RATIO_KEY) is not None),
+def _refuse_misplaced_ratios(
+    rules: RouteRules, headers: Headers, body: Mapping[str, object], ratio_of_name: float | None
+) -> None:
+    for place, name, is_present in (
+        (RATIO_HEADER, RATIO_HEADER, RATIO_HEADER in headers),
+        (RATIO_KEY, RATIO_KEY, body.get(RATIO_KEY) is not None),
+        (MODEL_KEY, f"the ratio in model {body.get(MODEL_KEY)!r}", ratio_of_name is not None),
     ):
-        if present and param not in accepted:
+        if is_present and place not in rules.ratio_places:
             raise RequestError(
-                f"{param} is not supported on this route: "
-                + (
-                    f"send header {RATIO_HEADER}"
-                    if accepted
-                    else "send it to /v1/chat/completions, /v1/completions or /v1/responses"
-                ),
-                param=param,
+                f"{name} is not supported on this route: {rules.advice}", param=place
             )
-    refuse_processor_fields(body)
+
+
+def _refuse_features(path: str, body: Mapping[str, object]) -> None:
     if path.startswith(_TOKENS_PREFIX) and body.get("features") is not None:
         # Their identities carry the counts that workers plan with: a made-up one could stop
         # the engine for everyone.

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from server import readiness, routes
 from server.aliases import AliasedModels
+from server.cors import expose_headers
 from server.errors import nested_too_deep, use_one_shape
 from server.exit_status import exit_nonzero_when_dead
 from server.image_cache import keep_caches_equal
@@ -26,6 +27,7 @@ from server.serving import (
     PrunedResponses,
 )
 from server.settings import server_settings
+from server.tokenization import PrunedTokenization
 from server.usage import PrunedModel
 
 logger = logging.getLogger(f"vllm.{__name__}")
@@ -36,6 +38,7 @@ _HANDLERS: dict[str, Any] = {
     "openai_serving_completion": PrunedCompletion,
     "openai_serving_responses": PrunedResponses,
     "anthropic_serving_messages": PrunedMessages,
+    "serving_tokenization": PrunedTokenization,
 }
 """Where vLLM keeps its handlers, and ours."""
 
@@ -63,6 +66,7 @@ class PruningEndpointPlugin:
         app.add_middleware(PruningMiddleware)
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)
+        expose_headers(app.state.args)
         use_one_shape(app.state.args)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.warning(
@@ -89,13 +93,11 @@ class PruningEndpointPlugin:
         model = PrunedModel.from_config(
             vllm_config.model_config, args.served_model_name or [args.model]
         )
+        AliasedModels.adopt(state.openai_serving_models, model.settings, settings.aliases)
         is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
         for name, pruned_serving in _HANDLERS.items():
             stock = getattr(state, name)
             setattr(state, name, pruned_serving.adopt(stock, model, is_traced))
-        state.openai_serving_models = AliasedModels.adopt(
-            state.openai_serving_models, settings.aliases
-        )
         state.pruning_server_settings = settings
         state.pruning_preview = preview_of(engine_client, model)
         keep_caches_equal(engine_client)

@@ -41,6 +41,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(raw_request: Request) -> JSONResponse:
     """200 while requests are welcome; 503 while it stops, or when the engine is dead."""

@@ -31,7 +31,12 @@ class PictureRenderer(OnlineRenderer):
 
     All handlers render through the two methods below, one conversation at a time, in the task
     that serves the request (thread pools are below them).
+
+    Attributes:
+        prompt_field: The body field that a handler renders, for errors.
     """
+
+    prompt_field: str
 
     async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:
         conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)
@@ -47,4 +52,4 @@ class PictureRenderer(OnlineRenderer):
         names = _rendered.get()
         if names is not None:  # else nobody waits for what becomes of them
             names += picture_names(engine_inputs)
-        refuse_stray_placeholders(engine_inputs, self.model_config)
+        refuse_stray_placeholders(engine_inputs, self.model_config, self.prompt_field)

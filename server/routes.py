@@ -12,11 +12,11 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from server.errors import RequestError, error_body
 from server.explain import LostChoicesError, explain_picture, merge_answers
-from server.middleware import EXPLAIN_ROUTE, EXPLAIN_STATE_KEY
+from server.middleware import EXPLAIN_STATE_KEY
 from server.preview import Preview
+from server.route_rules import EXPLAIN_ROUTE
 from server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 router = APIRouter()
 
@@ -36,6 +36,7 @@ class Explained:
     names: list[str] = field(default_factory=list)
 
 
+@router.head("/v1/pruning/config", include_in_schema=False)
 @router.get("/v1/pruning/config")
 async def config(raw_request: Request) -> dict[str, Any]:
     """Settings and limits in force."""
@@ -52,6 +53,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
     }
 
 
+@router.head("/v1/pruning/plan", include_in_schema=False)
 @router.get("/v1/pruning/plan")
 async def plan(
     raw_request: Request,
@@ -63,11 +65,13 @@ async def plan(
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        asked = settings.default_ratio if ratio is None else settings.parse_ratio(ratio)
+        asked = (
+            settings.default_ratio if ratio is None else settings.parse_ratio(ratio, name="ratio")
+        )
         if (width is None) != (height is None):
             raise RequestError("send both width and height, or neither", param="width")
     except ValueError as error:
-        param = error.param if isinstance(error, RequestError) else RATIO_KEY
+        param = error.param if isinstance(error, RequestError) else "ratio"
         return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
     if width is None or height is None:
         width, height = preview.input_size()

@@ -15,6 +15,10 @@ from contextlib import aclosing
 from typing import Any, Self
 
 from fastapi import Request
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
 from vllm.entrypoints.openai.chat_completion.protocol import (
@@ -29,45 +33,40 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from server.adoption import adopted
-from server.aliases import split_alias
 from server.errors import RequestError
 from server.fields import (
     PROCESSOR_FIELDS,
     refuse_processor_fields,
+    refuse_unbatched_fields,
     refuse_unsafe_fields,
 )
 from server.limits import refuse_many_conversations
-from server.metrics import RATIO_ERRORS, count_request
-from server.middleware import EXPLAIN_STATE_KEY, STATE_KEY
-from server.ratio import accepted_ratio
+from server.metrics import count_request
+from server.middleware import EXPLAIN_STATE_KEY
+from server.ratio_serving import RatioServing
 from server.rendering import PictureRenderer, remembering
 from server.settings import ServerSettings, settings_of
 from server.tracing import trace_pruning
 from server.usage import PrunedModel, extend_event, extend_usage, picture_counts
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
-from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
+from vitcop_vllm.pruning.settings import RATIO_KEY
 
 
-class _PrunedServing:
-    """What all handlers share; stands before a vLLM serving class.
+class _PrunedServing(RatioServing):
+    """What all handlers share that generate; stands before a vLLM serving class.
 
     Attributes:
-        pruned_model: Settings, depth and names.
-        is_traced: Whether spans are exported.
+        prompt_field: The body field that is rendered.
     """
 
-    pruned_model: PrunedModel
-    is_traced: bool
-    create_error_response: Callable[..., ErrorResponse]
+    prompt_field = "messages"
     online_renderer: Any
 
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
-        """``serving`` as an instance of its own subclass."""
-        handler: Self = adopted(serving, cls)
-        handler.pruned_model = pruned_model
-        handler.is_traced = is_traced
+        handler = super().adopt(serving, pruned_model, is_traced)
         handler.online_renderer = adopted(handler.online_renderer, PictureRenderer)
+        handler.online_renderer.prompt_field = cls.prompt_field
         return handler
 
     async def _create_pruned(
@@ -78,10 +77,7 @@ class _PrunedServing:
         try:
             ratio = self._take_ratio(request, raw_request)
         except RequestError as error:
-            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, "model"))
-            return self.create_error_response(str(error), param=error.param)
-        if raw_request is not None:
-            setattr(raw_request.state, STATE_KEY, ratio)
+            return self.refusal(error)
         with remembering() as names:
             answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
@@ -102,11 +98,7 @@ class _PrunedServing:
     def _take_ratio(self, request: Any, raw_request: Request | None) -> float:
         """Validate the ratio and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
-        settings = self.pruned_model.settings
-        request.model, default = split_alias(request.model, self.pruned_model.names, settings)
-        headers = [] if raw_request is None else raw_request.headers.getlist(RATIO_HEADER)
-        body_value = getattr(request, RATIO_KEY, None)
-        ratio = accepted_ratio(settings, headers, body_value, default)
+        ratio = self.accept_ratio(request, raw_request)
         self._refuse_fields(request, settings_of(getattr(raw_request, "app", None)))
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
@@ -149,14 +141,43 @@ class PrunedChatBatch(_PrunedServing, OpenAIServingChatBatch):
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         refuse_many_conversations(request.messages)
+        refuse_unbatched_fields(request)
         super()._refuse_fields(request, settings)
+
+
+class _CountTokensRequest(AnthropicCountTokensRequest):
+    """vLLM's request with room for the ratio."""
+
+    mm_processor_kwargs: dict[str, Any] | None = None
 
 
 class PrunedMessages(PrunedChat, AnthropicServingMessages):
     """Handler of ``/v1/messages``, which vLLM serves as a chat.
 
-    The header works; the protocol's ``usage`` has no room for ours.
+    Header and alias work; the protocol's ``usage`` has no room for ours.
     """
+
+    async def count_tokens(
+        self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
+    ) -> Any:
+        try:
+            ratio = self.accept_ratio(request, raw_request)
+        except RequestError as error:
+            return self.refusal(error)
+        request = _CountTokensRequest.model_construct(
+            **dict(request), mm_processor_kwargs={RATIO_KEY: ratio}
+        )
+        return await super().count_tokens(request, raw_request)
+
+    @classmethod
+    def to_chat_completion_request(
+        cls,
+        anthropic_request: AnthropicMessagesRequest | AnthropicCountTokensRequest,
+        **kwargs: Any,
+    ) -> ChatCompletionRequest:
+        chat = super().to_chat_completion_request(anthropic_request, **kwargs)
+        chat.mm_processor_kwargs = getattr(anthropic_request, "mm_processor_kwargs", None)
+        return chat
 
 
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
@@ -166,6 +187,8 @@ class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     echoed there, and there is nothing to prune.
     """
 
+    prompt_field = "prompt"
+
     async def create_completion(
         self, request: CompletionRequest, raw_request: Request | None = None
     ) -> Any:
@@ -174,6 +197,8 @@ class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
 
 class PrunedResponses(_PrunedServing, OpenAIServingResponses):
     """Handler of ``/v1/responses``."""
+
+    prompt_field = "input"
 
     async def create_responses(
         self, request: ResponsesRequest, raw_request: Request | None = None

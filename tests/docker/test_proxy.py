@@ -240,14 +240,24 @@ def test_large_body_passes(proxy: Proxy) -> None:
     assert answer.json()["body_bytes"] == 8 << 20
 
 
-def test_larger_body_is_refused(proxy: Proxy) -> None:
+@pytest.mark.parametrize(
+    ("path", "outer", "kind"),
+    [
+        ("/v1/x", {}, "RequestEntityTooLargeError"),
+        ("/v1/messages", {"type": "error"}, "request_too_large"),
+        ("/v1/messages/count_tokens", {"type": "error"}, "request_too_large"),
+    ],
+)
+def test_larger_body_is_refused(proxy: Proxy, path: str, outer: dict[str, str], kind: str) -> None:
     # Told from its declared length, before it is sent.
-    request = f"POST /v1/x HTTP/1.0\r\nHost: x\r\nContent-Length: {66 << 20}\r\n\r\n"
+    request = f"POST {path} HTTP/1.0\r\nHost: x\r\nContent-Length: {66 << 20}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", proxy.port), 10) as connection:
         connection.sendall(request.encode())
         answer = connection.recv(65536).decode()
     assert answer.startswith("HTTP/1.1 413")
-    assert '"RequestEntityTooLargeError"' in answer
+    told = json.loads(answer.partition("\r\n\r\n")[2])
+    assert told.pop("error")["type"] == kind
+    assert told == outer
     assert asked(proxy) == []
 
 
@@ -260,8 +270,12 @@ def test_other_replica_answers_for_a_dead_one(tmp_path: Path) -> None:
 def test_no_replica_is_a_503(tmp_path: Path) -> None:
     with proxy_before(tmp_path, [free_port(), free_port()]) as (url, _):
         answer = httpx.post(f"{url}/v1/chat/completions", json={})
+        anthropic = httpx.post(f"{url}/v1/messages", json={})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+    assert (anthropic.status_code, anthropic.headers["Retry-After"]) == (503, "5")
+    assert anthropic.json()["type"] == "error"
+    assert anthropic.json()["error"]["type"] == "overloaded_error"
 
 
 @pytest.mark.slow

@@ -222,6 +222,45 @@ def test_bad_prompts(server: Server, prompt: object) -> None:
         assert_refused(server.post("/v1/completions", body))
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param", "advice"),
+    [
+        ("/v1/completions", {"prompt": "<image>"}, "prompt", "/v1/chat/completions"),
+        ("/invocations", {"prompt": "<image>"}, "prompt", "/v1/chat/completions"),
+        ("/v1/responses", {"input": "<image>"}, "input", "content parts"),
+        ("/v1/chat/completions/batch", {"messages": [user("<image>")]}, "messages", "parts"),
+    ],
+)
+def test_marks_without_images_are_blamed_on_the_right_field(
+    server: Server, route: str, fields: dict[str, Any], param: str, advice: str
+) -> None:
+    answer = server.post(route, json.dumps({"model": server.model, **fields}))
+    assert_refused(answer, words=advice)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_unknown_roles_are_blamed_on_the_right_field(server: Server) -> None:
+    items = [{"role": "alien", "content": "Hi"}]
+    answer = server.post("/v1/responses", json.dumps({"model": server.model, "input": items}))
+    assert_refused(answer)
+    assert answer.json()["error"]["param"] == "input"
+    body = {"model": server.model, "messages": items, "max_tokens": 1}
+    answer = server.post("/v1/messages", json.dumps(body))
+    assert_refused(answer, words="'assistant'")
+    assert "developer" not in answer.text  # no role of Anthropic's
+
+
+def test_an_image_cannot_be_echoed(server: Server) -> None:
+    answer = server.chat(messages=[picture_message(1)], echo=True, add_generation_prompt=False)
+    assert_refused(answer)
+    assert answer.json()["error"]["param"] == "echo"
+    said = {"role": "assistant", "content": "I see"}
+    fields = {"continue_final_message": True, "add_generation_prompt": False}
+    prefilled = server.chat(messages=[picture_message(1), said], echo=True, **fields)
+    assert prefilled.status_code == 200, prefilled.text
+    assert prefilled.json()["choices"][0]["message"]["content"].startswith("I see")
+
+
 def test_what_only_looks_bad(server: Server) -> None:
     assert server.chat(messages=user("a\0b")).status_code == 200
     assert server.chat(messages=user("<imag e> and image>")).status_code == 200

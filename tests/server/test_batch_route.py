@@ -87,10 +87,29 @@ def test_a_batch_asks_for_no_more_answers_than_a_request(http: httpx.Client, mod
     assert len(whole.json()["choices"]) == MAX_ANSWERS
 
 
-@pytest.mark.parametrize("fields", [{"pruning_ratio": 2}, {"mm_processor_kwargs": {}}])
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pruning_ratio": 2},
+        {"mm_processor_kwargs": {}},
+        {"stream": True},
+        {"tools": [TOOL]},
+        {"prompt_logprobs": 0},
+        {"return_prompt_text": True},
+        {"echo": True, "add_generation_prompt": False},
+    ],
+)
 def test_a_batch_is_refused_as_a_request_is(
     http: httpx.Client, model: str, fields: dict[str, Any]
 ) -> None:
     refused = http.post(ROUTE, json=batch(model, [picture_message(1)], **fields))
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == next(iter(fields))
+
+
+def test_fields_that_ask_for_nothing_are_accepted(http: httpx.Client, model: str) -> None:
+    body = batch(model, [picture_message(1)], stream=False, tools=[], prompt_logprobs=None)
+    assert http.post(ROUTE, json=body).status_code == 200

@@ -53,6 +53,11 @@ def client() -> Iterator[TestClient]:
     async def request_error(request: Request) -> None:
         raise RequestError("no", "n")
 
+    @app.get("/v1/messages")
+    @app.get("/v1/messages/{name}")
+    async def message(status: int) -> Response:
+        return JSONResponse(error_body("no", "x", status), status)
+
     @app.get("/detail")
     async def detail() -> None:
         raise HTTPException(409, "taken")
@@ -112,6 +117,41 @@ def test_what_is_there_is_kept(client: TestClient) -> None:
     told: dict[str, Any] = client.get("/answer/anthropic").json()
     assert told["type"] == "error"
     assert told["error"] == ANTHROPIC["error"] | {"param": None, "code": 400}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (401, "authentication_error"),
+        (403, "permission_error"),
+        (404, "not_found_error"),
+        (405, "invalid_request_error"),
+        (413, "request_too_large"),
+        (422, "invalid_request_error"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (501, "api_error"),
+        (503, "overloaded_error"),
+        (504, "timeout_error"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropic_s_routes_have_anthropic_s_shape(
+    client: TestClient, path: str, status: int, kind: str
+) -> None:
+    headers = {"Authorization": "Bearer key"}
+    answer = client.get(path, params={"status": status}, headers=headers)
+    assert answer.status_code == status
+    error = {"message": "no", "type": kind, "param": None, "code": status}
+    assert answer.json() == {"type": "error", "error": error}
+
+
+def test_a_wrong_key_on_anthropic_s_routes(client: TestClient) -> None:
+    answer = client.post("/v1/messages")
+    assert answer.status_code == 401
+    assert answer.json()["type"] == "error"
+    assert answer.json()["error"]["type"] == "authentication_error"
 
 
 @pytest.mark.parametrize(("name", "body"), [("html", "<p>"), ("large", "x" * 200_000)])

@@ -36,6 +36,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/responses": {"input": "Hi"},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1]},
+    "/generative_scoring": {"query": "Hi", "items": ["Hi"], "label_token_ids": [1]},
     "/invocations": {"messages": HELLO},
 }
 """Inference routes, and what makes a body of each one that is answered."""

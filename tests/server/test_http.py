@@ -231,8 +231,8 @@ OTHER_ROUTES = [
     "/v1/chat/completions/render",
     "/v1/audio/transcriptions",
     "/inference/v1/generate",
-    "/invocations",
-    "/tokenize",
+    "/detokenize",
+    "/generative_scoring",
     "/v1/nothing",
 ]
 
@@ -248,7 +248,7 @@ def test_ratio_on_other_routes(http: httpx.Client, model: str, route: str) -> No
 
 def test_ratio_hidden_by_another_encoding(http: httpx.Client, model: str) -> None:
     body = f'{{"model": "{model}", "prompt": "Hi", "pruning_ratio": 0.5}}'.encode("utf-16")
-    answer = http.post("/invocations", content=body, headers={"content-type": "application/json"})
+    answer = http.post("/detokenize", content=body, headers={"content-type": "application/json"})
     assert_refused(answer, "pruning_ratio")
 
 
@@ -310,7 +310,7 @@ def test_connection_survives_refusals(server_url: str, model: str) -> None:
         first = chat(http, model, 1, ratio="0.5")
         answers = [
             chat(http, model, 1, ratio="2"),
-            http.post("/invocations", json=chat_body(model, 1), headers={HEADER: "0.5"}),
+            http.post("/detokenize", json=chat_body(model, 1), headers={HEADER: "0.5"}),
             chat(http, model, 1, ratio="0.5"),
         ]
         assert [answer.status_code for answer in answers] == [400, 400, 200]

@@ -1,4 +1,4 @@
-"""The ratio around routes: told on two of them, refused on the others."""
+"""The ratio around routes: told where it is accepted, refused on the others."""
 
 import json
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from server.middleware import STATE_KEY, PruningMiddleware
 
 HEADER = "X-Pruning-Ratio"
+OTHER = "/v1/embeddings"
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_ratio_is_not_told_on_failure(client: TestClient) -> None:
 
 
 def test_header_elsewhere_is_refused(client: TestClient) -> None:
-    answer = client.post("/invocations", headers={HEADER: ""}, content=b"x" * 200_000)
+    answer = client.post(OTHER, headers={HEADER: ""}, content=b"x" * 200_000)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == HEADER
 
@@ -54,7 +55,7 @@ def test_header_elsewhere_is_refused(client: TestClient) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
 def test_fields_elsewhere_are_refused(client: TestClient, field: str, encoding: str) -> None:
     body = json.dumps({field: {}}).replace("p", "\\u0070").encode(encoding)
-    answer = client.post("/invocations", content=body)
+    answer = client.post(OTHER, content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
 
@@ -74,19 +75,19 @@ def test_fields_elsewhere_are_refused(client: TestClient, field: str, encoding: 
     ids=lambda body: repr(body[:12]),
 )
 def test_other_bodies_arrive_whole(client: TestClient, body: bytes) -> None:
-    answer = client.post("/invocations", content=body)
+    answer = client.post(OTHER, content=body)
     assert answer.status_code == 200
     assert answer.json()["body"].encode("latin-1") == body
 
 
 def test_body_in_pieces_arrives_whole(client: TestClient) -> None:
-    answer = client.post("/invocations", content=iter([b"a", b"b", b"", b"c"]))
+    answer = client.post(OTHER, content=iter([b"a", b"b", b"", b"c"]))
     assert answer.json()["body"] == "abc"
 
 
 def test_features_from_elsewhere(client: TestClient) -> None:
     assert client.post("/inference/v1/generate", json={"features": {}}).status_code == 400
-    assert client.post("/invocations", json={"features": {}}).status_code == 200
+    assert client.post(OTHER, json={"features": {}}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/ping", "/start_profile", "/v1/responses/resp_1/cancel"])

@@ -13,8 +13,10 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
+from server.aliases import AliasedModels
 from server.plugin import PruningEndpointPlugin
 from server.serving import (
     PrunedChat,
@@ -23,6 +25,7 @@ from server.serving import (
     PrunedMessages,
     PrunedResponses,
 )
+from server.tokenization import PrunedTokenization
 from tests.server.handlers import bare_handler
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -36,6 +39,7 @@ def init(
         openai_serving_completion=bare_handler(OpenAIServingCompletion),
         openai_serving_responses=bare_handler(OpenAIServingResponses),
         anthropic_serving_messages=bare_handler(AnthropicServingMessages),
+        serving_tokenization=bare_handler(ServingTokenization),
         openai_serving_models=OpenAIServingModels.__new__(OpenAIServingModels),
     )
     model_config = SimpleNamespace(
@@ -79,6 +83,8 @@ def test_handlers_are_replaced() -> None:
     assert type(state.openai_serving_completion) is PrunedCompletion
     assert type(state.openai_serving_responses) is PrunedResponses
     assert type(state.anthropic_serving_messages) is PrunedMessages
+    assert type(state.serving_tokenization) is PrunedTokenization
+    assert type(state.openai_serving_models) is AliasedModels
     assert state.openai_serving_chat.pruned_model.names == ("some/model",)
 
 

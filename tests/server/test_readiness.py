@@ -33,6 +33,8 @@ def test_a_signal_cuts_off_no_answer() -> None:
                 assert time.monotonic() < until
                 time.sleep(0.05)
             refused = httpx.post(route, json=body)
+            overloaded = httpx.post(f"{url}/v1/messages", json=body)
+            head = httpx.head(f"{url}/ready")
             alive = httpx.get(f"{url}/health")
             engine.resume()
             *_, last = (line for line in lines if line)
@@ -41,6 +43,9 @@ def test_a_signal_cuts_off_no_answer() -> None:
             assert turned_away.status_code == 503
             assert int(turned_away.headers["Retry-After"]) > 0
             assert turned_away.json()["error"]["type"] == "ServiceUnavailableError"
+        assert overloaded.status_code == head.status_code == 503
+        assert overloaded.json()["type"] == "error"
+        assert overloaded.json()["error"]["type"] == "overloaded_error"
         assert alive.status_code == 200
         assert server.wait(timeout=60) == 0
         with log:

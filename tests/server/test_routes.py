@@ -89,8 +89,8 @@ def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Clien
 @pytest.mark.parametrize(
     ("params", "param"),
     [
-        ({"ratio": "2"}, "pruning_ratio"),
-        ({"ratio": ""}, "pruning_ratio"),
+        ({"ratio": "2"}, "ratio"),
+        ({"ratio": ""}, "ratio"),
         ({"width": "64"}, "width"),
         ({"width": "0", "height": "1"}, "query.width"),
         ({"width": "a", "height": "1"}, "query.width"),
@@ -278,7 +278,7 @@ def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
     http.post("/v1/chat/completions", json=chat(model, 77, 78), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model), headers={HEADER: "0.889"})
     http.post("/v1/chat/completions", json=chat(model, 77), headers={HEADER: "abc"})
-    http.post("/tokenize", json={"model": model, "prompt": "x"}, headers={HEADER: "0.5"})
+    http.post("/detokenize", json={"model": model, "tokens": [5]}, headers={HEADER: "0.5"})
     after = metrics(http)
 
     def more(name: str) -> float:

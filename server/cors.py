@@ -1,0 +1,36 @@
+"""Response headers that pages of other origins may read."""
+
+from argparse import Namespace
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vitcop_vllm.pruning.settings import RATIO_HEADER
+
+EXPOSED_HEADERS = (RATIO_HEADER, "X-Request-Id", "Retry-After")
+
+
+def expose_headers(args: Namespace) -> None:
+    """Put :class:`ExposeHeaders` around everything else, through vLLM's own ``--middleware``."""
+    args.middleware = [*args.middleware, f"{ExposeHeaders.__module__}.{ExposeHeaders.__qualname__}"]
+
+
+class ExposeHeaders:
+    """Adds ``Access-Control-Expose-Headers`` to answers that another origin may read.
+
+    vLLM's CORS middleware allows origins and request headers (``--allowed-origins``), but vLLM has
+    no flag for the response headers that it exposes.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_exposed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if "access-control-allow-origin" in headers:
+                    headers.append("Access-Control-Expose-Headers", ", ".join(EXPOSED_HEADERS))
+            await send(message)
+
+        await self.app(scope, receive, send_exposed)
