@@ -1,4 +1,4 @@
-"""``/v1/pruning/*``: settings in force, plans for pictures, and what became of their patches."""
+"""``/v1/pruning/*``: settings in force, plans, decoded images, and explanations of patches."""
 
 import uuid
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_c
 
 from server.errors import RequestError, error_body
 from server.explain import LostChoicesError, explain_picture, merge_answers
+from server.frame import ImageRequest, image_fields
 from server.middleware import EXPLAIN_STATE_KEY
 from server.preview import Preview
 from server.route_rules import EXPLAIN_ROUTE
@@ -76,6 +77,12 @@ async def plan(
     if width is None or height is None:
         width, height = preview.input_size()
     return preview.plan_fields(width, height, asked)
+
+
+@router.post("/v1/pruning/image", dependencies=[Depends(validate_json_request)])
+async def image(request: ImageRequest, raw_request: Request) -> dict[str, Any]:
+    """Width and height of an image, and the frame of it that the model gets."""
+    return await image_fields(request.image_url, raw_request.app.state.vllm_config.model_config)
 
 
 @router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])

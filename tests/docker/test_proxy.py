@@ -30,6 +30,7 @@ PASSED = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/pruning/explain"),
+    ("POST", "/v1/pruning/image"),
     ("GET", "/v1/models"),
     ("GET", "/v1/pruning/plan?width=640&height=480&ratio=0.889"),
     ("GET", "/health"),

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
 SAMPLES = {
     "plum.png": ["PLUM", "top left", "purple"],
@@ -39,6 +39,13 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     assert [line for line in troubles if not line.startswith("Failed to load resource")] == []
 
 
+def hold(page: Page, address: str) -> list[Route]:
+    """The next request to ``address``, once it is sent: nobody answers it until the test does."""
+    held: list[Route] = []
+    page.route(address, lambda route: held.append(route), times=1)
+    return held
+
+
 def ask(page: Page) -> None:
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator("#summary")).not_to_be_empty()
@@ -54,10 +61,14 @@ def upload(page: Page, name: str, kind: str, content: bytes) -> None:
     page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": content})
 
 
-def png(width: int, height: int) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("1", (width, height)).save(file, "PNG")
+    image.save(file, kind, **options)
     return file.getvalue()
+
+
+def png(width: int, height: int) -> bytes:
+    return encoded(Image.new("1", (width, height)))
 
 
 def answers(page: Page) -> list[str]:

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 from playwright.sync_api import Request, expect
 
-from tests.server.page.person import SAMPLES, answers, ask, choose, drawn, facts, numbers, opened
+from tests.server.page.person import (
+    SAMPLES,
+    answers,
+    ask,
+    choose,
+    drawn,
+    facts,
+    hold,
+    numbers,
+    opened,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -131,12 +141,67 @@ def test_the_plan_follows_the_ratio(page):
     assert facts(page, 1)["Tokens kept"] == "all 576"
 
 
-def test_another_ratio_wipes_what_was_drawn_for_the_last(page):
+def test_answers_keep_the_question_and_ratio_they_were_made_with(page):
     ask(page)
+    expect(page.locator("#asked")).to_have_text("Answers to “What does the sign say?”")
+    told = facts(page, 1)
     assert drawn(page, ".heat")
     page.get_by_role("button", name="0.778").click()
+    page.get_by_role("textbox", name="Question").fill("Where is the purple moon?")
+    # What stands at the new ratio is its plan, and says so.
+    expect(page.locator("#plan h2")).to_contain_text("at ratio 0.778")
     expect(page.locator("#caption")).to_contain_text("Ask, to see")
     assert not drawn(page, "rect")
+    expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
+    expect(page.locator("#asked")).to_have_text("Answers to “What does the sign say?”")
+    assert (answers(page), facts(page, 1)) == (["PLUM", "PLUM"], told)
+    page.get_by_role("button", name="0.889").click()
+    expect(page.locator("#cells .heat").first).to_be_visible()
+
+
+def test_what_is_changed_while_asking_is_for_the_next_question(page):
+    sent: list[Request] = []
+    page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
+    held = hold(page, "**/v1/chat/completions")
+    with page.expect_request("**/v1/chat/completions"):
+        page.get_by_role("button", name="Ask", exact=True).click()
+    page.get_by_role("textbox", name="Question").fill("Where is the purple moon?")
+    page.get_by_role("spinbutton", name="Ratio").fill("0.5")
+    held[0].continue_()
+    expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
+    assert [request.headers["x-pruning-ratio"] for request in sent] == ["0", "0.889", "0.889"]
+    for request in sent:
+        assert "What does the sign say?" in (request.post_data or "")
+    assert answers(page) == ["PLUM", "PLUM"]
+    expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
+    assert facts(page, 1)["Removed"] == "89\u00a0%"
+    page.get_by_role("button", name="0.889").click()  # Which patches were kept is known.
+    expect(page.locator("#cells .heat").first).to_be_visible()
+
+
+def test_another_picture_has_nothing_of_the_last(page):
+    ask(page)
+    assert drawn(page, ".heat")
+    page.route("**/v1/pruning/plan**", lambda route: None)  # never answered
+    choose(page, "bank.png")
+    expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 504 336")
+    page.locator("#frame").press("ArrowRight")
+    expect(page.locator("#cells > *")).to_have_count(0)
+    expect(page.locator("#canvas")).not_to_have_class("heat")
+    assert answers(page) == ["", ""]
+    expect(page.locator("#summary")).to_be_empty()
+    expect(page.locator("#asked")).to_have_text("Answers")
+
+
+def test_a_plan_that_cannot_be_had_leaves_no_other_in_its_place(page):
+    page.route("**/v1/pruning/plan**", lambda route: route.abort())
+    page.get_by_role("button", name="0.667").click()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
+    expect(page.locator("#plan")).to_be_hidden()
+    expect(page.locator("#stops li")).to_have_count(0)
+    page.unroute("**/v1/pruning/plan**")
+    page.get_by_role("button", name="0.778").click()
+    expect(page.locator("#plan h2")).to_contain_text("at ratio 0.778")
 
 
 def test_without_explanations_counts_are_shown(browser, server_url):

@@ -57,12 +57,7 @@ def test_markup_in_an_error_is_text(page, streamed):
 
 
 def test_an_error_of_the_server_is_a_sentence(page):
-    # The browser shows drawings; the server takes none.
-    svg = (
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="90" height="60"><path d="M0 0h9v9"/></svg>'
-    )
-    upload(page, "drawing.svg", "image/svg+xml", svg)
-    expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 90 60")
+    page.get_by_role("textbox", name="Question").fill("<image>")  # the mark of another picture
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("The server answered 400: ")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
@@ -74,16 +69,19 @@ def test_an_error_of_the_server_is_a_sentence(page):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (png(2000, 100), "longest side is more than 16 times its shortest"),
-        (png(6000, 5000), "30,000,000 pixels; the server takes 25,000,000 at most"),
-        (b"no picture", "not a picture that the browser can show"),
+        (png(2000, 100), "server.max_aspect_ratio"),
+        (png(6000, 5000), "server.max_picture_pixels"),
+        (b"no picture", "400"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "400"),
     ],
-    ids=["thin", "large", "text"],
+    ids=["thin", "large", "text", "drawing"],
 )
-def test_pictures_the_server_would_refuse_are_not_sent(page, content, sentence):
+def test_what_the_server_cannot_read_is_refused_below_the_picture(page, content, sentence):
     upload(page, "mine.png", "image/png", content)
-    expect(page.get_by_role("alert")).to_contain_text(sentence)
+    expect(page.locator("#picture-section").get_by_role("alert")).to_contain_text(sentence)
     expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)  # as it was
+    choose(page, "snow.png")
+    expect(page.locator("#alert")).to_be_hidden()
 
 
 def test_a_running_question_can_be_stopped(page):
@@ -108,10 +106,22 @@ def test_a_key_is_asked_for_where_one_is_needed(browser, url):
         key = page.get_by_label("API key")
         expect(key).to_be_visible()
         expect(key).to_have_attribute("type", "password")
-        for wrong_or_right in ("wrong", "sesame"):
-            key.fill(wrong_or_right)
+        expect(key).to_be_focused()
+        expect(page.locator("#alert")).to_be_hidden()  # nothing was wrong yet
+        alert = page.locator("#key-form").get_by_role("alert")
+        for wrong, sentence in (
+            ("wrong", "does not accept this key"),
+            ("k\u20ac1", "cannot be sent"),  # fetch refuses such a header
+            ("kl\u00fcger", "does not accept this key"),
+        ):
+            key.fill(wrong)
             key.press("Enter")
+            expect(alert).to_contain_text(sentence)
+            expect(key).to_be_focused()
+        key.fill("sesame")
+        key.press("Enter")
         expect(key).to_be_hidden()
+        expect(page.locator("#alert")).to_be_hidden()
         expect(page.locator("#model")).to_contain_text("demo")
         expect(page.locator("#stops li")).to_have_count(4)
         ask(page)

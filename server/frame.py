@@ -1,0 +1,63 @@
+"""The frame that the model gets of an image file, for clients that draw on it.
+
+Browsers decode some files in another way: they ignore the orientation of a WebP file, play
+animations and cannot show TIFF.
+"""
+
+import asyncio
+import base64
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from vllm import envs
+from vllm.config import ModelConfig
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaWithBytes
+
+MAX_FRAME_SIDE = 1024
+"""Longest side of a frame in pixels; larger images are scaled down."""
+
+
+class ImageRequest(BaseModel):
+    """Body of ``/v1/pruning/image``.
+
+    Attributes:
+        image_url: As in a chat request.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    image_url: str
+
+
+async def image_fields(url: str, model_config: ModelConfig) -> dict[str, Any]:
+    """The answer of ``/v1/pruning/image``: size in pixels, and the frame as a data URL.
+
+    Args:
+        url: The image's, read by the media connector that serves chat requests.
+        model_config: vLLM's, of the served model.
+
+    Raises:
+        RequestError: If the image cannot be read, or exceeds a limit.
+        UnreachableMediaError: If it cannot be fetched.
+    """
+    connector = MEDIA_CONNECTOR_REGISTRY.load(  # as vLLM's parser of chat requests does
+        envs.VLLM_MEDIA_CONNECTOR,
+        media_io_kwargs=model_config.get_multimodal_config().media_io_kwargs,
+        allowed_local_media_path=model_config.allowed_local_media_path,
+        allowed_media_domains=model_config.allowed_media_domains,
+    )
+    loaded = await connector.fetch_image_async(url)
+    image = loaded.media if isinstance(loaded, MediaWithBytes) else loaded
+    width, height = image.size
+    frame = await asyncio.to_thread(_data_url, image)
+    return {"width": width, "height": height, "frame": frame}
+
+
+def _data_url(image: Image.Image) -> str:
+    """A JPEG of ``image``, which this function may scale down in place."""
+    image.thumbnail((MAX_FRAME_SIDE, MAX_FRAME_SIDE))
+    file = BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=95, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
