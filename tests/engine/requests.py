@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -37,8 +36,10 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "kv_cache_memory_bytes": 256 << 20,  # several engines live at a time, by the end of a run
     "block_size": BLOCK,
 }
-if torch.cuda.is_available():  # in float32, as the oracle computes
-    ENGINE_OPTIONS["attention_backend"] = "TRITON_ATTN"
+# Not torch.cuda.is_available(): torch takes its number of threads when it is imported, and
+# conftest.py, which imports this module, sets that number later.
+if Path("/dev/nvidiactl").exists():
+    ENGINE_OPTIONS["attention_backend"] = "TRITON_ATTN"  # in float32, as the oracle computes
 
 
 @dataclass(frozen=True)

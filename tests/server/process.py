@@ -12,6 +12,7 @@ TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"),
     *("--mm-processor-cache-gb", "0.003"),
+    *("--allowed-origins", '["*"]'),  # vLLM's default allows none
 )
 """What a server of a tiny model is started with: several live at a time, by the end of a run."""
 

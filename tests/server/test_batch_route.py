@@ -111,5 +111,6 @@ def test_a_batch_is_refused_as_a_request_is(
 
 
 def test_fields_that_ask_for_nothing_are_accepted(http: httpx.Client, model: str) -> None:
-    body = batch(model, [picture_message(1)], stream=False, tools=[], prompt_logprobs=None)
-    assert http.post(ROUTE, json=body).status_code == 200
+    body = batch(model, [picture_message(1)], stream=False, tools=None, prompt_logprobs=None)
+    answer = http.post(ROUTE, json=body)
+    assert answer.status_code == 200, answer.text
