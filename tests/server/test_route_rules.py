@@ -31,6 +31,7 @@ WITHOUT_MODEL = {
     "/invocations",  # has no schema; see test_invocations
     "/is_scaling_elastic_ep",
     "/ping",
+    "/v1/pruning/image",
     "/scale_elastic_ep",
     "/v1/responses/{response_id}/cancel",
 }
