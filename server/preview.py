@@ -36,19 +36,19 @@ class Preview:
 
     def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
         """What a picture keeps at a ratio that has been accepted."""
-        tokens = self.info.get_num_image_tokens(image_width=width, image_height=height)
+        tokens = self.info.layout(width, height).num_tokens
         counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
         return counts
 
     def picture_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
         """The picture's part of an answer: what of it is seen, and how much is kept."""
-        rows, columns = self.info.patch_grid()
+        layout = self.info.layout(width, height)
         boundaries = self.model.settings.boundaries(self.model.num_layers)
         return {
             "width": width,
             "height": height,
-            "box": list(self.info.visible_box(width, height)),
-            "grid": {"rows": rows, "columns": columns},
+            "box": list(layout.box),
+            "grid": {"rows": layout.rows, "columns": layout.columns},
             "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
             "encoder_tokens": counts.encoder,
             "cluster_centres": counts.centres,

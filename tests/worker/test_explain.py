@@ -150,7 +150,7 @@ def test_what_is_seen_of_a_picture_is_what_the_processor_shows(llm):
     processor = info.get_hf_processor().image_processor
     side = processor.crop_size["height"]
     for width, height in [(224, 224), (500, 250), (301, 640), (100, 90), (1000, 224)]:
-        left, top, right, bottom = info.visible_box(width, height)
+        left, top, right, bottom = info.layout(width, height).box
         across = torch.linspace(0, 255, width).round().byte().expand(height, -1)
         down = torch.linspace(0, 255, height).round().byte()[:, None].expand(-1, width)
         ramp = torch.stack((across, down, down), dim=-1).numpy()

@@ -23,6 +23,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from vitcop_vllm.engine.config import settings_of
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
+from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
     CountsMismatchError,
@@ -77,18 +78,23 @@ class PrunedLlavaProcessingInfo(LlavaProcessingInfo):
         config: Any = self.get_hf_config()
         return plan_counts(settings, ratio, config.text_config.num_hidden_layers, num_image_tokens)
 
-    def patch_grid(self) -> tuple[int, int]:
-        """Rows and columns of a picture's patches, V in all."""
-        vision: Any = self.get_hf_config().vision_config
-        side = vision.image_size // vision.patch_size
-        return side, side
-
-    def visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """What the encoder sees of a picture: left, top, right, bottom, in its own pixels.
+    def layout(
+        self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
+    ) -> ImageLayout:
+        """Grid of visual tokens and visible part of an image.
 
         CLIP's processor scales the shorter side to the model's input and crops the middle.
-        Where the picture is not cropped it is seen whole.
+        Where an image is not cropped it is seen whole.
+
+        Args:
+            width, height: Of the image as it was sent, in pixels.
+            processor_kwargs: The request's processor keywords; none changes this model's layout.
         """
+        vision: Any = self.get_hf_config().vision_config
+        side = vision.image_size // vision.patch_size
+        return ImageLayout(side, side, self._visible_box(width, height))
+
+    def _visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         processor: Any = self.get_hf_processor().image_processor
         size, crop = dict(processor.size), dict(processor.crop_size or {})
         if not (processor.do_resize and processor.do_center_crop and size.get("shortest_edge")):
