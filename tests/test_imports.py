@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vitcop_vllm.engine.config import SCHEDULER, WORKERS
-from vitcop_vllm.plugin import ARCHITECTURES
+from vitcop_vllm.engine.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,7 +121,7 @@ CUDA_PATH = [
     SCHEDULER,
     "vitcop_vllm.worker.v2.StagedModelState",
     "server.plugin.PruningEndpointPlugin",
-    *(name.replace(":", ".") for name in ARCHITECTURES.values()),
+    *(family.model.replace(":", ".") for family in FAMILIES.values()),
 ]
 """What vLLM imports of ours on a CUDA device."""
 

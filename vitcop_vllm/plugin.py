@@ -11,11 +11,6 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 SUPPORTED_VLLM = "0.32"
 
-ARCHITECTURES = {
-    "LlavaForConditionalGeneration": "vitcop_vllm.models.llava:PrunedLlavaForConditionalGeneration",
-}
-"""Architecture in a checkpoint's config.json -> the class that serves it pruned."""
-
 
 def installed_vllm_version() -> str:
     """Version of the installed vLLM distribution, whichever name it has."""
@@ -32,20 +27,24 @@ def register() -> None:
     from vllm.model_executor.models import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from vitcop_vllm.engine.config import PrunedModelConfig
+    from vitcop_vllm.engine.config import VLLM_HOOKS, PrunedModelConfig
+    from vitcop_vllm.engine.families import FAMILIES
 
     found = installed_vllm_version()
     if not found.startswith(f"{SUPPORTED_VLLM}."):
         logger.error(
-            "ViTCoP was tested with vLLM %s.* and found %s: pictures are NOT pruned. "
+            "ViTCoP was tested with vLLM %s.* and found %s: images are NOT pruned. "
             "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
             SUPPORTED_VLLM,
             found,
             SUPPORTED_VLLM,
         )
         return
-    for architecture, qualified_name in ARCHITECTURES.items():
-        if MODELS_CONFIG_MAP.get(architecture) is PrunedModelConfig:
+    for architecture, family in FAMILIES.items():
+        theirs = MODELS_CONFIG_MAP.get(architecture)
+        if theirs is PrunedModelConfig:
             continue
-        ModelRegistry.register_model(architecture, qualified_name)
+        if theirs is not None:
+            VLLM_HOOKS[architecture] = theirs
+        ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = PrunedModelConfig

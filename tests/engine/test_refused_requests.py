@@ -17,10 +17,8 @@ from tests.engine.scheduling import (
     result_of,
 )
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
-from vitcop_vllm.models.llava_processor import (
-    MisprocessedImageError,
-    PrunedLlavaMultiModalProcessor,
-)
+from vitcop_vllm.models.llava_processor import PrunedLlavaMultiModalProcessor
+from vitcop_vllm.models.processing import MisprocessedImageError
 from vitcop_vllm.pruning.identity import counts_of_identifier, tag_identifier
 
 GOOD = Ask("What is it?", (11,), 8 / 9)

@@ -6,7 +6,15 @@ import os
 import pytest
 from vllm import envs
 
-from vitcop_vllm.engine.config import PrunedModelConfig, _round_down, logger, settings_of
+from vitcop_vllm.engine.config import (
+    SPAN_LIMIT_KEY,
+    VLLM_HOOKS,
+    PrunedModelConfig,
+    _round_down,
+    logger,
+    settings_of,
+    span_limit_of,
+)
 
 
 def config_of(checkpoint, **options):
@@ -19,11 +27,36 @@ def config_of(checkpoint, **options):
 
 def test_selecting_the_architecture_is_enough(checkpoint):
     config = config_of(checkpoint)
-    assert config.scheduler_config.disable_chunked_mm_input
+    assert not config.scheduler_config.disable_chunked_mm_input
     assert config.cache_config.enable_prefix_caching
     assert config.cache_config.block_size == 32
     assert settings_of(config.model_config.hf_config).default_ratio == 0.0
     assert not config.use_v2_model_runner
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({"max_num_batched_tokens": 300}, 300),
+        ({"max_num_batched_tokens": 300, "max_num_scheduled_tokens": 64}, 64),
+        ({"max_num_batched_tokens": 300, "long_prefill_token_threshold": 70}, 70),
+    ],
+)
+def test_a_pruned_image_must_fit_into_the_request_s_part_of_a_step(checkpoint, options, limit):
+    config = config_of(checkpoint, max_num_seqs=8, **options)
+    assert span_limit_of(config.model_config.hf_config) == limit
+
+
+def test_an_image_too_large_for_a_step_is_refused_if_pruned(llm, monkeypatch):
+    from tests.engine.requests import Ask, generate
+
+    config = llm.llm_engine.model_config.hf_config
+    monkeypatch.setattr(config, SPAN_LIMIT_KEY, 100)
+    with pytest.raises(ValueError, match=r"holds 100 tokens, .* keeps 128 in Stage I"):
+        generate(llm, [Ask("Q", (1,), 2 / 3)])
+    whole, small = generate(llm, [Ask("Q", (1,), 0.0), Ask("Q", (1,), 8 / 9)])
+    assert whole.tokens
+    assert small.tokens
 
 
 def test_settings_come_from_additional_config(checkpoint):
@@ -68,8 +101,6 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"prefix_match_unit": 16}, "--prefix-match-unit"),
         ({"watermark_config": {"key": 1}}, "set VLLM_USE_V2_MODEL_RUNNER=1"),
         ({"compilation_config": {"mode": 1}}, "unset the compilation config's mode"),
-        ({"long_prefill_token_threshold": 64}, "--long-prefill-token-threshold"),
-        ({"max_num_scheduled_tokens": 64}, "raise --max-num-scheduled-tokens"),
         ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
         ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
@@ -218,6 +249,25 @@ def test_registering_twice_changes_nothing():
     register()
     register()
     assert MODELS_CONFIG_MAP["LlavaForConditionalGeneration"] is PrunedModelConfig
+
+
+def test_a_hook_of_vllm_s_own_runs_first(checkpoint, monkeypatch):
+    from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+    calls = []
+
+    class Theirs(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config):
+            calls.append("engine")
+
+        @staticmethod
+        def verify_and_update_model_config(model_config):
+            calls.append("model")
+
+    monkeypatch.setitem(VLLM_HOOKS, "LlavaForConditionalGeneration", Theirs)
+    assert settings_of(config_of(checkpoint).model_config.hf_config).selector == "vitcop"
+    assert calls == ["model", "engine"]
 
 
 def test_another_vllm_is_not_touched(monkeypatch, caplog):

@@ -9,14 +9,10 @@ from torch import nn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.device_guard import CUDA, no_host_sync
-from tests.models.test_patch_choice import WIDTH, Layer
-from vitcop_vllm.models.llava import (
-    PrunedLlavaForConditionalGeneration,
-    _label_column,
-    _labels_of_column,
-)
+from tests.models.test_clip_rows import WIDTH, Layer
+from vitcop_vllm.models.llava import PrunedLlavaForConditionalGeneration
+from vitcop_vllm.models.stage_one import ImageShape
 from vitcop_vllm.pruning.budgets import SELECTORS
-from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
 
@@ -24,7 +20,6 @@ SIDE = 6
 V = SIDE * SIDE
 HEADS = 2
 HIDDEN = 12
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class OneLayerLlava(PrunedLlavaForConditionalGeneration):
@@ -32,12 +27,13 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
 
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
+        settings = PruningSettings(selector=selector)
         self.config = SimpleNamespace(
-            vision_config=SimpleNamespace(image_size=14 * SIDE, patch_size=14)
+            vision_config=SimpleNamespace(image_size=14 * SIDE, patch_size=14),
+            pruning=settings.model_dump(mode="json"),
         )
-        self.pruning = PruningSettings(selector=selector)
-        self.selector = SELECTORS[selector]
-        self.kernels = TORCH
+        scheduler = SimpleNamespace(max_num_batched_tokens=2048)
+        self._set_up_stage_one(SimpleNamespace(scheduler_config=scheduler), HIDDEN)
         layer = Layer(AttentionBackendEnum.TORCH_SDPA)
         attention: Any = layer.self_attn
         attention.head_dim, attention.scale, attention.tp_size = WIDTH // HEADS, 0.5, 1
@@ -46,19 +42,24 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
         self.embed = nn.Linear(3 * 14 * 14, WIDTH)
         self.multi_modal_projector = nn.Linear(WIDTH, HIDDEN)
 
+    def _embed_whole(self, kwargs):
+        features = self._image_pixels_to_features(self.vision_tower, kwargs["pixel_values"])
+        return [*self.multi_modal_projector(features)]
+
     def _image_pixels_to_features(self, tower, pixel_values):
         patches = nn.functional.unfold(pixel_values, 14, stride=14).mT
         hidden = self.embed(nn.functional.pad(patches, (0, 0, 1, 0)))
         return tower.vision_model.encoder.layers[-1](hidden)[:, 1:]
 
 
-def images_of(selector: SelectorName) -> list[VisualTokenCounts]:
+def images_of(selector: SelectorName) -> list[ImageShape]:
     """Four images, of three counts; clustered where the selector needs clusters."""
     pruned, milder = (
         VisualTokenCounts(V, 4 if selector == "vitcop" else 0, stages)
         for stages in ((20, 10, 2), (30, 12, 3))
     )
-    return [pruned, VisualTokenCounts.unpruned(V), milder, pruned]
+    counts = [pruned, VisualTokenCounts.unpruned(V), milder, pruned]
+    return [ImageShape(one, SIDE, SIDE) for one in counts]
 
 
 @no_host_sync()
@@ -69,18 +70,6 @@ def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
         llava = OneLayerLlava(selector)
     images = images_of(selector)
     pixels = torch.rand(len(images), 3, 14 * SIDE, 14 * SIDE, device=CUDA)
-    embeddings = llava._embed_pruned(pixels, images)
-    for counts, embedding in zip(images, embeddings, strict=True):
+    embeddings = llava._embed_pruned({"pixel_values": pixels}, images)
+    for (counts, *_), embedding in zip(images, embeddings, strict=True):
         assert embedding.shape == (counts.stages[0], HIDDEN + bool(counts.centres))
-        if counts.centres:
-            assert _labels_of_column(embedding[:, HIDDEN]).dtype == torch.int64
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_labels_survive_as_a_column_of_embeddings(dtype):
-    labels = torch.arange(300).unflatten(0, (2, 150))
-    column = _label_column(labels, dtype)
-    assert column.dtype == dtype
-    embeddings = torch.cat((torch.rand(2, 150, 5).to(dtype), column), dim=-1)
-    for number, embedding in enumerate(embeddings):
-        assert torch.equal(_labels_of_column(embedding[:, 5]), labels[number])

@@ -62,13 +62,16 @@ def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
 def test_choosing_patches_stays_on_the_device(name):
     ones = partial(torch.ones, device="cuda", dtype=torch.bfloat16)
     view = EncoderView(
+        queries=lambda: ones(2, 577, 16, 64),
         cls_query=ones(2, 16, 64),
+        features=lambda: ones(2, 576, 1024),
         keys=ones(2, 577, 16, 64),
         scale=0.125,
         grid=(24, 24),
         pixels=ones(2, 3, 336, 336),
         embed=lambda: ones(2, 576, 4096),
         mean_over_ranks=lambda x: x,
+        concat_over_ranks=lambda x: x,
         kernels=TORCH,
     )
     assert select_patches(SELECTORS[name], view, 64).shape == (2, 64)
@@ -107,13 +110,16 @@ def half_precision_default():
 
 def everything(query, keys, features):
     patches = EncoderView(
+        queries=lambda: keys,
         cls_query=query,
+        features=lambda: features,
         keys=keys,
         scale=0.3,
         grid=(7, 10),
         pixels=features,
         embed=lambda: keys[:, 1:].flatten(2),
         mean_over_ranks=lambda x: x,
+        concat_over_ranks=lambda x: x,
         kernels=TORCH,
     )
     rows = torch.arange(30).unflatten(0, (2, 15))

@@ -228,3 +228,14 @@ def test_plan_pruned_in_the_encoder_alone_drops_no_slots():
     assert plan.is_pruned
     assert not plan.drops_slots
     assert PLAN.drops_slots
+
+
+def test_an_unpruned_span_may_be_computed_in_parts():
+    """Beside a pruned one, too: none of its tokens is selected."""
+    pruned = VisualTokenCounts(20, 1, (8, 4, 2))
+    plan = RequestPlan((VisualSpan(10, VisualTokenCounts.unpruned(20)), VisualSpan(40, pruned)))
+    assert not any(plan.cuts_span(length) for length in range(41))
+    assert all(plan.cuts_span(length) for length in range(41, 48))
+    assert plan.last_whole_end(0, 20) == 20
+    assert plan.last_whole_end(20, 45) == 40
+    assert [plan.next_span_end(after) for after in (0, 30, 48)] == [30, 48, None]

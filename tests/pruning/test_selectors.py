@@ -34,23 +34,29 @@ def pictures(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> E
     generator = torch.Generator().manual_seed(seed)
     patches = grid[0] * grid[1]
     embeddings = torch.randn(batch, patches, 16, generator=generator)
+    queries = torch.randn(batch, 1 + patches, 4, 8, generator=generator)
+    keys = torch.randn(batch, 1 + patches, 4, 8, generator=generator)
     return EncoderView(
-        cls_query=torch.randn(batch, 4, 8, generator=generator),
-        keys=torch.randn(batch, 1 + patches, 4, 8, generator=generator),
+        queries=lambda: queries,
+        cls_query=queries[:, 0],
+        keys=keys,
+        features=lambda: keys[:, 1:].flatten(2),
         scale=8**-0.5,
         grid=grid,
         pixels=torch.randn(batch, 3, 10, 14, generator=generator),
         embed=lambda: embeddings,
         mean_over_ranks=lambda x: x,
+        concat_over_ranks=lambda x: x,
         kernels=TORCH,
     )
 
 
 def one_picture(view: EncoderView, i: int) -> EncoderView:
-    embeddings = view.embed()[i : i + 1]
+    embeddings, queries = view.embed()[i : i + 1], view.queries()[i : i + 1]
     return replace(
         view,
-        cls_query=view.cls_query[i : i + 1],
+        queries=lambda: queries,
+        cls_query=queries[:, 0],
         keys=view.keys[i : i + 1],
         pixels=view.pixels[i : i + 1],
         embed=lambda: embeddings,
@@ -106,8 +112,11 @@ def expected_patches(name: str, view: EncoderView, i: int, count: int) -> list[i
             return oracle.even_grid(height, width, count)
         case "divprune":
             return oracle.max_min_diversity(view.embed()[i].numpy(), count)
-    saliency = oracle.saliency(view.cls_query[i].numpy(), view.keys[i].numpy(), view.scale)
-    return oracle.largest(list(saliency), count)
+    queries, keys = view.queries()[i].numpy(), view.keys[i].numpy()
+    if name == "received":
+        each = [oracle.saliency(query, keys, view.scale) for query in queries]
+        return oracle.largest(list(np.mean(each, axis=0)), count)
+    return oracle.largest(list(oracle.saliency(queries[0], keys, view.scale)), count)
 
 
 def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[int]:
@@ -236,20 +245,22 @@ def test_equals_go_to_the_lower_index(count):
 
 def test_half_precision_is_computed_in_float32():
     view = pictures()
-    embeddings = view.embed().bfloat16()
+    embeddings, queries = view.embed().bfloat16(), view.queries().bfloat16()
     half = replace(
         view,
-        cls_query=view.cls_query.bfloat16(),
+        queries=lambda: queries,
+        cls_query=queries[:, 0],
         keys=view.keys.bfloat16(),
         embed=lambda: embeddings,
     )
     wide = replace(
         half,
-        cls_query=half.cls_query.float(),
+        queries=lambda: queries.float(),
+        cls_query=queries[:, 0].float(),
         keys=half.keys.float(),
         embed=lambda: embeddings.float(),
     )
-    for name in ("cls", "divprune"):
+    for name in ("cls", "received", "divprune"):
         a, b = (select_patches(SELECTORS[name], v, 12) for v in (half, wide))
         assert torch.equal(a, b)
     tokens = step()
@@ -399,6 +410,8 @@ def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
             return (held[0] + held[1]) / 2
 
         mine = {field: getattr(view, field).chunk(2, dim=-2)[rank] for field in heads}
+        if row.encoder:
+            mine["queries"] = lambda: view.queries().chunk(2, dim=-2)[rank]
         return choose(replace(view, **mine, mean_over_ranks=mean_over_ranks))
 
     with ThreadPoolExecutor(2) as ranks:

@@ -9,7 +9,7 @@ from vitcop_vllm.pruning.settings import PUBLISHED_ROWS, FractionRow, PruningSet
 def test_defaults_are_the_published_settings():
     settings = PruningSettings()
     assert settings.boundaries(32) == (2, 22)
-    assert settings.density_scale == 8.0
+    assert settings.density_scale is None  # of the family; 8 for LLaVA-1.5
     assert settings.spatial_radius == 0.6
     assert settings.default_ratio == 0.0
     assert [(row.encoder, row.centres) for row in PUBLISHED_ROWS] == [

@@ -14,12 +14,13 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from vitcop_vllm import __version__
 from vitcop_vllm.engine.backends import choose_backend
+from vitcop_vllm.engine.families import FAMILIES, Checks, Family
 from vitcop_vllm.pruning.budgets import SELECTORS, why_uncacheable
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,6 +34,9 @@ WORKERS = {
     "cuda": "vitcop_vllm.worker.gpu_worker.StagedGPUWorker",
 }
 
+SPAN_LIMIT_KEY = "pruning_span_limit"
+"""Where start-up puts how many tokens of a pruned image a step can hold, in hf_config."""
+
 _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
@@ -40,6 +44,12 @@ _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
     """The settings start-up has put into a pruned model's configuration."""
     return PruningSettings(**getattr(hf_config, CONFIG_KEY))
+
+
+def span_limit_of(hf_config: "PretrainedConfig") -> int:
+    """Largest n1 of a pruned image: a step computes all of it."""
+    limit: int = getattr(hf_config, SPAN_LIMIT_KEY)
+    return limit
 
 
 def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
@@ -70,37 +80,30 @@ def _asks_for_v2() -> bool:
     return os.environ.get(_RUNNER) == "1"
 
 
-def _refusals(
-    vllm_config: "VllmConfig", settings: PruningSettings, boundaries: tuple[int, int]
-) -> list[str]:
-    """What this engine cannot do right together with pruning, and what to change."""
-    from transformers import CLIPVisionConfig
+def _step_tokens(vllm_config: "VllmConfig") -> int:
+    """Most tokens of one request in a step."""
+    scheduler = vllm_config.scheduler_config
+    tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    threshold = scheduler.long_prefill_token_threshold
+    return min(tokens, threshold) if threshold > 0 else tokens
+
+
+def _engine_checks(vllm_config: "VllmConfig") -> Checks:
+    """What the engine cannot do right together with stages, whatever the model."""
     from vllm import envs
     from vllm.config import CompilationMode
-    from vllm.triton_utils import HAS_TRITON
     from vllm.utils.platform_utils import is_uva_available
     from vllm.utils.torch_utils import kv_cache_uses_per_token_head_scales
 
     v2 = _asks_for_v2()
     model_config = vllm_config.model_config
-    hf_config = model_config.hf_config
-    text_config = model_config.hf_text_config
     cache_config = vllm_config.cache_config
     parallel = vllm_config.parallel_config
     scheduler = vllm_config.scheduler_config
-    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     offload = vllm_config.offload_config
-    vision_config = hf_config.vision_config
-    patches = 0
-    if isinstance(vision_config, CLIPVisionConfig):
-        patches = (vision_config.image_size // vision_config.patch_size) ** 2
+    text_config = model_config.hf_text_config
     mm_config = model_config.get_multimodal_config()
-    name, selector = settings.selector, SELECTORS[settings.selector]
-    num_layers = text_config.num_hidden_layers
-    max_ratio = selector.max_ratio(boundaries, num_layers)
-    whole_prompt = f"selector {name} reads the question, so a step must hold the longest prompt"
-    longest = model_config.max_model_len
-    checks = {
+    return {
         "pipeline parallelism splits the stages; use --tensor-parallel-size instead": (
             parallel.pipeline_parallel_size > 1
         ),
@@ -143,7 +146,7 @@ def _refusals(
             vllm_config.kv_events_config is not None
             and vllm_config.kv_events_config.enable_kv_cache_events
         ),
-        "prefixes are matched in whole blocks and at pictures' ends; remove --prefix-match-unit": (
+        "prefixes are matched in whole blocks and at images' ends; remove --prefix-match-unit": (
             cache_config.prefix_match_unit not in (None, cache_config.block_size)
         ),
         "an encoder-cache connector is untested here; remove --ec-transfer-config": (
@@ -152,7 +155,7 @@ def _refusals(
         "LoRA maps adapters to unpruned rows; remove --enable-lora": (
             vllm_config.lora_config is not None
         ),
-        "prompt embeddings carry no picture to prune; remove --enable-prompt-embeds": (
+        "prompt embeddings carry no image to prune; remove --enable-prompt-embeds": (
             model_config.enable_prompt_embeds
         ),
         "stages need their own KV cache groups; remove --disable-hybrid-kv-cache-manager": (
@@ -162,41 +165,9 @@ def _refusals(
             scheduler.scheduler_cls is not None
         ),
         "another worker class is configured; remove --worker-cls": (parallel.worker_cls != "auto"),
-        "Stage I reads the [CLS] attention of a CLIP tower and this model's is "
-        f"{type(vision_config).__name__}; serve it with stock vLLM "
-        "(VLLM_PLUGINS='')": not isinstance(vision_config, CLIPVisionConfig),
-        "Stage I needs one vision_feature_layer": not isinstance(
-            getattr(hf_config, "vision_feature_layer", None), int
-        ),
-        "Stage I needs vision_feature_select_strategy 'default', which leaves [CLS] out": (
-            getattr(hf_config, "vision_feature_select_strategy", None) != "default"
-        ),
-        f"the decoder must be Llama, not {text_config.model_type}; serve it with stock "
-        "vLLM (VLLM_PLUGINS='')": text_config.model_type != "llama",
         "sliding window attention already drops tokens by position": (
             bool(getattr(text_config, "sliding_window", None))
-        ),
-        f"a picture of {patches} tokens is never split, so a chunk must hold it; raise "
-        "--long-prefill-token-threshold to that or unset it": (
-            0 < scheduler.long_prefill_token_threshold < patches
-        ),
-        # vLLM itself compares --max-num-batched-tokens.
-        f"a picture of {patches} tokens is never split, so a step must hold it; raise "
-        "--max-num-scheduled-tokens to that or unset it": (
-            scheduler.max_num_scheduled_tokens is not None
-            and scheduler.max_num_scheduled_tokens < patches
-        ),
-        f"selector {name} keeps every visual token in the first {boundaries[0]} of {num_layers} "
-        f"layers; set max_pruning_ratio to at most {_round_down(max_ratio)}": (
-            settings.max_pruning_ratio > max_ratio
-        ),
-        f"{whole_prompt}; raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
-        f"{longest}, or lower --max-model-len": selector.reads_question and step_tokens < longest,
-        f"{whole_prompt}; unset --long-prefill-token-threshold": (
-            selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
-        ),
-        "kernels: triton needs a GPU that Triton supports; set kernels to auto or torch": (
-            settings.kernels == "triton" and not HAS_TRITON
+            and getattr(text_config, "use_sliding_window", True)
         ),
         f"{RATIO_KEY} in --mm-processor-kwargs is not read; set default_ratio instead": (
             RATIO_KEY in (mm_config.mm_processor_kwargs or {})
@@ -211,11 +182,64 @@ def _refusals(
             vllm_config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
         ),
     }
-    return [sentence for sentence, broken in checks.items() if broken]
+
+
+def _settings_checks(
+    vllm_config: "VllmConfig", settings: PruningSettings, boundaries: tuple[int, int]
+) -> Checks:
+    """What the selector and the other settings need."""
+    from vllm.triton_utils import HAS_TRITON
+
+    scheduler = vllm_config.scheduler_config
+    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    longest = vllm_config.model_config.max_model_len
+    name, selector = settings.selector, SELECTORS[settings.selector]
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    max_ratio = selector.max_ratio(boundaries, num_layers)
+    whole_prompt = f"selector {name} reads the question, so a step must hold the longest prompt"
+    return {
+        f"selector {name} keeps every visual token in the first {boundaries[0]} of {num_layers} "
+        f"layers; set max_pruning_ratio to at most {_round_down(max_ratio)}": (
+            settings.max_pruning_ratio > max_ratio
+        ),
+        f"{whole_prompt}; raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
+        f"{longest}, or lower --max-model-len": selector.reads_question and step_tokens < longest,
+        f"{whole_prompt}; unset --long-prefill-token-threshold": (
+            selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
+        ),
+        "kernels: triton needs a GPU that Triton supports; set kernels to auto or torch": (
+            settings.kernels == "triton" and not HAS_TRITON
+        ),
+    }
+
+
+def _family_checks(vllm_config: "VllmConfig", settings: PruningSettings, family: Family) -> Checks:
+    """What the model's family needs, of itself and of the settings."""
+    text_config = vllm_config.model_config.hf_text_config
+    return {
+        f"the decoder must be {' or '.join(family.decoders)}, not {text_config.model_type}; serve "
+        "it with stock vLLM (VLLM_PLUGINS='')": text_config.model_type not in family.decoders,
+        f"selector {settings.selector} reads [CLS], which this model's encoder does not have; set "
+        "selector to vitcop or received": (
+            SELECTORS[settings.selector].encoder == "cls_attention" and not family.has_cls
+        ),
+        "positions: reference renumbers positions that this model takes from the image's grid; "
+        "set positions: original": settings.positions == "reference" and family.uses_places,
+        **family.checks(vllm_config),
+    }
+
+
+VLLM_HOOKS: dict[str, type[VerifyAndUpdateConfig]] = {}
+"""Architecture -> the hook that vLLM itself has for it; ours calls it first."""
 
 
 class PrunedModelConfig(VerifyAndUpdateConfig):
     """vLLM's hook per architecture, for all pruned ones."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: "ModelConfig") -> None:
+        if (theirs := VLLM_HOOKS.get(model_config.architecture)) is not None:
+            theirs.verify_and_update_model_config(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
@@ -229,14 +253,22 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         settings = _read_settings(vllm_config)
         model_config = vllm_config.model_config
         cache_config = vllm_config.cache_config
+        architecture = model_config.architecture
+        if (theirs := VLLM_HOOKS.get(architecture)) is not None:
+            theirs.verify_and_update_config(vllm_config)
         if current_platform.is_cpu() and not cache_config.user_specified_block_size:
             cache_config.block_size = CPU_BLOCK_SIZE
             cache_config.user_specified_block_size = True
         num_layers = model_config.hf_text_config.num_hidden_layers
         boundaries = settings.boundaries(num_layers)
-        if refusals := _refusals(vllm_config, settings, boundaries):
+        checks = {
+            **_engine_checks(vllm_config),
+            **_family_checks(vllm_config, settings, FAMILIES[architecture]),
+            **_settings_checks(vllm_config, settings, boundaries),
+        }
+        if broken := [sentence for sentence, is_broken in checks.items() if is_broken]:
             raise ValueError(
-                "visual token pruning cannot start with this configuration: " + "; ".join(refusals)
+                "visual token pruning cannot start with this configuration: " + "; ".join(broken)
             )
         # ROCm also calls its devices "cuda".
         device = "rocm" if current_platform.is_rocm() else current_platform.device_type
@@ -256,8 +288,8 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             # server still can, and refuses.
             logger.warning("Prefix caching is off: %s.", reason)
             cache_config.enable_prefix_caching = False
-        # A picture's tokens are selected together, so its span is computed in one step.
-        vllm_config.scheduler_config.disable_chunked_mm_input = True
+        # A pruned image's tokens are selected together, so a step computes all of them.
+        setattr(model_config.hf_config, SPAN_LIMIT_KEY, _step_tokens(vllm_config))
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = worker
         # vLLM's key for compiled code is made of this. It sees neither our attention layers

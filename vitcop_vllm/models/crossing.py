@@ -75,7 +75,7 @@ class Crossing:
         Args:
             stage: 1 or 2.
             step: How the step's rows change between stages.
-            positions: (T,) rotary positions in the stage before.
+            positions: (T,) or (3, T) rotary positions in the stage before.
             layer: The last layer of the stage before.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
         """
@@ -95,7 +95,7 @@ class Crossing:
             # Not hidden[destination] = 0: on a GPU the host would copy the 0 there and wait.
             hidden.index_fill_(0, destination.flatten(), 0)
             residual[destination] = stream
-        return positions[source], hidden, residual
+        return positions[..., source], hidden, residual
 
     def select_rows(
         self,

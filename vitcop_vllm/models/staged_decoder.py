@@ -101,7 +101,7 @@ class StagedDecoder:
 
         Args:
             step: How the step's rows change between stages.
-            positions: (T,) rotary positions.
+            positions: (T,) or (3, T) rotary positions.
             inputs_embeds: (T, H) embeddings, pictures merged in.
             labels: Cluster labels, one (n1,) tensor per clustered picture of the step.
 

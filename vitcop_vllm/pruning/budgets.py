@@ -156,9 +156,10 @@ class Selector:
 
 SELECTORS: dict[SelectorName, Selector] = {
     "vitcop": Selector(
-        three_stages, encoder="cls_attention", shallow="cluster_merging", deep="key_norm"
+        three_stages, encoder="encoder_attention", shallow="cluster_merging", deep="key_norm"
     ),
     "cls": Selector(encoder_alone, encoder="cls_attention"),
+    "received": Selector(encoder_alone, encoder="received_attention"),
     "random": Selector(encoder_alone, encoder="random_subset"),
     "grid": Selector(encoder_alone, encoder="even_grid"),
     "divprune": Selector(encoder_alone, encoder="max_min_diversity", reads_embeddings=True),

@@ -188,13 +188,13 @@ class RequestPlan:
 
     @cached_property
     def longest_span(self) -> int:
-        """n1 of the picture that Stage I prunes least."""
+        """n1 of the image that keeps most tokens in Stage I."""
         return max(span.counts.stages[0] for span in self.spans)
 
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per stage, among the first ``num_tokens``.
 
-        A span counts once it has ended: no step ever computes part of one.
+        A span counts once it has ended: no step computes part of a pruned one.
         """
         return self._dropped[bisect_right(self._ends, num_tokens)]
 
@@ -206,20 +206,31 @@ class RequestPlan:
         """Spans that begin in [start, end)."""
         return tuple(span for span in self.spans if start <= span.offset < end)
 
-    def _next_span(self, after: int) -> VisualSpan | None:
-        """The first span that ends past ``after``."""
-        index = bisect_right(self._ends, after)
-        return self.spans[index] if index < len(self.spans) else None
+    @cached_property
+    def _pruned(self) -> list[VisualSpan]:
+        return [span for span in self.spans if span.counts.is_pruned]
+
+    @cached_property
+    def _pruned_ends(self) -> list[int]:
+        return [span.end for span in self._pruned]
+
+    def _next_pruned(self, after: int) -> VisualSpan | None:
+        """The first pruned span that ends past ``after``."""
+        index = bisect_right(self._pruned_ends, after)
+        return self._pruned[index] if index < len(self._pruned) else None
 
     def cuts_span(self, num_tokens: int) -> bool:
-        """Whether a prefix of ``num_tokens`` ends inside a span."""
-        span = self._next_span(num_tokens)
+        """Whether a prefix of ``num_tokens`` ends inside a pruned span.
+
+        The tokens of an unpruned span are not selected, so any step may compute some of them.
+        """
+        span = self._next_pruned(num_tokens)
         return span is not None and span.offset < num_tokens
 
     def next_span_end(self, after: int) -> int | None:
         """The first end of a span past ``after``."""
-        span = self._next_span(after)
-        return None if span is None else span.end
+        index = bisect_right(self._ends, after)
+        return self._ends[index] if index < len(self._ends) else None
 
     def last_span_end(self, num_tokens: int) -> int:
         """The last end of a span within the first ``num_tokens`` tokens; 0 where none is."""
@@ -227,9 +238,9 @@ class RequestPlan:
         return self._ends[index - 1] if index else 0
 
     def last_whole_end(self, start: int, end: int) -> int:
-        """The largest e <= ``end`` such that [start, e) cuts no span in two.
+        """The largest e <= ``end`` such that [start, e) cuts no pruned span in two.
 
-        ``start`` must not lie inside a span.
+        ``start`` must not lie inside a pruned span.
         """
-        span = self._next_span(end)
+        span = self._next_pruned(end)
         return end if span is None or span.offset >= end else max(start, span.offset)

@@ -1,6 +1,6 @@
-"""Stage I: which patches the vision encoder's [CLS] token looks at.
+"""Stage I: which parts of an image the vision encoder attends to.
 
-B pictures of equal token count, V patches, D head size. Shapes depend on arguments
+B images of equal token count, V visual tokens, D head size. Shapes depend on arguments
 only, and nothing here waits for the device.
 """
 
@@ -24,6 +24,40 @@ def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     """
     scores = torch.einsum("bhd,bthd->bht", query.float(), keys.float()) * scale
     return scores.softmax(dim=-1).sum(dim=1)[:, 1:]
+
+
+MAX_SCORES = 1 << 25
+"""Attention scores that :func:`attention_received` holds at once: 128 MiB in float32."""
+
+
+def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention that each key receives, averaged over queries; higher is more salient.
+
+    received_i = mean over queries of the sum over heads of softmax(scale q K^T)_i. Stands in
+    for the attention of [CLS] in encoders without one, as in VisionZip (arXiv 2412.04467).
+
+    Each image is computed by itself and in steps of a few queries. The steps depend on the
+    image alone, so an image gets the same bits in any batch.
+
+    Args:
+        queries: (B, Q, heads, D).
+        keys: (B, T, heads, D).
+        scale: Factor on the scores, usually D ** -0.5.
+
+    Returns:
+        (B, T) float32.
+    """
+    num_queries, heads = queries.shape[1:3]
+    step = max(1, MAX_SCORES // (heads * keys.shape[1]))
+    received = []
+    for image_queries, image_keys in zip(queries, keys, strict=True):
+        transposed = image_keys.float().permute(1, 2, 0)
+        total = transposed.new_zeros(keys.shape[1])
+        for some in image_queries.split(step):
+            scores = (some.float() * scale).transpose(0, 1) @ transposed
+            total += scores.softmax(dim=-1).sum(dim=(0, 1))
+        received.append(total / num_queries)
+    return torch.stack(received)
 
 
 def most_salient(saliency: Tensor, count: int) -> Tensor:

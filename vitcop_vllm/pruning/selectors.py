@@ -7,7 +7,7 @@ index. Arithmetic is float32. Nothing here waits for the device.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
-from vitcop_vllm.pruning.saliency import cls_saliency
+from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
 from vitcop_vllm.pruning.selection import StageTwoSelection, mean_key_norm
 
 NUM_PIVOTS = 8
@@ -26,28 +26,67 @@ _UINT32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class EncoderView:
-    """What there is to see of B pictures in the encoder; V patches each, D head size.
+    """The last encoder layer on B images of one grid; V visual tokens, D head size.
+
+    A visual token is made of P patches, which are neighbours among the keys. ``heads`` are
+    this rank's.
 
     Attributes:
-        cls_query: (B, heads, D) query of [CLS] in the layer whose output the decoder gets;
-            the heads are this rank's.
-        keys: (B, 1 + V, heads, D) keys of that layer, [CLS] first.
+        queries: Makes (B, Q, heads, D), the queries that attention received is averaged over.
+        keys: (B, C + V * P, heads, D) keys, after rotary embedding; C is 1 with [CLS], else 0.
+        cls_query: (B, heads, D) query of [CLS]; ``None`` in encoders without it.
+        features: Makes (B, V, heads * D), what tokens are clustered by: their keys before
+            rotary embedding, averaged over patches.
         scale: Factor on the scores of query and key.
-        grid: Rows and columns of patches; row-major, V in all.
-        pixels: (B, ...) the pictures as they enter the encoder.
+        grid: Rows and columns of visual tokens; row-major, V in all.
+        pixels: (B, ...) the images as they enter the encoder.
         embed: Makes (B, V, H), the tokens as the decoder would get them.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
+        concat_over_ranks: Joins the last dimensions of a tensor that all ranks have.
         kernels: Implementation of the functions that choose tokens.
     """
 
-    cls_query: Tensor
+    queries: Callable[[], Tensor]
     keys: Tensor
+    cls_query: Tensor | None
+    features: Callable[[], Tensor]
     scale: float
     grid: tuple[int, int]
     pixels: Tensor
     embed: Callable[[], Tensor]
     mean_over_ranks: Callable[[Tensor], Tensor]
+    concat_over_ranks: Callable[[Tensor], Tensor]
     kernels: KernelSet
+
+    @classmethod
+    def of_embeddings(cls, embeddings: Tensor, grid: tuple[int, int], kernels: KernelSet) -> Self:
+        """A view for selectors that read (B, V, H) embeddings, and nothing of the layer."""
+        nothing = embeddings.new_empty(0)
+        return cls(
+            queries=lambda: nothing,
+            keys=nothing,
+            cls_query=None,
+            features=lambda: nothing,
+            scale=1.0,
+            grid=grid,
+            pixels=nothing,
+            embed=lambda: embeddings,
+            mean_over_ranks=lambda x: x,
+            concat_over_ranks=lambda x: x,
+            kernels=kernels,
+        )
+
+    def attention_of_cls(self) -> Tensor:
+        """(B, V) float32: attention of [CLS], summed over heads."""
+        assert self.cls_query is not None, "this encoder has no [CLS]"
+        return self.mean_over_ranks(cls_saliency(self.cls_query, self.keys, self.scale))
+
+    def attention_received(self) -> Tensor:
+        """(B, V) float32: attention of all queries, averaged over a token's patches."""
+        received = attention_received(self.queries(), self.keys, self.scale)
+        per_patch = received[:, self.cls_query is not None :]
+        num_tokens = self.grid[0] * self.grid[1]
+        return self.mean_over_ranks(per_patch.unflatten(1, (num_tokens, -1)).mean(dim=2))
 
 
 @dataclass(frozen=True)
@@ -85,10 +124,23 @@ class BoundaryView:
 
 
 def select_patches(selector: Selector, view: EncoderView, count: int) -> Tensor:
-    """(B, count) int64: the patches that the selector keeps in the encoder."""
+    """(B, count) int64: the tokens that the selector keeps in the encoder."""
     assert selector.encoder is not None
     chosen: Tensor = _function(selector.encoder)(view, count)
     return chosen
+
+
+def saliency_of(selector: Selector, view: EncoderView) -> Tensor | None:
+    """(B, V) float32 that Stage I ranks tokens by; ``None`` if the selector ranks by none."""
+    match selector.encoder:
+        case "cls_attention":
+            return view.attention_of_cls()
+        case "received_attention":
+            return view.attention_received()
+        case "encoder_attention":
+            has_cls = view.cls_query is not None
+            return view.attention_of_cls() if has_cls else view.attention_received()
+    return None
 
 
 def select_tokens(
@@ -108,14 +160,26 @@ def _function(name: str) -> Any:
 # In the encoder: (B, count) of V patches.
 
 
-def cls_attention(view: EncoderView, count: int) -> Tensor:
-    """The patches that [CLS] attends to most, summed over heads.
+def encoder_attention(view: EncoderView, count: int) -> Tensor:
+    """The tokens that [CLS] attends to most; without [CLS], those that all attend to most.
 
-    ViTCoP's Stage I (arXiv 2601.17818); VisionZip (arXiv 2412.04467) calls them dominant
-    tokens.
+    ViTCoP's Stage I (arXiv 2601.17818), which was published for an encoder with [CLS].
     """
-    saliency = cls_saliency(view.cls_query, view.keys, view.scale)
-    return view.kernels.most_salient(view.mean_over_ranks(saliency), count)
+    function = received_attention if view.cls_query is None else cls_attention
+    return function(view, count)
+
+
+def cls_attention(view: EncoderView, count: int) -> Tensor:
+    """The tokens that [CLS] attends to most, summed over heads.
+
+    VisionZip (arXiv 2412.04467) calls them dominant tokens.
+    """
+    return view.kernels.most_salient(view.attention_of_cls(), count)
+
+
+def received_attention(view: EncoderView, count: int) -> Tensor:
+    """The tokens that receive most attention from all tokens, summed over heads."""
+    return view.kernels.most_salient(view.attention_received(), count)
 
 
 def random_subset(view: EncoderView, count: int) -> Tensor:
@@ -152,6 +216,23 @@ def even_grid(view: EncoderView, count: int) -> Tensor:
     return index.expand(view.pixels.shape[0], -1)
 
 
+_ROWS = 1024
+"""Tokens whose distances to all others are held at once."""
+
+
+def _to_nearest(unit: Tensor, first: int) -> Tensor:
+    """(B, n) cosine distance from tokens ``first`` and following to their nearest other."""
+    some = unit[:, first : first + _ROWS]
+    token = torch.arange(unit.shape[1], device=unit.device)
+    itself = token[first : first + _ROWS, None] == token
+    return (1.0 - some @ unit.mT).masked_fill_(itself, torch.inf).amin(dim=2)
+
+
+def _row(unit: Tensor, index: Tensor) -> Tensor:
+    """(B, V, H) rows at (B, 1) indices: (B, H)."""
+    return unit.gather(1, index[:, :, None].expand(-1, -1, unit.shape[2])).squeeze(1)
+
+
 def max_min_diversity(view: EncoderView, count: int) -> Tensor:
     """The tokens that lie far from each other in cosine distance.
 
@@ -160,15 +241,14 @@ def max_min_diversity(view: EncoderView, count: int) -> Tensor:
     nearest of those chosen.
     """
     unit = F.normalize(view.embed().float(), dim=-1)
-    distances = 1.0 - unit @ unit.mT
-    num_tokens = distances.shape[1]
-    itself = torch.eye(num_tokens, dtype=torch.bool, device=distances.device)
-    to_chosen = distances.masked_fill(itself, torch.inf).amin(dim=2)
+    num_tokens = unit.shape[1]
+    # No (V, V) matrix of distances: an image may have 16,384 tokens.
+    to_chosen = torch.cat([_to_nearest(unit, first) for first in range(0, num_tokens, _ROWS)], 1)
     taken = torch.zeros_like(to_chosen, dtype=torch.bool)
     for number in range(count):
         farthest = to_chosen.masked_fill(taken, -torch.inf).argmax(dim=1, keepdim=True)
         taken = taken.scatter(1, farthest, True)
-        row = distances.gather(1, farthest[:, :, None].expand(-1, -1, num_tokens)).squeeze(1)
+        row = 1.0 - torch.einsum("bvh,bh->bv", unit, _row(unit, farthest))
         to_chosen = torch.minimum(to_chosen, row) if number else row
     return _indices(taken, count)
 

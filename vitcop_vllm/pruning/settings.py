@@ -24,7 +24,9 @@ CONFIG_KEY = "pruning"
 
 _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 
-SelectorName = Literal["vitcop", "cls", "random", "grid", "divprune", "key_norm", "fastv", "dart"]
+SelectorName = Literal[
+    "vitcop", "cls", "received", "random", "grid", "divprune", "key_norm", "fastv", "dart"
+]
 """Ways of choosing which visual tokens survive; what each is: ``budgets`` and ``selectors``."""
 
 KernelsName = Literal["auto", "torch", "triton"]
@@ -108,7 +110,11 @@ class PruningSettings(Frozen):
             published 22 of 32 to the model's depth.
         fractions: Stage I fractions per keep fraction, ascending in ``keep``. Ratios in
             between are interpolated, ratios past the ends extrapolated.
-        density_scale: d_c of the density exp(-(d/d_c)^2), in feature distance.
+        density_scale: d_c of the density exp(-(d/d_c)^2), in feature distance. ``None`` takes
+            the published 8 for LLaVA-1.5, and for other models, for which none is published,
+            ``relative_density_scale``.
+        relative_density_scale: d_c as a share of the root-mean-square distance between an
+            image's tokens. Distances grow with a model's width and weights; this does not.
         spatial_radius: Farthest a denser neighbour may lie, in picture heights/widths.
         positions: ``original`` keeps prompt positions in every layer; ``reference``
             renumbers prefill tokens from the deep boundary on, as the published program.
@@ -124,7 +130,8 @@ class PruningSettings(Frozen):
     shallow_boundary: Layer | None = None
     deep_boundary: Annotated[int, Field(ge=2, strict=True)] | None = None
     fractions: Annotated[tuple[FractionRow, ...], Field(min_length=1)] = PUBLISHED_ROWS
-    density_scale: Positive = 8.0
+    density_scale: Positive | None = None
+    relative_density_scale: Positive = 0.5
     spatial_radius: Positive = 0.6
     positions: Literal["original", "reference"] = "original"
     kernels: KernelsName = "auto"

@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.config import VllmConfig
+from vllm.config.multimodal import ImageDummyOptions
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec
@@ -18,7 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import settings_of, span_limit_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
@@ -72,11 +73,10 @@ def _pruned_image(vllm_config: VllmConfig) -> tuple[list[int], MultiModalFeature
     processor: Any = MULTIMODAL_REGISTRY.create_processor(model_config)
     if not processor.info.allowed_mm_limits.get("image"):
         return None
-    inputs = processor.get_dummy_inputs(
-        model_config.max_model_len,
-        {"image": 1},
-        model_config.get_multimodal_config().limit_per_prompt,
-    )
+    options = dict(model_config.get_multimodal_config().limit_per_prompt)
+    if size := processor.info.dummy_size(span_limit_of(model_config.hf_config)):
+        options["image"] = ImageDummyOptions(width=size[0], height=size[1])
+    inputs = processor.get_dummy_inputs(model_config.max_model_len, {"image": 1}, options)
     pruned = replace(inputs, hf_processor_mm_kwargs={RATIO_KEY: ratio})
     processed = processor.apply(pruned, timing_ctx=TimingContext(enabled=False))
     feature = MultiModalFeatureSpec(

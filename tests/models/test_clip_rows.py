@@ -8,21 +8,20 @@ from torch import nn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.device_guard import CUDA, no_host_sync
-from vitcop_vllm.models.patch_choice import (
-    ChosenPatches,
-    RowsThatStay,
-    batch_of,
-    members_of,
-    rows_that_stay,
-    take,
-    watching,
+from vitcop_vllm.models.clip_rows import KeptRows, kept_rows, skip_dropped_rows
+from vitcop_vllm.models.stage_one import (
+    ImageShape,
+    KeptTokens,
+    gather_rows,
+    group_by_shape,
+    select_items,
 )
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 V, WIDTH = 6, 8
-PRUNED = VisualTokenCounts(V, 1, (3, 2, 1))
-MILDER = VisualTokenCounts(V, 2, (4, 3, 2))
-WHOLE = VisualTokenCounts.unpruned(V)
+PRUNED = ImageShape(VisualTokenCounts(V, 1, (3, 2, 1)), 2, 3)
+MILDER = ImageShape(VisualTokenCounts(V, 2, (4, 3, 2)), 2, 3)
+WHOLE = ImageShape(VisualTokenCounts.unpruned(V), 2, 3)
 
 
 class Attention(nn.Module):
@@ -83,52 +82,52 @@ def hidden() -> torch.Tensor:
     return torch.randn(4, 1 + V, WIDTH)
 
 
-def kept(*index: list[int]) -> ChosenPatches:
+def kept(*index: list[int]) -> KeptTokens:
     view: object = None
-    return ChosenPatches(view, torch.tensor(index), None)  # type: ignore[arg-type]
+    return KeptTokens(view, torch.tensor(index), None)  # type: ignore[arg-type]
 
 
-def kept_on(device: torch.device, counts: VisualTokenCounts, pictures: int) -> ChosenPatches:
-    index = torch.arange(counts.stages[0], device=device).expand(pictures, -1)
-    return ChosenPatches(None, index, None)  # type: ignore[arg-type]
+def kept_on(device: torch.device, shape: ImageShape, images: int) -> KeptTokens:
+    index = torch.arange(shape.counts.stages[0], device=device).expand(images, -1)
+    return KeptTokens(None, index, None)  # type: ignore[arg-type]
 
 
-MEMBERS = members_of([PRUNED, WHOLE, MILDER, PRUNED])
-CHOSEN = {PRUNED: kept([0, 2, 5], [1, 3, 4]), MILDER: kept([0, 1, 2, 3])}
-OF_PICTURE = [[1, 3, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [2, 4, 5]]
+GROUPS = group_by_shape([PRUNED, WHOLE, MILDER, PRUNED])
+KEPT = {PRUNED: kept([0, 2, 5], [1, 3, 4]), MILDER: kept([0, 1, 2, 3])}
+OF_IMAGE = [[1, 3, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [2, 4, 5]]
 
 
-def test_rows_that_stay_are_those_of_each_picture_behind_its_cls():
-    assert MEMBERS == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
-    rows = rows_that_stay(MEMBERS, CHOSEN, torch.device("cpu"))
-    padded = [index + [0] * (V - len(index)) for index in OF_PICTURE]
-    assert rows.of_picture.tolist() == padded
+def test_kept_rows_are_those_of_each_image_behind_its_cls():
+    assert GROUPS == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
+    rows = kept_rows(GROUPS, KEPT, torch.device("cpu"))
+    padded = [index + [0] * (V - len(index)) for index in OF_IMAGE]
+    assert rows.of_image.tolist() == padded
     assert rows.unpadded is not None
-    assert rows.of_picture.flatten()[rows.unpadded].tolist() == [*chain(*OF_PICTURE)]
+    assert rows.of_image.flatten()[rows.unpadded].tolist() == [*chain(*OF_IMAGE)]
     assert rows.of_batch.tolist() == [
-        number * (1 + V) + row for number, index in enumerate(OF_PICTURE) for row in index
+        number * (1 + V) + row for number, index in enumerate(OF_IMAGE) for row in index
     ]
 
 
 def test_equal_counts_need_no_padding():
-    rows = rows_that_stay({PRUNED: [0, 1]}, CHOSEN, torch.device("cpu"))
-    assert rows.of_picture.tolist() == [OF_PICTURE[0], OF_PICTURE[3]]
+    rows = kept_rows({PRUNED: [0, 1]}, KEPT, torch.device("cpu"))
+    assert rows.of_image.tolist() == [OF_IMAGE[0], OF_IMAGE[3]]
     assert rows.unpadded is None
     assert rows.of_batch.tolist() == [1, 3, 6, 9, 11, 12]
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("members", [MEMBERS, {MILDER: [0]}], ids=["mixed", "one"])
-def test_rows_that_stay_come_out_as_they_do_otherwise(layer, hidden, members):
-    hidden = hidden[: sum(map(len, members.values()))]
-    rows = rows_that_stay(members, CHOSEN, torch.device("cpu"))
+@pytest.mark.parametrize("groups", [GROUPS, {MILDER: [0]}], ids=["mixed", "one"])
+def test_kept_rows_come_out_as_they_do_otherwise(layer, hidden, groups):
+    hidden = hidden[: sum(map(len, groups.values()))]
+    rows = kept_rows(groups, KEPT, torch.device("cpu"))
     computed: list[int] = []
     for part in (layer.self_attn.out_proj, layer.layer_norm2, layer.mlp):
         part.register_forward_hook(lambda _, inputs, __: computed.append(inputs[0][..., 0].numel()))
     whole = layer(hidden).flatten(0, 1)
     assert computed == [hidden[..., 0].numel()] * 3
     computed.clear()
-    with watching(layer, lambda _: rows):
+    with skip_dropped_rows(layer, lambda _: rows):
         some = layer(hidden)
     assert computed == [len(rows.of_batch)] * 3
     assert some.shape == hidden.shape
@@ -136,13 +135,13 @@ def test_rows_that_stay_come_out_as_they_do_otherwise(layer, hidden, members):
 
 
 @torch.inference_mode()
-def test_attention_that_can_computes_only_rows_that_stay(layer, hidden):
-    rows = rows_that_stay({PRUNED: [0, 1]}, CHOSEN, torch.device("cpu"))
+def test_attention_that_can_computes_only_kept_rows(layer, hidden):
+    rows = kept_rows({PRUNED: [0, 1]}, KEPT, torch.device("cpu"))
     queries: list[int] = []
     layer.self_attn.attn.register_forward_hook(
         lambda _, __, output: queries.append(output.shape[1])
     )
-    with watching(layer, lambda _: rows):
+    with skip_dropped_rows(layer, lambda _: rows):
         layer(hidden[:2])
     sdpa = layer.self_attn.attn.attn_backend == AttentionBackendEnum.TORCH_SDPA
     assert queries == [3 if sdpa else 1 + V]
@@ -151,7 +150,7 @@ def test_attention_that_can_computes_only_rows_that_stay(layer, hidden):
 @torch.inference_mode()
 def test_it_tells_what_the_layer_attends_by_and_may_compute_everything(layer, hidden):
     outputs: list[torch.Tensor] = []
-    with watching(layer, outputs.append):
+    with skip_dropped_rows(layer, outputs.append):
         watched = layer(hidden)
     assert torch.equal(outputs[0], layer.self_attn.qkv_proj(hidden)[0])
     assert torch.equal(watched, layer(hidden))
@@ -163,16 +162,16 @@ def test_nothing_is_left_of_it(layer, hidden):
     beyond = torch.tensor([[1 + V]])
     with (
         pytest.raises(IndexError),
-        watching(layer, lambda _: RowsThatStay(beyond, None, beyond.flatten())),
+        skip_dropped_rows(layer, lambda _: KeptRows(beyond, None, beyond.flatten())),
     ):
         layer(hidden[:1])
     assert torch.equal(layer(hidden), whole)
 
 
-def test_all_pictures_of_a_batch_are_no_copy():
+def test_all_images_of_a_batch_are_no_copy():
     rows = torch.randn(3, 2)
-    assert batch_of(rows, [0, 1, 2]) is rows
-    assert torch.equal(batch_of(rows, [0, 2]), rows[[0, 2]])
+    assert select_items(rows, [0, 1, 2]) is rows
+    assert torch.equal(select_items(rows, [0, 2]), rows[[0, 2]])
 
 
 @no_host_sync()
@@ -180,16 +179,17 @@ def test_all_pictures_of_a_batch_are_no_copy():
 @pytest.mark.parametrize(
     "backend", [AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN]
 )
-@pytest.mark.parametrize("members", [MEMBERS, {MILDER: [0]}], ids=["mixed", "one"])
-def test_nothing_waits_for_the_gpu(backend, members):
-    chosen = {counts: kept_on(CUDA, counts, len(members.get(counts, [0]))) for counts in CHOSEN}
+@pytest.mark.parametrize("groups", [GROUPS, {MILDER: [0]}], ids=["mixed", "one"])
+def test_nothing_waits_for_the_gpu(backend, groups):
+    chosen = {shape: kept_on(CUDA, shape, len(groups.get(shape, [0]))) for shape in KEPT}
     with torch.device(CUDA):
         layer = Layer(backend).eval()
-    hidden = torch.randn(sum(map(len, members.values())), 1 + V, WIDTH, device=CUDA)
-    with watching(layer, lambda _: rows_that_stay(members, chosen, CUDA)):
+    hidden = torch.randn(sum(map(len, groups.values())), 1 + V, WIDTH, device=CUDA)
+    with skip_dropped_rows(layer, lambda _: kept_rows(groups, chosen, CUDA)):
         output = layer(hidden)
-    for counts, numbers in members.items():
-        rows = batch_of(output, numbers)
-        if counts in chosen:
-            rows = take(rows, chosen[counts].index)
-        assert rows.shape == (len(numbers), counts.stages[0] + (counts not in chosen), WIDTH)
+    for shape, numbers in groups.items():
+        rows = select_items(output, numbers)
+        if shape in chosen:
+            rows = gather_rows(rows, chosen[shape].index)
+        length = shape.counts.stages[0] + (shape not in chosen)
+        assert rows.shape == (len(numbers), length, WIDTH)

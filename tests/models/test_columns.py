@@ -1,0 +1,50 @@
+"""Integers survive as columns of embeddings of any dtype."""
+
+import pytest
+import torch
+
+from vitcop_vllm.models.columns import Columns
+
+HIDDEN = 5
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def embeddings(num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.rand(num_tokens, HIDDEN).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("labels", [True, False])
+def test_columns_come_back(dtype, labels):
+    columns = Columns(HIDDEN, labels=labels, places=True)
+    plain, index = embeddings(300, dtype), torch.arange(300) * 54  # up to 16,146
+    label = torch.arange(300) % 251
+    sent = columns.append(plain, label if labels else None, index, 127)
+    assert sent.dtype == dtype
+    back, back_labels, places = columns.split([sent])
+    assert torch.equal(back[0], plain)
+    assert [*map(torch.Tensor.tolist, back_labels)] == ([label.tolist()] if labels else [])
+    assert places is not None
+    assert torch.equal(places, torch.stack((index // 127, index % 127), dim=1))
+
+
+def test_images_without_columns_lie_where_they_are():
+    columns = Columns(HIDDEN, labels=True, places=True)
+    whole = embeddings(4, torch.float32)
+    pruned = columns.append(
+        embeddings(3, torch.float32), torch.tensor([1, 0, 1]), torch.tensor([2, 5, 7]), 4
+    )
+    plain, labels, places = columns.split([whole, pruned, whole])
+    assert [one.shape for one in plain] == [(4, HIDDEN), (3, HIDDEN), (4, HIDDEN)]
+    assert [label.tolist() for label in labels] == [[1, 0, 1]]
+    assert places is not None
+    zeros = [[0, 0]] * 4
+    assert places.tolist() == [*zeros, [0, 2], [1, 1], [1, 3], *zeros]
+    assert columns.split([whole])[1:] == ([], None)
+    assert columns.split([]) == ([], [], None)
+
+
+def test_models_that_need_no_columns_have_none():
+    columns = Columns(HIDDEN, labels=False, places=False)
+    plain = embeddings(3, torch.float16)
+    assert columns.append(plain, None, torch.arange(3), 3) is plain

@@ -1,0 +1,341 @@
+"""Prompts and images of a pruned model: shortened by what pruning drops, and named so.
+
+Mixins for vLLM's classes of a model family. A family says how an image of a size lies in
+visual tokens (``layout``); all else is here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.exceptions import GracefulHTTPError
+from vllm.inputs import MultiModalHashes, MultiModalInput
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import (
+    DictEmbeddingItems,
+    EmbeddingItems,
+    ImageProcessorItems,
+    MultiModalDataItems,
+)
+from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing.inputs import ProcessorInputs
+from vllm.utils.cache import LRUCache
+
+from vitcop_vllm.engine.config import settings_of, span_limit_of
+from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
+from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
+from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.identity import (
+    EXPLAIN_KEY,
+    CountsMismatchError,
+    counts_in_prompt,
+    explained_identifier,
+    tag_identifier,
+)
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+
+logger = init_logger(f"vllm.{__name__}")
+
+COUNTS_FIELD = "visual_token_counts"
+"""Field of a processed image that brings its counts and grid to the encoder; see
+:func:`shape_row`."""
+
+_MAX_REMEMBERED = 8192
+"""Images sent with a uuid whose layouts are remembered, some 100 bytes each."""
+
+
+class MisprocessedImageError(GracefulHTTPError, CountsMismatchError):
+    """A fault of the processor: vLLM's server answers the request with status 503."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            f"the server processed an image of this request wrongly: {message}",
+            HTTPStatus.SERVICE_UNAVAILABLE,
+        )
+
+
+def shape_row(shape: ImageShape) -> list[int]:
+    """A shape as integers: V, K, n1, n2, n3, rows, columns."""
+    counts = shape.counts
+    return [counts.encoder, counts.centres, *counts.stages, shape.rows, shape.columns]
+
+
+def shape_of_row(row: Sequence[int]) -> ImageShape:
+    """The shape that :func:`shape_row` made ``row`` of."""
+    encoder, centres, n1, n2, n3, rows, columns = row
+    return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), rows, columns)
+
+
+def without_ours(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The processor keywords that are meant for the processor of Hugging Face."""
+    return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
+
+
+class PrunedProcessingInfo:
+    """What the processor knows of a model, and of pruning. A mixin of vLLM's ``ProcessingInfo``.
+
+    Attributes:
+        has_cls: Whether Stage I reads the attention of [CLS]; else the attention received.
+        position_slack: For models with M-RoPE, rows of the rotary table per position of the
+            model's; ``None`` for models without.
+    """
+
+    has_cls: bool = True
+    position_slack: int | None = None
+
+    def layout(
+        self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
+    ) -> ImageLayout:
+        """Grid of visual tokens and visible part of an image.
+
+        Args:
+            width, height: Of the image as it was sent, in pixels.
+            processor_kwargs: The request's processor keywords.
+        """
+        raise NotImplementedError
+
+    def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
+        """Width and height of a dummy image of at most so many visual tokens.
+
+        ``None`` if the largest image has no more, or all have equally many.
+        """
+        return None
+
+    @property
+    def _config(self) -> Any:
+        this: Any = self
+        return this.get_hf_config()
+
+    @cached_property
+    def settings(self) -> PruningSettings:
+        return settings_of(self._config)
+
+    def get_supported_mm_limits(self) -> Mapping[str, int | None]:
+        """Images only: no other modality is pruned yet."""
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {"image": limits["image"]}
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Budgets are for the largest image a request may have: one not pruned."""
+        this: Any = self
+        return {"image": this.get_max_image_tokens()}
+
+    def counts(
+        self, num_image_tokens: int, processor_kwargs: Mapping[str, object]
+    ) -> VisualTokenCounts:
+        """Counts of one image under a request's processor keywords.
+
+        Raises:
+            ValueError: If the ratio among them is not acceptable.
+        """
+        settings = self.settings
+        ratio = settings.default_ratio
+        if RATIO_KEY in processor_kwargs:
+            ratio = settings.parse_ratio(processor_kwargs[RATIO_KEY])
+        num_layers = self._config.get_text_config().num_hidden_layers
+        return plan_counts(settings, ratio, num_layers, num_image_tokens)
+
+    def check_admissible(self, images: Sequence[ImageShape]) -> None:
+        """Refuse images that the engine could not compute.
+
+        Raises:
+            ValueError: If a pruned image does not fit into one step, or the prompt's positions
+                could leave the rotary table.
+        """
+        limit = span_limit_of(self._config)
+        for counts, *_ in images:
+            if counts.is_pruned and counts.stages[0] > limit:
+                raise ValueError(
+                    f"a pruned image is computed in one step, which holds {limit} tokens, and "
+                    f"one of this request's keeps {counts.stages[0]} in Stage I: ask for a "
+                    "higher pruning ratio or ratio 0, send a smaller image, or have the "
+                    "operator raise --max-num-batched-tokens"
+                )
+        if self.position_slack is None:
+            return
+        beyond = positions_beyond_tokens(
+            MRoPEImage(0, counts.stages[0], rows, columns, False)
+            for counts, rows, columns in images
+        )
+        this: Any = self
+        table = self.position_slack * self._config.get_text_config().max_position_embeddings
+        if this.ctx.model_config.max_model_len + beyond > table:
+            raise ValueError(
+                f"rotary positions of this prompt could pass the model's last, {table - 1}: its "
+                f"images take {beyond} positions more than tokens; ask for a lower pruning ratio "
+                "or send less elongated images"
+            )
+
+
+class PrunedProcessor:
+    """Shortens prompts to the tokens that images keep. A mixin of vLLM's processor."""
+
+    info: Any
+
+    @cached_property
+    def _layouts(self) -> LRUCache[str, ImageLayout]:
+        """Layouts of images that were sent with a uuid, and may come again without data."""
+        return LRUCache(_MAX_REMEMBERED)
+
+    def _shapes(
+        self,
+        mm_items: MultiModalDataItems,
+        processor_kwargs: Mapping[str, object],
+        uuids: Sequence[str | None] | None = None,
+    ) -> list[ImageShape]:
+        images = mm_items.get("image")
+        if images is None:
+            return []
+        if isinstance(images, (EmbeddingItems, DictEmbeddingItems)):
+            if processor_kwargs.get(RATIO_KEY):
+                raise ValueError(
+                    f"{RATIO_KEY} needs images: image embeddings come without the encoder's "
+                    "attention, by which they would be pruned"
+                )
+            return [self._embedded_shape(images, i) for i in range(images.get_count())]
+        assert isinstance(images, ImageProcessorItems)
+        shapes = []
+        for i in range(images.get_count()):
+            layout = self._layout(images, i, processor_kwargs, uuids[i] if uuids else None)
+            counts = self.info.counts(layout.num_tokens, processor_kwargs)
+            shapes.append(ImageShape(counts, layout.rows, layout.columns))
+        return shapes
+
+    def _layout(
+        self,
+        images: ImageProcessorItems,
+        i: int,
+        processor_kwargs: Mapping[str, object],
+        uuid: str | None,
+    ) -> ImageLayout:
+        if images.get(i) is not None:
+            size = images.get_image_size(i)
+            layout: ImageLayout = self.info.layout(size.width, size.height, processor_kwargs)
+            if uuid is not None:
+                self._layouts[uuid] = layout
+            return layout
+        # Sent by its uuid alone. vLLM has the processed image cached, under a name that ends
+        # with counts, and these follow from its size.
+        known = self._layouts.get(uuid) if uuid is not None else None
+        if known is None:
+            raise ValueError(f"the image with uuid {uuid!r} is not cached: send its data again")
+        return known
+
+    def _embedded_shape(self, images: Any, i: int) -> ImageShape:
+        """Shape of an image whose embeddings the client computed."""
+        num_tokens = images.get_feature_size(i)
+        return ImageShape(VisualTokenCounts.unpruned(num_tokens), 1, num_tokens)
+
+    def apply(self, *args: Any, **kwargs: Any) -> MultiModalInput:
+        """vLLM's processed prompt.
+
+        Raises:
+            MisprocessedImageError: If an image's identifier contradicts its placeholders.
+                Here the error costs one request; in the engine it would cost all.
+        """
+        processed: MultiModalInput = super().apply(*args, **kwargs)  # type: ignore[misc]
+        names = processed["mm_hashes"].get("image", ())
+        places = processed["mm_placeholders"].get("image", ())
+        try:
+            for name, place in zip(names, places, strict=True):
+                counts_in_prompt(name, place.length)
+        except CountsMismatchError as error:
+            COUNTS_MISMATCHES.labels("processor").inc()
+            logger.error("Request refused: %s", error)
+            raise MisprocessedImageError(str(error)) from None
+        return processed
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Inputs for memory profiling: images that are not pruned."""
+        inputs: ProcessorInputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
+        return replace(inputs, hf_processor_mm_kwargs={RATIO_KEY: 0})
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        kwargs = inputs.hf_processor_mm_kwargs
+        uuids = (inputs.mm_uuid_items or {}).get("image")
+        shapes = self._shapes(inputs.mm_data_items, kwargs, uuids)
+        self.info.check_admissible(shapes)
+        # The counts tell images apart; the ratio itself would split equal counts.
+        plain = replace(inputs, hf_processor_mm_kwargs=without_ours(kwargs))
+        hashes: MultiModalHashes = super()._get_mm_hashes(plain)  # type: ignore[misc]
+        if "image" in hashes:
+            hashes["image"] = [
+                tag_identifier(mm_hash, shape.counts)
+                for mm_hash, shape in zip(hashes["image"], shapes, strict=True)
+            ]
+        request = kwargs.get(EXPLAIN_KEY)
+        images = inputs.mm_data_items.get("image")
+        if request is not None and isinstance(images, ImageProcessorItems):
+            hashes["image"] = [
+                explained_identifier(str(request), i, images.get_image_size(i), name)
+                for i, name in enumerate(hashes["image"])
+            ]
+        return hashes
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        theirs = without_ours(hf_kwargs)
+        processed: BatchFeature = super()._apply_hf_processor_main(mm_items, theirs)  # type: ignore[misc]
+        if "pixel_values" in processed:
+            shapes = self._shapes(mm_items, hf_kwargs)
+            processed[COUNTS_FIELD] = torch.tensor([shape_row(shape) for shape in shapes])
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields: Mapping[str, MultiModalFieldConfig] = super()._get_mm_fields_config(  # type: ignore[misc]
+            hf_inputs, without_ours(hf_processor_mm_kwargs)
+        )
+        # On the CPU: the encoder needs them as shapes, without waiting for a device.
+        counts = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return {**fields, COUNTS_FIELD: counts}
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates: Sequence[Any] = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs
+        )
+        images = out_mm_kwargs.get("image", ())
+        return [
+            replace(update, replacement=_shortened(update.replacement, images))
+            for update in updates
+            if update.modality == "image"
+        ]
+
+
+def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], list[int]]:
+    """A prompt update that puts as many tokens in an image's place as Stage I keeps.
+
+    Args:
+        content: vLLM's update, of one kind of token.
+        images: Processed images, with their shapes unless they came as embeddings.
+    """
+
+    def replacement(i: int) -> list[int]:
+        tokens: list[int] = content(i) if callable(content) else content
+        image = images[i]
+        if image is None or COUNTS_FIELD not in image:
+            return tokens
+        counts = shape_of_row(image[COUNTS_FIELD].data.tolist()).counts
+        if len(tokens) != counts.encoder:
+            raise MisprocessedImageError(
+                f"it has {len(tokens)} visual tokens, and {counts.encoder} were planned"
+            )
+        return tokens[: counts.stages[0]]
+
+    return replacement

@@ -1,0 +1,345 @@
+"""What every pruned model does; a family adds its tower."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import get_forward_context, override_forward_context
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.models.columns import Columns
+from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
+from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row, shape_row
+from vitcop_vllm.models.stage_one import (
+    Groups,
+    ImageShape,
+    Kept,
+    StageOne,
+    ViewOf,
+    group_by_shape,
+)
+from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
+from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.kernel_set import kernel_set
+from vitcop_vllm.pruning.selectors import EncoderView
+from vitcop_vllm.worker.explain import PatchChoice
+from vitcop_vllm.worker.step import StagedForward
+
+ImageInputs = Mapping[str, torch.Tensor]
+"""Fields of a batch of processed images, by name."""
+
+
+class PrunedModel:
+    """An image costs what its request's pruning ratio leaves of it. A mixin of vLLM's model.
+
+    The model has ``language_model.model``, a decoder of layers as vLLM's Llama has them.
+
+    A pruned image's embeddings carry columns with what the decoder needs to know of each token;
+    see ``columns``.
+
+    Attributes:
+        published_density_scale: d_c of the clustering that is published for the family.
+        uses_places: Whether rotary positions depend on where a token lies in its image.
+        patch_choices: What Stage I made of each image encoded since this was made a list;
+            ``None`` keeps nothing.
+    """
+
+    published_density_scale: float | None = None
+    uses_places = False
+    patch_choices: list[PatchChoice | None] | None = None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        this: Any = self
+        text = this.config.get_text_config()
+        self._set_up_stage_one(vllm_config, text.hidden_size)
+        self._num_layers = text.num_hidden_layers
+        decoder = this.language_model.model
+        boundaries = self.pruning.boundaries(len(decoder.layers))
+        stage_layers(decoder.layers, boundaries, vllm_config)
+        self.staged_decoder = StagedDecoder(
+            decoder, boundaries, self.selector, self.kernels, vllm_config
+        )
+        # Parts that ran on dummy data while vLLM measured memory, or on real data since.
+        self._encoder_ran = self._stages_ran = False
+
+    def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
+        this: Any = self
+        self.pruning = settings_of(this.config)
+        self.selector = SELECTORS[self.pruning.selector]
+        self.kernels = kernel_set(self.pruning.kernels)
+        self.stage_one = StageOne(
+            self.selector, self.pruning, self.kernels, self.published_density_scale
+        )
+        self.columns = Columns(
+            hidden_size,
+            labels=self.selector.shallow == "cluster_merging",
+            places=self.uses_places,
+        )
+        self._encoder_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+        self._labels: list[torch.Tensor] = []
+        self._places: torch.Tensor | None = None
+
+    # What a family adds.
+
+    def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
+        """The fields of images ``first`` to ``end - 1``."""
+        raise NotImplementedError
+
+    def encode_kept(
+        self, inputs: ImageInputs, groups: Groups, keep: Any
+    ) -> Mapping[ImageShape, torch.Tensor]:
+        """Encode images, and of the pruned ones no more than is kept.
+
+        Args:
+            inputs: Fields of the images.
+            groups: Numbers of the images by shape.
+            keep: Called once, with a function that makes the ``EncoderView`` of a shape's
+                images, when the last layer's queries and keys are known. Returns a ``Kept``.
+
+        Returns:
+            Shape -> (B, n1, H) embeddings of its images.
+        """
+        raise NotImplementedError
+
+    # The encoder.
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        rows: Any = kwargs.pop(COUNTS_FIELD, None)
+        if rows is None:  # embeddings that a client computed: of unpruned images
+            embeddings = self._embed_whole(kwargs)
+            self._keep_choices([None] * len(embeddings))
+            return embeddings
+        images = [shape_of_row(row) for row in rows.tolist()]
+        if self.selector.encoder is None or not any(shape.counts.is_pruned for shape in images):
+            if not self._encoder_ran:
+                self._profile_encoder(images, kwargs)
+            self._keep_choices([None] * len(images))
+            return self._embed_whole(kwargs)
+        self._encoder_ran = True
+        inputs: Any = kwargs
+        return [
+            embedding
+            for first, end in self._batches(images)
+            for embedding in self._embed_pruned(
+                self.slice_images(inputs, first, end), images[first:end]
+            )
+        ]
+
+    def _embed_whole(self, kwargs: Mapping[str, Any]) -> MultiModalEmbeddings:
+        this: Any = super()
+        embeddings: MultiModalEmbeddings = this.embed_multimodal(**kwargs)
+        return embeddings
+
+    def _batches(self, images: Sequence[ImageShape]) -> list[tuple[int, int]]:
+        """Ranges of images to encode at once.
+
+        vLLM budgets the encoder by the tokens it puts out, and ours computes all patches: never
+        more at once than a budget of unpruned images would let through.
+        """
+        batches = []
+        first = tokens = 0
+        for number, (counts, *_) in enumerate(images):
+            if number > first and tokens + counts.encoder > self._encoder_tokens:
+                batches.append((first, number))
+                first, tokens = number, 0
+            tokens += counts.encoder
+        return [*batches, (first, len(images))]
+
+    def _profile_encoder(self, images: Sequence[ImageShape], kwargs: Mapping[str, Any]) -> None:
+        """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
+        self._encoder_ran = True
+        rows = []
+        for _, height, width in images:
+            counts = dummy_counts(self.pruning, self._num_layers, height * width)
+            if counts is None:
+                return
+            rows.append(shape_row(ImageShape(counts, height, width)))
+        self.embed_multimodal(**kwargs, **{COUNTS_FIELD: torch.tensor(rows)})
+
+    def _embed_pruned(
+        self, inputs: ImageInputs, images: Sequence[ImageShape]
+    ) -> list[torch.Tensor]:
+        """Encode images together, and run Stage I on those of one shape together.
+
+        Returns:
+            Per image (n1, H), with the columns of a pruned one.
+        """
+        groups = group_by_shape(images)
+        kept: Kept = {}
+
+        def keep(view_of: ViewOf) -> Kept:
+            nonlocal kept
+            kept = self.stage_one.keep(groups, view_of)
+            return kept
+
+        if self.selector.reads_embeddings:
+            embedded = self._embed_then_keep(inputs, groups, keep)
+        else:
+            embedded = self.encode_kept(inputs, groups, keep)
+        embeddings: list[torch.Tensor] = [torch.empty(0)] * len(images)
+        choices: list[PatchChoice | None] = [None] * len(images)
+        for shape, numbers in groups.items():
+            of_shape = kept.get(shape)
+            for i, number in enumerate(numbers):
+                embedding = embedded[shape][i]
+                if of_shape is not None:
+                    labels = None if of_shape.labels is None else of_shape.labels[i]
+                    embedding = self.columns.append(
+                        embedding, labels, of_shape.index[i], shape.columns
+                    )
+                embeddings[number] = embedding
+            if of_shape is not None and self.patch_choices is not None:
+                for number, choice in zip(numbers, self.stage_one.explain(of_shape), strict=True):
+                    choices[number] = choice
+        self._keep_choices(choices)
+        return embeddings
+
+    def _embed_then_keep(
+        self, inputs: ImageInputs, groups: Groups, keep: Any
+    ) -> Mapping[ImageShape, torch.Tensor]:
+        """For selectors that read embeddings: encode all, then select."""
+        whole = self._embed_whole(inputs)
+        of_shape = {
+            shape: torch.stack([whole[number] for number in numbers])
+            for shape, numbers in groups.items()
+        }
+
+        def view_of(shape: ImageShape, numbers: Sequence[int]) -> EncoderView:
+            return EncoderView.of_embeddings(
+                of_shape[shape], (shape.rows, shape.columns), self.kernels
+            )
+
+        for shape, kept in keep(view_of).items():
+            image = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
+            of_shape[shape] = of_shape[shape][image, kept.index]
+        return of_shape
+
+    def _keep_choices(self, choices: Sequence[PatchChoice | None]) -> None:
+        if self.patch_choices is not None:
+            self.patch_choices += choices
+
+    # The decoder.
+
+    def embed_input_ids(
+        self,
+        input_ids: torch.Tensor,
+        multimodal_embeddings: MultiModalEmbeddings | None = None,
+        *,
+        is_multimodal: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # Runs right before forward, with the images of the same step in order of rows.
+        self._labels, self._places = [], None
+        if multimodal_embeddings is not None:
+            multimodal_embeddings, self._labels, places = self.columns.split(
+                [*multimodal_embeddings]
+            )
+            if places is not None:
+                assert is_multimodal is not None
+                self._places = _scatter_rows(places, is_multimodal)
+        this: Any = super()
+        embeddings: torch.Tensor = this.embed_input_ids(
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
+        )
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        *,
+        step: StagedForward | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
+        if (places := self._places) is not None:
+            # In place: compiled code may read the positions where the runner keeps them. The
+            # runner writes all of them again before its next step.
+            positions[1:, : places.shape[1]] += places
+            self._places = None
+        if step is None:
+            if inputs_embeds is not None and not self._stages_ran:
+                self._profile_stages(positions, inputs_embeds)
+            this: Any = super()
+            return this.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+        assert inputs_embeds is not None
+        self._stages_ran = True
+        num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
+        with _without_graphs():
+            return self.staged_decoder(
+                step,
+                positions[..., :num_rows],
+                inputs_embeds[:num_rows],
+                self._labels,
+            )
+
+    def _profile_stages(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
+        """Compile the stages and run them in vLLM's first run on dummy rows.
+
+        That run has as many rows as a step can have, and vLLM measures memory in it.
+
+        Args:
+            positions: (T,) rotary positions, or (3, T).
+            inputs_embeds: (T, H) embeddings.
+        """
+        if get_forward_context().attn_metadata is not None:
+            return  # a real step
+        self._stages_ran = True
+        most_rows = inputs_embeds.shape[0]
+        encoder_tokens = min(self._most_image_tokens(), most_rows)
+        counts = dummy_counts(self.pruning, self._num_layers, encoder_tokens)
+        if counts is None:
+            return
+        dummy = dummy_step(counts, most_rows, inputs_embeds.device)
+        if dummy is None:
+            return
+        step, self._labels = dummy
+        # Copies: compiled code remembers that it was first called with parts of one tensor.
+        num_rows = step.outputs.shape[0]
+        positions = positions[..., :num_rows].clone()
+        self.forward(None, positions, inputs_embeds=inputs_embeds[:num_rows].clone(), step=step)
+
+    def _most_image_tokens(self) -> int:
+        """V of the largest image that is worth profiling."""
+        raise NotImplementedError
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """vLLM's question in model runner V2: which class adapts it to this model."""
+        # Other model runners need nothing of V2's.
+        from vitcop_vllm.worker.v2 import StagedModelState
+
+        return StagedModelState
+
+
+def _scatter_rows(rows: torch.Tensor, is_multimodal: torch.Tensor) -> torch.Tensor:
+    """Rows of the image tokens at their places in a step.
+
+    Args:
+        rows: (N, 2), of all image tokens of the step.
+        is_multimodal: (T,) bool, N of them set; on the host or the device.
+
+    Returns:
+        (2, T), 0 for other tokens.
+    """
+    if is_multimodal.device != rows.device:
+        is_multimodal = async_tensor_h2d(is_multimodal, device=rows.device)
+    # No indexing by a mask: the host would wait for how many are set.
+    place = is_multimodal.cumsum(0).sub_(1).clamp_(min=0)
+    return rows[place].masked_fill_(~is_multimodal[:, None], 0).T
+
+
+def _without_graphs() -> AbstractContextManager[None]:
+    """A forward context in which nothing is captured or replayed, whatever vLLM has chosen."""
+    eager = replace(
+        get_forward_context(), cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None
+    )
+    context: AbstractContextManager[None] = override_forward_context(eager)
+    return context

@@ -1,0 +1,129 @@
+"""Stage I on the images of one encoder run: which visual tokens are kept, and their clusters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from vitcop_vllm.engine.metrics import SELECTION_SECONDS
+from vitcop_vllm.pruning.budgets import Selector
+from vitcop_vllm.pruning.image_clusters import label_images
+from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.selectors import EncoderView, saliency_of, select_patches
+from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.worker.explain import PatchChoice
+
+
+class ImageShape(NamedTuple):
+    """What images have in common that are selected together.
+
+    Attributes:
+        counts: What is kept of each.
+        rows, columns: Grid of its visual tokens.
+    """
+
+    counts: VisualTokenCounts
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """What Stage I keeps of B images of one shape.
+
+    Attributes:
+        view: What it was selected by.
+        index: (B, n1) int64, the visual tokens that are kept, ascending.
+        labels: (B, n1) int64 cluster labels of these; ``None`` without centres.
+    """
+
+    view: EncoderView
+    index: torch.Tensor
+    labels: torch.Tensor | None
+
+
+Groups = Mapping[ImageShape, Sequence[int]]
+"""Numbers of the images of each shape, ascending."""
+
+Kept = Mapping[ImageShape, KeptTokens]
+"""What is kept of each shape; shapes of unpruned images are absent."""
+
+ViewOf = Callable[[ImageShape, Sequence[int]], EncoderView]
+"""Makes the view of the images of a shape."""
+
+
+def group_by_shape(images: Sequence[ImageShape]) -> dict[ImageShape, list[int]]:
+    """Numbers of the images of each shape, ascending."""
+    groups: dict[ImageShape, list[int]] = {}
+    for number, shape in enumerate(images):
+        groups.setdefault(shape, []).append(number)
+    return groups
+
+
+def select_items(items: torch.Tensor, numbers: Sequence[int]) -> torch.Tensor:
+    """``items`` of some images, (B, ...); of all of them without a copy."""
+    if len(numbers) == items.shape[0]:
+        return items
+    return items[async_tensor_h2d(torch.tensor(numbers), device=items.device)]
+
+
+def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, V, C) rows at (B, n) indices: (B, n, C)."""
+    # Not gather: on a CPU, looking up whole rows is many times faster than each number.
+    return rows[torch.arange(index.shape[0], device=index.device)[:, None], index]
+
+
+@dataclass(frozen=True)
+class StageOne:
+    """Selects and clusters the visual tokens of images.
+
+    Attributes:
+        selector: Selects the tokens.
+        settings: The operator's.
+        kernels: Implementation of the functions that select tokens.
+        published_density_scale: d_c that is published for the model's family, if any.
+    """
+
+    selector: Selector
+    settings: PruningSettings
+    kernels: KernelSet
+    published_density_scale: float | None
+
+    def keep(self, groups: Groups, view_of: ViewOf) -> dict[ImageShape, KeptTokens]:
+        """What is kept of the pruned images."""
+        kept = {}
+        with SELECTION_SECONDS.labels(1).time():
+            for shape, numbers in groups.items():
+                if not shape.counts.is_pruned:
+                    continue
+                view = view_of(shape, numbers)
+                index = select_patches(self.selector, view, shape.counts.stages[0])
+                labels = self._labels(view, index, shape) if shape.counts.centres else None
+                kept[shape] = KeptTokens(view, index, labels)
+        return kept
+
+    def _labels(self, view: EncoderView, index: torch.Tensor, shape: ImageShape) -> torch.Tensor:
+        return label_images(
+            self.kernels.cluster_labels,
+            self.settings,
+            view.concat_over_ranks(gather_rows(view.features(), index)),
+            index,
+            view.grid,
+            shape.counts.centres,
+            self.published_density_scale,
+        )
+
+    def explain(self, kept: KeptTokens) -> list[PatchChoice]:
+        """What was selected of each image, for explanations."""
+        saliency = saliency_of(self.selector, kept.view)
+        return [
+            PatchChoice(
+                index,
+                None if kept.labels is None else kept.labels[i],
+                None if saliency is None else saliency[i],
+            )
+            for i, index in enumerate(kept.index)
+        ]

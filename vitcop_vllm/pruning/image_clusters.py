@@ -1,0 +1,108 @@
+"""Cluster labels of an image's kept tokens, whatever its size and whatever the encoder.
+
+:func:`clustering.cluster_labels` compares all pairs of tokens, and its scale is a distance.
+Here an image of many tokens is clustered in blocks, and the scale may be relative.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from vitcop_vllm.pruning.saliency import patch_positions
+from vitcop_vllm.pruning.settings import PruningSettings
+
+MAX_CLUSTERED_TOKENS = 1024
+"""Tokens that are clustered together. LLaVA-1.5 has 576; blocks make cost linear past this."""
+
+_MIN_DISTANCE = 1e-30
+"""Stands in for the distance between tokens that are all equal."""
+
+
+def label_images(
+    cluster_labels: Callable[..., Tensor],
+    settings: PruningSettings,
+    features: Tensor,
+    index: Tensor,
+    grid: tuple[int, int],
+    num_centres: int,
+    published_scale: float | None,
+) -> Tensor:
+    """(B, n) int64 cluster labels in [0, K), every label with at least one token.
+
+    Args:
+        cluster_labels: ``clustering.cluster_labels`` or a kernel that equals it.
+        settings: The operator's.
+        features: (B, n, C) of the kept tokens.
+        index: (B, n) places of the kept tokens in the grid, row-major and ascending.
+        grid: Rows and columns of the image's tokens.
+        num_centres: K, from 1 to n.
+        published_scale: d_c of the model's family; ``None`` if none is published.
+    """
+    scale = settings.density_scale or published_scale
+    if scale is None:
+        scale = settings.relative_density_scale
+        # Not the scale is multiplied: kernels take it as a number, and this is on the device.
+        features = features.float() / rms_distance(features)[:, None, None]
+    positions = patch_positions(index, *grid)
+
+    def label(features: Tensor, positions: Tensor, num_centres: int) -> Tensor:
+        return cluster_labels(
+            features,
+            positions,
+            num_centres,
+            density_scale=scale,
+            spatial_radius=settings.spatial_radius,
+        )
+
+    num_blocks = -(-index.shape[1] // MAX_CLUSTERED_TOKENS)
+    if num_blocks == 1:
+        return label(features, positions, num_centres)
+    return _label_blocks(
+        label, features, positions, _block_order(index, grid), num_blocks, num_centres
+    )
+
+
+def rms_distance(features: Tensor) -> Tensor:
+    """(B,) float32 root-mean-square distance between all ordered pairs of (B, n, C) rows."""
+    wide = features.double()
+    # mean |x - y|^2 = 2 (mean |x|^2 - |mean x|^2), with less rounding once centred
+    centred = wide - wide.mean(dim=1, keepdim=True)
+    mean_square = 2.0 * centred.square().sum(dim=2).mean(dim=1)
+    return mean_square.sqrt().float().clamp_min(_MIN_DISTANCE)
+
+
+def _block_order(index: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, n) int64: the tokens along a Z-order curve, on which neighbours are near in 2-D.
+
+    Equal runs of it are compact parts of the image with equally many kept tokens each, so
+    shapes do not depend on which tokens are kept.
+    """
+    rows, columns = grid
+    row, column = index.div(columns, rounding_mode="floor"), index.remainder(columns)
+    code = torch.zeros_like(index)
+    for bit in range((max(rows, columns) - 1).bit_length()):
+        code |= (((row >> bit) & 1) << (2 * bit + 1)) | (((column >> bit) & 1) << (2 * bit))
+    return code.argsort(dim=1, stable=True)
+
+
+def _label_blocks(
+    label: Callable[[Tensor, Tensor, int], Tensor],
+    features: Tensor,
+    positions: Tensor,
+    order: Tensor,
+    num_blocks: int,
+    num_centres: int,
+) -> Tensor:
+    """Cluster each block by itself; a block's share of the centres follows its tokens."""
+    image = torch.arange(order.shape[0], device=order.device)[:, None]
+    labels = torch.empty_like(order)
+    tokens = [order.shape[1] * block // num_blocks for block in range(num_blocks + 1)]
+    centres = [num_centres * block // num_blocks for block in range(num_blocks + 1)]
+    for (first, end), (low, high) in zip(pairwise(tokens), pairwise(centres), strict=True):
+        block = order[:, first:end].sort(dim=1).values
+        count = max(high - low, 1)
+        of_block = label(features[image, block], positions[image, block], count)
+        labels[image, block] = of_block + low
+    return labels
