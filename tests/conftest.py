@@ -40,22 +40,37 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
 
 
-ENGINES = ("engine/", "worker/", "lab/test_bench.py", "lab/test_soak.py")
+ENGINES = ("engine/", "families/", "worker/", "lab/test_bench.py", "lab/test_soak.py")
 """Where engines in the tests' own process are used, or processes that end with a test."""
 
+SERVERS = (
+    "server/",
+    "demo/test_model.py",
+    "docker/test_dashboard.py",
+    "docker/test_proxy.py",
+    "lab/test_bench_http.py",
+    "lab/test_evaluate.py",
+    "lab/test_serving.py",
+)
+"""Where servers are used that a session shares."""
 
-class TwoHalves(LoadScopeScheduling):
-    """Tests with engines to one worker, those with servers to another.
+
+class SharedProcesses(LoadScopeScheduling):
+    """Tests with engines to one worker, those with servers to another, the rest to who is free.
 
     Two copies of what a session shares would not fit into a small machine's memory.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "engines" if nodeid.removeprefix("tests/").startswith(ENGINES) else "servers"
+        file = nodeid.removeprefix("tests/").partition("::")[0]
+        for scope, files in (("engines", ENGINES), ("servers", SERVERS)):
+            if file.startswith(files):
+                return scope
+        return file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoHalves:
-    return TwoHalves(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedProcesses:
+    return SharedProcesses(config, log)
 
 
 @pytest.fixture(scope="session")
