@@ -1,5 +1,6 @@
 """What full CUDA graphs read of a stage's metadata, when vLLM replays them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
 from tests.worker.steps import ScheduledRequest, build_step, common_metadata
-from vitcop_vllm.engine.attention import begin_builds, create_staged_attention_backend
+from vitcop_vllm.engine.attention import (
+    StagedAttention,
+    begin_builds,
+    create_staged_attention_backend,
+)
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
@@ -158,3 +163,35 @@ def test_renumbered_positions_have_no_full_graphs(llm, monkeypatch):
     monkeypatch.setitem(settings, "positions", "reference")
     support = builder.get_cudagraph_support(config, group.kv_cache_spec)
     assert support == AttentionCGSupport.NEVER
+
+
+def layer_of_vllm(**features: Any) -> Any:
+    plain: dict[str, Any] = {
+        "sliding_window": None,
+        "has_sink": False,
+        "kv_sharing_target_layer_name": None,
+        "head_size": 64,
+        "head_size_v": 64,
+        "attn_type": "decoder",
+        "impl": SimpleNamespace(logits_soft_cap=0, alibi_slopes=None),
+        "layer_name": "layers.3.attn",
+    }
+    return SimpleNamespace(**{**plain, **features})
+
+
+@pytest.mark.parametrize(
+    ("features", "name"),
+    [
+        ({"sliding_window": 1024}, "a sliding window"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"kv_sharing_target_layer_name": "layers.1.attn"}, "a KV cache of another layer"),
+        ({"head_size_v": 32}, "values of another size than keys"),
+        ({"attn_type": "encoder_only"}, "type encoder_only"),
+        ({"impl": SimpleNamespace(logits_soft_cap=30.0)}, "a soft cap on scores"),
+        ({"impl": SimpleNamespace(alibi_slopes=torch.ones(4))}, "ALiBi slopes"),
+    ],
+)
+def test_a_layer_with_a_feature_that_stages_lack_is_refused(features, name):
+    config: Any = None
+    with pytest.raises(NotImplementedError, match=f"layers.3.attn has {name}, which stages"):
+        StagedAttention.replacing(layer_of_vllm(**features), 1, config)

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionMetadataBuilder,
+    AttentionType,
     CommonAttentionMetadata,
     subclass_attention_backend_with_overrides,
 )
@@ -304,6 +305,21 @@ def create_staged_attention_backend(
     )
 
 
+def _features_that_would_be_lost(attention: Any) -> list[str]:
+    """Arguments of vLLM's attention layer that :meth:`StagedAttention.replacing` does not pass."""
+    impl = attention.impl
+    features = {
+        "a sliding window": attention.sliding_window is not None,
+        "a soft cap on scores": bool(getattr(impl, "logits_soft_cap", 0)),
+        "attention sinks": attention.has_sink,
+        "ALiBi slopes": getattr(impl, "alibi_slopes", None) is not None,
+        "a KV cache of another layer": attention.kv_sharing_target_layer_name is not None,
+        "values of another size than keys": attention.head_size_v != attention.head_size,
+        f"type {attention.attn_type}": attention.attn_type != AttentionType.DECODER,
+    }
+    return [name for name, is_there in features.items() if is_there]
+
+
 class StagedAttention(Attention):
     """An attention layer of a stage; stage 0 computes as vLLM's own, in vLLM's own backend."""
 
@@ -319,7 +335,15 @@ class StagedAttention(Attention):
 
         vLLM's decoder layers make their attention themselves and offer no seam for
         another class; an attention layer without weights is cheap to make anew.
+
+        Raises:
+            NotImplementedError: If the layer has a feature that the new one would not have.
         """
+        if features := _features_that_would_be_lost(attention):
+            raise NotImplementedError(
+                f"attention layer {attention.layer_name} has {', '.join(features)}, which stages "
+                "do not support; serve the model with stock vLLM (VLLM_PLUGINS='')"
+            )
         backend = attention.attn_backend
         registered = vllm_config.compilation_config.static_forward_context
         assert registered.pop(attention.layer_name) is attention

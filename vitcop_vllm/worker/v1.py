@@ -96,5 +96,5 @@ class StagedModelRunner(GPUModelRunner):
         for name, items in scheduler_output.image_data.items():
             features = self.requests[name].mm_features
             for i, item in items.items():
-                if features[i].data is None:
-                    features[i] = replace(features[i], data=item)
+                # Of models with M-RoPE, vLLM strips all fields but those on the host.
+                features[i] = replace(features[i], data=item)
