@@ -209,6 +209,8 @@ def test_without_explanations_counts_are_shown(browser, server_url):
     with opened(browser, server_url) as page:
         page.on("request", lambda request: asked.append(request.url))
         expect(page.locator("#stops li")).to_have_count(4)
+        # The plan may come first, and there is no question without the sample.
+        expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         ask(page)
         *counts, encoder = numbers(facts(page, 1)["Tokens kept"])
         assert encoder == 256
