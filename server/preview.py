@@ -39,14 +39,9 @@ class Preview:
 
     @property
     def saliency_source(self) -> str | None:
-        """What Stage I ranks visual tokens by; ``None`` if its selector does not rank them.
-
-        ``cls``: the attention that [CLS] pays to each. ``received``: the attention that each gets
-        from all, in an encoder without [CLS].
-        """
-        if SELECTORS[self.model.settings.selector].encoder != "cls_attention":
-            return None
-        return "cls" if getattr(self.info, "has_cls", True) else "received"
+        """What Stage I ranks visual tokens by; see ``Selector.saliency_source``."""
+        selector = SELECTORS[self.model.settings.selector]
+        return selector.saliency_source(has_cls=self.info.has_cls)
 
     def input_size(self) -> tuple[int, int]:
         """Width and height of the model's largest input, at most ``USUAL_SIDE`` each."""

@@ -2,7 +2,6 @@
 
 import base64
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ from fastapi.testclient import TestClient
 
 from server import routes
 from server.explain import explain_picture
-from server.preview import USUAL_SIDE, Preview
+from server.preview import USUAL_SIDE
 from server.settings import ServerSettings
-from server.usage import PrunedModel, picture_counts, picture_names
+from server.usage import picture_counts, picture_names
 from tests.server.grids import NUM_LAYERS, GridInfo, grid_preview
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -79,7 +78,8 @@ def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> 
     [
         ("vitcop", True, "cls"),
         ("vitcop", False, "received"),
-        ("cls", False, "received"),
+        ("cls", True, "cls"),
+        ("received", True, "received"),
         ("grid", True, None),
         ("fastv", False, None),
     ],
@@ -90,11 +90,6 @@ def test_a_plan_names_what_stage_one_ranks_by(
     preview = grid_preview(selector=selector)
     preview.info.has_cls = has_cls
     assert preview.plan_fields(280, 140, 0.3)["saliency_source"] == source
-
-
-def test_a_model_that_does_not_say_has_cls() -> None:
-    preview = Preview(PrunedModel(PruningSettings(), NUM_LAYERS), SimpleNamespace(), kv_bytes=1)
-    assert preview.saliency_source == "cls"
 
 
 def kept(stage: dict[str, Any], total: int) -> list[int]:
