@@ -20,7 +20,21 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 IMAGE_TOKEN = 3
-"""A placeholder, in the vocabulary of the checkpoints that tests make."""
+"""A placeholder, in the vocabulary of the LLaVA checkpoints that tests make."""
+
+IMAGE_MARKS = {
+    "llava": "<image>\n",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+"""What stands for an image in a prompt, per model family."""
+
+SIZES = {
+    101: (840, 56),  # a strip: 2 rows of 30 columns, where tokens are 28 pixels wide
+    102: (56, 840),
+    103: (308, 196),
+    104: (140, 532),
+}
+"""Width and height of images whose size their seed does not draw."""
 
 BLOCK = 32
 """Tokens of a KV block."""
@@ -44,7 +58,10 @@ if Path("/dev/nvidiactl").exists():
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all."""
+    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all.
+
+    ``family`` is that of the model: each marks images in its own way.
+    """
 
     text: str
     pictures: tuple[int, ...] = ()
@@ -53,12 +70,13 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     cache_salt: str | None = None
+    family: str = "llava"
 
     def prompt(self) -> dict[str, Any]:
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + "<image>\n" * len(self.pictures)
+            + IMAGE_MARKS[self.family] * len(self.pictures)
             + self.text
             + " ASSISTANT:"
         }
@@ -94,6 +112,7 @@ def picture(seed: int) -> Image.Image:
     """A picture with smooth regions and detail; size depends on the seed."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(180, 420)), int(rng.integers(180, 420))
+    width, height = SIZES.get(seed, (width, height))
     coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
     base = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     noise = rng.integers(-60, 60, base.shape, dtype=np.int16)
