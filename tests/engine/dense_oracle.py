@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
+from tests.engine.requests import Answer, Ask, picture
 from tests.pruning import oracle
-from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
 
 
 @dataclass
@@ -343,3 +346,28 @@ class DenseLlava(DenseModel):
                 return oracle.max_min_diversity(self.project(features).numpy(), n1)
         assert self.selector in ("vitcop", "cls")
         return oracle.largest(saliency.tolist(), n1)
+
+
+def assert_equals_oracle(
+    model: DenseModel, ask: Ask, answer: Answer, settings: PruningSettings | None = None
+) -> None:
+    """Tokens, unless sampled, and log-probabilities, each given the tokens before it."""
+    assert ask.ratio is not None
+    layers = model.config.text_config.num_hidden_layers
+    images = [picture(seed) for seed in ask.pictures]
+    logits = model.logits(
+        answer.prompt + answer.tokens[:-1],
+        images,
+        [
+            plan_counts(
+                settings or PruningSettings(), ask.ratio, layers, model.visual_tokens(image)
+            )
+            for image in images
+        ],
+        len(answer.prompt),
+    )
+    expected = logits.log_softmax(-1)
+    for step, (token, entries) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+        assert ask.sampling or token == int(expected[step].argmax())
+        for other, logprob in entries.items():
+            assert logprob == pytest.approx(float(expected[step, other]), abs=1e-3)

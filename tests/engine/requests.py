@@ -26,13 +26,15 @@ IMAGE_MARKS = {
     "llava": "<image>\n",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
-"""What stands for an image in a prompt, per model family."""
+"""What stands for an image in a prompt, per type of model."""
 
 SIZES = {
     101: (840, 56),  # a strip: 2 rows of 30 columns, where tokens are 28 pixels wide
     102: (56, 840),
     103: (308, 196),
     104: (140, 532),
+    105: (560, 392),
+    106: (420, 532),
 }
 """Width and height of images whose size their seed does not draw."""
 
@@ -58,10 +60,7 @@ if Path("/dev/nvidiactl").exists():
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all.
-
-    ``family`` is that of the model: each marks images in its own way.
-    """
+    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all."""
 
     text: str
     pictures: tuple[int, ...] = ()
@@ -70,13 +69,12 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     cache_salt: str | None = None
-    family: str = "llava"
 
-    def prompt(self) -> dict[str, Any]:
+    def prompt(self, model_type: str = "llava") -> dict[str, Any]:
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + IMAGE_MARKS[self.family] * len(self.pictures)
+            + IMAGE_MARKS[model_type] * len(self.pictures)
             + self.text
             + " ASSISTANT:"
         }
@@ -120,12 +118,19 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
 
 
+def model_type(engine: Any) -> str:
+    """That of the model of an ``LLM`` or of an engine."""
+    return str(engine.model_config.hf_config.model_type)
+
+
 def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer]:
     """All at once, in one continuous batch; nothing asked before is reused without ``reuse``."""
     if not reuse:
         assert llm.reset_prefix_cache()
     outputs = llm.generate(
-        [ask.prompt() for ask in asks], [ask.params() for ask in asks], use_tqdm=False
+        [ask.prompt(model_type(llm)) for ask in asks],
+        [ask.params() for ask in asks],
+        use_tqdm=False,
     )
     return [
         Answer(
@@ -152,17 +157,20 @@ def generate_in_process(
     asks: list[Ask],
     *,
     env: dict[str, str] | None = None,
-    in_turn: bool = False,
+    in_turn: list[Ask] | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """Answers of an engine in a process of its own, started with ``options``."""
+    """Answers of an engine in a process of its own, started with ``options``.
+
+    ``asks`` are sent at once and then those ``in_turn``, one after the other.
+    """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
         job = {
             "checkpoint": str(checkpoint),
             "asks": [asdict(ask) for ask in asks],
             "options": {**ENGINE_OPTIONS, **options},
             "answers": answers.name,
-            "in_turn": in_turn,
+            "in_turn": [asdict(ask) for ask in in_turn or ()],
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -186,7 +194,6 @@ def generate_in_process(
 
 
 STOCK: dict[str, Any] = {
-    "enable_prefix_caching": False,
     "block_size": BLOCK,
     # Its CPU runner dies of a seeded request whose prompt is chunked.
     "max_num_batched_tokens": 4096,
@@ -199,10 +206,12 @@ def _main() -> None:
     from vllm import LLM
 
     llm = LLM(job["checkpoint"], **job["options"])
-    asks = [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job["asks"]]
-    ask_engine = generate_in_turn if job["in_turn"] else generate
-    answers = [asdict(answer) for answer in ask_engine(llm, asks)]
-    Path(job["answers"]).write_text(json.dumps(answers))
+    together, in_turn = (
+        [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job[key]]
+        for key in ("asks", "in_turn")
+    )
+    answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
+    Path(job["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))
 
 
 if __name__ == "__main__":

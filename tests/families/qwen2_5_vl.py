@@ -12,7 +12,9 @@ PATCH = 14
 MERGED = 2 * PATCH
 """Pixels along a side of one visual token."""
 
-MAX_VISUAL_TOKENS = 320
+SMALLEST, LARGEST = 4 * MERGED**2, 320 * MERGED**2
+"""Pixels of an image after resizing: 4 to 320 visual tokens."""
+
 LAYERS = 8
 
 SPECIALS = (
@@ -35,6 +37,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def grid(width: int, height: int) -> tuple[int, int]:
+    """Rows and columns of visual tokens of an image of that size."""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    height, width = smart_resize(height, width, MERGED, SMALLEST, LARGEST)
+    return height // MERGED, width // MERGED
 
 
 def save_checkpoint(path: Path, *, seed: int = 0) -> None:
@@ -121,7 +131,7 @@ def save_processor(path: Path, tokenizer: Any) -> None:
 
     sizes = {
         "patch_size": PATCH,
-        "size": {"shortest_edge": 4 * MERGED**2, "longest_edge": MAX_VISUAL_TOKENS * MERGED**2},
+        "size": {"shortest_edge": SMALLEST, "longest_edge": LARGEST},
     }
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
