@@ -153,4 +153,8 @@ def random_weight(name: str, weight: Any) -> Any:
         return 0.3 * noise
     if weight.dim() == 1:
         return 1 + 0.2 * noise
-    return noise if "embed_tokens" in name else noise * weight[0].numel() ** -0.5
+    if "embed_tokens" in name:
+        return noise
+    # Attention so sharp that answers depend on single tokens.
+    scale = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+    return noise * scale * weight[0].numel() ** -0.5

@@ -154,7 +154,7 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
 @pytest.mark.parametrize("ratio", [0.0, 8 / 9])
 def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler, ratio):
     """The memory of dropped tokens is never taken, so others can take it."""
-    budget, answer = 160, 30
+    budget, answer = 200, 30
     ask = Ask("What?", (106,), ratio, max_tokens=answer)
     start(engine, "probe", ask)
     (request,) = scheduler.requests.values()

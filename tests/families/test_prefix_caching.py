@@ -54,7 +54,8 @@ def test_a_new_question_reuses_the_whole_picture(family, llm, ratio):
         ],
     )
     assert first.reused == 0
-    assert second.reused == third.reused == family.offset + family.kept(ratio, 1)
+    assert second.reused == reusable(family, second, first) >= family.offset + family.kept(ratio, 1)
+    assert third.reused == max(reusable(family, third, earlier) for earlier in (first, second))
 
 
 def test_the_second_of_two_pictures_is_reused_too(family, llm):
@@ -132,7 +133,8 @@ def test_what_stands_before_a_picture_is_shared_across_ratios(family, llm):
 def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
     """All stages then go on from the same place."""
     asks = [
-        Ask("First or second? " + "Say it well. " * 5 + end, (1, 2), 2 / 3) for end in ("a", "b")
+        Ask("First or second? " + "Say it well. " * 8 + end, (105, 106), 2 / 3)
+        for end in ("a", "b")
     ]
     expected = [generate(llm, [ask])[0] for ask in asks]
     earlier = generate_in_turn(llm, asks[:1])[0]
@@ -226,7 +228,8 @@ def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(llm, monkeypatch
     first, second = (step for step in steps if step.scheduled_new_reqs)
     pixels = first.scheduled_new_reqs[0].mm_features[0].data["pixel_values"].data
     assert len(pickle.dumps(first)) > pixels.nbytes > 100_000
-    assert second.scheduled_new_reqs[0].mm_features[0].data is None
+    # Of a model with M-RoPE, vLLM sends the grid all the same.
+    assert "pixel_values" not in (second.scheduled_new_reqs[0].mm_features[0].data or {})
     assert len(pickle.dumps(second)) < 5000
 
 
