@@ -8,7 +8,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
+from tests.families.family import LLAVA, Family
 from tests.server.process import TINY_OPTIONS, running_server
-from vitcop_vllm.demo.checkpoint import TINY
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -74,21 +75,41 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedProces
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random LLaVA-1.5: 256 visual tokens, 8 decoder layers, grouped-query heads."""
-    from vitcop_vllm.demo.checkpoint import save_random_llava
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+    """A tiny random model of a family."""
 
-    path = tmp_path_factory.mktemp("tiny-llava")
-    save_random_llava(path, TINY)
-    return path
+    @cache
+    def checkpoint_of(family: Family) -> Path:
+        path = tmp_path_factory.mktemp(f"tiny-{family.name}")
+        family.save(path)
+        return path
+
+    return checkpoint_of
 
 
 @pytest.fixture(scope="session")
-def llm(checkpoint: Path) -> "LLM":
-    """The pruned engine, in this process, as a user of ``LLM`` gets it."""
-    from vllm import LLM
+def engine_of(checkpoint_of: Callable[[Family], Path]) -> "Callable[[Family], LLM]":
+    """The pruned engine of a family, in this process, as a user of ``LLM`` gets it."""
 
-    return LLM(str(checkpoint), disable_log_stats=False, **ENGINE_OPTIONS)
+    @cache
+    def engine_of(family: Family) -> "LLM":
+        from vllm import LLM
+
+        return LLM(str(checkpoint_of(family)), disable_log_stats=False, **ENGINE_OPTIONS)
+
+    return engine_of
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoint_of: Callable[[Family], Path]) -> Path:
+    """A tiny random LLaVA-1.5: 256 visual tokens, 8 decoder layers, grouped-query heads."""
+    return checkpoint_of(LLAVA)
+
+
+@pytest.fixture(scope="session")
+def llm(engine_of: "Callable[[Family], LLM]") -> "LLM":
+    """The pruned engine of the tiny LLaVA."""
+    return engine_of(LLAVA)
 
 
 @pytest.fixture(scope="session")

@@ -20,10 +20,11 @@ TAIL_CHARACTERS = 4000
 """Of a failed check's output, which is printed."""
 
 ENGINE_TESTS = (
+    "tests/families/test_against_oracle.py",
+    "tests/families/test_against_stock.py",
+    "tests/families/test_mixed_batch.py",
+    "tests/families/test_prefix_caching.py",
     "tests/engine/test_against_oracle.py",
-    "tests/engine/test_against_stock.py",
-    "tests/engine/test_mixed_batch.py",
-    "tests/engine/test_prefix_caching.py",
     "tests/engine/test_selectors.py",
 )
 """Tests that talk to an engine as a user does, so that they hold with either model runner."""

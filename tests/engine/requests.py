@@ -20,7 +20,23 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 IMAGE_TOKEN = 3
-"""A placeholder, in the vocabulary of the checkpoints that tests make."""
+"""A placeholder, in the vocabulary of the LLaVA checkpoints that tests make."""
+
+IMAGE_MARKS = {
+    "llava": "<image>\n",
+    "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+}
+"""What stands for an image in a prompt, per type of model."""
+
+SIZES = {
+    101: (840, 56),  # a strip: 2 rows of 30 columns, where tokens are 28 pixels wide
+    102: (56, 840),
+    103: (308, 196),
+    104: (140, 532),
+    105: (560, 392),
+    106: (420, 532),
+}
+"""Width and height of images whose size their seed does not draw."""
 
 BLOCK = 32
 """Tokens of a KV block."""
@@ -54,11 +70,11 @@ class Ask:
     system: str = ""
     cache_salt: str | None = None
 
-    def prompt(self) -> dict[str, Any]:
+    def prompt(self, model_type: str = "llava") -> dict[str, Any]:
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + "<image>\n" * len(self.pictures)
+            + IMAGE_MARKS[model_type] * len(self.pictures)
             + self.text
             + " ASSISTANT:"
         }
@@ -94,6 +110,7 @@ def picture(seed: int) -> Image.Image:
     """A picture with smooth regions and detail; size depends on the seed."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(180, 420)), int(rng.integers(180, 420))
+    width, height = SIZES.get(seed, (width, height))
     coarse = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
     base = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
     noise = rng.integers(-60, 60, base.shape, dtype=np.int16)
@@ -101,12 +118,19 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
 
 
+def model_type(engine: Any) -> str:
+    """That of the model of an ``LLM`` or of an engine."""
+    return str(engine.model_config.hf_config.model_type)
+
+
 def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer]:
     """All at once, in one continuous batch; nothing asked before is reused without ``reuse``."""
     if not reuse:
         assert llm.reset_prefix_cache()
     outputs = llm.generate(
-        [ask.prompt() for ask in asks], [ask.params() for ask in asks], use_tqdm=False
+        [ask.prompt(model_type(llm)) for ask in asks],
+        [ask.params() for ask in asks],
+        use_tqdm=False,
     )
     return [
         Answer(
@@ -133,17 +157,20 @@ def generate_in_process(
     asks: list[Ask],
     *,
     env: dict[str, str] | None = None,
-    in_turn: bool = False,
+    in_turn: list[Ask] | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """Answers of an engine in a process of its own, started with ``options``."""
+    """Answers of an engine in a process of its own, started with ``options``.
+
+    ``asks`` are sent at once and then those ``in_turn``, one after the other.
+    """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
         job = {
             "checkpoint": str(checkpoint),
             "asks": [asdict(ask) for ask in asks],
             "options": {**ENGINE_OPTIONS, **options},
             "answers": answers.name,
-            "in_turn": in_turn,
+            "in_turn": [asdict(ask) for ask in in_turn or ()],
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -167,7 +194,6 @@ def generate_in_process(
 
 
 STOCK: dict[str, Any] = {
-    "enable_prefix_caching": False,
     "block_size": BLOCK,
     # Its CPU runner dies of a seeded request whose prompt is chunked.
     "max_num_batched_tokens": 4096,
@@ -180,10 +206,12 @@ def _main() -> None:
     from vllm import LLM
 
     llm = LLM(job["checkpoint"], **job["options"])
-    asks = [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job["asks"]]
-    ask_engine = generate_in_turn if job["in_turn"] else generate
-    answers = [asdict(answer) for answer in ask_engine(llm, asks)]
-    Path(job["answers"]).write_text(json.dumps(answers))
+    together, in_turn = (
+        [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job[key]]
+        for key in ("asks", "in_turn")
+    )
+    answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
+    Path(job["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,22 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from tests.engine.requests import Ask
+from tests.engine.requests import Ask, model_type
 from vitcop_vllm.engine.scheduler import create_scheduler
 
 
 def engine_core(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core
+
+
+def free_blocks(scheduler: Any) -> int:
+    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
+
+
+def start(engine: Any, name: str, ask: Ask) -> None:
+    """Give a request to an engine that is driven step by step."""
+    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
+    engine.add_request(name, prompt, ask.params())
 
 
 def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = None) -> Any:
@@ -46,7 +56,7 @@ def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Sche
 def new_request(llm: LLM, name: str, ask: Ask, **options: Any) -> Request:
     """A request as the engine gives it to its scheduler."""
     engine = llm.llm_engine
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
     request = engine.input_processor.process_inputs(
         name, prompt, ask.params(), supported_tasks=("generate",), **options
     )

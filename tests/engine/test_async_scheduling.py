@@ -15,8 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import BLOCK, Ask
-from tests.engine.scheduling import add_request, new_scheduler, result_of
-from tests.engine.test_kv_blocks import free_blocks
+from tests.engine.scheduling import add_request, free_blocks, new_scheduler, result_of
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.scheduler import StagedAsyncScheduler
 

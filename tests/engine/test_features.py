@@ -117,7 +117,7 @@ def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
 def test_an_fp8_kv_cache(checkpoint):
     asks = [Ask(text, (1, 2), ratio) for ratio in (0.0, 8 / 9) for text in ("Which?", "Name one.")]
     options: dict[str, Any] = {"kv_cache_dtype": "fp8"}
-    ours = generate_in_process(checkpoint, asks, in_turn=True, **options)
+    ours = generate_in_process(checkpoint, [], in_turn=asks, **options)
     computed = generate_in_process(checkpoint, asks, enable_prefix_caching=False, **options)
     stock = generate_in_process(checkpoint, asks[:2], env=NO_PLUGIN, **{**STOCK, **options})
     assert [answer.reused > 0 for answer in ours] == [False, True, False, True]

@@ -10,8 +10,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.engine.requests import Ask
-from tests.engine.scheduling import add_request, new_scheduler, one_step
-from tests.engine.test_kv_blocks import free_blocks
+from tests.engine.scheduling import add_request, free_blocks, new_scheduler, one_step
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 BUDGET = 700

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
-from tests.engine.dense_oracle import DenseLlava
+from tests.engine.dense_oracle import DenseLlava, assert_equals_oracle
 from tests.engine.requests import (
     ENGINE_OPTIONS,
     IMAGE_TOKEN,
@@ -16,8 +16,7 @@ from tests.engine.requests import (
     generate_in_process,
     picture,
 )
-from tests.engine.test_against_oracle import assert_equals_oracle
-from tests.engine.test_kv_blocks import free_blocks, start
+from tests.engine.scheduling import free_blocks, start
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.models.staged_decoder import StagedDecoder
 from vitcop_vllm.pruning.budgets import SELECTORS

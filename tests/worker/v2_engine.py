@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate, generate_in_turn
+from tests.engine.requests import ENGINE_OPTIONS, Ask, generate, generate_in_turn, model_type
 
 ASKS = [
     Ask("short", (1,), 8 / 9, max_tokens=3),
@@ -63,7 +63,7 @@ def preempted(llm: Any, after: int) -> list[list[int]]:
     """Answers to ``ASKS`` of requests that lose their blocks after that many steps."""
     engine = llm.llm_engine
     for number, ask in enumerate(ASKS):
-        engine.add_request(str(number), ask.prompt(), ask.params())
+        engine.add_request(str(number), ask.prompt(model_type(llm)), ask.params())
     answers = {}
     steps = 0
     while engine.has_unfinished_requests():
@@ -77,7 +77,7 @@ def preempted(llm: Any, after: int) -> list[list[int]]:
 
 
 def explained(llm: Any) -> dict[str, Any]:
-    prompt = EXPLAINED.prompt()
+    prompt = EXPLAINED.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = "one"
     (feature,) = recorded_features(llm, prompt)
     (told,) = llm.collective_rpc("take_choices", args=([feature],))

@@ -6,10 +6,8 @@ from math import ceil
 import pytest
 
 from tests.engine.requests import BLOCK, Ask, generate
-from vitcop_vllm.demo.checkpoint import TINY
+from tests.engine.scheduling import free_blocks, start
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.pruning.plan import plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings
 
 
 @pytest.fixture
@@ -33,14 +31,6 @@ def _every_block_comes_back(scheduler):
     assert not any(manager.req_to_blocks for manager in managers)
 
 
-def free_blocks(scheduler) -> int:
-    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-
-
-def start(engine, name: str, ask: Ask) -> None:
-    engine.add_request(name, engine.renderer.render_cmpl([ask.prompt()])[0], ask.params())
-
-
 def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
     """Request -> stage -> numbers of blocks its groups hold; nulls are not held."""
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
@@ -53,6 +43,15 @@ def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
             assert isinstance(spec, StagedAttentionSpec)
             held[name].setdefault(spec.stage, set()).add(len([b for b in mine if not b.is_null]))
     return held
+
+
+def needed_blocks(family, scheduler, ask: Ask, tokens: int) -> int:
+    """What the plan says of a request's first ``tokens``, its images among them."""
+    plans = [family.counts(ask.ratio or 0.0, image) for image in ask.pictures]
+    return sum(
+        ceil((tokens - sum(plan.dropped[group.kv_cache_spec.stage] for plan in plans)) / BLOCK)
+        for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    )
 
 
 def run(engine, steps: int = 1000):
@@ -74,11 +73,11 @@ def only_blocks(scheduler, count: int):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 7 / 9, 8 / 9])
-@pytest.mark.parametrize("pictures", [(1,), (2, 3)])
+@pytest.mark.parametrize("pictures", [(1,), (2, 3), (101, 4, 105)])
 def test_a_running_request_holds_what_the_plan_says_in_every_stage(
-    engine, scheduler, ratio, pictures
+    family, engine, scheduler, ratio, pictures
 ):
-    counts = plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+    plans = [family.counts(ratio, image) for image in pictures]
     start(engine, "r", Ask("How many?", pictures, ratio, max_tokens=40))
     seen = 0
     while engine.has_unfinished_requests():
@@ -88,9 +87,8 @@ def test_a_running_request_holds_what_the_plan_says_in_every_stage(
             continue
         seen += 1
         (held,) = held_blocks(scheduler).values()
-        for stage, dropped in enumerate(counts.dropped):
-            slots = request.num_computed_tokens - dropped * len(pictures)
-            assert held[stage] == {ceil(slots / BLOCK)}
+        for stage, dropped in enumerate(zip(*(plan.dropped for plan in plans), strict=True)):
+            assert held[stage] == {ceil((request.num_computed_tokens - sum(dropped)) / BLOCK)}
     assert seen > 30
 
 
@@ -103,9 +101,9 @@ def test_a_text_request_holds_the_same_in_every_stage(engine, scheduler):
     run(engine)
 
 
-def test_layers_of_a_stage_share_groups_of_that_stage(scheduler):
+def test_layers_of_a_stage_share_groups_of_that_stage(family, scheduler):
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-    shallow, deep = PruningSettings().boundaries(TINY.layers)
+    shallow, deep = family.boundaries
     for group in groups:
         spec = group.kv_cache_spec
         assert isinstance(spec, StagedAttentionSpec)
@@ -124,12 +122,17 @@ def test_an_aborted_request_gives_its_blocks_back(engine, steps):
     run(engine)
 
 
-def test_preempted_requests_resume_and_answer_as_if_alone(llm, engine, scheduler):
+def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler):
     asks = [
-        Ask("Count the " + "very " * i + "small things.", (i, i + 1), ratio, max_tokens=60)
+        Ask("Count the " + "very " * i + "small things.", (i, 104 + i % 3), ratio, max_tokens=60)
         for i, ratio in enumerate([8 / 9, 2 / 3, 7 / 9, 8 / 9], start=1)
     ]
-    alone = [generate(llm, [ask])[0].tokens for ask in asks]
+    answers = [generate(llm, [ask])[0] for ask in asks]
+    alone = [answer.tokens for answer in answers]
+    needed = [
+        needed_blocks(family, scheduler, ask, len(answer.prompt) + ask.max_tokens)
+        for ask, answer in zip(asks, answers, strict=True)
+    ]
     preemptions = 0
     preempt = scheduler._preempt_request
 
@@ -140,7 +143,7 @@ def test_preempted_requests_resume_and_answer_as_if_alone(llm, engine, scheduler
 
     scheduler._preempt_request = counted
     try:
-        with only_blocks(scheduler, 150):
+        with only_blocks(scheduler, max(max(needed), sum(needed) // 2)):
             together = [answer.tokens for answer in generate(llm, asks, reuse=True)]
     finally:
         del scheduler._preempt_request
@@ -149,20 +152,13 @@ def test_preempted_requests_resume_and_answer_as_if_alone(llm, engine, scheduler
 
 
 @pytest.mark.parametrize("ratio", [0.0, 8 / 9])
-def test_as_many_requests_run_at_once_as_the_plan_says(engine, scheduler, ratio):
+def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler, ratio):
     """The memory of dropped tokens is never taken, so others can take it."""
-    budget, answer = 160, 30
-    ask = Ask("What?", (1,), ratio, max_tokens=answer)
-    counts = plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
+    budget, answer = 200, 30
+    ask = Ask("What?", (106,), ratio, max_tokens=answer)
     start(engine, "probe", ask)
     (request,) = scheduler.requests.values()
-    longest = request.num_prompt_tokens + answer
-    groups = [
-        group.kv_cache_spec.stage
-        for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-    ]
-    each = sum(ceil((longest - counts.dropped[stage]) / BLOCK) for stage in groups)
-    fit = budget // each
+    fit = budget // needed_blocks(family, scheduler, ask, request.num_prompt_tokens + answer)
     assert fit >= (6 if ratio else 2)
     with only_blocks(scheduler, budget):
         for i in range(11):

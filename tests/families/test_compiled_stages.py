@@ -4,12 +4,15 @@ Dynamo and vLLM's dispatch are the real ones; of the code they make nothing is g
 C++, which would take minutes.
 """
 
+from functools import cache
+
 import pytest
 from vllm import LLM
 from vllm.config import CompilationMode
 
 from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
 from tests.engine.scheduling import engine_core
+from tests.families.family import Family
 
 pytestmark = pytest.mark.slow
 
@@ -23,14 +26,24 @@ ASKS = [
 
 
 @pytest.fixture(scope="session")
-def compiled(checkpoint):
-    """Kept to the end: with it would go the process groups of every engine in this process."""
-    options = {
-        **ENGINE_OPTIONS,
-        "enforce_eager": False,
-        "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
-    }
-    return LLM(str(checkpoint), **options)
+def compiled_of(checkpoint_of):
+    """Kept to the end: with one would go the process groups of every engine in this process."""
+
+    @cache
+    def compiled_of(family: Family) -> LLM:
+        options = {
+            **ENGINE_OPTIONS,
+            "enforce_eager": False,
+            "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
+        }
+        return LLM(str(checkpoint_of(family)), **options)
+
+    return compiled_of
+
+
+@pytest.fixture
+def compiled(family, compiled_of):
+    return compiled_of(family)
 
 
 def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):

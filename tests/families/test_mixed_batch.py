@@ -16,6 +16,8 @@ ASKS = [
     Ask("hi", max_tokens=30),
     Ask("same picture, other ratio", (1,), 0.5),
     Ask("four of them", (1, 2, 3, 4), 8 / 9, max_tokens=5),
+    Ask("thin ones", (101, 5, 102), 2 / 3, max_tokens=6),
+    Ask("tokens dropped at the deep boundary alone", (105,), 0.2),
 ]
 
 

@@ -1,0 +1,67 @@
+"""Every test that uses an engine here is run for each family."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.engine.requests import STOCK, Answer, generate_in_process
+from tests.families.family import FAMILIES, Family
+from tests.families.stock import IN_TURN, PRUNED_IN_VAIN, TOGETHER
+from vitcop_vllm.lab.serving import NO_PLUGIN
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from tests.engine.dense_oracle import DenseModel
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> Family:
+    chosen: Family = request.param
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def checkpoint(family: Family, checkpoint_of: Callable[[Family], Path]) -> Path:
+    return checkpoint_of(family)
+
+
+@pytest.fixture(scope="session")
+def llm(family: Family, engine_of: Callable[[Family], "LLM"]) -> "LLM":
+    """The pruned engine of a family, in this process."""
+    return engine_of(family)
+
+
+@pytest.fixture(scope="session")
+def oracle(family: Family, checkpoint: Path) -> "DenseModel":
+    return family.oracle_class()(checkpoint, family.boundaries)
+
+
+@pytest.fixture(scope="session")
+def stock_of(checkpoint_of: Callable[[Family], Path]) -> Callable[[Family], list[Answer]]:
+    @cache
+    def stock_of(family: Family) -> list[Answer]:
+        return generate_in_process(
+            checkpoint_of(family),
+            TOGETHER,
+            in_turn=[*IN_TURN, PRUNED_IN_VAIN],
+            env=NO_PLUGIN,
+            **STOCK | {"enable_prefix_caching": True},
+        )
+
+    return stock_of
+
+
+@pytest.fixture(scope="session")
+def stock(family: Family, stock_of: Callable[[Family], list[Answer]]) -> list[Answer]:
+    """Answers of stock vLLM, in a process of its own, to ``TOGETHER``."""
+    return stock_of(family)[: len(TOGETHER)]
+
+
+@pytest.fixture(scope="session")
+def stock_in_turn(family: Family, stock_of: Callable[[Family], list[Answer]]) -> list[Answer]:
+    """Answers of the same engine to ``IN_TURN``, with prefix caching."""
+    return stock_of(family)[len(TOGETHER) : -1]

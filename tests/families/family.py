@@ -1,0 +1,107 @@
+"""Model families that are pruned; every proof in this folder is run for each of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, picture
+from tests.families import qwen2_5_vl
+from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+if TYPE_CHECKING:
+    from tests.engine.dense_oracle import DenseModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the proofs must know of a family and its tiny checkpoint.
+
+    Attributes:
+        name: vLLM's name for the type of the model.
+        placeholder: The word of the image token in a prompt.
+        image_token: The token.
+        layers: Decoder layers of the tiny checkpoint.
+        save: Writes the checkpoint to a folder.
+        oracle: Module and name of the dense forward's class. It is imported late: conftest.py
+            settles how many threads there are before torch is imported.
+        grid: Rows and columns of visual tokens of an image, from its width and height.
+    """
+
+    name: str
+    placeholder: str
+    image_token: int
+    layers: int
+    save: Callable[[Path], None]
+    oracle: str
+    grid: Callable[[int, int], tuple[int, int]]
+
+    @property
+    def boundaries(self) -> tuple[int, int]:
+        return PruningSettings().boundaries(self.layers)
+
+    @property
+    def opening(self) -> str:
+        """What marks an image, up to its placeholder."""
+        mark = IMAGE_MARKS[self.name]
+        return mark[: mark.index(self.placeholder) + len(self.placeholder)]
+
+    @property
+    def offset(self) -> int:
+        """Where the first placeholder of an Ask stands in its prompt."""
+        return len("USER: ") + (self.opening != self.placeholder)
+
+    def oracle_class(self) -> "type[DenseModel]":
+        module, name = self.oracle.split(":")
+        chosen: type[DenseModel] = getattr(import_module(module), name)
+        return chosen
+
+    def counts(self, ratio: float, image: int) -> VisualTokenCounts:
+        """The plan of an image, given by its seed."""
+        rows, columns = self.grid(*image_size(image))
+        return plan_counts(PruningSettings(), ratio, self.layers, rows * columns)
+
+    def kept(self, ratio: float, *images: int) -> int:
+        """Placeholders of some images: what Stage I keeps."""
+        return sum(self.counts(ratio, image).stages[0] for image in images)
+
+
+@cache
+def image_size(seed: int) -> tuple[int, int]:
+    return picture(seed).size
+
+
+def _save_llava(path: Path) -> None:
+    save_random_llava(path, TINY)
+
+
+def _llava_grid(width: int, height: int) -> tuple[int, int]:
+    side = TINY.image_size // TINY.patch_size
+    return side, side
+
+
+LLAVA = Family(
+    name="llava",
+    placeholder="<image>",
+    image_token=IMAGE_TOKEN,
+    layers=TINY.layers,
+    save=_save_llava,
+    oracle="tests.engine.dense_oracle:DenseLlava",
+    grid=_llava_grid,
+)
+
+QWEN2_5_VL = Family(
+    name="qwen2_5_vl",
+    placeholder="<|image_pad|>",
+    image_token=qwen2_5_vl.SPECIALS.index("<|image_pad|>"),
+    layers=qwen2_5_vl.LAYERS,
+    save=qwen2_5_vl.save_checkpoint,
+    oracle="tests.families.qwen_oracle:DenseQwen",
+    grid=qwen2_5_vl.grid,
+)
+
+FAMILIES = (LLAVA, QWEN2_5_VL)

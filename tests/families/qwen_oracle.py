@@ -1,0 +1,171 @@
+"""Qwen2.5-VL with three-stage pruning as one dense forward in plain PyTorch, float32.
+
+Transformers' vision tower computes what goes into its last block. That block, all selection and
+the decoder with M-RoPE are written out here, from the method's description.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from tests.engine.dense_oracle import DenseModel, Encoded
+from tests.pruning import oracle
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+
+Grid = tuple[int, int]
+"""Rows and columns of an image's visual tokens."""
+
+
+class DenseQwen(DenseModel):
+    """Qwen2.5-VL.
+
+    Args:
+        path: The checkpoint.
+        boundaries: First layers of the second and third stage.
+        density_scale: d_c as a share of the root mean square of all distances between features.
+    """
+
+    num_axes = 3
+
+    def __init__(
+        self, path: Path, boundaries: tuple[int, int], *, density_scale: float = 0.5, **options: Any
+    ):
+        super().__init__(path, boundaries, **options)
+        self.density_scale = density_scale
+        self.image_token = self.config.image_token_id
+        sections = self.config.text_config.rope_parameters["mrope_section"]
+        self.axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        self.tower = model.model.visual.eval()
+
+    # An image's grid.
+
+    def processed(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
+        """Pixels of the patches, those of a visual token one after the other; the grid."""
+        inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        ((frames, height, width),) = inputs["image_grid_thw"].tolist()
+        assert frames == 1
+        return inputs["pixel_values"], (height // 2, width // 2)
+
+    def visual_tokens(self, image: Image.Image) -> int:
+        _, (rows, columns) = self.processed(image)
+        return rows * columns
+
+    # The vision tower.
+
+    def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
+        pixels, grid = self.processed(image)
+        rows, columns = grid
+        assert counts.encoder == rows * columns
+        x = self.last_block_input(pixels, grid)
+        name = f"model.visual.blocks.{self.config.vision_config.depth - 1}"
+        query, key, value = self.query_key_value(name, x)
+        turned_query, turned_key = (self.turn(t, grid) for t in (query, key))
+        saliency = attention_received(turned_query, turned_key)
+        kept = self.choose_patches(saliency, counts.stages[0])
+        labels = []
+        if counts.centres:
+            features = key.flatten(2).mean(1)[kept].numpy()
+            labels = oracle.labels(
+                features,
+                oracle.positions(kept, rows, columns),
+                counts.centres,
+                density_scale=self.density_scale * root_mean_square_distance(features),
+            )
+        x = self.rest_of_block(name, x[kept], turned_query[kept], turned_key, value)
+        offsets = [(0, token // columns, token % columns) for token in kept]
+        return Encoded(self.merge_patches(x), labels, offsets, max(grid))
+
+    def choose_patches(self, saliency: torch.Tensor, n1: int) -> list[int]:
+        return oracle.largest(saliency.tolist(), n1)
+
+    def last_block_input(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """(V, 4, C), tokens row by row."""
+        seen = []
+        hook = self.tower.blocks[-1].register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        rows, columns = grid
+        with torch.no_grad():
+            self.tower(pixels, torch.tensor([[1, 2 * rows, 2 * columns]]))
+        hook.remove()
+        by_window = seen[0].unflatten(0, (-1, 4))
+        x = torch.empty_like(by_window)
+        x[self.window_order(grid)] = by_window
+        return x
+
+    def window_order(self, grid: Grid) -> list[int]:
+        """Tokens as the tower has them: window by window, row by row inside each."""
+        config = self.config.vision_config
+        side = config.window_size // config.patch_size // 2
+        rows, columns = grid
+        return [
+            row * columns + column
+            for top in range(0, rows, side)
+            for left in range(0, columns, side)
+            for row in range(top, min(top + side, rows))
+            for column in range(left, min(left + side, columns))
+        ]
+
+    def query_key_value(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
+        """Three times (V, 4, heads, D), before the rotary embedding."""
+        y = self.linear(f"{name}.attn.qkv", self.norm(f"{name}.norm1", x))
+        heads = self.config.vision_config.num_heads
+        return [t.unflatten(-1, (heads, -1)) for t in y.chunk(3, dim=-1)]
+
+    @staticmethod
+    def turn(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Rotary embedding: a quarter of the head's width by row, a quarter by column."""
+        rows, columns = grid
+        quarter = x.shape[-1] // 4
+        frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
+        angles = [
+            torch.cat(((2 * row + down) * frequencies, (2 * column + right) * frequencies))
+            for row in range(rows)
+            for column in range(columns)
+            for down in (0, 1)
+            for right in (0, 1)
+        ]
+        angle = torch.stack(angles).view(-1, 4, 1, 2 * quarter)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
+
+    def rest_of_block(self, name, x, query, key, value):
+        """The block's output at the rows of ``x`` and ``query``; all keys attend."""
+        scores = torch.einsum("qphd,krhd->hqpkr", query, key) * query.shape[-1] ** -0.5
+        attention = scores.flatten(-2).softmax(-1).unflatten(-1, key.shape[:2])
+        y = torch.einsum("hqpkr,krhd->qphd", attention, value).flatten(2)
+        x = x + self.linear(f"{name}.attn.proj", y)
+        y = self.norm(f"{name}.norm2", x)
+        gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
+        return x + self.linear(
+            f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y)
+        )
+
+    def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, 4, C) -> (n, H)."""
+        y = self.norm("model.visual.merger.ln_q", x).flatten(1)
+        y = F.gelu(self.linear("model.visual.merger.mlp.0", y))
+        return self.linear("model.visual.merger.mlp.2", y)
+
+
+def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(V, 4, heads, D) twice -> (V,): how much all of an image attends to each token."""
+    mean = query.mean(1)
+    received = torch.zeros(key.shape[:2])
+    for head in range(key.shape[2]):
+        scores = torch.einsum("qd,krd->qkr", mean[:, head], key[:, :, head])
+        weights = (scores * key.shape[-1] ** -0.5).flatten(1).softmax(-1)
+        received += weights.mean(0).view(received.shape)
+    return received.mean(1)
+
+
+def root_mean_square_distance(features: np.ndarray) -> float:
+    """(n, C): over all ordered pairs, each token with itself among them."""
+    wide = features.astype(np.float64)
+    return float(np.sqrt(np.mean([((wide - row) ** 2).sum(-1) for row in wide])))
