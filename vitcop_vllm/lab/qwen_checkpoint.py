@@ -147,6 +147,22 @@ SMALL = QwenShape(
 """The decoder's depth and the encoder's share of a prefill are about the 7B's: an eighth of the
 vision layers attend over the whole image. Small enough for a CPU."""
 
+QWEN2_5_VL_7B = QwenShape(
+    max_visual_tokens=16_384,
+    vision_hidden=1280,
+    vision_layers=32,
+    vision_heads=16,
+    vision_intermediate=3420,
+    full_attention=(7, 15, 23, 31),
+    hidden=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    intermediate=18_944,
+    boundaries=(2, 20),
+)
+"""The published model's, to count with."""
+
 
 def save_random_qwen(
     path: Path, shape: QwenShape, *, seed: int = 0, dtype: str = "float32"
