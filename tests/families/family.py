@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, picture
-from tests.families import qwen2_5_vl
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
+from vitcop_vllm.lab import qwen_checkpoint
+from vitcop_vllm.lab.qwen_checkpoint import save_random_qwen
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -84,6 +85,10 @@ def _llava_grid(width: int, height: int) -> tuple[int, int]:
     return side, side
 
 
+def _save_qwen(path: Path) -> None:
+    save_random_qwen(path, qwen_checkpoint.TINY)
+
+
 LLAVA = Family(
     name="llava",
     placeholder="<image>",
@@ -97,11 +102,11 @@ LLAVA = Family(
 QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     placeholder="<|image_pad|>",
-    image_token=qwen2_5_vl.SPECIALS.index("<|image_pad|>"),
-    layers=qwen2_5_vl.LAYERS,
-    save=qwen2_5_vl.save_checkpoint,
+    image_token=qwen_checkpoint.SPECIALS.index("<|image_pad|>"),
+    layers=qwen_checkpoint.TINY.layers,
+    save=_save_qwen,
     oracle="tests.families.qwen_oracle:DenseQwen",
-    grid=qwen2_5_vl.grid,
+    grid=qwen_checkpoint.TINY.grid,
 )
 
 FAMILIES = (LLAVA, QWEN2_5_VL)
