@@ -1,4 +1,8 @@
-"""A picture's patches, stage by stage: which stayed, which were merged, which were dropped."""
+"""An image's visual tokens, stage by stage: which stayed, were merged, or were dropped.
+
+The encoder makes a token of each part of the image: of a patch, or of several that it merges.
+Parts are numbered row by row in the grid that the answer tells.
+"""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -17,11 +21,11 @@ class LostChoicesError(RuntimeError):
 def explain_picture(
     preview: Preview, identifier: str, choices: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What ``/v1/pruning/explain`` tells of one picture.
+    """What ``/v1/pruning/explain`` tells of one image.
 
     Args:
         preview: Of the served model.
-        identifier: The picture's, which tells its size and counts.
+        identifier: The image's, which tells its size and counts.
         choices: What a worker recorded; see ``vitcop_vllm.worker.explain``.
 
     Raises:
@@ -29,15 +33,15 @@ def explain_picture(
     """
     size, counts = explained_size(identifier), counts_of_identifier(identifier)
     assert size is not None
-    patches = choices.get("patches") or range(counts.encoder)
-    stages, merged = _stages(patches, choices)
+    parts = choices.get("patches") or range(counts.encoder)
+    stages, merged = _stages(parts, choices)
     if tuple(map(len, stages)) != counts.stages:
         raise LostChoicesError(identifier)
     labels = choices.get("labels")
     return {
         **preview.picture_fields(*size, counts),
         "saliency": choices.get("saliency"),
-        "clusters": None if labels is None else _scatter(labels, patches, counts.encoder),
+        "clusters": None if labels is None else _scatter(labels, parts, counts.encoder),
         "stages": [
             {**layers, "kept": _bitset(kept, counts.encoder), "merged": groups}
             for layers, kept, groups in zip(
@@ -48,10 +52,10 @@ def explain_picture(
 
 
 def _stages(
-    patches: Sequence[int], choices: Mapping[str, Any]
+    parts: Sequence[int], choices: Mapping[str, Any]
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Per stage the patches where its tokens sit, and groups of patches in one token."""
-    first = list(patches)
+    """Per stage the parts where its tokens sit, and groups of parts in one token."""
+    first = list(parts)
     second = [first[i] for i in choices.get("shallow", range(len(first)))]
     third = [second[i] for i in choices.get("deep", range(len(second)))]
     groups = [[first[i] for i in group] for group in choices.get("merged", ()) if len(group) > 1]
@@ -59,19 +63,19 @@ def _stages(
     return [first, second, third], [[], groups, [group for group in groups if group[0] in deep]]
 
 
-def _bitset(patches: Sequence[int], count: int) -> str:
-    """Base64 of a bit for each patch, the first in the most significant bit."""
+def _bitset(parts: Sequence[int], count: int) -> str:
+    """Base64 of a bit for each part, the first in the most significant bit."""
     bits = np.zeros(count, dtype=np.bool_)
-    bits[list(patches)] = True
+    bits[list(parts)] = True
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
-def _scatter(labels: Sequence[int], patches: Sequence[int], count: int) -> list[int]:
-    """A label for each patch, -1 where there is none."""
-    of_patch = [-1] * count
-    for patch, label in zip(patches, labels, strict=True):
-        of_patch[patch] = label
-    return of_patch
+def _scatter(labels: Sequence[int], parts: Sequence[int], count: int) -> list[int]:
+    """A label for each part, -1 where there is none."""
+    of_part = [-1] * count
+    for part, label in zip(parts, labels, strict=True):
+        of_part[part] = label
+    return of_part
 
 
 def merge_answers(answers: Sequence[Any]) -> dict[str, dict[str, Any]]:

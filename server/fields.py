@@ -13,10 +13,10 @@ from server.settings import ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
-"""Keywords of vLLM's picture loading and processing.
+"""Keywords of vLLM's image loading and processing.
 
 ``--trust-request-mm-kwargs`` must be on for the ratio to pass, and would let any client set
-the rest: picture sizes, frame counts, decoders.
+the rest: image sizes, frame counts, decoders.
 """
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -28,7 +28,13 @@ _MAX_LENGTH_PENALTY = 16
 """Beam search divides by the length to this power, which must be neither 0 nor infinite."""
 
 _FIELDS_WITH_PARTS = ("messages", "input", "content_parts")
-"""Fields that may hold pictures, on one route or another."""
+"""Fields that may hold images, on one route or another."""
+
+_VIDEO_PARTS = frozenset({"video_url", "video_embeds"})
+"""Types of vLLM's content parts for videos; a part without a type holds its content under one."""
+
+_MARKED = ("image", "video")
+"""What has a token of its own in a tokenizer, which stands in prompts for what the encoder sees."""
 
 _UNBATCHED_FIELDS = ("stream", "tools", "prompt_logprobs", "return_prompt_text")
 """Fields of a chat that vLLM 0.32 accepts for a batch, and then answers wrongly or ignores."""
@@ -102,11 +108,12 @@ def refuse_unsafe_body(
                 _refuse_role(part, field)
             if not settings.picture_ids:
                 _refuse_picture_id(part)
+            _refuse_video(part, field)
     if body.get("truncate_prompt_tokens") is not None and has_non_text_content(
         body.get("messages")
     ):
         raise RequestError(
-            "truncate_prompt_tokens might cut through a picture: leave it out",
+            "truncate_prompt_tokens might cut through an image: leave it out",
             param="truncate_prompt_tokens",
         )
 
@@ -127,39 +134,84 @@ def refuse_unbatched_fields(request: Any) -> None:
             )
 
 
-def refuse_stray_placeholders(
-    engine_inputs: Iterable[Mapping[str, Any]], model_config: Any, prompt_field: str
-) -> None:
-    """Refuse a prompt whose text was taken for a picture's place.
+def refuse_images_by_name(messages: object) -> None:
+    """Refuse an image that a client sends by its ``uuid`` alone.
 
-    A tokenizer turns ``<image>`` in a client's text into the very token that stands for a
-    picture's patches: the model would be shown none there, and not what was written either.
+    Only the caches know such an image, and an explanation is of an image that is computed anew.
+
+    Raises:
+        RequestError: If one of the images is not there.
+    """
+    for part in _parts(messages):
+        image = part.get("image_url")
+        url = image.get("url") if isinstance(image, Mapping) else image
+        if part.get("uuid") is not None and "role" not in part and not url:
+            raise RequestError(
+                "an explanation computes the image anew: send the image itself beside its uuid",
+                param="uuid",
+            )
+
+
+def refuse_stray_placeholders(
+    engine_inputs: Iterable[Mapping[str, Any]],
+    model_config: Any,
+    prompt_field: str,
+    tokenizer: Any = None,
+) -> None:
+    """Refuse a prompt whose text was taken for an image's place.
+
+    A tokenizer turns some texts, such as ``<image>`` or ``<|image_pad|>``, into the very token
+    that stands for an image: the model would be shown none there, and not what was written either.
 
     Args:
         engine_inputs: vLLM's processed prompts.
         model_config: vLLM's, of the served model.
         prompt_field: The body field that holds the text.
+        tokenizer: The model's, which tells the text of the token; ``None`` where there is none.
 
     Raises:
-        RequestError: If a picture's token is anywhere but in the place of a picture.
+        RequestError: If an image's or a video's token is anywhere but in the place of one.
     """
-    hf_config = model_config.hf_config
-    token = getattr(hf_config, "image_token_id", getattr(hf_config, "image_token_index", None))
+    marks = _marks(model_config.hf_config)
     for engine_input in engine_inputs:
         tokens = engine_input.get("prompt_token_ids") or []
-        places = (engine_input.get("mm_placeholders") or {}).get("image", ())
-        inside = (tokens[place.offset : place.offset + place.length] for place in places)
-        if tokens.count(token) > sum(place.count(token) for place in inside):
-            place = (
-                "in the messages of /v1/chat/completions"
-                if prompt_field == "prompt"
-                else "as content parts"
-            )
-            raise RequestError(
-                f"{prompt_field} holds the mark of an image's place (such as <image>) without an "
-                f"image: send images {place}, and write the mark in another way in text",
-                param=prompt_field,
-            )
+        for modality, mark in marks.items():
+            places = (engine_input.get("mm_placeholders") or {}).get(modality, ())
+            inside = (tokens[place.offset : place.offset + place.length] for place in places)
+            if tokens.count(mark) > sum(place.count(mark) for place in inside):
+                raise RequestError(
+                    _stray_sentence(prompt_field, modality, _text_of(mark, tokenizer)),
+                    param=prompt_field,
+                )
+
+
+def _marks(hf_config: Any) -> dict[str, int]:
+    """The token of each modality that the model has one for."""
+    marks = {}
+    for modality in _MARKED:
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            token = getattr(hf_config, name, None)
+            if token is not None:
+                marks[modality] = token
+    return marks
+
+
+def _text_of(token: int, tokenizer: Any) -> str:
+    return f"token {token}" if tokenizer is None else str(tokenizer.decode([token]))
+
+
+def _stray_sentence(prompt_field: str, modality: str, mark: str) -> str:
+    article = "an" if modality == "image" else "a"
+    where = (
+        "in the messages of /v1/chat/completions"
+        if prompt_field == "prompt"
+        else "as content parts"
+    )
+    send = f"send images {where}, and" if modality == "image" else "videos are not accepted;"
+    return (
+        f"{prompt_field} holds {mark}, the mark of {article} {modality}'s place, without "
+        f"{article} {modality}: {send} write the mark in another way in text"
+    )
 
 
 def _make_readable(message: Any) -> None:
@@ -280,7 +332,18 @@ def _refuse_picture_id(part: Mapping[str, object]) -> None:
     if part.get("uuid") is not None and "role" not in part:
         raise RequestError(
             "uuid is not accepted: it is a key of caches that all clients share, and would be "
-            "answered from whatever picture came first (the operator may allow it with "
+            "answered from whatever image came first (the operator may allow it with "
             "server.picture_ids)",
             param="uuid",
+        )
+
+
+def _refuse_video(part: Mapping[str, object], field: str) -> None:
+    kind = part.get("type")
+    is_video = kind in _VIDEO_PARTS if isinstance(kind, str) else bool(_VIDEO_PARTS & part.keys())
+    if is_video:
+        raise RequestError(
+            "videos are not accepted: this server prunes the visual tokens of images, and takes no "
+            "other media; send frames as images",
+            param=field,
         )

@@ -1,6 +1,6 @@
-"""The page at ``/ui``: asks about a picture twice and shows which patches were kept.
+"""The page at ``/ui``: asks about an image twice and shows which visual tokens were kept.
 
-One file of HTML, CSS and JavaScript, and a few sample pictures; all are read once, when a server
+One file of HTML, CSS and JavaScript, and a few sample images; all are read once, when a server
 attaches the page, and answered from memory. The samples are scenes of the demo model's world, made
 by ``make_scene(default_rng([77, seed]), kind="sign")`` with seeds 48, 20, 42 and 52, the third
 widened so that the processor crops it, the first two with fewer colours to be small.
@@ -83,5 +83,5 @@ def _routes() -> Iterator[Route]:
 
 
 def attach_page(app: FastAPI) -> None:
-    """Serve the page at ``/ui`` and its sample pictures below, unless ``server.page`` is off."""
+    """Serve the page at ``/ui`` and its sample images below, unless ``server.page`` is off."""
     app.router.routes.extend(_routes())

@@ -1,18 +1,26 @@
-"""What pruning will do to a picture, from its size alone; nothing is computed on it."""
+"""What pruning will do to an image, from its size alone; nothing is computed on it."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from server.usage import PrunedModel
+from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+USUAL_SIDE = 1008
+"""Longest side, in pixels, of the image that a plan is for if no size is asked for.
+
+The largest image of a model without a fixed input has some 16,000 tokens, which is no usual image.
+It divides by 14, 16 and 28, so that such an image fits the model's grid without scaling.
+"""
+
 
 @dataclass(frozen=True)
 class Preview:
-    """The served model's plans for pictures.
+    """The served model's plans for images.
 
     Attributes:
         model: Settings and depth.
@@ -29,19 +37,29 @@ class Preview:
         """First decoder layer of each stage."""
         return (0, *self.model.settings.boundaries(self.model.num_layers))
 
+    @property
+    def saliency_source(self) -> str | None:
+        """What Stage I ranks visual tokens by; see ``Selector.saliency_source``."""
+        selector = SELECTORS[self.model.settings.selector]
+        return selector.saliency_source(has_cls=self.info.has_cls)
+
     def input_size(self) -> tuple[int, int]:
-        """Width and height of a picture that needs no scaling."""
+        """Width and height of the model's largest input, at most ``USUAL_SIDE`` each."""
         size = self.info.get_image_size_with_most_features()
-        return size.width, size.height
+        return min(size.width, USUAL_SIDE), min(size.height, USUAL_SIDE)
 
     def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
-        """What a picture keeps at a ratio that has been accepted."""
+        """What an image keeps at a ratio that has been accepted.
+
+        Raises:
+            ValueError: If the model takes no image of this size.
+        """
         tokens = self.info.layout(width, height).num_tokens
         counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
         return counts
 
     def picture_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
-        """The picture's part of an answer: what of it is seen, and how much is kept."""
+        """The image's part of an answer: what of it is seen, and how much is kept."""
         layout = self.info.layout(width, height)
         boundaries = self.model.settings.boundaries(self.model.num_layers)
         return {
@@ -52,6 +70,7 @@ class Preview:
             "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
             "encoder_tokens": counts.encoder,
             "cluster_centres": counts.centres,
+            "saliency_source": self.saliency_source,
         }
 
     def stage_fields(self, counts: VisualTokenCounts) -> list[dict[str, Any]]:
@@ -66,9 +85,12 @@ class Preview:
     def plan_fields(self, width: int, height: int, ratio: float) -> dict[str, Any]:
         """The answer of ``/v1/pruning/plan``.
 
-        ``decoder_speed_up`` counts a picture's tokens alone: what the decoder saves on them if
+        ``decoder_speed_up`` counts an image's tokens alone: what the decoder saves on them if
         cost is proportional to tokens. ``kv_bytes`` are of its tokens, without what blocks
         round up.
+
+        Raises:
+            ValueError: If the model takes no image of this size.
         """
         counts = self.counts(width, height, ratio)
         stages = self.stage_fields(counts)

@@ -1,4 +1,4 @@
-"""The pictures of a request, taken down while vLLM renders its prompts."""
+"""The images of a request, taken down while vLLM renders its prompts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from server.fields import refuse_stray_placeholders
 from server.usage import picture_names
 
 _rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
-"""Names of the pictures rendered for the answer being made, if one is: vLLM's renderer gets no
+"""Names of the images rendered for the answer being made, if one is: vLLM's renderer gets no
 raw request."""
 
 
 @contextmanager
 def remembering() -> Iterator[list[str]]:
-    """Names of the pictures that are rendered inside."""
+    """Names of the images that are rendered inside."""
     names: list[str] = []
     token = _rendered.set(names)
     try:
@@ -27,7 +27,7 @@ def remembering() -> Iterator[list[str]]:
 
 
 class PictureRenderer(OnlineRenderer):
-    """vLLM's renderer, which names pictures to :func:`remembering` and refuses marks of none.
+    """vLLM's renderer, which names images to :func:`remembering` and refuses marks of none.
 
     All handlers render through the two methods below, one conversation at a time, in the task
     that serves the request (thread pools are below them).
@@ -52,4 +52,6 @@ class PictureRenderer(OnlineRenderer):
         names = _rendered.get()
         if names is not None:  # else nobody waits for what becomes of them
             names += picture_names(engine_inputs)
-        refuse_stray_placeholders(engine_inputs, self.model_config, self.prompt_field)
+        refuse_stray_placeholders(
+            engine_inputs, self.model_config, self.prompt_field, self.renderer.tokenizer
+        )

@@ -1,4 +1,4 @@
-"""``/v1/pruning/*``: settings in force, plans, decoded images, and explanations of patches."""
+"""``/v1/pruning/*``: settings in force, plans, decoded images, and explanations of images."""
 
 import uuid
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Explained:
 
     Attributes:
         request: A name that no other request has.
-        names: Its pictures' identifiers, once they are known.
+        names: Its images' identifiers, once they are known.
     """
 
     request: str
@@ -62,7 +62,11 @@ async def plan(
     width: Side | None = None,
     height: Side | None = None,
 ) -> Any:
-    """What a picture of a size would keep; without a size, one that needs no scaling."""
+    """What an image of a size would keep, exactly: the answer tells size, grid and tokens.
+
+    Without a size the plan is for the largest input of the model, at most 1,008 pixels wide and
+    high: 336 x 336 with LLaVA-1.5. The answer's ``width`` and ``height`` tell which.
+    """
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
@@ -76,7 +80,11 @@ async def plan(
         return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
     if width is None or height is None:
         width, height = preview.input_size()
-    return preview.plan_fields(width, height, asked)
+    try:
+        return preview.plan_fields(width, height, asked)
+    except ValueError as error:
+        sentence = f"the model takes no image of {width} x {height} pixels: {error}"
+        return JSONResponse(error_body(sentence, "BadRequestError", 400, "width"), 400)
 
 
 @router.post("/v1/pruning/image", dependencies=[Depends(validate_json_request)])
@@ -88,7 +96,7 @@ async def image(request: ImageRequest, raw_request: Request) -> dict[str, Any]:
 @router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONResponse:
-    """A chat completion, and what became of the patches of its pictures."""
+    """A chat completion, and what became of the visual tokens of its images."""
     state = raw_request.app.state
     if not state.pruning_server_settings.explain:
         return JSONResponse(
@@ -120,7 +128,7 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
         ]
     except LostChoicesError:
         sentence = (
-            f"more than {MOST_EXPLAINED} pictures are being explained at once, and this one's "
+            f"more than {MOST_EXPLAINED} images are being explained at once, and this one's "
             "explanation is lost: send fewer at a time"
         )
         return JSONResponse(error_body(sentence, "ServiceUnavailableError", 503), 503)

@@ -36,6 +36,7 @@ from server.adoption import adopted
 from server.errors import RequestError
 from server.fields import (
     PROCESSOR_FIELDS,
+    refuse_images_by_name,
     refuse_processor_fields,
     refuse_unbatched_fields,
     refuse_unsafe_fields,
@@ -103,6 +104,7 @@ class _PrunedServing(RatioServing):
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if explained is not None:
+            refuse_images_by_name(request.messages)
             request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
         return ratio
 

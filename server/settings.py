@@ -20,14 +20,14 @@ class ServerSettings(Frozen):
         aliases: Ratios for which ``/v1/models`` lists ``NAME@RATIO``, for tools that choose a
             model but send no headers. Such a name works with any ratio, listed or not.
         page: Whether ``/ui`` is served.
-        explain: Whether ``POST /v1/pruning/explain`` tells which patches survived; such a
+        explain: Whether ``POST /v1/pruning/explain`` tells which visual tokens survived; such a
             request reuses nothing and costs a round to the workers.
-        picture_ids: Whether clients may name pictures (``uuid``). A name is a key of caches
-            that all clients share: whoever knows it is answered from that picture.
+        picture_ids: Whether clients may name images (``uuid``). A name is a key of caches
+            that all clients share: whoever knows it is answered from that image.
         max_body_bytes: Largest request body.
-        max_picture_pixels: Most pixels of a picture, width times height.
-        max_aspect_ratio: Longest side over shortest. A thin picture is blown up by the
-            processor until its shortest side fills the model's input.
+        max_picture_pixels: Most pixels of an image, width times height.
+        max_aspect_ratio: Longest side over shortest. LLaVA's processor enlarges a thin image
+            until its shortest side fills the model's input; Qwen's refuses more than 200.
     """
 
     aliases: tuple[Ratio, ...] = ()

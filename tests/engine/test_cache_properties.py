@@ -266,7 +266,7 @@ def test_every_slot_holds_its_request_s_prefix(llm):
     run_state_machine_as_test(
         with_engine(llm),
         settings=settings(
-            max_examples=150,
+            max_examples=60,
             stateful_step_count=40,
             deadline=None,
             suppress_health_check=list(HealthCheck),

@@ -1,4 +1,4 @@
-"""Prompts are chunked; a picture's span never is."""
+"""Prompts are chunked; a pruned image's span never is."""
 
 from copy import copy
 
@@ -46,11 +46,19 @@ def test_no_chunk_cuts_a_span(llm, chunks):
     assert split > 0, "no prompt was chunked: nothing was tested"
 
 
-def test_a_budget_too_small_for_a_picture_is_refused_at_start_up(checkpoint):
-    from vllm import LLM
-
-    with pytest.raises(ValueError, match="max_num_batched_tokens"):
-        LLM(str(checkpoint), max_num_batched_tokens=200, max_model_len=1024, enforce_eager=True)
+def test_an_unpruned_image_may_be_computed_in_parts(llm):
+    """As in vLLM, and beside a pruned one, which may not."""
+    config = copy(llm.llm_engine.vllm_config)
+    config.scheduler_config = copy(config.scheduler_config)
+    config.scheduler_config.max_num_scheduled_tokens = 200  # an image has 256
+    scheduler = new_scheduler(llm, config)
+    add_request(llm, scheduler, "whole", Ask("one", (91,), 0.0, max_tokens=1))
+    add_request(llm, scheduler, "pruned", Ask("two", (92,), 0.5, max_tokens=1))
+    (span,) = scheduler.plans["pruned"].spans
+    steps = [one_step(scheduler) for _ in range(3)]
+    assert steps[0] == {"whole": (0, 200)}
+    assert steps[1]["pruned"] == (0, span.offset), "less than the pruned image was left"
+    assert steps[2]["pruned"][1] >= span.end
 
 
 def test_a_session_s_unpruned_picture_finds_room_beside_one_pruned_to_little(llm):

@@ -1,13 +1,15 @@
 """Engines that cost exactly what the plan says: every ideal must come out as met."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import floor
 from typing import Any
 
-from vitcop_vllm.demo.checkpoint import LlavaShape
+from vitcop_vllm.lab.asks import Ask
 from vitcop_vllm.lab.engines import EngineName
 from vitcop_vllm.lab.ideals import PicturePlan, ideal_capacity
 from vitcop_vllm.lab.scenarios import ANSWER_TOKENS
+from vitcop_vllm.lab.shapes import Shape
 from vitcop_vllm.pruning.settings import SelectorName
 
 ENCODER = 0.5
@@ -26,15 +28,22 @@ CACHED = 1e-6
 class FakeEngine:
     """Takes down what it is told to serve, in ``asked``."""
 
-    def __init__(self, name: EngineName, shape: LlavaShape) -> None:
+    def __init__(self, name: EngineName, shape: Shape) -> None:
         self.shape = shape
         self.selector: SelectorName | None = None if name == "stock" else name
         self.asked: list[Mapping[str, Any]] = []
 
-    def _visual(self, ratio: float) -> float:
+    def _unpruned(self, ask: Ask) -> float:
+        shape = replace(self.shape, image_size=ask.image_size)
+        if ask.max_pixels is None:
+            return shape.visual_tokens
+        return shape.visual_tokens * ask.max_pixels / ask.image_size**2
+
+    def _visual(self, ask: Ask) -> float:
         if self.selector is None:
-            return self.shape.visual_tokens
-        return PicturePlan.of(self.shape, ratio, self.selector).average
+            return self._unpruned(ask)
+        shape = replace(self.shape, image_size=ask.image_size)
+        return PicturePlan.of(shape, ask.ratio, self.selector).average
 
     def run(self, what: str, **command: Any) -> dict[str, Any]:
         self.asked.append({"what": what, **command})
@@ -60,7 +69,7 @@ class FakeEngine:
 
     def pictures(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
         encoder = ENCODER * sum(len(ask.pictures) for ask in asks)
-        lengths = [len(ask.prompt) + len(ask.pictures) * self._visual(ask.ratio) for ask in asks]
+        lengths = [len(ask.prompt) + len(ask.pictures) * self._visual(ask) for ask in asks]
         prefill = encoder + sum(lengths) * TOKEN
         answers = [ask.max_tokens - 1 for ask in asks]
         steps = [
@@ -75,7 +84,7 @@ class FakeEngine:
             "first_token_seconds_once_sent": [prefill / 2] * len(asks),
             "decode_step_seconds": steps,
             "prompt_tokens": [
-                len(ask.prompt) + len(ask.pictures) * self.shape.visual_tokens for ask in asks
+                len(ask.prompt) + len(ask.pictures) * self._unpruned(ask) for ask in asks
             ],
             "reused_tokens": [0] * len(asks),
             "tokens": [[ask.max_tokens] for ask in asks],
@@ -86,7 +95,7 @@ class FakeEngine:
         return result
 
     def capacity(self, *, asks, budget: int) -> dict[str, Any]:
-        longest = len(asks[0].prompt) + self._visual(asks[0].ratio) + ANSWER_TOKENS - 1
+        longest = len(asks[0].prompt) + self._visual(asks[0]) + ANSWER_TOKENS - 1
         fit = ideal_capacity(budget, longest, self.shape.layers)
         return {"most": min(floor(fit), len(asks)), "preemptions": 0}
 

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from tests.lab.fake_engines import FakeEngine
 from tests.lab.test_rounds import Bar
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
-from vitcop_vllm.lab import bench, cold_start, prefill, scenarios
+from vitcop_vllm.lab import bench, cold_start, prefill, qwen_checkpoint, scenarios
 from vitcop_vllm.lab.bench_options import COLD_START, SCENARIOS
 from vitcop_vllm.lab.engines import OURS, PEER, STOCK, EngineDiedError, running_engines
 from vitcop_vllm.lab.goals import GOALS
+from vitcop_vllm.lab.qwen_checkpoint import SMALL, save_random_qwen
 from vitcop_vllm.lab.rounds import Rounds
+from vitcop_vllm.lab.shapes import SHAPES
 from vitcop_vllm.lab.tables import TABLES
 
 
@@ -56,7 +59,8 @@ def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_pa
         assert conditions[name]
     assert (conditions["shape"], conditions["load_format"]) == ("demo", "dummy")
     assert conditions["options"]["dtype"] == "float32"
-    elsewhere = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0"}  # a GPU's, other weights'
+    # A GPU's, other weights', and those of a shape that takes images of any size.
+    elsewhere = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0", "prefill_speed_at_0"}
     assert document["goals"].keys() == GOALS.keys() - elsewhere
     assert document["goals"]["throughput_at_0"]["met"]
     rows = document["prefill"]
@@ -64,6 +68,35 @@ def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_pa
     for title in (table.title for table in TABLES.values()):
         assert title in out
     assert ("vs-cls" in out) is peers
+    assert plot.stat().st_size > 10_000
+
+
+def test_images_of_any_size(capsys, monkeypatch, tmp_path):
+    @contextmanager
+    def running(model, options, names):
+        assert (model / "config.json").exists()
+        assert options["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
+        yield {name: FakeEngine(name, SMALL) for name in names}
+
+    monkeypatch.setattr(bench, "running_engines", running)
+    monkeypatch.setitem(SHAPES, "qwen2.5-vl-small", replace(SMALL, hidden=64, heads=1))
+    plot = tmp_path / "speed.png"
+    argv = ["--shape", "qwen2.5-vl-small", "--rounds", "2", "--plot", str(plot)]
+    assert bench.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "saves work of the encoder, too, which pruning does not" in out
+    document = json.loads(out.splitlines()[-1])
+    assert document.keys() == {"conditions", "prefill", "goals"}
+    assert document["goals"].keys() == {
+        *("prefill_vs_ideal", "prefill_speed_at_0", "stages_share_of_unpruned_prefill")
+    }
+    cases = [(row["image_size"], row["ratio"], row["selector"]) for row in document["prefill"]]
+    assert cases == [
+        (size, ratio, selector)
+        for size in (448, 1344)
+        for ratio in ("0", *prefill.RATIOS)
+        for selector in ([OURS] if ratio == "0" else [OURS, prefill.SCALED_DOWN])
+    ]
     assert plot.stat().st_size > 10_000
 
 
@@ -157,3 +190,26 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
     assert about[STOCK]["model_runner"].startswith("vllm.")
     assert about[OURS]["model_runner"].startswith("vitcop_vllm.")
     assert about[OURS]["model_runner_version"] == about[STOCK]["model_runner_version"] == "V1"
+
+
+@pytest.mark.slow
+def test_real_engines_with_images_that_are_scaled_down(tmp_path):
+    save_random_qwen(tmp_path, qwen_checkpoint.TINY)
+    started = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 256 << 20,
+        "pruning": {"deep_boundary": 5},
+    }
+    with running_engines(tmp_path, started, (STOCK, OURS)) as engines:
+        rounds = Rounds(engines, replace(qwen_checkpoint.TINY, boundaries=(1, 5)), 1, Bar())
+        ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, 448)
+        [unpruned] = prefill.measure_prefill(rounds, "0", 1, 336)
+    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=0.5)
+    assert scaled["average_tokens"] == 5 * 5
+    assert ours["stages_share"] > 0
+    # Stage I is part of it, and an image scaled down leaves it next to nothing to do.
+    assert ours["encoder_ms"] > 0 < scaled["encoder_ms"] < ours["stock_encoder_ms"]
+    assert unpruned["average_tokens"] == 144
+    assert unpruned["stages_share"] == 0

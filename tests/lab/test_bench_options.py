@@ -17,6 +17,7 @@ from vitcop_vllm.lab.bench_options import (
     settle_defaults,
     write_checkpoint,
 )
+from vitcop_vllm.lab.shapes import SHAPES
 
 
 def settled(*argv: str, device: Any = "cpu") -> argparse.Namespace:
@@ -40,6 +41,11 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--running", "many"], "invalid"),
         (["--rates", "2,0"], "above 0"),
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
+        (
+            ["--shape", "qwen2.5-vl-small", "--scenarios", "prefill", "decode"],
+            "scenario decode knows one size of image only: for qwen2.5-vl-small there is prefill",
+        ),
+        (["--shape", "qwen2.5-vl-small", "--peers"], "selector cls needs [CLS]"),
     ],
 )
 def test_arguments_that_are_refused(argv, says, capsys):
@@ -67,6 +73,17 @@ def test_defaults_suit_the_device_and_the_shape():
     assert gpu.chat_tokens > cpu.chat_tokens
     assert settled("--no-compile", device="gpu").compile is False
     assert settled("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
+
+
+def test_a_shape_that_takes_images_of_any_size():
+    chosen = settled("--shape", "qwen2.5-vl-small")
+    assert (chosen.scenarios, chosen.batches, chosen.kv_cache_gib) == (["prefill"], (1,), 2)
+    told = engine_options(chosen, SHAPES[chosen.shape])
+    assert told["max_num_batched_tokens"] >= told["max_model_len"] > 2304
+    assert told["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
+    assert "pruning" not in options()
+    assert settled("--shape", "qwen2.5-vl-small", "--batches", "1,2").batches == (1, 2)
+    assert settled().batches == (1, 4, 16)
 
 
 def test_a_gpu_is_shared_and_left_its_defaults():

@@ -73,6 +73,20 @@ def test_a_run_that_is_timed_is_not_watched_where_watching_slows_it(apart):
     assert len(set(pictures)) == len(pictures)
 
 
+def test_a_run_by_itself_is_nobodys_turn():
+    rounds, _ = make_rounds()
+    order: list[str] = []
+
+    def run(name: str) -> dict[str, Any]:
+        order.append(name)
+        return {}
+
+    for _ in range(2):
+        rounds.in_turn({name: partial(run, name) for name in "ab"})
+        rounds.in_turn({"c": partial(run, "c")})
+    assert "".join(order) == "ab" + "c" + "ba" + "c"
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_watching_is_nobodys_turn(apart):
     rounds, engines = make_rounds(watch_apart=apart)

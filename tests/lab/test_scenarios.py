@@ -7,7 +7,7 @@ import pytest
 from tests.lab.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
 from tests.lab.test_rounds import Bar
 from vitcop_vllm.demo.checkpoint import LLAVA_1_5_7B
-from vitcop_vllm.lab import load, prefill, scenarios
+from vitcop_vllm.lab import load, prefill, qwen_checkpoint, scenarios
 from vitcop_vllm.lab.engines import OURS, PEER, STOCK
 from vitcop_vllm.lab.ideals import PicturePlan
 from vitcop_vllm.lab.rounds import Rounds
@@ -63,6 +63,32 @@ def test_long_text(rounds):
     left = ENCODER + (text + average(8 / 9)) * TOKEN
     assert row["ideal"] == pytest.approx((ENCODER + (text + V) * TOKEN) / left)
     assert row["ideal"] < prefill.measure_prefill(rounds, "8/9", 1)[0]["ideal"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_prefill_of_images_of_a_size(apart):
+    shape = qwen_checkpoint.SMALL
+    engines: dict[Any, Any] = {name: FakeEngine(name, shape) for name in (STOCK, OURS)}
+    rounds = Rounds(engines, shape, 2, Bar(), watch_apart=apart)
+    ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, 448)
+    assert (ours["selector"], scaled["selector"]) == (OURS, prefill.SCALED_DOWN)
+    assert ours["image_size"] == scaled["image_size"] == 448
+    assert ours["vs_ideal"] == ours["vs_stock_rows"] == EXACTLY_ONE
+    text = ours["text_tokens"]
+    assert ours["stock_ms"] == pytest.approx((ENCODER + (text + 256) * TOKEN) * 1e3)
+    # The same tokens cost the same, up to what a square of them leaves over.
+    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=0.1)
+    assert scaled["average_tokens"] == pytest.approx(5.5**2)
+    assert scaled["speed_up"] * scaled["pruned_ms"] == pytest.approx(ours["stock_ms"])
+    assert ours["vs_scaled_down"] == pytest.approx(scaled["pruned_ms"] / ours["pruned_ms"])
+    assert "vs_ideal" not in scaled
+    # Only stock vLLM is told to scale images down.
+    told = [ask.max_pixels for run in engines[OURS].asked for ask in run.get("asks", ())]
+    assert set(told) == {None}
+    [unpruned] = prefill.measure_prefill(rounds, "0", 1, 1344)
+    assert unpruned["speed_up"] == unpruned["vs_ideal"] == EXACTLY_ONE
+    assert unpruned["average_tokens"] == 2304
+    assert rounds.shape == shape
 
 
 def test_decode(rounds):

@@ -6,14 +6,17 @@ import sys
 
 import pytest
 
-from vitcop_vllm.lab.soak import Answer, Traffic, _difference
+from vitcop_vllm.lab.qwen_checkpoint import TINY
+from vitcop_vllm.lab.soak import MODELS, Answer, Traffic, _difference
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_short_soak_finds_nothing_wrong():
+@pytest.mark.parametrize("model", MODELS)
+def test_a_short_soak_finds_nothing_wrong(model):
+    argv = ["--model", model, "--requests", "150", "--seed", "1"]
     done = subprocess.run(
-        [sys.executable, "-m", "vitcop_vllm.lab.soak", "--requests", "150", "--seed", "1"],
+        [sys.executable, "-m", "vitcop_vllm.lab.soak", *argv],
         capture_output=True,
         text=True,
         timeout=580,
@@ -21,6 +24,7 @@ def test_a_short_soak_finds_nothing_wrong():
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     document = json.loads(done.stdout.splitlines()[-1])
+    assert document["model"] == model
     assert document["completed"] + document["aborted"] == 150
     assert document["different"]["wrong"] == []
     assert len(document["different"]["tie"]) <= 1
@@ -36,6 +40,20 @@ def test_a_seed_can_be_had_again():
     asks = [one.next() for _ in range(50)]
     assert [again.next() for _ in range(50)] == asks
     assert [other.next() for _ in range(50)] != asks
+
+
+def test_images_of_many_sizes_come_in_a_model_that_takes_them():
+    model = MODELS["qwen2.5-vl"]
+    traffic = Traffic(0, model.marker)
+    asks = [traffic.next() for _ in range(200)]
+    assert all(ask.prompt.count(model.marker) == len(ask.pictures) for ask in asks)
+    images = [model.image(seed) for ask in asks for seed in ask.pictures]
+    grids = {TINY.grid(*image.size) for image in images}
+    assert len(grids) == len(model.sizes) - 1, "the two smallest are scaled up to the same"
+    tokens = {rows * columns for rows, columns in grids}
+    assert min(tokens) == TINY.min_visual_tokens
+    assert TINY.max_visual_tokens - 40 < max(tokens) <= model.most_visual_tokens
+    assert min(rows for rows, _ in grids) == min(columns for _, columns in grids) == 1
 
 
 def test_conversations_go_on():

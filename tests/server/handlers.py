@@ -12,9 +12,13 @@ from vitcop_vllm.pruning.settings import PruningSettings
 
 
 def bare_handler(of: Any) -> Any:
-    """A handler of class ``of`` that has a renderer, of a model whose image token is 3."""
+    """A handler of class ``of`` that has a renderer, of a model whose image token is 3.
+
+    Its renderer has no tokenizer.
+    """
     serving, renderer = of.__new__(of), OnlineRenderer.__new__(OnlineRenderer)
     renderer.model_config = SimpleNamespace(hf_config=SimpleNamespace(image_token_index=3))
+    renderer.renderer = SimpleNamespace(tokenizer=None)
     serving.online_renderer = renderer
     serving.models = OpenAIServingModels.__new__(OpenAIServingModels)
     serving.models.base_model_paths = [BaseModelPath(name="m", model_path="m")]

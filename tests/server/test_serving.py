@@ -48,7 +48,8 @@ class Stock:
             raise ValueError("cannot read picture")
         with_picture = getattr(request, "user", None) == "picture"
         hashes = {"image": [f"abc@{COUNTS.encode()}"]} if with_picture else {}
-        return [{"type": "multimodal", "mm_hashes": hashes}]
+        tokens = [1, 3] if getattr(request, "user", None) == "mark" else [1]
+        return [{"type": "multimodal", "prompt_token_ids": tokens, "mm_hashes": hashes}]
 
     async def events(self, usage: str) -> AsyncGenerator[str, None]:
         try:
@@ -176,6 +177,29 @@ def test_refusals(
     assert (error["type"], error["code"], error["param"]) == ("BadRequestError", 400, param)
     assert HEADER not in answer.headers
     assert stock.processor_kwargs == []
+
+
+def test_a_video_is_refused_before_anything_is_fetched(client: TestClient, stock: Stock) -> None:
+    part = {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/a.mp4"}}
+    body = CHAT | {"messages": [{"role": "user", "content": [part]}]}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("BadRequestError", "messages")
+    assert error["message"].startswith("videos are not accepted")
+    assert stock.processor_kwargs == []
+
+
+def test_a_stray_mark_is_named_by_the_model_s_tokenizer(client: TestClient, route: str) -> None:
+    handler = client.app.state.openai_serving_chat  # type: ignore[attr-defined]
+    if route == "/v1/completions":
+        handler = client.app.state.openai_serving_completion  # type: ignore[attr-defined]
+    handler.online_renderer.renderer.tokenizer = SimpleNamespace(decode=lambda ids: f"<mark{ids}>")
+    answer = client.post(route, json=ROUTES[route] | {"user": "mark"})
+    assert answer.status_code == 400
+    field = "prompt" if route == "/v1/completions" else "messages"
+    assert answer.json()["error"]["param"] == field
+    assert f"{field} holds <mark[3]>" in answer.json()["error"]["message"]
 
 
 def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -> None:

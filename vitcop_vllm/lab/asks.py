@@ -19,13 +19,15 @@ class Ask:
     """A request about pictures of noise.
 
     Attributes:
-        prompt: With ``<image>`` for each picture.
+        prompt: With the model's marker for each picture.
         pictures: Seeds of their pixels.
         ratio: Pruning ratio, in [0, 1); stock vLLM is not told.
         max_tokens: Length of the answer.
         arrival: Seconds after the clock starts.
         letters: Whether the answer is made of letters. Random weights else answer bytes that
             are no text, and that a next turn would hold as other tokens.
+        image_size: Height and width of the pictures, in pixels.
+        max_pixels: What the processor scales larger pictures down to, where it can.
     """
 
     prompt: str
@@ -34,11 +36,13 @@ class Ask:
     max_tokens: int
     arrival: float = 0.0
     letters: bool = False
+    image_size: int = 336
+    max_pixels: int | None = None
 
 
-def user_turn(question: str, pictures: int = 1) -> str:
+def user_turn(question: str, pictures: int = 1, marker: str = "<image>") -> str:
     """A question about ``pictures`` pictures, in the form LLaVA-1.5 was trained on."""
-    return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
+    return f"USER: {marker * pictures}\n{question} ASSISTANT:"
 
 
 def text_of(tokens: int, rng: Random | None = None) -> str:
@@ -47,10 +51,10 @@ def text_of(tokens: int, rng: Random | None = None) -> str:
     return " ".join(islice(words, tokens))[:tokens]
 
 
-def random_picture(seed: int) -> Any:
-    """A 336 x 336 picture of noise: fine for cost, meaningless for choice."""
+def random_picture(seed: int, width: int = 336, height: int = 336) -> Any:
+    """A picture of noise: fine for cost, meaningless for choice."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 255, (336, 336, 3), dtype=np.uint8))
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))

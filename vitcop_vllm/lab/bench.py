@@ -7,8 +7,10 @@ a decode step what it costs stock with as many tokens before it.
 *vs-rows* compares with what stock vLLM itself takes for text prompts of as many rows per
 layer: a kernel that is slow for few rows is slow for both. KV memory has an ideal too: no
 blocks, and no whole requests. *vs-cls* is ours over an engine that prunes in the encoder alone
-(--peers), at the same layer average. Prefix caching is on, as is vLLM's default; only a second
-turn asks about a picture that was seen before.
+(--peers), at the same layer average; *vs-pixels*, for models that take images of any size, is
+ours over stock vLLM on images that max_pixels scales down to about as many visual tokens. That
+saves the encoder's work, too, which pruning does not, and the model sees less of an image. Prefix
+caching is on, as is vLLM's default; only a second turn asks about a picture that was seen before.
 
 The last line of standard output is a JSON document.
 """
@@ -29,7 +31,6 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from vitcop_vllm.lab import load, prefill, scenarios
 from vitcop_vllm.lab.bench_options import (
     COLD_START,
-    SHAPES,
     TooLittleMemoryError,
     check_room,
     engine_names,
@@ -43,6 +44,7 @@ from vitcop_vllm.lab.conditions import WrongDeviceError, machine, settle_device
 from vitcop_vllm.lab.engines import STOCK, EngineDiedError, EngineProcess, running_engines
 from vitcop_vllm.lab.goals import goals_met
 from vitcop_vllm.lab.rounds import LONG_ROUNDS, Rounds, Row
+from vitcop_vllm.lab.shapes import SHAPES
 from vitcop_vllm.lab.speed_plot import plot_speed
 from vitcop_vllm.lab.tables import table_lines
 
@@ -89,7 +91,7 @@ def _by_case(
 SCENARIOS = {
     "prefill": _by_case(
         prefill.measure_prefill,
-        lambda arguments: [(r, batch) for batch in arguments.batches for r in prefill.RATIOS],
+        lambda arguments: prefill.cases(SHAPES[arguments.shape], arguments.batches),
     ),
     "images": _by_case(
         prefill.measure_images,

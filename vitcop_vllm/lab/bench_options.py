@@ -7,28 +7,13 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from vitcop_vllm.demo.checkpoint import (
-    DEMO,
-    LLAVA_1_5_7B,
-    LLAVA_1_5_13B,
-    SMALL,
-    LlavaShape,
-    save_config,
-    save_random_llava,
-)
 from vitcop_vllm.lab import load, prefill
 from vitcop_vllm.lab.conditions import Device
 from vitcop_vllm.lab.engines import OURS, PEER, STOCK, EngineName
+from vitcop_vllm.lab.qwen_checkpoint import QwenShape
 from vitcop_vllm.lab.rounds import LONG_ROUNDS
-
-SHAPES = {
-    "demo": DEMO,
-    "small": SMALL,
-    "llava-1.5-7b": LLAVA_1_5_7B,
-    "llava-1.5-13b": LLAVA_1_5_13B,
-}
-PUBLISHED = {"llava-1.5-7b", "llava-1.5-13b"}
-"""Shapes too large to write random weights of: vLLM makes them up (dummy)."""
+from vitcop_vllm.lab.shapes import PUBLISHED, SHAPES, Shape, boundaries, save_checkpoint
+from vitcop_vllm.pruning.settings import CONFIG_KEY
 
 COLD_START = "cold_start"
 """The scenario without running engines: they would be in its way."""
@@ -38,11 +23,17 @@ SCENARIOS = (
     COLD_START,
 )
 
+QWEN_SCENARIOS = ("prefill",)
+"""Those that know images of more than one size."""
+
 MAX_NUM_SEQS = 64
 """More than any scenario lets run at once, unless a batch is larger."""
 
 TEXT_MARGIN = 128
 """Tokens of a prompt beside its pictures and a long text, and of an answer; with room."""
+
+_LIGHT = ("demo", "qwen2.5-vl-small")
+"""Shapes of which a token takes little KV memory."""
 
 GPU_MEMORY = 0.9
 """Of a GPU, as is vLLM's default: shared by the engines that are on it at a time."""
@@ -70,9 +61,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         "--scenarios",
         nargs="+",
         choices=SCENARIOS,
-        default=SCENARIOS,
         metavar="S",
-        help=f"of {', '.join(SCENARIOS)}; all by default",
+        help=f"of {', '.join(SCENARIOS)}; all by default, and for Qwen shapes those there are: "
+        f"{', '.join(QWEN_SCENARIOS)}",
     )
     parser.add_argument(
         "--rounds",
@@ -81,7 +72,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         help=f"medians are over these, {LONG_ROUNDS} at most where one is long",
     )
     parser.add_argument(
-        "--batches", **numbers, default=(1, 4, 16), help="requests that arrive at once, for prefill"
+        "--batches",
+        **numbers,
+        help="requests that arrive at once, for prefill; 1,4,16 by default, and 1 for Qwen shapes",
     )
     parser.add_argument("--running", **numbers, default=(1, 32), help="requests that decode")
     parser.add_argument("--tokens", type=_number, default=32, help="answer length when decoding")
@@ -126,12 +119,24 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument(
         "--kv-cache-gib",
         type=_number,
-        help="of each engine; on a CPU 2 for the demo and 6 for others (3 in bfloat16), on a "
-        "GPU what the weights leave",
+        help=f"of each engine; on a CPU 2 for {' and '.join(_LIGHT)}, 6 for others (3 in "
+        "bfloat16), on a GPU what the weights leave",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed over ratio")
     arguments = parser.parse_args(argv)
-    arguments.scenarios = [name for name in SCENARIOS if name in arguments.scenarios]
+    is_qwen = isinstance(SHAPES.get(arguments.shape), QwenShape)
+    known = QWEN_SCENARIOS if is_qwen else SCENARIOS
+    unknown = [name for name in arguments.scenarios or () if name not in known]
+    if unknown:
+        parser.error(
+            f"scenario {unknown[0]} knows one size of image only: for {arguments.shape} there is "
+            + ", ".join(known)
+        )
+    if is_qwen and arguments.peers:
+        parser.error(f"selector {PEER} needs [CLS], which the encoder of {arguments.shape} lacks")
+    arguments.scenarios = [name for name in known if name in (arguments.scenarios or known)]
+    if arguments.batches is None:
+        arguments.batches = (1,) if is_qwen else (1, 4, 16)
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         parser.error(f"there is no folder {arguments.plot.parent} to write to")
     return arguments
@@ -169,7 +174,7 @@ def settle_defaults(arguments: argparse.Namespace, device: Device) -> None:
         arguments.chat_tokens = 128 if on_gpu else 16
     if arguments.kv_cache_gib is None and not on_gpu:
         whole = 6 if arguments.dtype == "float32" else 3
-        arguments.kv_cache_gib = 2 if arguments.shape == "demo" else whole
+        arguments.kv_cache_gib = 2 if arguments.shape in _LIGHT else whole
     if arguments.load_format is None:
         arguments.load_format = "dummy" if arguments.shape in PUBLISHED else "random"
 
@@ -179,7 +184,7 @@ def engine_names(arguments: argparse.Namespace) -> tuple[EngineName, ...]:
     return (STOCK, OURS, PEER) if arguments.peers else (STOCK, OURS)
 
 
-def engine_options(arguments: argparse.Namespace, shape: LlavaShape) -> dict[str, Any]:
+def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``, the same for all engines.
 
     A step holds all prompts of a scenario that arrive at once: the bench times kernels, not
@@ -211,6 +216,8 @@ def engine_options(arguments: argparse.Namespace, shape: LlavaShape) -> dict[str
         "enforce_eager": not arguments.compile,
         "limit_mm_per_prompt": {"image": pictures},
     }
+    if pruning := boundaries(shape):
+        options[CONFIG_KEY] = pruning  # told to engines that prune
     if arguments.load_format == "dummy":
         options["load_format"] = "dummy"
     if arguments.kv_cache_gib is not None:
@@ -221,7 +228,7 @@ def engine_options(arguments: argparse.Namespace, shape: LlavaShape) -> dict[str
 
 
 def check_room(
-    arguments: argparse.Namespace, shape: LlavaShape, kv_blocks: int, block_size: int
+    arguments: argparse.Namespace, shape: Shape, kv_blocks: int, block_size: int
 ) -> None:
     """See that requests which are to run at once can.
 
@@ -252,10 +259,8 @@ def check_room(
             )
 
 
-def write_checkpoint(path: Path, shape: LlavaShape, options: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, shape: Shape, options: dict[str, Any]) -> None:
     """A model of ``shape`` that is made for prompts as long as ``options`` allow."""
     shape = replace(shape, max_positions=max(shape.max_positions, options["max_model_len"]))
-    if options.get("load_format") == "dummy":
-        save_config(path, shape)
-    else:
-        save_random_llava(path, shape, dtype=options["dtype"])
+    weights = options.get("load_format") != "dummy"
+    save_checkpoint(path, shape, options["dtype"], weights=weights)

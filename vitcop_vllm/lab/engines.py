@@ -33,10 +33,11 @@ def _work(connection: Connection, options: dict[str, Any], name: EngineName) -> 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    pruning = options.pop(CONFIG_KEY, {})
     if name == STOCK:
         os.environ.update(NO_PLUGIN)
     else:
-        options = {**options, "additional_config": {CONFIG_KEY: {"selector": name}}}
+        options["additional_config"] = {CONFIG_KEY: {**pruning, "selector": name}}
     engine = MeasuredEngine(options, pruned=name != STOCK)
     connection.send("ready")
     while (command := connection.recv()) is not None:
@@ -52,7 +53,7 @@ class EngineProcess:
 
     Args:
         model: The checkpoint's folder.
-        options: Other arguments of ``vllm.LLM``.
+        options: Other arguments of ``vllm.LLM``; under ``pruning`` settings of those that prune.
         name: Which engine it is.
 
     Raises:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Self
 
-from vitcop_vllm.demo.checkpoint import LlavaShape
 from vitcop_vllm.lab.asks import Ask
 from vitcop_vllm.lab.engines import OURS
+from vitcop_vllm.lab.shapes import Shape, boundaries
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
 
@@ -27,7 +27,7 @@ KV_BLOCK = 128
 
 @dataclass(frozen=True)
 class PicturePlan:
-    """A picture's visual tokens, layer by layer, under a selector's default settings.
+    """A picture's visual tokens, layer by layer, under the settings a bench serves with.
 
     Attributes:
         counts: Visual tokens of each stage.
@@ -38,8 +38,8 @@ class PicturePlan:
     layers: tuple[int, int, int]
 
     @classmethod
-    def of(cls, shape: LlavaShape, ratio: float, selector: SelectorName) -> Self:
-        settings = PruningSettings(selector=selector)
+    def of(cls, shape: Shape, ratio: float, selector: SelectorName) -> Self:
+        settings = PruningSettings(selector=selector, **boundaries(shape))
         counts = plan_counts(settings, ratio, shape.layers, shape.visual_tokens)
         shallow, deep = settings.boundaries(shape.layers)
         return cls(counts, (shallow, deep - shallow, shape.layers - deep))
@@ -99,7 +99,7 @@ class StockCosts:
 
     def ideal_serving(
         self,
-        shape: LlavaShape,
+        shape: Shape,
         asks: Sequence[Ask],
         prompt_tokens: Sequence[int],
         seconds: float,

@@ -153,13 +153,19 @@ class MeasuredEngine:
             yield
 
     def _prompt(self, ask: Ask) -> dict[str, Any]:
-        pictures = [random_picture(seed) for seed in ask.pictures]
+        size = ask.image_size
+        pictures = [random_picture(seed, size, size) for seed in ask.pictures]
         prompt: dict[str, Any] = {
             "prompt": ask.prompt,
             "multi_modal_data": {"image": pictures},
         }
+        processor_kwargs: dict[str, float] = {}
         if self.pruned:
-            prompt["mm_processor_kwargs"] = {RATIO_KEY: ask.ratio}
+            processor_kwargs[RATIO_KEY] = ask.ratio
+        if ask.max_pixels is not None:
+            processor_kwargs["max_pixels"] = ask.max_pixels
+        if processor_kwargs:
+            prompt["mm_processor_kwargs"] = processor_kwargs
         return prompt
 
     def _params(self, max_tokens: int, letters: bool = False) -> Any:

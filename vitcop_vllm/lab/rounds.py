@@ -1,17 +1,19 @@
 """Rounds in which engines take turns at the same work, and medians over them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from vitcop_vllm.demo.checkpoint import LlavaShape
 from vitcop_vllm.lab.asks import QUESTION, Ask, user_turn
 from vitcop_vllm.lab.engines import OURS, PEER, STOCK, EngineName, EngineProcess
 from vitcop_vllm.lab.measured_engine import Result
+from vitcop_vllm.lab.shapes import Shape, image_marker
 from vitcop_vllm.pruning.settings import SelectorName
 
 LONG_ROUNDS = 3
@@ -39,7 +41,7 @@ class Rounds:
     def __init__(
         self,
         engines: Mapping[EngineName, EngineProcess],
-        shape: LlavaShape,
+        shape: Shape,
         number: int,
         bar: tqdm,
         *,
@@ -65,6 +67,12 @@ class Rounds:
         """Of the engines that prune."""
         return [name for name in (OURS, PEER) if name in self.engines]
 
+    def with_image_size(self, size: int) -> Self:
+        """The same rounds with pictures of that height and width in pixels."""
+        rounds = copy(self)
+        rounds.shape = replace(self.shape, image_size=size)
+        return rounds
+
     def pictures(self, number: int) -> tuple[int, ...]:
         """Seeds of new pictures."""
         return tuple(next(self._seeds) for _ in range(number))
@@ -79,14 +87,18 @@ class Rounds:
         question: str = QUESTION,
     ) -> list[Ask]:
         """The same question, each time about new pictures."""
-        prompt = user_turn(question, pictures)
-        return [Ask(prompt, self.pictures(pictures), ratio, max_tokens) for _ in range(number)]
+        prompt = user_turn(question, pictures, image_marker(self.shape))
+        size = self.shape.image_size
+        return [
+            Ask(prompt, self.pictures(pictures), ratio, max_tokens, image_size=size)
+            for _ in range(number)
+        ]
 
     def in_turn(self, runs: Mapping[Name, Callable[[], Result]]) -> dict[Name, Result]:
         """Results of each run by its name; who goes first changes with every call."""
         order = list(runs)
         first = self._turn % len(order)
-        self._turn += 1
+        self._turn += len(order) > 1  # a run by itself is nobody's turn
         results = {name: runs[name]() for name in (*order[first:], *order[:first])}
         return {name: results[name] for name in order}
 

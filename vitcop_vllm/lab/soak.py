@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -27,12 +27,13 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
+from vitcop_vllm.lab import qwen_checkpoint
 from vitcop_vllm.lab.asks import random_picture
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 RATIOS = (0.0, 0.3, 0.5, 2 / 3, 7 / 9, 8 / 9, 17 / 18)
-LONGEST = 1792
-"""Tokens of a prompt with its answer: four unpruned pictures and some text."""
+MOST_TEXT = 768
+"""Tokens of a prompt with its answer, beside four unpruned images."""
 
 TIE = 1e-3
 """Log-probabilities closer than this are equal: another batch may round them apart."""
@@ -42,11 +43,56 @@ _SYSTEMS = ("", "Answer briefly. ", "You look closely, and then you answer in on
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model to soak.
+
+    Attributes:
+        save: Writes its checkpoint into a folder.
+        marker: What stands for an image in a prompt.
+        sizes: Width and height of images; the seed of an image says which it has.
+        most_visual_tokens: Of an image.
+        blocks: KV blocks of 32 tokens, in all: just enough for the longest request.
+    """
+
+    save: Callable[[Path], None]
+    marker: str
+    sizes: tuple[tuple[int, int], ...]
+    most_visual_tokens: int
+    blocks: int
+
+    def image(self, seed: int) -> Any:
+        return _image(seed, *self.sizes[seed % len(self.sizes)])
+
+
+MODELS = {
+    "llava": Model(
+        lambda path: save_random_llava(path, TINY),
+        "<image>",
+        ((336, 336),),
+        TINY.visual_tokens,
+        blocks=480,
+    ),
+    "qwen2.5-vl": Model(
+        lambda path: qwen_checkpoint.save_random_qwen(path, qwen_checkpoint.TINY),
+        qwen_checkpoint.IMAGE_MARKER,
+        # Squares, both formats of photographs, images scaled up or down to the model's limits,
+        # and thin ones: one or two visual tokens across.
+        (
+            *((224, 224), (448, 448), (336, 252), (252, 392), (20, 20), (56, 56)),
+            *((900, 700), (640, 1100), (1200, 40), (40, 700), (28, 560), (900, 60)),
+        ),
+        qwen_checkpoint.TINY.max_visual_tokens,
+        blocks=540,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Ask:
     """A request. What decides its answer, and what only decides how it gets there.
 
     Attributes:
-        prompt: With ``<image>`` for each picture.
+        prompt: With the model's marker for each picture.
         pictures: Their seeds.
         ratio: Pruning ratio, in [0, 1).
         max_tokens: Length of the answer.
@@ -60,7 +106,7 @@ class Ask:
     priority: int = field(default=0, compare=False)
 
 
-_picture = cache(random_picture)
+_image = cache(random_picture)
 
 _GREETING = Ask("USER: hello ASSISTANT:", (), 0.0, 2)
 
@@ -76,8 +122,9 @@ class Answer:
 class Traffic:
     """An endless mix of requests, from a seed."""
 
-    def __init__(self, seed: int, num_pictures: int = 12) -> None:
+    def __init__(self, seed: int, marker: str = "<image>", num_pictures: int = 12) -> None:
         self.rng = random.Random(seed)
+        self.marker = marker
         self.num_pictures = num_pictures
         self._finished: list[tuple[Ask, str]] = []
 
@@ -90,6 +137,11 @@ class Traffic:
         most = self.rng.choice((3, 12, 40))
         return " ".join(self.rng.choice(_WORDS) for _ in range(self.rng.randint(1, most)))
 
+    def _length(self, prompt: str) -> int:
+        """Characters of a prompt, with as many for each image as ``<image>`` has."""
+        markers = prompt.count(self.marker)
+        return len(prompt) - markers * (len(self.marker) - len("<image>"))
+
     def next(self) -> Ask:
         rng = self.rng
         longest = rng.choice((1, 4, 12, 40))
@@ -101,26 +153,28 @@ class Traffic:
         if self._finished and rng.random() < 0.4:
             ask, said = rng.choice(self._finished)
             prompt = f"{ask.prompt}{said} USER: {self._text()} ASSISTANT:"
-            if len(prompt) < 600:
+            if self._length(prompt) < 600:
                 return replace(ask, prompt=prompt, **how)
         pictures = tuple(
             rng.randrange(self.num_pictures) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))
         )
-        prompt = f"{rng.choice(_SYSTEMS)}USER: {'<image>' * len(pictures)}{self._text()} ASSISTANT:"
+        images = self.marker * len(pictures)
+        prompt = f"{rng.choice(_SYSTEMS)}USER: {images}{self._text()} ASSISTANT:"
         return Ask(prompt, pictures, rng.choice(RATIOS), **how)
 
 
 class Engine:
     """An engine in this process, asked with :class:`Ask`."""
 
-    def __init__(self, checkpoint: Path, **options: Any) -> None:
+    def __init__(self, model: Model, checkpoint: Path, **options: Any) -> None:
         from vllm import LLM
 
+        self.model = model
         self.llm = LLM(
             str(checkpoint),
             dtype="float32",
             enforce_eager=True,
-            max_model_len=LONGEST,
+            max_model_len=4 * model.most_visual_tokens + MOST_TEXT,
             limit_mm_per_prompt={"image": 4},
             **options,
         )
@@ -135,7 +189,8 @@ class Engine:
 
         prompt: dict[str, Any] = {"prompt": ask.prompt}
         if ask.pictures:
-            prompt["multi_modal_data"] = {"image": [_picture(seed) for seed in ask.pictures]}
+            images = [self.model.image(seed) for seed in ask.pictures]
+            prompt["multi_modal_data"] = {"image": images}
             prompt["mm_processor_kwargs"] = {RATIO_KEY: ask.ratio}
         if ask.cache_salt:
             prompt["cache_salt"] = ask.cache_salt
@@ -272,11 +327,17 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", choices=MODELS, default="llava", help="default: llava")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--concurrency", type=int, default=24, help="requests at a time")
-    parser.add_argument("--blocks", type=int, default=480, help="KV blocks of 32 tokens in all")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--blocks", type=int, help="KV blocks of 32 tokens in all; 480 for LLaVA, 540 for Qwen"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.blocks is None:
+        arguments.blocks = MODELS[arguments.model].blocks
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,9 +348,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch)
-        save_random_llava(checkpoint, TINY)
+        checkpoint, model = Path(scratch), MODELS[arguments.model]
+        model.save(checkpoint)
         engine = Engine(
+            model,
             checkpoint,
             max_num_batched_tokens=400,
             max_num_seqs=16,
@@ -301,15 +363,15 @@ def main(argv: list[str] | None = None) -> int:
         list(engine.step())
         before = engine.left_overs()
         started = time.perf_counter()
-        traffic = Traffic(arguments.seed)
+        traffic = Traffic(arguments.seed, model.marker)
         done, counts = hammer(engine, traffic, arguments.requests, arguments.concurrency)
         seconds = time.perf_counter() - started
         gc.collect()
         after = engine.left_overs()
-        different = compare(Engine(checkpoint, enable_prefix_caching=False), done)
+        different = compare(Engine(model, checkpoint, enable_prefix_caching=False), done)
     leaks = {what: after[what] - before[what] for what in before if after[what] != before[what]}
     document = {
-        **{key: getattr(arguments, key) for key in ("seed", "concurrency", "blocks")},
+        **{key: getattr(arguments, key) for key in ("model", "seed", "concurrency", "blocks")},
         "requests": arguments.requests,
         "completed": len(done),
         **counts,

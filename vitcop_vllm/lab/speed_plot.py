@@ -68,10 +68,12 @@ def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
 
 def _draw_prefill(axes: Axes, rows: Sequence[Row]) -> None:
     ours = [row for row in rows if row["selector"] == OURS]
-    for batch, colour in zip(dict.fromkeys(row["batch"] for row in ours), _COLOURS, strict=False):
-        curve = [row for row in ours if row["batch"] == batch]
+    cases = dict.fromkeys((row["batch"], row.get("image_size")) for row in ours)
+    for (batch, size), colour in zip(cases, _COLOURS, strict=False):
+        curve = [row for row in ours if (row["batch"], row.get("image_size")) == (batch, size)]
+        label = f"{batch} at once" + (f", {size} px" if size else "")
         places = [_place(row["ratio"]) for row in curve]
-        _points(axes, places, curve, "speed_up", colour, f"{batch} at once")
+        _points(axes, places, curve, "speed_up", colour, label)
         axes.plot(places, [row["ideal"] for row in curve], color=colour, **_IDEAL)
     axes.set_title("speed-up of prefill", loc="left", fontsize=9)
     axes.set_xlabel("pruning ratio", fontsize=9)

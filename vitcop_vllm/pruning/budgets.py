@@ -11,7 +11,7 @@ boundary. Tests hold them together.
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vitcop_vllm.pruning.settings import FractionRow, PruningSettings, SelectorName
 
@@ -148,6 +148,24 @@ class Selector:
         """
         function = (self.shallow, self.deep)[stage - 1]
         return function is not None and function not in READ_HIDDEN
+
+    def saliency_source(self, *, has_cls: bool) -> Literal["cls", "received"] | None:
+        """What the function in the encoder ranks visual tokens by.
+
+        ``cls``: the attention that [CLS] pays to each. ``received``: the attention that each
+        gets from all. ``None``: it does not rank them.
+
+        Args:
+            has_cls: Whether the encoder has [CLS].
+        """
+        match self.encoder:
+            case "cls_attention":
+                return "cls"
+            case "received_attention":
+                return "received"
+            case "encoder_attention":
+                return "cls" if has_cls else "received"
+        return None
 
     def max_ratio(self, boundaries: tuple[int, int], num_layers: int) -> float:
         """Largest pruning ratio in reach: what the encoder does not cut lives S layers whole."""

@@ -132,15 +132,10 @@ def select_patches(selector: Selector, view: EncoderView, count: int) -> Tensor:
 
 def saliency_of(selector: Selector, view: EncoderView) -> Tensor | None:
     """(B, V) float32 that Stage I ranks tokens by; ``None`` if the selector ranks by none."""
-    match selector.encoder:
-        case "cls_attention":
-            return view.attention_of_cls()
-        case "received_attention":
-            return view.attention_received()
-        case "encoder_attention":
-            has_cls = view.cls_query is not None
-            return view.attention_of_cls() if has_cls else view.attention_received()
-    return None
+    source = selector.saliency_source(has_cls=view.cls_query is not None)
+    if source is None:
+        return None
+    return view.attention_of_cls() if source == "cls" else view.attention_received()
 
 
 def select_tokens(

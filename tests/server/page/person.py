@@ -87,13 +87,24 @@ def numbers(text: str) -> list[int]:
 
 
 def drawn(page: Page, what: str) -> list[tuple[float, float, float, float]]:
-    """Left, top, right, bottom of what is drawn, as shares of the picture."""
+    """Left, top, right, bottom of what is drawn, as shares of the image.
+
+    A path of closed squares is as many things; any other path is one.
+    """
     script = """(cells, what) => {
-      const frame = cells.getBoundingClientRect();
-      return [...cells.querySelectorAll(what)].map((cell) => {
-        const { left, top, right, bottom } = cell.getBoundingClientRect();
-        return [(left - frame.left) / frame.width, (top - frame.top) / frame.height,
-                (right - frame.left) / frame.width, (bottom - frame.top) / frame.height];
+      const { width, height } = cells.viewBox.baseVal;
+      const share = ({ x, y }) => [x / width, y / height];
+      return [...cells.querySelectorAll(what)].flatMap((path) => {
+        const laid = path.parentNode.transform.baseVal.consolidate().matrix;
+        const corners = (left, top, right, bottom) => [[left, top], [right, bottom]].flatMap(
+          ([x, y]) => share(new DOMPoint(x, y).matrixTransform(DOMMatrix.fromMatrix(laid))));
+        const d = path.getAttribute("d");
+        if (d && !d.includes("z")) {
+          const box = path.getBBox();
+          return [corners(box.x, box.y, box.x + box.width, box.y + box.height)];
+        }
+        const squares = d.matchAll(/M([^ ]+) ([^h]+)h([^v]+)v([^h]+)h-([^z]+)z/g);
+        return [...squares].map(([, x, y, size]) => corners(+x, +y, +x + +size, +y + +size));
       });
     }"""
     boxes = [tuple(box) for box in page.locator("#cells").evaluate(script, what)]

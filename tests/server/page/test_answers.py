@@ -1,4 +1,4 @@
-"""Answers with and without pruning, and the patches that each stage kept."""
+"""Answers with and without pruning, and the visual tokens that each stage kept."""
 
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +69,7 @@ def test_cells_drawn_are_the_tokens_that_usage_counts(page):
         clusters, seats = drawn(page, ".cluster"), drawn(page, ".kept.seat")
         assert len(clusters) == len(seats)
         every = drawn(page, ".kept:not(.seat), .member, .dropped")
-        assert len(every) == encoder  # each patch is one of these
+        assert len(every) == encoder  # each part of the image is one of these
         told = numbers(page.locator("#caption").inner_text().split(":", 1)[1])
         if clusters:
             assert told == [
@@ -151,7 +151,7 @@ def test_answers_keep_the_question_and_ratio_they_were_made_with(page):
     # What stands at the new ratio is its plan, and says so.
     expect(page.locator("#plan h2")).to_contain_text("at ratio 0.778")
     expect(page.locator("#caption")).to_contain_text("Ask, to see")
-    assert not drawn(page, "rect")
+    assert not drawn(page, "g path")
     expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
     expect(page.locator("#asked")).to_have_text("Answers to “What does the sign say?”")
     assert (answers(page), facts(page, 1)) == (["PLUM", "PLUM"], told)
@@ -175,7 +175,7 @@ def test_what_is_changed_while_asking_is_for_the_next_question(page):
     assert answers(page) == ["PLUM", "PLUM"]
     expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
     assert facts(page, 1)["Removed"] == "89\u00a0%"
-    page.get_by_role("button", name="0.889").click()  # Which patches were kept is known.
+    page.get_by_role("button", name="0.889").click()  # Which tokens were kept is known.
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
@@ -209,6 +209,8 @@ def test_without_explanations_counts_are_shown(browser, server_url):
     with opened(browser, server_url) as page:
         page.on("request", lambda request: asked.append(request.url))
         expect(page.locator("#stops li")).to_have_count(4)
+        # The plan may come first, and there is no question without the sample.
+        expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         ask(page)
         *counts, encoder = numbers(facts(page, 1)["Tokens kept"])
         assert encoder == 256
@@ -217,7 +219,7 @@ def test_without_explanations_counts_are_shown(browser, server_url):
             expect(page.locator("#caption")).to_contain_text(f"{count} of {encoder} tokens")
             expect(page.get_by_role("slider", name="Stage shown")).to_have_value(str(stage))
         expect(page.locator("#caption")).to_contain_text("--server.explain true")
-        assert not drawn(page, "rect")
+        assert not drawn(page, "g path")
     assert not [address for address in asked if "explain" in address]
 
 
@@ -227,7 +229,7 @@ def test_everything_has_a_name(page):
         ("spinbutton", "Ratio: the share of visual tokens removed, averaged over layers"),
         ("slider", "Ratio, as a slider"),
         ("slider", "Stage shown"),
-        ("group", "Picture. The left and right arrow keys change the stage shown."),
+        ("group", "Image. The left and right arrow keys change the stage shown."),
         ("img", "Coloured shapes and a sign on a photograph of a coffee cup"),
         ("article", "Ratio 0"),
         ("article", "Ratio 0.889"),

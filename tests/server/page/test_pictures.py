@@ -81,7 +81,7 @@ def test_the_page_draws_on_the_frame_that_the_model_gets(
     )
 
 
-def test_patches_lie_where_a_turned_picture_shows_them(page: Page) -> None:
+def test_parts_lie_where_a_turned_image_shows_them(page: Page) -> None:
     upload(page, "mine.webp", "image/webp", turned_webp())
     expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 600 336")
     page.get_by_role("textbox", name="Question").fill("What does the sign say?")

@@ -1,0 +1,36 @@
+"""Positions of prompts with images, against vLLM's own rule."""
+
+import torch
+
+from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions, positions_beyond_tokens
+
+
+def test_a_whole_image_stands_as_in_vllm():
+    positions, delta = mrope_positions(11, [MRoPEImage(2, 6, 2, 3, is_whole=True)])
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 7],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 7],
+    ]
+    assert delta == 8 - 11
+
+
+def test_text_after_a_pruned_image_stands_where_it_stands_unpruned():
+    images = [MRoPEImage(2, 2, 2, 3, is_whole=False), MRoPEImage(5, 1, 4, 1, is_whole=False)]
+    positions, delta = mrope_positions(8, images)
+    #                                  text  image  t  image  text
+    assert positions.tolist() == [[0, 1, 2, 2, 5, 6, 10, 11]] * 3
+    assert delta == 12 - 8
+    assert positions_beyond_tokens(images) == (3 - 2) + (4 - 1)
+
+
+def test_a_prompt_may_end_with_its_image():
+    positions, delta = mrope_positions(3, [MRoPEImage(1, 2, 5, 7, is_whole=False)])
+    assert positions.tolist() == [[0, 1, 1]] * 3
+    assert delta == 1 + 7 - 3
+
+
+def test_text_alone():
+    positions, delta = mrope_positions(4, [])
+    assert torch.equal(positions, torch.arange(4).expand(3, -1))
+    assert delta == 0

@@ -1,0 +1,228 @@
+"""Qwen2.5-VL's encoder without an engine: a tower of one block."""
+
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import nn
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from tests.device_guard import CUDA, no_host_sync
+from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
+from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+
+HEADS, HEAD_SIZE, WIDTH, HIDDEN, PATCHES = 2, 4, 8, 12, 4
+GRIDS = [(1, 6, 10), (1, 8, 4), (1, 6, 10)]  # patches: 15, 8 and 15 visual tokens
+
+
+class Projection(nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return super().forward(hidden), None
+
+
+class Mixing(nn.Module):
+    scale = 0.5
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        mixed = [
+            nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in parts))
+            for parts in zip(*(x.split(LENGTHS, dim=1) for x in (query, key, value)), strict=True)
+        ]
+        return torch.cat([one.transpose(1, 2) for one in mixed], dim=1)
+
+
+LENGTHS = [h * w for _, h, w in GRIDS]
+
+
+class Attention(nn.Module):
+    tp_size = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = Projection(WIDTH, 3 * WIDTH)
+        self.attn = Mixing()
+        self.proj = Projection(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(hidden)[0].squeeze(1).unflatten(-1, (3, HEADS, HEAD_SIZE))
+        query, key, value = (x[None] for x in qkv.unbind(1))
+        mixed = self.attn(query=query, key=key, value=value)
+        output: torch.Tensor = self.proj(mixed[0].flatten(1)[:, None])[0]
+        return output
+
+
+class FusedNorm(nn.Module):
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return nn.functional.layer_norm(total, total.shape[-1:]), total
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+        self.norm2 = FusedNorm()
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed, residual = self.norm2(x, residual=self.attn(x))
+        output: torch.Tensor = residual + self.mlp(normed)
+        return output
+
+
+class Tower(nn.Module):
+    """As vLLM's: tokens stand in another order than in their image until the last line."""
+
+    spatial_merge_unit = PATCHES
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+        self.merger = nn.Linear(PATCHES * WIDTH, HIDDEN)
+
+    @property
+    def device(self) -> torch.device:
+        return self.merger.weight.device
+
+    @staticmethod
+    def get_rope_by_thw(t: int, h: int, w: int) -> Any:
+        order = torch.arange(t * h * w // PATCHES).flip(0).roll(3)
+        return None, None, order, None, None
+
+    @staticmethod
+    def invert_permutation(order: torch.Tensor) -> torch.Tensor:
+        return order.argsort()
+
+    def prepare_encoder_metadata(self, grids: list[list[int]]) -> dict[str, torch.Tensor]:
+        first, orders, inverses = 0, [], []
+        for grid in grids:
+            order = self.get_rope_by_thw(*grid)[2]
+            orders.append(first + order)
+            inverses.append(first + order.argsort())
+            first += len(order)
+        return {
+            "order": async_tensor_h2d(torch.cat(orders), device=self.device),
+            "reverse_indices": async_tensor_h2d(torch.cat(inverses), device=self.device),
+        }
+
+    def forward(self, pixels: torch.Tensor, grid_thw: None, *, encoder_metadata: Any) -> Any:
+        tokens = pixels.unflatten(0, (-1, PATCHES))[encoder_metadata["order"]]
+        hidden = self.blocks[0](tokens.flatten(0, 1)[:, None])
+        return self.merger(hidden.view(-1, PATCHES * WIDTH))[encoder_metadata["reverse_indices"]]
+
+
+class OneBlockQwen(PrunedQwenForConditionalGeneration):
+    """The parts that encode images, with random weights."""
+
+    def __init__(self, selector: SelectorName) -> None:
+        nn.Module.__init__(self)
+        settings = PruningSettings(selector=selector)
+        self.config: Any = SimpleNamespace(pruning=settings.model_dump(mode="json"))
+        scheduler = SimpleNamespace(max_num_batched_tokens=2048)
+        self._set_up_stage_one(SimpleNamespace(scheduler_config=scheduler), HIDDEN)
+        self.visual: Any = Tower()
+
+    def _embed_whole(self, kwargs: Any) -> Any:
+        grids = kwargs["image_grid_thw"].tolist()
+        metadata = self.visual.prepare_encoder_metadata(grids)
+        embedded = self.visual(kwargs["pixel_values"], None, encoder_metadata=metadata)
+        return embedded.split([t * h * w // PATCHES for t, h, w in grids])
+
+
+def images_of(selector: SelectorName) -> list[ImageShape]:
+    """Two pruned images of two shapes, and one that is not."""
+    centres = 3 if selector == "vitcop" else 0
+    return [
+        ImageShape(VisualTokenCounts(15, centres, (6, 4, 2)), 3, 5),
+        ImageShape(VisualTokenCounts(8, centres, (5, 4, 1)), 4, 2),
+        ImageShape(VisualTokenCounts.unpruned(15), 3, 5),
+    ]
+
+
+def inputs_on(device: torch.device) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.rand(sum(LENGTHS), WIDTH, device=device),
+        "image_grid_thw": torch.tensor(GRIDS),
+    }
+
+
+ENCODER_SELECTORS = [
+    name
+    for name in get_args(SelectorName)
+    if SELECTORS[name].encoder and SELECTORS[name].encoder != "cls_attention"
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", ENCODER_SELECTORS)
+def test_kept_tokens_come_out_as_they_do_otherwise(selector):
+    torch.manual_seed(0)
+    qwen, inputs, images = (
+        OneBlockQwen(selector),
+        inputs_on(torch.device("cpu")),
+        images_of(selector),
+    )
+    computed: list[int] = []
+    qwen.visual.blocks[0].mlp.register_forward_hook(
+        lambda _, __, output: computed.append(output.shape[0])
+    )
+    embeddings = qwen._embed_pruned(inputs, images)
+    if not SELECTORS[selector].reads_embeddings:
+        assert computed == [PATCHES * sum(shape.counts.stages[0] for shape in images)]
+    plain, labels, places = qwen.columns.split(embeddings)
+    assert len(labels) == (2 if selector == "vitcop" else 0)
+    assert places is not None
+    first = 0
+    for shape, embedding, whole in zip(images, plain, qwen._embed_whole(inputs), strict=True):
+        own = places[first : first + len(embedding)]
+        first += len(embedding)
+        if not shape.counts.is_pruned:
+            assert not own.any()
+            torch.testing.assert_close(embedding, whole)
+            continue
+        index = own[:, 0] * shape.columns + own[:, 1]
+        assert index.tolist() == sorted({*index.tolist()})
+        torch.testing.assert_close(embedding, whole[index])
+
+
+@no_host_sync()
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", ENCODER_SELECTORS)
+def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
+    with torch.device(CUDA):
+        qwen = OneBlockQwen(selector)
+    images = images_of(selector)
+    embeddings = qwen._embed_pruned(inputs_on(CUDA), images)
+    for shape, embedding in zip(images, embeddings, strict=True):
+        columns = shape.counts.is_pruned * (2 + bool(shape.counts.centres))
+        assert embedding.shape == (shape.counts.stages[0], HIDDEN + columns)
+
+
+@no_host_sync()
+@torch.inference_mode()
+def test_places_reach_positions_without_a_wait():
+    from vitcop_vllm.models.pruned_model import _scatter_rows
+
+    is_multimodal = torch.tensor([False, True, True, False, True])
+    rows = torch.ones(3, 2, dtype=torch.int64, device=CUDA)
+    assert _scatter_rows(rows, is_multimodal).shape == (2, 5)
+
+
+def test_images_are_cut_out_by_their_patches():
+    qwen, inputs = OneBlockQwen("vitcop"), inputs_on(torch.device("cpu"))
+    part = qwen.slice_images(inputs, 1, 3)
+    assert torch.equal(part["pixel_values"], inputs["pixel_values"][60:])
+    assert part["image_grid_thw"].tolist() == [[*grid] for grid in GRIDS[1:]]
+
+
+def test_images_are_encoded_by_a_running_sum_of_tokens():
+    qwen = OneBlockQwen("vitcop")
+    qwen._encoder_tokens = 30
+    images = images_of("vitcop")
+    assert qwen._batches(images) == [(0, 2), (2, 3)]
+    qwen._encoder_tokens = 7  # less than any: one at a time
+    assert qwen._batches(images) == [(0, 1), (1, 2), (2, 3)]

@@ -1,0 +1,45 @@
+"""A model that makes a visual token of each 28 x 28 pixels, without a server or weights."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from server.preview import Preview
+from server.usage import PrunedModel
+from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+
+NUM_LAYERS = 28
+UNIT = 28
+
+
+class GridInfo:
+    """Stands for vLLM's processing info of a model whose grid depends on the image's size.
+
+    Attributes:
+        has_cls: As the info of a model tells it.
+    """
+
+    has_cls = False
+
+    def __init__(self, settings: PruningSettings | None = None) -> None:
+        self.settings = settings or PruningSettings()
+
+    def layout(self, width: int, height: int) -> ImageLayout:
+        if max(width, height) > 200 * min(width, height):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        box = (0.0, 0.0, float(width), float(height))
+        return ImageLayout(math.ceil(height / UNIT), math.ceil(width / UNIT), box)
+
+    def counts(self, num_tokens: int, processor_kwargs: Any) -> VisualTokenCounts:
+        return plan_counts(self.settings, processor_kwargs[RATIO_KEY], NUM_LAYERS, num_tokens)
+
+    def get_image_size_with_most_features(self) -> Any:
+        return SimpleNamespace(width=128 * UNIT, height=128 * UNIT)
+
+
+def grid_preview(**settings: Any) -> Preview:
+    """Plans of such a model, with these pruning settings."""
+    chosen = PruningSettings(**settings)
+    return Preview(PrunedModel(chosen, NUM_LAYERS, ("grid",)), GridInfo(chosen), kv_bytes=100)

@@ -1,0 +1,138 @@
+"""The page on real routes, of a model without weights whose grids have any number of rows."""
+
+import json
+import random
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from server import routes
+from server.frame import image_fields
+from server.middleware import EXPLAIN_STATE_KEY
+from server.page import attach_page
+from server.settings import ServerSettings
+from tests.server.grids import grid_preview
+from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import RATIO_HEADER
+
+MEDIA = SimpleNamespace(
+    get_multimodal_config=lambda: SimpleNamespace(media_io_kwargs={}),
+    allowed_local_media_path="",
+    allowed_media_domains=None,
+)
+
+
+class Answer:
+    """A whole answer of vLLM's, as far as an explanation looks into it."""
+
+    def model_dump(self) -> dict[str, Any]:
+        return {}
+
+
+class Model:
+    """Answers every question with one word, and chooses tokens at random.
+
+    Attributes:
+        preview: Plans of the model.
+        choices: What was chosen, by the image's identifier.
+    """
+
+    def __init__(self) -> None:
+        self.preview = grid_preview()
+        self.choices: dict[str, Any] = {}
+
+    async def create_chat_completion(self, request: Any, raw_request: Request) -> Answer:
+        (message,) = request.messages
+        url = next(part["image_url"]["url"] for part in message["content"] if "image_url" in part)
+        counts, size = await self.counts(url, raw_request)
+        name = explained_identifier("request", 0, size, tag_identifier("abc", counts))
+        getattr(raw_request.state, EXPLAIN_STATE_KEY).names.append(name)
+        self.choices[name] = choose(counts)
+        return Answer()
+
+    async def collective_rpc(self, method: str, args: tuple[list[str]]) -> list[Any]:
+        return [{name: self.choices.pop(name) for name in args[0]}]
+
+    async def stream(self, url: str, raw_request: Request) -> AsyncGenerator[str, None]:
+        counts, _ = await self.counts(url, raw_request)
+        for chunk in (
+            {"choices": [{"delta": {"content": "Grid"}}]},
+            {"choices": [], "usage": self.preview.model.usage_fields([counts])},
+        ):
+            yield f"data: {json.dumps(chunk)}\n\n"
+
+    async def counts(
+        self, url: str, raw_request: Request
+    ) -> tuple[VisualTokenCounts, tuple[int, int]]:
+        image = await image_fields(url, MEDIA)
+        size = image["width"], image["height"]
+        return self.preview.counts(*size, float(raw_request.headers[RATIO_HEADER])), size
+
+
+def choose(counts: VisualTokenCounts) -> dict[str, Any]:
+    """What a worker would record: tokens that go on alone, and rows of neighbours merged."""
+    if not counts.is_pruned:
+        return {}
+    chance = random.Random(1)
+    n1, n2, n3 = counts.stages
+    groups = max(1, min(counts.centres // 2, n2 - 1, (n1 - n2) // 2))
+    rows = list(range(n1))
+    merged_at = sorted(chance.sample(rows, min(n1 - n2 + groups, 4 * groups)))
+    merged = [
+        merged_at[i * len(merged_at) // groups : (i + 1) * len(merged_at) // groups]
+        for i in range(groups)
+    ]
+    alone = sorted(chance.sample(sorted(set(rows) - set(merged_at)), n2 - groups))
+    shallow = sorted([*alone, *(group[0] for group in merged)])
+    return {
+        "patches": sorted(chance.sample(range(counts.encoder), n1)),
+        "saliency": [chance.random() for _ in range(counts.encoder)],
+        "shallow": shallow,
+        "merged": merged,
+        "deep": sorted(chance.sample(range(n2), n3)),
+    }
+
+
+def grid_app(has_cls: bool = False) -> FastAPI:
+    """Page, routes and answers, of a model whose encoder may have [CLS]."""
+    app, model = FastAPI(), Model()
+    model.preview.info.has_cls = has_cls
+    app.include_router(routes.router)
+    attach_page(app)
+    app.state.pruning_server_settings = ServerSettings(explain=True)
+    app.state.pruning_preview = model.preview
+    app.state.openai_serving_chat = app.state.engine_client = model
+    app.state.vllm_config = SimpleNamespace(
+        model_config=MEDIA, cache_config=SimpleNamespace(enable_prefix_caching=True)
+    )
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: dict[str, Any], raw_request: Request) -> StreamingResponse:
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        return StreamingResponse(model.stream(url, raw_request), media_type="text/event-stream")
+
+    return app
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """Base URL of ``app`` on a free port, served by a thread."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            thread.join(0.05)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -1,0 +1,143 @@
+"""Images of any shape, each with a grid of its own, on the page of a model without weights."""
+
+import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from tests.server.page.grid_server import grid_app, serving
+from tests.server.page.person import ask, drawn, encoded, facts, numbers, opened, upload
+
+pytestmark = pytest.mark.slow
+
+GRIDS = {
+    (1344, 140): (5, 48),
+    (140, 1344): (48, 5),
+    (600, 400): (15, 22),  # no multiple of 28
+    (1792, 1008): (36, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def grid_url(browser: Browser) -> Iterator[str]:
+    with serving(grid_app()) as url:
+        yield url
+
+
+@contextmanager
+def asked(browser: Browser, url: str, size: tuple[int, int], **options: Any) -> Iterator[Any]:
+    """The page after a question about an image of a size, and what the server explained."""
+    with opened(browser, url, **options) as page:
+        expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
+        width, height = size
+        upload(page, "mine.jpg", "image/jpeg", encoded(Image.new("RGB", size, "teal"), "JPEG"))
+        expect(page.locator("#cells")).to_have_attribute("viewBox", f"0 0 {width} {height}")
+        page.get_by_role("textbox", name="Question").fill("What is it?")
+        with page.expect_response("**/v1/pruning/explain") as explained:
+            ask(page)
+        (told,) = explained.value.json()["pictures"]
+        yield page, told
+
+
+def parts(page: Page, what: str, rows: int, columns: int) -> list[int]:
+    """Numbers of the parts of the image on which ``what`` is drawn, row by row."""
+    boxes = drawn(page, what)
+    found = []
+    for left, top, right, bottom in boxes:
+        column, row = int((left + right) / 2 * columns), int((top + bottom) / 2 * rows)
+        assert (left + right) / 2 == pytest.approx((column + 0.5) / columns, abs=1e-6)
+        assert (top + bottom) / 2 == pytest.approx((row + 0.5) / rows, abs=1e-6)
+        found.append(row * columns + column)
+    assert len(set(found)) == len(found)
+    return sorted(found)
+
+
+def show(page: Page, step: int) -> None:
+    page.get_by_role("slider", name="Stage shown").fill(str(step))
+
+
+@pytest.mark.parametrize("size", GRIDS)
+def test_parts_lie_on_a_grid_of_any_shape(
+    browser: Browser, grid_url: str, size: tuple[int, int]
+) -> None:
+    rows, columns = GRIDS[size]
+    with asked(browser, grid_url, size) as (page, told):
+        assert parts(page, ".heat", rows, columns) == list(range(rows * columns))
+        for step, stage in enumerate(told["stages"], 1):
+            show(page, step)
+            bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
+            assert parts(page, ".kept", rows, columns) == np.flatnonzero(bits).tolist()
+            members = sorted(part for group in stage["merged"] for part in group)
+            assert parts(page, ".member", rows, columns) == members
+            assert len(drawn(page, ".cluster")) == len(stage["merged"])
+            every = parts(page, ".kept:not(.seat), .member, .dropped", rows, columns)
+            assert every == list(range(rows * columns))
+
+
+def test_an_outline_does_not_cross_the_edges_of_the_image(browser: Browser, grid_url: str) -> None:
+    """The last part of a row and the first of the next are numbered one after the other."""
+    columns = 5
+    with asked(browser, grid_url, (140, 84)) as (page, told):
+        stage = told["stages"][1]
+        stage["merged"] = [[4, 5]]
+        page.route("**/v1/pruning/explain", lambda route: route.fulfill(json={"pictures": [told]}))
+        ask(page)
+        show(page, 2)
+        outline = page.locator("#cells .cluster").get_attribute("d")
+    assert outline is not None
+    assert outline.count("M") == 8  # two squares that touch nowhere
+    assert set(outline.split("M")[1:]) >= {f"{columns} 0v1", "0 1v1", "4 0v1", "1 1v1"}
+
+
+def test_the_caption_tells_grid_and_saliency(browser: Browser, grid_url: str) -> None:
+    with asked(browser, grid_url, (1344, 140)) as (page, _):
+        caption = page.locator("#caption")
+        expect(caption).to_contain_text("240 tokens, each for one part of the image")
+        expect(caption).to_contain_text("in 5 rows and 48 columns")
+        expect(caption).to_contain_text("how much attention each gets from the whole image")
+        expect(caption).not_to_contain_text("CLS")
+    with serving(grid_app(has_cls=True)) as url, asked(browser, url, (1344, 140)) as (page, _):
+        expect(page.locator("#caption")).to_contain_text("attention the encoder's [CLS] pays")
+
+
+def test_16384_tokens_are_drawn_with_few_elements(browser: Browser, grid_url: str) -> None:
+    """One element per token takes seconds."""
+    with asked(browser, grid_url, (3584, 3584)) as (page, told):
+        assert facts(page, 0)["Tokens kept"] == "all 16,384"
+        for step in range(4):
+            show(page, step)
+            expect(page.locator("#cells")).to_have_class("fine")
+            groups = len(told["stages"][step - 1]["merged"]) if step else 0
+            assert page.locator("#cells *").count() < 80 + groups
+        kept_last = numbers(page.locator("#caption").inner_text().split(":", 1)[1])[0]
+        assert len(drawn(page, ".kept")) == kept_last
+
+
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("size", GRIDS)
+def test_an_image_of_any_shape_fits_its_frame(
+    browser: Browser, grid_url: str, size: tuple[int, int], width: int
+) -> None:
+    viewport = {"width": width, "height": 800}
+    with asked(browser, grid_url, size, viewport=viewport) as (page, _):
+        image, frame = (page.locator(part).bounding_box() for part in ("#picture", "#frame"))
+        assert image is not None
+        assert frame is not None
+        assert image["width"] / image["height"] == pytest.approx(size[0] / size[1], rel=0.05)
+        assert image["width"] <= frame["width"]
+        assert image["height"] <= min(frame["height"], 34 * 16)
+        assert max(image["width"], image["height"]) >= min(250, frame["width"] - 2)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_lines_around_parts_return_where_there_is_room(browser: Browser, grid_url: str) -> None:
+    with asked(browser, grid_url, (1792, 1008)) as (page, _):
+        page.set_viewport_size({"width": 1280, "height": 800})
+        expect(page.locator("#cells")).not_to_have_class("fine")
+        page.set_viewport_size({"width": 320, "height": 800})
+        expect(page.locator("#cells")).to_have_class("fine")

@@ -1,0 +1,128 @@
+"""Marks of images and videos in text, videos, and images that only a cache knows."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from server.errors import RequestError
+from server.fields import refuse_images_by_name, refuse_stray_placeholders, refuse_unsafe_body
+from server.settings import ServerSettings
+
+IMAGE, VIDEO, START, END, WORD = 151655, 151656, 151652, 151653, 7
+QWEN = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)
+LLAVA = SimpleNamespace(image_token_index=IMAGE)
+
+
+class Tokenizer:
+    """Knows two tokens."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join({IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>"}[token] for token in tokens)
+
+
+def refuse(
+    tokens: list[int],
+    places: list[tuple[int, int]],
+    config: Any = QWEN,
+    field: str = "messages",
+    tokenizer: Any = None,
+) -> None:
+    at = [SimpleNamespace(offset=offset, length=length) for offset, length in places]
+    prompt = {"prompt_token_ids": tokens, "mm_placeholders": {"image": at}}
+    model = SimpleNamespace(hf_config=config)
+    refuse_stray_placeholders([prompt], model, field, tokenizer or Tokenizer())
+
+
+@pytest.mark.parametrize("config", [QWEN, LLAVA])
+def test_images_of_different_lengths_are_no_stray_marks(config: Any) -> None:
+    small, large = [START, IMAGE, IMAGE, END], [START, *[IMAGE] * 5, END]
+    refuse([WORD, *small, WORD, *large, WORD], [(2, 2), (7, 5)], config)
+    refuse([WORD], [], config)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "places", "words"),
+    [
+        ([WORD, IMAGE], [], "holds <|image_pad|>, the mark of an image's place, without an image"),
+        ([IMAGE, START, IMAGE, IMAGE, END], [(2, 2)], "holds <|image_pad|>"),
+        ([START, IMAGE, END, START, IMAGE, IMAGE, END], [(4, 2)], "send images as content parts"),
+        ([WORD, VIDEO], [], "holds <|video_pad|>, the mark of a video's place, without a video"),
+        ([START, IMAGE, VIDEO, END], [(1, 1)], "videos are not accepted"),
+    ],
+)
+def test_a_stray_mark_is_named_as_it_was_written(
+    tokens: list[int], places: list[tuple[int, int]], words: str
+) -> None:
+    with pytest.raises(RequestError) as refused:
+        refuse(tokens, places)
+    assert words in str(refused.value)
+    assert refused.value.param == "messages"
+
+
+def test_a_model_without_videos_knows_no_mark_of_them() -> None:
+    refuse([VIDEO], [], LLAVA)
+
+
+def test_a_mark_in_a_prompt_names_the_route_for_images() -> None:
+    with pytest.raises(RequestError, match="in the messages of /v1/chat/completions"):
+        refuse([IMAGE], [], field="prompt")
+
+
+def test_without_a_tokenizer_a_mark_is_a_number() -> None:
+    prompt = {"prompt_token_ids": [IMAGE]}
+    with pytest.raises(RequestError, match=f"holds token {IMAGE}"):
+        refuse_stray_placeholders([prompt], SimpleNamespace(hf_config=LLAVA), "messages", None)
+
+
+def content(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}},
+        {"type": "video_embeds", "video_embeds": "AAAA"},
+        {"video_url": "https://example.com/a.mp4"},
+        {"type": "video_url", "video_url": None, "uuid": "a"},
+    ],
+)
+def test_a_video_is_refused_in_a_sentence(part: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="videos are not accepted") as refused:
+        refuse_unsafe_body(content(part), ServerSettings(picture_ids=True))
+    assert refused.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "video_url"},
+        {"type": "text", "text": "a", "video_url": "ignored by vLLM"},
+        {"type": ["video_url"]},
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+    ],
+)
+def test_other_parts_are_not_videos(part: dict[str, Any]) -> None:
+    refuse_unsafe_body(content(part), ServerSettings())
+
+
+@pytest.mark.parametrize(
+    ("part", "is_refused"),
+    [
+        ({"type": "image_url", "image_url": None, "uuid": "a"}, True),
+        ({"type": "image_url", "image_url": {"url": None}, "uuid": "a"}, True),
+        ({"image_url": "", "uuid": "a"}, True),
+        ({"type": "image_url", "image_url": {"url": "data:,"}, "uuid": "a"}, False),
+        ({"image_url": "data:,", "uuid": "a"}, False),
+        ({"type": "text", "text": "a"}, False),
+    ],
+)
+def test_an_explanation_needs_the_image_itself(part: dict[str, Any], is_refused: bool) -> None:
+    messages = content(part)["messages"]
+    if not is_refused:
+        refuse_images_by_name(messages)
+        return
+    with pytest.raises(RequestError, match="send the image itself") as refused:
+        refuse_images_by_name(messages)
+    assert refused.value.param == "uuid"

@@ -1,0 +1,134 @@
+"""Plans and explanations of images whose grids are not square, nor all of one size."""
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from server import routes
+from server.explain import explain_picture
+from server.preview import USUAL_SIDE
+from server.settings import ServerSettings
+from server.usage import picture_counts, picture_names
+from tests.server.grids import NUM_LAYERS, GridInfo, grid_preview
+from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+
+@pytest.fixture
+def client() -> TestClient:
+    app = FastAPI()
+    app.include_router(routes.router)
+    app.state.pruning_server_settings = ServerSettings()
+    app.state.pruning_preview = grid_preview()
+    return TestClient(app)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "rows", "columns"),
+    [
+        (640, 480, 18, 23),
+        (480, 640, 23, 18),
+        (1344, 140, 5, 48),
+        (1, 1, 1, 1),
+        (3584, 3584, 128, 128),
+    ],
+)
+@pytest.mark.parametrize("ratio", [0, 0.3, 0.889])
+def test_a_plan_is_of_the_grid_of_its_size(
+    client: TestClient, width: int, height: int, rows: int, columns: int, ratio: float
+) -> None:
+    params = {"width": width, "height": height, "ratio": ratio}
+    plan = client.get("/v1/pruning/plan", params=params).json()
+    assert (plan["width"], plan["height"]) == (width, height)
+    assert plan["grid"] == {"rows": rows, "columns": columns}
+    assert plan["box"] == [0, 0, width, height]
+    assert plan["encoder_tokens"] == rows * columns
+    counts = GridInfo().counts(rows * columns, {"pruning_ratio": ratio})
+    assert tuple(stage["tokens"] for stage in plan["stages"]) == counts.stages
+    usage = grid_preview().model.usage_fields([counts])
+    assert plan["effective_ratio"] == usage["pruning_ratio"]
+    assert plan["kv_bytes"]["unpruned"] == rows * columns * NUM_LAYERS * 100
+    saved = plan["kv_bytes"]["saved"] / plan["kv_bytes"]["unpruned"]
+    assert saved == pytest.approx(plan["effective_ratio"])
+
+
+def test_a_plan_without_a_size_is_not_of_the_largest_image(client: TestClient) -> None:
+    plan = client.get("/v1/pruning/plan").json()
+    assert (plan["width"], plan["height"]) == (USUAL_SIDE, USUAL_SIDE)
+    assert plan["grid"] == {"rows": 36, "columns": 36}
+
+
+def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> None:
+    answer = client.get("/v1/pruning/plan", params={"width": 201, "height": 1})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "width"
+    assert "201 x 1" in error["message"]
+    assert "smaller than 200" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("selector", "has_cls", "source"),
+    [
+        ("vitcop", True, "cls"),
+        ("vitcop", False, "received"),
+        ("cls", True, "cls"),
+        ("received", True, "received"),
+        ("grid", True, None),
+        ("fastv", False, None),
+    ],
+)
+def test_a_plan_names_what_stage_one_ranks_by(
+    selector: Any, has_cls: bool, source: str | None
+) -> None:
+    preview = grid_preview(selector=selector)
+    preview.info.has_cls = has_cls
+    assert preview.plan_fields(280, 140, 0.3)["saliency_source"] == source
+
+
+def kept(stage: dict[str, Any], total: int) -> list[int]:
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
+    assert len(bits) == 8 * math.ceil(total / 8)
+    assert not bits[total:].any()
+    return [int(i) for i in np.flatnonzero(bits)]
+
+
+def test_an_explanation_numbers_parts_row_by_row() -> None:
+    """3 rows of 5: V is no multiple of a byte's bits."""
+    counts = VisualTokenCounts(15, 2, (6, 3, 2))
+    name = explained_identifier("request", 0, (140, 84), tag_identifier("abc", counts))
+    choices = {
+        "patches": [0, 4, 5, 9, 12, 14],
+        "labels": [0, 0, 1, 1, 0, 1],
+        "saliency": [i / 15 for i in range(15)],
+        "shallow": [0, 3, 5],
+        "merged": [[0, 1], [3, 2]],
+        "deep": [1, 2],
+    }
+    told = explain_picture(grid_preview(), name, choices)
+    assert told["grid"] == {"rows": 3, "columns": 5}
+    assert told["saliency_source"] == "received"
+    assert [kept(stage, 15) for stage in told["stages"]] == [
+        [0, 4, 5, 9, 12, 14],
+        [0, 9, 14],
+        [9, 14],
+    ]
+    assert [stage["merged"] for stage in told["stages"]] == [[], [[0, 4], [9, 5]], [[9, 5]]]
+    assert told["clusters"] == [0, -1, -1, -1, 0, 1, -1, -1, -1, 1, -1, -1, 0, -1, 1]
+
+
+def test_usage_sums_images_of_different_sizes() -> None:
+    many, few = VisualTokenCounts(2304, 82, (691, 309, 62)), VisualTokenCounts.unpruned(4)
+    inputs = [{"mm_hashes": {"image": [tag_identifier("a", many), tag_identifier("b", few)]}}]
+    counts = picture_counts(picture_names(inputs))
+    usage = grid_preview().model.usage_fields(counts)
+    assert usage["visual_tokens"] == {"encoder": 2308, "stages": [695, 313, 66]}
+    boundaries = PruningSettings().boundaries(NUM_LAYERS)
+    kept_on_average = sum(one.layer_average(boundaries, NUM_LAYERS) for one in counts)
+    assert usage["pruning_ratio"] == pytest.approx(1 - kept_on_average / 2308)

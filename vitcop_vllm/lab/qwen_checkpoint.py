@@ -1,0 +1,282 @@
+"""Random Qwen2.5-VL checkpoints in the form that transformers and vLLM load.
+
+Random weights answer nonsense; they are right for tests and for cost. Everything about the form
+is real: a vision tower with windowed and full attention, a 2x2 merger, a decoder with M-RoPE and
+grouped-query heads, a chat template, and a processor for images and videos.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
+"""What stands for an image in a prompt."""
+
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    f"{{% if part['type'] == 'image' %}}{IMAGE_MARKER}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_MERGE = 2
+"""Patches along a side of a visual token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenShape:
+    """Sizes of a Qwen2.5-VL model.
+
+    Attributes:
+        patch_size: Height and width of a patch in pixels; a visual token has twice that.
+        min_visual_tokens, max_visual_tokens: Images are scaled to so many.
+        vision_hidden, vision_layers, vision_heads, vision_intermediate: The vision tower.
+        window: Visual tokens along a side of an attention window.
+        full_attention: Vision layers that attend over the whole image; the last must.
+        hidden, layers, heads, kv_heads, intermediate: The decoder.
+        max_positions: Longest sequence the rotary embedding is made for, in tokens.
+        rope_theta: Base of the rotary embedding's wavelengths.
+        boundaries: First layers of the second and third stage, where not the default's.
+        image_size: Height and width in pixels of the images that a bench sends.
+    """
+
+    patch_size: int = 14
+    min_visual_tokens: int = 4
+    max_visual_tokens: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_intermediate: int
+    window: int = 4
+    full_attention: tuple[int, ...]
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    max_positions: int = 4096
+    rope_theta: float = 1_000_000.0
+    boundaries: tuple[int, int] | None = None
+    image_size: int = 448
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along a side of a visual token."""
+        return _MERGE * self.patch_size
+
+    @property
+    def pixel_limits(self) -> dict[str, int]:
+        """Least and most pixels of an image after scaling, by the processor's names."""
+        area = self.token_side**2
+        return {
+            "shortest_edge": self.min_visual_tokens * area,
+            "longest_edge": self.max_visual_tokens * area,
+        }
+
+    @property
+    def visual_tokens(self) -> int:
+        """V, of an image of ``image_size``."""
+        rows, columns = self.grid(self.image_size, self.image_size)
+        return rows * columns
+
+    def max_pixels(self, visual_tokens: float) -> int:
+        """``max_pixels`` that scales a larger square image down to about as many tokens.
+
+        A square of tokens is nearest that can be had. Half a token's side more than that needs,
+        so that the processor's rounding takes none away.
+        """
+        return round((round(visual_tokens**0.5) + 0.5) * self.token_side) ** 2
+
+    def grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of visual tokens of an image of that size."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        side = self.token_side
+        least, most = self.pixel_limits.values()
+        height, width = smart_resize(height, width, side, least, most)
+        return height // side, width // side
+
+
+TINY = QwenShape(
+    max_visual_tokens=320,
+    vision_hidden=64,
+    vision_layers=4,
+    vision_heads=2,
+    vision_intermediate=128,
+    window=3,  # most grids end in windows that are cut off
+    full_attention=(1, 3),
+    hidden=128,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    intermediate=256,
+    # So low a base that a wrong row or column changes the answer in every frequency.
+    rope_theta=100.0,
+)
+"""For tests, and to hammer an engine with."""
+
+SMALL = QwenShape(
+    max_visual_tokens=2400,
+    vision_hidden=256,
+    vision_layers=8,
+    vision_heads=4,
+    vision_intermediate=640,
+    full_attention=(7,),
+    hidden=512,
+    layers=28,
+    heads=8,
+    kv_heads=2,
+    intermediate=1536,
+    boundaries=(2, 20),  # as configs/qwen2.5-vl-7b.yaml has them
+    image_size=1344,
+)
+"""The decoder's depth and the encoder's share of a prefill are about the 7B's: an eighth of the
+vision layers attend over the whole image. Small enough for a CPU."""
+
+QWEN2_5_VL_7B = QwenShape(
+    max_visual_tokens=16_384,
+    vision_hidden=1280,
+    vision_layers=32,
+    vision_heads=16,
+    vision_intermediate=3420,
+    full_attention=(7, 15, 23, 31),
+    hidden=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    intermediate=18_944,
+    boundaries=(2, 20),
+)
+"""The published model's, to count with."""
+
+
+def save_random_qwen(
+    path: Path, shape: QwenShape, *, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = byte_tokenizer()
+    config = _config(shape, tokenizer, dtype)
+    config.save_pretrained(path)
+    _save_processor(path, shape, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config.dtype = "float32"  # what weights are drawn in
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        weights = {
+            name: _random_weight(name, weight).to(getattr(torch, dtype))
+            for name, weight in model.state_dict().items()
+        }
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def byte_tokenizer() -> Any:
+    """Every byte is a token, and so is each of Qwen's special words."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = (*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    model = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([AddedToken(word, special=True) for word in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    token = tokenizer.convert_tokens_to_ids
+    # Qwen's own shares of the frequencies: a quarter for time, the rest for row and column.
+    frequencies = shape.hidden // shape.heads // 2
+    of_time = frequencies // 4
+    of_row = (frequencies - of_time) // 2
+    config = Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        vision_config={
+            "depth": shape.vision_layers,
+            "hidden_size": shape.vision_hidden,
+            "intermediate_size": shape.vision_intermediate,
+            "num_heads": shape.vision_heads,
+            "patch_size": shape.patch_size,
+            "spatial_merge_size": _MERGE,
+            "temporal_patch_size": 2,
+            "window_size": shape.window * shape.token_side,
+            "fullatt_block_indexes": [*shape.full_attention],
+            "out_hidden_size": shape.hidden,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "max_position_embeddings": shape.max_positions,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": shape.rope_theta,
+                "mrope_section": [of_time, of_row, frequencies - of_time - of_row],
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    config.dtype = dtype
+    return config
+
+
+def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    sizes = {"patch_size": shape.patch_size, "size": shape.pixel_limits}
+    Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**sizes),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+def _random_weight(name: str, weight: Any) -> Any:
+    """Weights scaled by fan-in; biases and norms that cannot be left out unnoticed.
+
+    Transformers' own scale of 0.02 makes every prompt continue alike.
+    """
+    import torch
+
+    noise = torch.randn_like(weight)
+    if name.endswith(".bias"):
+        return 0.3 * noise
+    if weight.dim() == 1:
+        return 1 + 0.2 * noise
+    if "embed_tokens" in name:
+        return noise
+    # Attention so sharp that answers depend on single tokens.
+    scale = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
+    return noise * scale * weight[0].numel() ** -0.5
