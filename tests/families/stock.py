@@ -15,7 +15,7 @@ TOGETHER = [
 ]
 
 IN_TURN = [
-    Ask(text, pictures, system="x" * length)
+    Ask(text, pictures, system="x" * length, max_tokens=2)
     for length in (0, 7, 13, 20, 26)
     for pictures in ((1,), (2, 3))
     for text in ("What is it?", "And where was that, please?", "Name it.")
