@@ -43,9 +43,10 @@ def test_ranks():
 def test_signals_are_the_model_s_own(path):
     picture, question = draw(make_scene(np.random.default_rng(3))), "Where is the star?"
     signals = Signals(path)
-    saliency, norms, seen = signals.read(picture, question)
+    saliency, received, norms, seen, distances = signals.read(picture, question)
     tokens = SHAPE.visual_tokens
-    assert saliency.shape == (tokens,)
+    assert saliency.shape == received.shape == (tokens,)
+    assert distances[1] < distances[2] < distances[3], "5th, 50th and 95th percentile"
     assert norms.shape == seen.shape == (SHAPE.layers, tokens)
 
     pixels = signals.processor.image_processor(picture, return_tensors="pt").pixel_values
@@ -59,6 +60,8 @@ def test_signals_are_the_model_s_own(path):
     # LLaVA-1.5 reads the layer before the last: its own attention of [CLS] is the saliency.
     expected = tower.attentions[-2][0, :, 0, 1:].mean(dim=0).numpy()
     assert rank_correlation(saliency, expected) == pytest.approx(1.0, abs=1e-4)
+    of_all = tower.attentions[-2][0, :, :, 1:].mean(dim=(0, 1)).numpy()
+    assert rank_correlation(received, of_all) == pytest.approx(1.0, abs=1e-4)
     begin = len(signals.processor.tokenizer("<s>USER: ", add_special_tokens=False).input_ids)
     for layer, attention in enumerate(whole.attentions):
         visual = slice(begin, begin + tokens)

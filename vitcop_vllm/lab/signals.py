@@ -10,7 +10,7 @@ import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
 from vitcop_vllm.demo.drawing import draw, patch_targets
 from vitcop_vllm.demo.questions import EXAM_SEED, FAMILIES, SINGLE, compose
-from vitcop_vllm.pruning.saliency import cls_saliency
+from vitcop_vllm.pruning.image_clusters import rms_distance
+from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
 from vitcop_vllm.pruning.selection import mean_key_norm
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -41,6 +42,25 @@ def rank_correlation(a: Floats, b: Floats) -> float:
     return float(spearmanr(a, b).statistic)
 
 
+class Reading(NamedTuple):
+    """Signals about an image's V tokens, in a decoder of L layers.
+
+    Attributes:
+        cls: (V,) attention of [CLS].
+        received: (V,) attention of all tokens, which stands in for it in encoders without [CLS].
+        key_norms: (L, V), smaller is more salient.
+        seen: (L, V) attention from the last prompt token, averaged over heads.
+        distances: Distance between tokens that are clustered: root mean square, and then the
+            5th, 50th and 95th percentile as shares of it.
+    """
+
+    cls: Floats
+    received: Floats
+    key_norms: Floats
+    seen: Floats
+    distances: Floats
+
+
 class Signals:
     """A model in transformers, and what it says of each visual token."""
 
@@ -53,13 +73,8 @@ class Signals:
         ).eval()
 
     @torch.inference_mode()
-    def read(self, picture: Any, question: str) -> tuple[Floats, Floats, Floats]:
-        """Signals about a picture's V tokens, in a decoder of L layers.
-
-        Returns:
-            (V,) [CLS] saliency; (L, V) key norms, smaller is more salient; (L, V) attention
-            from the last prompt token, averaged over heads.
-        """
+    def read(self, picture: Any, question: str) -> Reading:
+        """Run the model on an image and a question about it."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
@@ -80,18 +95,25 @@ class Signals:
         for hook in hooks:
             hook.remove()
         heads = (attention.num_heads, -1)
-        saliency = cls_saliency(
-            recorded["q"][:, 0].unflatten(-1, heads),
-            recorded["k"].unflatten(-1, heads),
-            attention.scale,
-        )
+        queries, keys = (recorded[name].unflatten(-1, heads) for name in "qk")
+        saliency = cls_saliency(queries[:, 0], keys, attention.scale)
+        received = attention_received(queries, keys, attention.scale)[:, 1:]
+        features = recorded["k"][:, 1:]
+        rms = rms_distance(features)
+        shares = torch.pdist(features[0]).quantile(torch.tensor([0.05, 0.5, 0.95])) / rms
         visual = inputs["input_ids"][0] == self.model.config.image_token_id
         norms = [
             mean_key_norm(layer.keys[0].transpose(0, 1))[visual]
             for layer in out.past_key_values.layers
         ]
         seen = [layer[0, :, -1, visual].mean(dim=0) for layer in out.attentions]
-        return saliency[0].numpy(), torch.stack(norms).numpy(), torch.stack(seen).numpy()
+        return Reading(
+            saliency[0].numpy(),
+            received[0].numpy(),
+            torch.stack(norms).numpy(),
+            torch.stack(seen).numpy(),
+            torch.cat((rms, shares)).numpy(),
+        )
 
 
 def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
@@ -106,8 +128,10 @@ def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
         shown = ((grids["shape"] > 0) | (grids["letter"] > 0)).reshape(-1)
         if not shown.any():
             continue
-        saliency, norms, seen = signals.read(draw(scene), turns[0].question)
+        saliency, received, norms, seen, distances = signals.read(draw(scene), turns[0].question)
         found["saliency_auc"].append(ranks_above(saliency, shown))
+        found["received_auc"].append(ranks_above(received, shown))
+        found["distances"].append(distances)
         found["key_norm_auc"].append([ranks_above(-norm, shown) for norm in norms])
         found["attention_auc"].append([ranks_above(one, shown) for one in seen])
         found["key_norm_attention"].append(
@@ -127,7 +151,13 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(Path(resolve(args.model)), args.pictures, args.seed)
     print(f"\n{result['pictures']} pictures")
-    print(f"[CLS] saliency finds what is shown: AUC {result['saliency_auc']:.3f}\n")
+    print(f"[CLS] saliency finds what is shown: AUC {result['saliency_auc']:.3f}")
+    print(f"attention received finds it: AUC {result['received_auc']:.3f}")
+    rms, low, median, high = result["distances"]
+    print(
+        f"distances between tokens: rms {rms:.2f}, 5/50/95 % {low:.2f}/{median:.2f}/{high:.2f} of "
+        f"it; the published scale 8 is {8 / rms:.2f} of it\n"
+    )
     print("layer  key norm AUC  attention AUC  rank correlation of -key norm and attention")
     rows = zip(
         result["key_norm_auc"], result["attention_auc"], result["key_norm_attention"], strict=True
