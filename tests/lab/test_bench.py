@@ -206,7 +206,7 @@ def test_real_engines_with_images_that_are_scaled_down(tmp_path):
         rounds = Rounds(engines, replace(qwen_checkpoint.TINY, boundaries=(1, 5)), 1, Bar())
         ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, 448)
         [unpruned] = prefill.measure_prefill(rounds, "0", 1, 336)
-    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=0.5)
+    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=1.0)
     assert scaled["average_tokens"] == 5 * 5
     assert ours["stages_share"] > 0
     # Stage I is part of it, and an image scaled down leaves it next to nothing to do.

@@ -31,6 +31,7 @@ def test_some_of_the_queries_stand_for_all():
     assert 0 < row["kept"] < 256
     assert row["clustering_seconds"] > 0 < row["received_seconds"]
     assert row["clustering_share"] == row["clustering_seconds"] / row["prefill_seconds"]
+    assert row["received_share_spread"] == [row["received_share"]] * 2
 
 
 def test_the_document(capsys):

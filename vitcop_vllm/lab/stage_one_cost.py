@@ -2,8 +2,9 @@
 
 Measured, in float32 on random numbers: attention received and clustering of a Qwen2.5-VL image
 of 1k, 4k and 16k visual tokens, and the rate of a matrix product of the decoder's width. Of
-attention received at 16k tokens some of the queries are measured, and the time is multiplied:
-the function goes through its queries step by step.
+attention received 1,024 queries are measured, and the time is multiplied: the function goes
+through its queries step by step. Shares are taken within a round: the machine may be another one
+in the next.
 
 Computed: the unpruned prefill of the same image, as the arithmetic of encoder and decoder at the
 measured rate. Nothing runs faster than that, so shares of it are upper bounds.
@@ -15,13 +16,14 @@ import argparse
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import isqrt
-from statistics import median
 from typing import Any
 
 from vitcop_vllm.lab.conditions import machine
 from vitcop_vllm.lab.qwen_checkpoint import QWEN2_5_VL_7B, SMALL, QwenShape
+from vitcop_vllm.lab.rounds import summary
 from vitcop_vllm.lab.shapes import boundaries
 from vitcop_vllm.lab.tables import Table
 from vitcop_vllm.pruning.clustering import cluster_labels
@@ -37,7 +39,7 @@ VISUAL_TOKENS = (1024, 4096, 16_384)
 
 RATIO = 2 / 3
 
-MOST_QUERIES = 4096
+MOST_QUERIES = 1024
 """Of attention received that are measured."""
 
 TEXT = 64
@@ -78,13 +80,10 @@ def prefill_flops(shape: QwenShape, visual_tokens: int, text: int) -> float:
     return encoder + shape.layers * (2 * tokens * weights + 2 * tokens**2 * hidden)
 
 
-def _median_seconds(rounds: int, run: Callable[[], object]) -> float:
-    seconds = []
-    for _ in range(rounds + 1):  # the first fills caches
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return median(seconds[1:])
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int) -> dict[str, Any]:
@@ -98,33 +97,43 @@ def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int
     kept = counts.stages[0]
     features = torch.randn(1, kept, shape.vision_hidden, generator=random)
     index = torch.randperm(side * side, generator=random)[:kept].sort().values[None]
-    clustering = _median_seconds(
-        rounds,
-        lambda: label_images(
-            cluster_labels, settings, features, index, (side, side), counts.centres, None
-        ),
-    )
     width = (shape.vision_heads, shape.vision_hidden // shape.vision_heads)
     queries = torch.randn(1, min(side * side, most_queries), *width, generator=random)
     keys = torch.randn(1, 4 * side * side, *width, generator=random)
-    received = _median_seconds(rounds, lambda: attention_received(queries, keys, width[1] ** -0.5))
-    received *= side * side / queries.shape[1]
     rows, weight = (
         torch.randn(n, shape.hidden, generator=random) for n in (2048, shape.intermediate)
     )
-    product = _median_seconds(rounds, lambda: rows @ weight.T)
-    rate = 2 * rows.shape[0] * weight.numel() / product
-    prefill = prefill_flops(shape, side * side, TEXT) / rate
+
+    def cluster() -> object:
+        return label_images(
+            cluster_labels, settings, features, index, (side, side), counts.centres, None
+        )
+
+    figures: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        clustering = _seconds(cluster)
+        product = _seconds(lambda: rows @ weight.T)
+        received = _seconds(lambda: attention_received(queries, keys, width[1] ** -0.5))
+        product = (product + _seconds(lambda: rows @ weight.T)) / 2
+        if not number:
+            continue  # it filled caches
+        received *= side * side / queries.shape[1]
+        rate = 2 * rows.shape[0] * weight.numel() / product
+        prefill = prefill_flops(shape, side * side, TEXT) / rate
+        for figure, value in {
+            "clustering_seconds": clustering,
+            "received_seconds": received,
+            "gflops": rate / 1e9,
+            "prefill_seconds": prefill,
+            "clustering_share": clustering / prefill,
+            "received_share": received / prefill,
+        }.items():
+            figures[figure].append(value)
     return {
         "visual_tokens": side * side,
         "kept": kept,
-        "clustering_seconds": clustering,
-        "received_seconds": received,
         "queries_measured": queries.shape[1],
-        "gflops": rate / 1e9,
-        "prefill_seconds": prefill,
-        "clustering_share": clustering / prefill,
-        "received_share": received / prefill,
+        **summary(figures, ["clustering_share", "received_share"]),
     }
 
 
