@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pruning import oracle
-from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+from vitcop_vllm.pruning import saliency
+from vitcop_vllm.pruning.saliency import (
+    attention_received,
+    cls_saliency,
+    most_salient,
+    patch_positions,
+)
 
 
 def attention_inputs(pictures=3, patches=17, heads=4, size=8, seed=0):
@@ -93,3 +99,44 @@ def test_positions_are_row_major():
         [[[0, 0], [0, 6 / 7], [1 / 5, 0]], [[2 / 5, 6 / 7], [1 / 5, 1 / 7], [4 / 5, 6 / 7]]]
     )
     torch.testing.assert_close(patch_positions(index, 5, 7), wanted)
+
+
+def test_attention_received_is_the_mean_over_queries(monkeypatch):
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 30, 4, 8), torch.randn(2, 23, 4, 8)
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries, keys) * 0.4
+    expected = scores.softmax(-1).sum(1).mean(1)
+    got = attention_received(queries, keys, 0.4)
+    torch.testing.assert_close(got, expected)
+    monkeypatch.setattr(saliency, "MAX_SCORES", 4 * 23 * 7)  # 7 queries at a time
+    torch.testing.assert_close(attention_received(queries, keys, 0.4), expected)
+
+
+def test_an_image_gets_the_same_bits_in_any_batch():
+    torch.manual_seed(1)
+    queries, keys = torch.randn(3, 40, 2, 8), torch.randn(3, 160, 2, 8)
+    together = attention_received(queries, keys, 0.4)
+    for i in range(3):
+        alone = attention_received(queries[i : i + 1], keys[i : i + 1], 0.4)
+        assert torch.equal(together[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("grid", [(128, 128), (65, 64), (4097, 1), (20, 800)])
+def test_of_many_queries_an_even_sample_stands_for_all(grid):
+    rows, columns = grid
+    sample = saliency._spread(rows * columns, torch.device("cpu"))
+    assert len(sample.unique()) == len(sample) == saliency.MAX_QUERIES
+    for place, extent in ((sample // columns, rows), (sample % columns, columns)):
+        share = torch.bincount(place, minlength=extent).float() / len(sample)
+        for part in share.tensor_split(min(extent, 16)):
+            assert abs(float(part.sum()) - len(part) / extent) < 0.01
+
+
+def test_a_sample_is_what_attention_received_averages_over(monkeypatch):
+    torch.manual_seed(2)
+    monkeypatch.setattr(saliency, "MAX_QUERIES", 16)
+    queries, keys = torch.randn(1, 50, 2, 8), torch.randn(1, 20, 2, 8)
+    sample = saliency._spread(50, queries.device)
+    assert len(sample) == 16
+    expected = attention_received(queries[:, sample], keys, 0.4)
+    assert torch.equal(attention_received(queries, keys, 0.4), expected)

@@ -2,9 +2,9 @@
 
 Measured, in float32 on random numbers: attention received and clustering of a Qwen2.5-VL image
 of 1k, 4k and 16k visual tokens, and the rate of a matrix product of the decoder's width. Of
-attention received 1,024 queries are measured, and the time is multiplied: the function goes
-through its queries step by step. Shares are taken within a round: the machine may be another one
-in the next.
+attention received 1,024 queries are measured, and the time is multiplied by what the function
+takes of an image's: it goes through them step by step. Shares are taken within a round: the
+machine may be another one in the next.
 
 Computed: the unpruned prefill of the same image, as the arithmetic of encoder and decoder at the
 measured rate. Nothing runs faster than that, so shares of it are upper bounds.
@@ -29,7 +29,7 @@ from vitcop_vllm.lab.tables import Table
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.saliency import attention_received
+from vitcop_vllm.pruning.saliency import MAX_QUERIES, attention_received
 from vitcop_vllm.pruning.settings import PruningSettings
 
 SHAPES = {"qwen2.5-vl-7b": QWEN2_5_VL_7B, "qwen2.5-vl-small": SMALL}
@@ -117,7 +117,7 @@ def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int
         product = (product + _seconds(lambda: rows @ weight.T)) / 2
         if not number:
             continue  # it filled caches
-        received *= side * side / queries.shape[1]
+        received *= min(side * side, MAX_QUERIES) / queries.shape[1]
         rate = 2 * rows.shape[0] * weight.numel() / product
         prefill = prefill_flops(shape, side * side, TEXT) / rate
         for figure, value in {

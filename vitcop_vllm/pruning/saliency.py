@@ -4,6 +4,8 @@ B images of equal token count, V visual tokens, D head size. Shapes depend on ar
 only, and nothing here waits for the device.
 """
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,22 @@ MAX_SCORES = 1 << 25
 """Attention scores that :func:`attention_received` holds at once: 128 MiB in float32."""
 
 
+MAX_QUERIES = 4096
+"""Queries that attention received is averaged over. Of more, so many stand for all: the cost of an
+image then grows as its tokens, and not as their square."""
+
+
+def _spread(num_queries: int, device: torch.device) -> Tensor:
+    """(MAX_QUERIES,) int64 of ``num_queries``, all different and evenly spread.
+
+    Steps of the golden section, so that they do not keep to some columns of an image.
+    """
+    step = round(num_queries * (5**0.5 - 1) / 2)
+    while gcd(step, num_queries) != 1:
+        step += 1
+    return torch.arange(MAX_QUERIES, device=device) * step % num_queries
+
+
 def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that each key receives, averaged over queries; higher is more salient.
 
@@ -37,7 +55,8 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     for the attention of [CLS] in encoders without one, as in VisionZip (arXiv 2412.04467).
 
     Each image is computed by itself and in steps of a few queries. The steps depend on the
-    image alone, so an image gets the same bits in any batch.
+    image alone, so an image gets the same bits in any batch. Of more than :data:`MAX_QUERIES`
+    queries, an even sample stands for all.
 
     Args:
         queries: (B, Q, heads, D).
@@ -47,6 +66,8 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     Returns:
         (B, T) float32.
     """
+    if queries.shape[1] > MAX_QUERIES:
+        queries = queries[:, _spread(queries.shape[1], queries.device)]
     num_queries, heads = queries.shape[1:3]
     step = max(1, MAX_SCORES // (heads * keys.shape[1]))
     received = []
