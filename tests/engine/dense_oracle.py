@@ -313,7 +313,10 @@ class DenseLlava(DenseModel):
             y = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.layer_norm2", x))
             y = y * torch.sigmoid(1.702 * y)
             x = x + self.linear(f"{name}.mlp.fc2", y)
-        saliency = attention[:, 0, 1:].sum(0)
+        if self.selector == "received":  # by all tokens, not by [CLS] alone
+            saliency = attention[:, :, 1:].mean(1).sum(0)
+        else:
+            saliency = attention[:, 0, 1:].sum(0)
         kept = self.choose_patches(x[1:], saliency, pixels["pixel_values"], counts.stages[0])
         labels = []
         if counts.centres:
@@ -344,7 +347,7 @@ class DenseLlava(DenseModel):
                 return oracle.even_grid(side, side, n1)
             case "divprune":
                 return oracle.max_min_diversity(self.project(features).numpy(), n1)
-        assert self.selector in ("vitcop", "cls")
+        assert self.selector in ("vitcop", "cls", "received")
         return oracle.largest(saliency.tolist(), n1)
 
 

@@ -21,7 +21,7 @@ from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.models.staged_decoder import StagedDecoder
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, SelectorName
 
 SHALLOW, _ = BOUNDARIES = PruningSettings().boundaries(TINY.layers)
 LIMIT = 1 - SHALLOW / TINY.layers
@@ -75,7 +75,8 @@ def llm_with(engine) -> Iterator[Callable[[str], Any]]:
     def llm_with(selector: str) -> Any:
         settings = settings_with(selector)
         row = SELECTORS[settings.selector]
-        model.pruning, model.selector = settings, row
+        setattr(model.config, CONFIG_KEY, settings.model_dump(mode="json"))
+        model._set_up_stage_one(core.vllm_config, model.columns.width)
         vars(processor.info)["settings"] = settings
         core.scheduler._reads_question = row.reads_question
         decoder = model.language_model.model
