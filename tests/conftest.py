@@ -55,6 +55,16 @@ SERVERS = (
 )
 """Where servers are used that a session shares."""
 
+ALONE = tuple(
+    f"server/{name}.py"
+    for name in (
+        *("page/test_grids", "test_arguments", "test_data_urls", "test_error_shape"),
+        *("test_fields", "test_formats", "test_image_cache", "test_media", "test_middleware"),
+        *("test_pixels", "test_preview", "test_serving", "test_usage"),
+    )
+)
+"""Among them, files that use none."""
+
 
 class SharedProcesses(LoadScopeScheduling):
     """Tests with engines to one worker, those with servers to another, the rest to who is free.
@@ -64,6 +74,8 @@ class SharedProcesses(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.removeprefix("tests/").partition("::")[0]
+        if file in ALONE:
+            return file
         for scope, files in (("engines", ENGINES), ("servers", SERVERS)):
             if file.startswith(files):
                 return scope

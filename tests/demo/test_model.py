@@ -87,12 +87,10 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_stock_vllm_and_transformers_give_the_same_answers():
+def test_stock_vllm_and_transformers_give_the_same_answers(demo_url):
     examples = exam(2, EXAM_SEED)
-    options = [str(DEMO_MODEL), *TINY_OPTIONS]
-    with running_server(*options) as (url, _):
-        ours = ask(url, examples)
-    with running_server("--model", *options, stock=True) as (url, _):
+    ours = ask(demo_url, examples)
+    with running_server("--model", str(DEMO_MODEL), *TINY_OPTIONS, stock=True) as (url, _):
         stock = ask(url, examples)
     assert ours == stock
     assert ours == ask_transformers(examples)

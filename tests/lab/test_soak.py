@@ -31,7 +31,7 @@ def test_a_short_soak_finds_nothing_wrong(model):
     assert document["leaks"] == {}
     # Else it was no soak.
     assert document["aborted"] > 0
-    assert document["preemptions"] > 10
+    assert document["preemptions"] > 5
     assert document["hit_rate"] > 0.02
 
 

@@ -18,10 +18,10 @@ from tests.engine.requests import ENGINE_OPTIONS, Ask, generate, generate_in_tur
 
 ASKS = [
     Ask("short", (1,), 8 / 9, max_tokens=3),
-    Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=6),
-    Ask("first or second?", (2, 3), 7 / 9, max_tokens=8),
-    Ask("unpruned", (4,), 0.0, max_tokens=5),
-    Ask("no picture, " * 40, max_tokens=10),
+    Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
+    Ask("first or second?", (2, 3), 7 / 9, max_tokens=6),
+    Ask("unpruned", (4,), 0.0, max_tokens=4),
+    Ask("no picture, " * 40, max_tokens=7),
 ]
 
 TURNS = [
@@ -105,7 +105,7 @@ def see(llm: Any) -> Seen:
     turns = generate_in_turn(llm, TURNS)
     seen = Seen(
         together=tokens(generate(llm, ASKS)),
-        preempted=preempted(llm, after=6),
+        preempted=preempted(llm, after=5),
         from_graphs=[],
         graphs=[],
         turns=tokens(turns),
