@@ -8,7 +8,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
 from tests.families.family import LLAVA, Family
-from tests.server.process import TINY_OPTIONS, running_server
+from tests.server.process import LOGS, TINY_OPTIONS, last_words, running_server
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -84,6 +84,17 @@ class SharedProcesses(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedProcesses:
     return SharedProcesses(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a test that fails what the servers said."""
+    report = yield
+    if report.failed:
+        report.sections += [("Log of a server", last_words(log)) for log in LOGS]
+    return report
 
 
 @pytest.fixture(scope="session")

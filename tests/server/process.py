@@ -2,7 +2,10 @@
 
 import os
 import subprocess
-from contextlib import AbstractContextManager
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
@@ -20,9 +23,14 @@ IMAGE_ROOM = 5
 """Images that the image cache of such a server holds."""
 
 
+LOGS: list[IO[str]] = []
+"""What each running server has written: shown with a test that fails."""
+
+
+@contextmanager
 def running_server(
     *arguments: str, stock: bool = False
-) -> AbstractContextManager[tuple[str, subprocess.Popen[bytes]]]:
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Root URL and process of a server that answers; see :func:`serving.running_server`.
 
     The tests' own engine runs in their process; the server's has one of its own.
@@ -32,7 +40,23 @@ def running_server(
         stock: vLLM's own server without the plugin.
     """
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    return serving.running_server(*arguments, stock=stock, environment=environment)
+    with tempfile.TemporaryFile("a+") as log:
+        LOGS.append(log)
+        try:
+            with serving.running_server(
+                *arguments, stock=stock, environment=environment, log=log
+            ) as server:
+                yield server
+        finally:
+            LOGS.remove(log)
+
+
+def last_words(log: IO[str], lines: int = 20) -> str:
+    """The end of a server's log, without a line for each request."""
+    log.seek(0)
+    return "\n".join(
+        [line for line in log.read().splitlines() if not line.startswith("INFO:")][-lines:]
+    )
 
 
 def engine_of(server: subprocess.Popen[bytes]) -> psutil.Process:

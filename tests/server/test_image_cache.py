@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm.envs as envs
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -181,8 +182,9 @@ class SharedMemoryTraffic(Traffic):
     numbers = count()
 
     def connect(self, vllm_config: Any) -> None:
-        # A buffer that is collected late would remove another one of its name.
-        os.environ[BUFFER_NAME] = f"vitcop-test-{os.getpid()}-{next(self.numbers)}"
+        # A buffer that is collected late would remove another one of its name. An engine that
+        # ran in this process has made vLLM keep what it read from the environment.
+        setattr(envs, BUFFER_NAME, f"vitcop-test-{os.getpid()}-{next(self.numbers)}")
         self.sender = ShmObjectStoreSenderCache(vllm_config)
         self.receiver = ShmObjectStoreReceiverCache(vllm_config, Lock())
 
@@ -205,7 +207,7 @@ def test_the_engine_never_lacks_an_image() -> None:
 
 @pytest.mark.slow
 def test_nor_does_a_worker_that_shares_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BUFFER_NAME, "")
+    monkeypatch.setattr(envs, BUFFER_NAME, "", raising=False)
     run(SharedMemoryTraffic, 50)
 
 

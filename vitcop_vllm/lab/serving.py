@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -72,7 +72,10 @@ def _decoder_layers(model: str) -> int:
 
 @contextmanager
 def running_server(
-    *arguments: str, stock: bool = False, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    stock: bool = False,
+    environment: Mapping[str, str] | None = None,
+    log: IO[str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Root URL and process of a server that answers.
 
@@ -82,6 +85,8 @@ def running_server(
         *arguments: The server's; host and port are chosen here.
         stock: vLLM's own server without the plugin, instead of this project's.
         environment: The server's; by default this process's.
+        log: Where the server writes, open for appending and reading; by default a file that
+            is gone afterwards.
 
     Raises:
         ServerError: With the end of its log, if it stops or does not answer.
@@ -97,7 +102,9 @@ def running_server(
         module = "vllm.entrypoints.openai.api_server"
         environment = {**(os.environ if environment is None else environment), **NO_PLUGIN}
     command = [sys.executable, "-m", module, *arguments]
-    with tempfile.TemporaryFile("a+") as log, _sigterm_as_exit():
+    with ExitStack() as stack:
+        stack.enter_context(_sigterm_as_exit())
+        log = log or stack.enter_context(tempfile.TemporaryFile("a+"))
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
             env=environment,
