@@ -150,7 +150,13 @@ def test_attention_that_can_computes_only_kept_rows(layer, hidden):
 @torch.inference_mode()
 def test_it_tells_what_the_layer_attends_by_and_may_compute_everything(layer, hidden):
     outputs: list[torch.Tensor] = []
-    with skip_dropped_rows(layer, outputs.append):
+    all_rows = torch.arange(len(hidden) * (1 + V))
+
+    def keep_all(qkv: torch.Tensor) -> KeptRows:
+        outputs.append(qkv)
+        return KeptRows(torch.arange(1 + V).expand(len(hidden), -1), None, all_rows)
+
+    with skip_dropped_rows(layer, keep_all):
         watched = layer(hidden)
     assert torch.equal(outputs[0], layer.self_attn.qkv_proj(hidden)[0])
     assert torch.equal(watched, layer(hidden))

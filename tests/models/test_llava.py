@@ -28,12 +28,12 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
         settings = PruningSettings(selector=selector)
-        self.config = SimpleNamespace(
-            vision_config=SimpleNamespace(image_size=14 * SIDE, patch_size=14),
-            pruning=settings.model_dump(mode="json"),
+        config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
+        vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=config, uses_mrope=False),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
         )
-        scheduler = SimpleNamespace(max_num_batched_tokens=2048)
-        self._set_up_stage_one(SimpleNamespace(scheduler_config=scheduler), HIDDEN)
+        self._set_up_stage_one(vllm_config, HIDDEN)
         layer = Layer(AttentionBackendEnum.TORCH_SDPA)
         attention: Any = layer.self_attn
         attention.head_dim, attention.scale, attention.tp_size = WIDTH // HEADS, 0.5, 1

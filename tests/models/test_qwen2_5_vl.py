@@ -121,9 +121,12 @@ class OneBlockQwen(PrunedQwenForConditionalGeneration):
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
         settings = PruningSettings(selector=selector)
-        self.config: Any = SimpleNamespace(pruning=settings.model_dump(mode="json"))
-        scheduler = SimpleNamespace(max_num_batched_tokens=2048)
-        self._set_up_stage_one(SimpleNamespace(scheduler_config=scheduler), HIDDEN)
+        config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
+        vllm_config = SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=config, uses_mrope=True),
+            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+        )
+        self._set_up_stage_one(vllm_config, HIDDEN)
         self.visual: Any = Tower()
 
     def _embed_whole(self, kwargs: Any) -> Any:

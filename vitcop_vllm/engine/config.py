@@ -20,7 +20,7 @@ from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings,
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, SchedulerConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -80,12 +80,16 @@ def _asks_for_v2() -> bool:
     return os.environ.get(_RUNNER) == "1"
 
 
-def _step_tokens(vllm_config: "VllmConfig") -> int:
-    """Most tokens of one request in a step."""
-    scheduler = vllm_config.scheduler_config
+def step_tokens(scheduler: "SchedulerConfig") -> int:
+    """Most tokens of a step."""
     tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    return tokens
+
+
+def _span_limit(scheduler: "SchedulerConfig") -> int:
+    """Most tokens of one request in a step."""
     threshold = scheduler.long_prefill_token_threshold
-    return min(tokens, threshold) if threshold > 0 else tokens
+    return min(step_tokens(scheduler), threshold) if threshold > 0 else step_tokens(scheduler)
 
 
 def _engine_checks(vllm_config: "VllmConfig") -> Checks:
@@ -191,7 +195,6 @@ def _settings_checks(
     from vllm.triton_utils import HAS_TRITON
 
     scheduler = vllm_config.scheduler_config
-    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     longest = vllm_config.model_config.max_model_len
     name, selector = settings.selector, SELECTORS[settings.selector]
     num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
@@ -203,7 +206,8 @@ def _settings_checks(
             settings.max_pruning_ratio > max_ratio
         ),
         f"{whole_prompt}; raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
-        f"{longest}, or lower --max-model-len": selector.reads_question and step_tokens < longest,
+        f"{longest}, or lower --max-model-len": selector.reads_question
+        and step_tokens(scheduler) < longest,
         f"{whole_prompt}; unset --long-prefill-token-threshold": (
             selector.reads_question and 0 < scheduler.long_prefill_token_threshold < longest
         ),
@@ -215,7 +219,8 @@ def _settings_checks(
 
 def _family_checks(vllm_config: "VllmConfig", settings: PruningSettings, family: Family) -> Checks:
     """What the model's family needs, of itself and of the settings."""
-    text_config = vllm_config.model_config.hf_text_config
+    model_config = vllm_config.model_config
+    text_config = model_config.hf_text_config
     return {
         f"the decoder must be {' or '.join(family.decoders)}, not {text_config.model_type}; serve "
         "it with stock vLLM (VLLM_PLUGINS='')": text_config.model_type not in family.decoders,
@@ -224,7 +229,7 @@ def _family_checks(vllm_config: "VllmConfig", settings: PruningSettings, family:
             SELECTORS[settings.selector].encoder == "cls_attention" and not family.has_cls
         ),
         "positions: reference renumbers positions that this model takes from the image's grid; "
-        "set positions: original": settings.positions == "reference" and family.uses_places,
+        "set positions: original": settings.positions == "reference" and model_config.uses_mrope,
         **family.checks(vllm_config),
     }
 
@@ -289,7 +294,7 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             logger.warning("Prefix caching is off: %s.", reason)
             cache_config.enable_prefix_caching = False
         # A pruned image's tokens are selected together, so a step computes all of them.
-        setattr(model_config.hf_config, SPAN_LIMIT_KEY, _step_tokens(vllm_config))
+        setattr(model_config.hf_config, SPAN_LIMIT_KEY, _span_limit(vllm_config.scheduler_config))
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         vllm_config.parallel_config.worker_cls = worker
         # vLLM's key for compiled code is made of this. It sees neither our attention layers

@@ -19,14 +19,12 @@ class Family:
         model: ``module:Class`` that serves the architecture.
         decoders: ``model_type`` of the text configurations whose layers can be staged.
         has_cls: Whether the encoder has [CLS], whose attention Stage I then reads.
-        uses_places: Whether rotary positions depend on where a token lies in its image.
         checks: What else must hold of vLLM's configuration.
     """
 
     model: str
     decoders: tuple[str, ...]
     has_cls: bool
-    uses_places: bool
     checks: Callable[[Any], Checks]
 
 
@@ -74,14 +72,12 @@ FAMILIES: dict[str, Family] = {
         "vitcop_vllm.models.llava:PrunedLlavaForConditionalGeneration",
         decoders=("llama",),
         has_cls=True,
-        uses_places=False,
         checks=_llava_checks,
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "vitcop_vllm.models.qwen2_5_vl:PrunedQwenForConditionalGeneration",
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
-        uses_places=True,
         checks=_qwen2_5_vl_checks,
     ),
 }

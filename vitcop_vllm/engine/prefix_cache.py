@@ -3,8 +3,8 @@
 vLLM caches a block once it is full and finds it again by the hash of the prompt up to its
 end. A pruned request's blocks in a stage do not end where blocks of prompt positions do. So
 prefixes are reused at *checkpoints*, equal in all stages: at each whole block of prompt
-positions, as in vLLM, except inside a visual span, which is never computed in parts; and at
-each span's end, so that a picture is reused whole whatever is asked about it. A stage's last
+positions, as in vLLM, except inside a pruned image's span, which is never computed in parts; and
+at each span's end, so that an image is reused whole whatever is asked about it. A stage's last
 block is then partly filled, and the request that reuses it gets a copy, by vLLM's own means.
 """
 

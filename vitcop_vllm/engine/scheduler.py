@@ -29,7 +29,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class StagedScheduler(Scheduler):
-    """Keeps the plans of unfinished requests and never splits a visual span.
+    """Keeps the plans of unfinished requests and never splits a pruned image's span.
 
     Nor, where the selector reads the question, the prompt of a pruned picture: its last
     token and all before it must be there when the picture's tokens are chosen.
@@ -194,8 +194,7 @@ class StagedScheduler(Scheduler):
         if plan is not None:
             # vLLM's budget is in placeholders, but the encoder computes every patch.
             patches, placeholders = plan.patches_per_placeholder
-            # vLLM rolls a chunk back to before a span it would cut, except where the chunk
-            # begins at that span and the budget left over by others is too small for it.
+            # vLLM may compute any image in parts. A pruned one is whole, or waits for a step.
             end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
             num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches

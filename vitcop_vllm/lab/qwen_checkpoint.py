@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitcop_vllm.demo.checkpoint import save_weights
+
 IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 """What stands for an image in a prompt."""
 
@@ -169,7 +171,6 @@ def save_random_qwen(
 ) -> None:
     """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
     import torch
-    from safetensors.torch import save_file
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tokenizer = byte_tokenizer()
@@ -184,7 +185,7 @@ def save_random_qwen(
             name: _random_weight(name, weight).to(getattr(torch, dtype))
             for name, weight in model.state_dict().items()
         }
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    save_weights(path, weights)
 
 
 def byte_tokenizer() -> Any:

@@ -60,9 +60,7 @@ _TAKES_FEWER_QUERIES = (AttentionBackendEnum.TORCH_SDPA,)
 
 
 @contextmanager
-def skip_dropped_rows(
-    layer: Any, rows_after: Callable[[torch.Tensor], KeptRows | None]
-) -> Iterator[None]:
+def skip_dropped_rows(layer: Any, rows_after: Callable[[torch.Tensor], KeptRows]) -> Iterator[None]:
     """Report a layer's Q, K and V, then compute the rest of the layer for the kept rows only.
 
     Dropped rows contribute K and V. If the attention backend takes fewer queries than keys,
@@ -72,41 +70,39 @@ def skip_dropped_rows(
         layer: Residual around ``self_attn``, which is ``qkv_proj``, ``attn`` and ``out_proj``,
             then around ``layer_norm2`` and ``mlp``.
         rows_after: Takes (B, T, 3 * local heads * D), the output of ``qkv_proj``, and returns
-            the kept rows, or ``None`` for all. The layer's output is zero in dropped rows.
+            the kept rows. The layer's output is of no use in dropped rows.
     """
     attention = layer.self_attn
     fewer_queries = attention.attn.attn_backend in _TAKES_FEWER_QUERIES
-    rows: KeptRows | None = None
-    batch = torch.Size()
+    rows: KeptRows
+    batch: torch.Size
 
     def after_qkv(_: nn.Module, __: object, output: Any) -> None:
         nonlocal rows, batch
         rows, batch = rows_after(output[0]), output[0].shape[:2]
 
     def before_attention(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-        if rows is None or not fewer_queries:
+        if not fewer_queries:
             return None
         query, key, value = inputs
         return gather_rows(query, rows.of_image), key, value
 
-    def before_out_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
-        if rows is None:
-            return None
+    def before_out_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         attended = inputs[0].flatten(0, 1)
         if not fewer_queries:
             return attended[rows.of_batch]
         return attended if rows.unpadded is None else attended[rows.unpadded]
 
     def after_out_proj(_: nn.Module, __: object, output: Any) -> Any:
-        return None if rows is None else (put_back(output[0], rows), *output[1:])
+        return put_back(output[0]), *output[1:]
 
-    def before_norm(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor | None:
-        return None if rows is None else inputs[0].flatten(0, 1)[rows.of_batch]
+    def before_norm(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return inputs[0].flatten(0, 1)[rows.of_batch]
 
-    def after_mlp(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor | None:
-        return None if rows is None else put_back(output, rows)
+    def after_mlp(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
+        return put_back(output)
 
-    def put_back(some: torch.Tensor, rows: KeptRows) -> torch.Tensor:
+    def put_back(some: torch.Tensor) -> torch.Tensor:
         """(N, C) rows where they stand in (B, T, C), for the residual."""
         whole = some.new_zeros(*batch, some.shape[-1])
         whole.flatten(0, 1)[rows.of_batch] = some

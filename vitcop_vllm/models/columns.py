@@ -32,16 +32,16 @@ class Columns(NamedTuple):
         index: torch.Tensor,
         num_grid_columns: int,
     ) -> torch.Tensor:
-        """Embeddings of an image and what travels with them.
+        """Embeddings of images of one grid and what travels with them.
 
         Args:
-            embeddings: (n, H).
-            labels: (n,) int64 cluster labels; ``None`` without clusters.
-            index: (n,) int64 places in the image's grid, row-major.
+            embeddings: (..., n, H).
+            labels: (..., n) int64 cluster labels; ``None`` without clusters.
+            index: (..., n) int64 places in the images' grid, row-major.
             num_grid_columns: Columns of that grid.
 
         Returns:
-            (n, H + number of columns)
+            (..., n, H + number of columns)
         """
         integers = []
         if self.labels:
@@ -53,8 +53,8 @@ class Columns(NamedTuple):
         if not integers:
             return embeddings
         dtype = embeddings.dtype
-        columns = torch.stack(integers, dim=1).to(_BITS[dtype]).view(dtype)
-        return torch.cat((embeddings, columns), dim=1)
+        columns = torch.stack(integers, dim=-1).to(_BITS[dtype]).view(dtype)
+        return torch.cat((embeddings, columns), dim=-1)
 
     def split(
         self, embeddings: Sequence[torch.Tensor]

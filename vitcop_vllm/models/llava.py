@@ -17,7 +17,14 @@ from vitcop_vllm.models.llava_processor import (
     PrunedLlavaProcessingInfo,
 )
 from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
-from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, gather_rows, select_items
+from vitcop_vllm.models.stage_one import (
+    Groups,
+    ImageShape,
+    Kept,
+    gather_rows,
+    no_embeddings_yet,
+    select_items,
+)
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.selectors import EncoderView
 
@@ -85,16 +92,8 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
             scale=attention.scale,
             grid=(shape.rows, shape.columns),
             pixels=select_items(pixels, numbers),
-            embed=_no_embeddings_yet,
+            embed=no_embeddings_yet,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
             kernels=self.kernels,
         )
-
-    def _most_image_tokens(self) -> int:
-        side: int = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        return side * side
-
-
-def _no_embeddings_yet() -> torch.Tensor:
-    raise AssertionError("the selector reads embeddings before there are any")

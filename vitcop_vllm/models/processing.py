@@ -27,6 +27,7 @@ from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.cache import LRUCache
 
 from vitcop_vllm.engine.config import settings_of, span_limit_of
+from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
@@ -82,12 +83,10 @@ class PrunedProcessingInfo:
     """What the processor knows of a model, and of pruning. A mixin of vLLM's ``ProcessingInfo``.
 
     Attributes:
-        has_cls: Whether Stage I reads the attention of [CLS]; else the attention received.
         position_slack: For models with M-RoPE, rows of the rotary table per position of the
             model's; ``None`` for models without.
     """
 
-    has_cls: bool = True
     position_slack: int | None = None
 
     def layout(
@@ -107,6 +106,12 @@ class PrunedProcessingInfo:
         ``None`` if the largest image has no more, or all have equally many.
         """
         return None
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether Stage I reads the attention of [CLS]; else the attention received."""
+        this: Any = self
+        return FAMILIES[this.ctx.model_config.architecture].has_cls
 
     @property
     def _config(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.config import settings_of
@@ -21,6 +22,7 @@ from vitcop_vllm.models.stage_one import (
     Kept,
     StageOne,
     ViewOf,
+    gather_rows,
     group_by_shape,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
@@ -44,13 +46,11 @@ class PrunedModel:
 
     Attributes:
         published_density_scale: d_c of the clustering that is published for the family.
-        uses_places: Whether rotary positions depend on where a token lies in its image.
         patch_choices: What Stage I made of each image encoded since this was made a list;
             ``None`` keeps nothing.
     """
 
     published_density_scale: float | None = None
-    uses_places = False
     patch_choices: list[PatchChoice | None] | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -69,8 +69,8 @@ class PrunedModel:
         self._encoder_ran = self._stages_ran = False
 
     def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
-        this: Any = self
-        self.pruning = settings_of(this.config)
+        self._model_config = vllm_config.model_config
+        self.pruning = settings_of(self._model_config.hf_config)
         self.selector = SELECTORS[self.pruning.selector]
         self.kernels = kernel_set(self.pruning.kernels)
         self.stage_one = StageOne(
@@ -79,7 +79,8 @@ class PrunedModel:
         self.columns = Columns(
             hidden_size,
             labels=self.selector.shallow == "cluster_merging",
-            places=self.uses_places,
+            # Where a token lies in its image decides its rotary position.
+            places=self._model_config.uses_mrope,
         )
         self._encoder_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
         self._labels: list[torch.Tensor] = []
@@ -185,18 +186,15 @@ class PrunedModel:
         embeddings: list[torch.Tensor] = [torch.empty(0)] * len(images)
         choices: list[PatchChoice | None] = [None] * len(images)
         for shape, numbers in groups.items():
-            of_shape = kept.get(shape)
-            for i, number in enumerate(numbers):
-                embedding = embedded[shape][i]
-                if of_shape is not None:
-                    labels = None if of_shape.labels is None else of_shape.labels[i]
-                    embedding = self.columns.append(
-                        embedding, labels, of_shape.index[i], shape.columns
-                    )
+            of_shape = embedded[shape]
+            if (tokens := kept.get(shape)) is not None:
+                of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.columns)
+                if self.patch_choices is not None:
+                    explained = self.stage_one.explain(tokens)
+                    for number, choice in zip(numbers, explained, strict=True):
+                        choices[number] = choice
+            for number, embedding in zip(numbers, of_shape, strict=True):
                 embeddings[number] = embedding
-            if of_shape is not None and self.patch_choices is not None:
-                for number, choice in zip(numbers, self.stage_one.explain(of_shape), strict=True):
-                    choices[number] = choice
         self._keep_choices(choices)
         return embeddings
 
@@ -216,8 +214,7 @@ class PrunedModel:
             )
 
         for shape, kept in keep(view_of).items():
-            image = torch.arange(kept.index.shape[0], device=kept.index.device)[:, None]
-            of_shape[shape] = of_shape[shape][image, kept.index]
+            of_shape[shape] = gather_rows(of_shape[shape], kept.index)
         return of_shape
 
     def _keep_choices(self, choices: Sequence[PatchChoice | None]) -> None:
@@ -293,7 +290,8 @@ class PrunedModel:
             return  # a real step
         self._stages_ran = True
         most_rows = inputs_embeds.shape[0]
-        encoder_tokens = min(self._most_image_tokens(), most_rows)
+        info: Any = MULTIMODAL_REGISTRY.get_processing_info(self._model_config)
+        encoder_tokens = min(info.get_max_image_tokens(), most_rows)
         counts = dummy_counts(self.pruning, self._num_layers, encoder_tokens)
         if counts is None:
             return
@@ -305,10 +303,6 @@ class PrunedModel:
         num_rows = step.outputs.shape[0]
         positions = positions[..., :num_rows].clone()
         self.forward(None, positions, inputs_embeds=inputs_embeds[:num_rows].clone(), step=step)
-
-    def _most_image_tokens(self) -> int:
-        """V of the largest image that is worth profiling."""
-        raise NotImplementedError
 
     @staticmethod
     def get_model_state_cls() -> type[Any]:

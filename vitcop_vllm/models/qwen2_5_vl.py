@@ -34,7 +34,7 @@ from vitcop_vllm.models.processing import (
     without_ours,
 )
 from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
-from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept
+from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.selectors import EncoderView
@@ -43,7 +43,6 @@ from vitcop_vllm.pruning.selectors import EncoderView
 class PrunedQwenProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
     """Images of any size, scaled to whole squares of patches."""
 
-    has_cls = False
     position_slack = 4  # vLLM's MRotaryEmbedding makes its table so much longer
 
     def layout(
@@ -91,8 +90,6 @@ class PrunedQwenProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
 class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGeneration):
     """vLLM's Qwen2.5-VL; rotary positions of kept tokens are those of the whole image."""
 
-    uses_places = True
-
     def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
         grids = inputs["image_grid_thw"]
         before, within = (int(part.prod(-1).sum()) for part in (grids[:first], grids[first:end]))
@@ -110,20 +107,22 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
         images = _images_of(tower, grids)
         metadata = tower.prepare_encoder_metadata(grids)
         # Rows leave the last block in the images' own order, and only those that are kept.
-        shapes = {number: shape for shape, numbers in groups.items() for number in numbers}
-        lengths = [shapes[number].counts.stages[0] for number in range(len(images))]
+        lengths = [0] * len(images)
+        for shape, numbers in groups.items():
+            for number in numbers:
+                lengths[number] = shape.counts.stages[0]
         metadata["reverse_indices"] = torch.arange(sum(lengths), device=pixels.device)
 
         def rows_after(last: _LastBlock) -> torch.Tensor:
             kept: Kept = keep(partial(self._view_of, last, pixels, images))
-            tokens = []
-            for number, image in enumerate(images):
-                order = image.order
-                shape = shapes[number]
-                if shape in kept:
-                    order = order[kept[shape].index[groups[shape].index(number)]]
-                tokens.append(image.first_token + order)
-            rows = torch.cat(tokens)[:, None] * patches
+            orders = [image.order for image in images]
+            for shape, tokens in kept.items():
+                for number, index in zip(groups[shape], tokens.index, strict=True):
+                    orders[number] = orders[number][index]
+            rows_of = [
+                image.first_token + order for image, order in zip(images, orders, strict=True)
+            ]
+            rows = torch.cat(rows_of)[:, None] * patches
             return (rows + torch.arange(patches, device=rows.device)).flatten()
 
         with _keep_rows(tower.blocks[-1], rows_after):
@@ -167,7 +166,7 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             scale=attention.attn.scale,
             grid=(shape.rows, shape.columns),
             pixels=torch.stack([pixels[first : first + length] for first in firsts]),
-            embed=_no_embeddings_yet,
+            embed=no_embeddings_yet,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
             kernels=self.kernels,
@@ -189,11 +188,6 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             return super().get_mrope_input_positions(input_tokens, mm_features)
         assert len(images) == len(mm_features), "image embeddings cannot be pruned"
         return mrope_positions(len(input_tokens), images)
-
-    def _most_image_tokens(self) -> int:
-        info: Any = MULTIMODAL_REGISTRY.get_processing_info(self.model_config)
-        most: int = info.get_max_image_tokens()
-        return most
 
 
 class _PackedImage(NamedTuple):
@@ -269,7 +263,3 @@ def _keep_rows(block: Any, rows_after: Callable[[_LastBlock], torch.Tensor]) -> 
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _no_embeddings_yet() -> torch.Tensor:
-    raise AssertionError("the selector reads embeddings before there are any")

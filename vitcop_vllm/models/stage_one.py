@@ -76,6 +76,11 @@ def gather_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return rows[torch.arange(index.shape[0], device=index.device)[:, None], index]
 
 
+def no_embeddings_yet() -> torch.Tensor:
+    """``EncoderView.embed`` of a view that is made before the images are encoded."""
+    raise AssertionError("the selector reads embeddings before there are any")
+
+
 @dataclass(frozen=True)
 class StageOne:
     """Selects and clusters the visual tokens of images.

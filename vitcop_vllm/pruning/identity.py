@@ -21,7 +21,8 @@ EXPLAIN_KEY = "explain_as"
 """Processor keyword: a name, given to no other request, under which choices are told."""
 
 MOST_EXPLAINED = 256
-"""Explanations that wait in a worker to be asked for; some 10 kB each."""
+"""Explanations that wait in a worker until a request for them comes: some 10 kB for an image of 576
+tokens, and hundreds of kB for one of 16,384."""
 
 _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 

@@ -19,7 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vitcop_vllm.engine.config import settings_of, span_limit_of
+from vitcop_vllm.engine.config import settings_of, span_limit_of, step_tokens
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
@@ -44,9 +44,8 @@ def run_staged_step(worker: Any) -> None:
     kv_cache: KVCacheConfig = worker.model_runner.kv_cache_config
     blocks = _blocks_per_request(kv_cache, len(prompt), feature)
     scheduler = vllm_config.scheduler_config
-    step_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     num_requests = min(
-        step_tokens // len(prompt),
+        step_tokens(scheduler) // len(prompt),
         scheduler.max_num_seqs,
         (kv_cache.num_blocks - 1) // sum(blocks),  # block 0 is vLLM's null block
     )
