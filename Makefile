@@ -31,7 +31,7 @@ help: ## Show this help
 install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
 
 serve: $(STAMP) ## Serve CONFIG on HOST:PORT
-	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
+	$(BIN)/vitcop-serve --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
 test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process)
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
@@ -46,21 +46,21 @@ fix: $(STAMP) ## Format, and fix what lint can fix
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=--help)
-	$(BIN)/python -m vitcop_vllm.lab.bench --plot docs/speed.png $(ARGS)
+	$(BIN)/python -m benchmarks.bench --plot docs/speed.png $(ARGS)
 
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
-	$(BIN)/python -m vitcop_vllm.lab.evaluate --plot docs/accuracy.png $(ARGS)
+	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
 soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
-	$(BIN)/python -m vitcop_vllm.lab.soak $(ARGS)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra cpu --extra lab --group dev -o requirements/cpu.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra gpu --extra lab --group dev -o requirements/gpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra cpu --group measure --group dev -o requirements/cpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra gpu --group measure --group dev -o requirements/gpu.txt $(ARGS)
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
 
 
-ENGINES = ("engine/", "families/", "worker/", "lab/test_bench.py", "lab/test_soak.py")
+ENGINES = ("engine/", "families/", "worker/", "benchmarks/test_bench.py", "benchmarks/test_soak.py")
 """Where engines in the tests' own process are used, or processes that end with a test."""
 
 SERVERS = (
@@ -49,9 +49,9 @@ SERVERS = (
     "demo/test_model.py",
     "docker/test_dashboard.py",
     "docker/test_proxy.py",
-    "lab/test_bench_http.py",
-    "lab/test_evaluate.py",
-    "lab/test_serving.py",
+    "benchmarks/test_bench_http.py",
+    "evaluation/test_evaluate.py",
+    "benchmarks/test_serving.py",
 )
 """Where servers are used that a session shares."""
 
@@ -137,7 +137,7 @@ def llm(engine_of: "Callable[[Family], LLM]") -> "LLM":
 
 @pytest.fixture(scope="session")
 def server_url(checkpoint: Path) -> Iterator[str]:
-    """Base URL of ``python -m server`` with the tiny model, as an operator starts it."""
+    """Base URL of ``vitcop-serve`` with the tiny model, as an operator starts it."""
     with running_server(str(checkpoint), *TINY_OPTIONS) as (url, _):
         yield url
 

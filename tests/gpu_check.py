@@ -94,7 +94,7 @@ CHECKS = (
         Check(
             f"runner {name}: figures of a short bench",
             (
-                *("-m", "vitcop_vllm.lab.bench", "--device", "gpu", "--shape", "small"),
+                *("-m", "benchmarks.bench", "--device", "gpu", "--shape", "small"),
                 *("--scenarios", "prefill", "decode", "--rounds", "3", "--batches", "1,16"),
             ),
             runner,

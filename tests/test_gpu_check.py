@@ -50,9 +50,9 @@ def test_every_check_names_files_and_options_that_exist():
 def test_bench_and_environment_are_those_of_today(monkeypatch):
     from vllm import envs
 
-    from vitcop_vllm.lab.bench_options import parse_arguments
+    from benchmarks.bench_options import parse_arguments
 
-    (bench,) = {check.command for check in CHECKS if "vitcop_vllm.lab.bench" in check.command}
+    (bench,) = {check.command for check in CHECKS if "benchmarks.bench" in check.command}
     assert parse_arguments(bench[2:], None).shape == "small"
     for check in CHECKS:
         assert check.environment.keys() <= envs.environment_variables.keys()

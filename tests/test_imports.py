@@ -111,16 +111,23 @@ def test_the_server_sees_settings_and_plan_only(module, path):
 
 
 @pytest.mark.parametrize("package", ["vitcop_vllm", "server"])
+def test_what_is_installed_imports_nothing_that_is_not(package):
+    beside = {"tests", "benchmarks", "evaluation", "demo"}
+    for _, path in modules(package):
+        assert beside.isdisjoint(name.split(".")[0] for name in imports(path))
+
+
+@pytest.mark.parametrize("package", ["benchmarks", "evaluation", "demo"])
 def test_nothing_imports_tests(package):
     for _, path in modules(package):
-        assert not any(name.split(".")[0] == "tests" for name in imports(path))
+        assert "tests" not in {name.split(".")[0] for name in imports(path)}
 
 
 CUDA_PATH = [
     WORKERS["cuda"],
     SCHEDULER,
     "vitcop_vllm.worker.v2.StagedModelState",
-    "server.plugin.PruningEndpointPlugin",
+    "vitcop_server.plugin.PruningEndpointPlugin",
     *(family.model.replace(":", ".") for family in FAMILIES.values()),
 ]
 """What vLLM imports of ours on a CUDA device."""

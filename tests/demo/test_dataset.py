@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from vitcop_vllm.demo.batch import IGNORED, TELLING, BatchShape
+from demo.batch import IGNORED, TELLING, BatchShape
+from demo.dataset import Encoder, make_batch
+from demo.questions import FAMILIES, Turn, corpus
+from demo.world import ALPHABET, COLOUR_NAMES, RADII, SHAPES
 from vitcop_vllm.demo.checkpoint import DEMO, save_config
-from vitcop_vllm.demo.dataset import Encoder, make_batch
-from vitcop_vllm.demo.questions import FAMILIES, Turn, corpus
 from vitcop_vllm.demo.tokenizer import VOCABULARY, byte_tokenizer
-from vitcop_vllm.demo.world import ALPHABET, COLOUR_NAMES, RADII, SHAPES
 
 TURNS = (
     Turn("Is there a red star?", "no"),

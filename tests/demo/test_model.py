@@ -8,14 +8,14 @@ import openai
 import pytest
 import torch
 
+from demo.questions import Example, exam
+from evaluation import evaluate
+from evaluation.client import NO_RATIO, Examiner, Outcome, Ratio
+from evaluation.exam import from_demo
+from evaluation.report import accuracies
+from evaluation.scoring import SCORERS
 from tests.server.process import TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
-from vitcop_vllm.demo.questions import Example, exam
-from vitcop_vllm.lab import evaluate
-from vitcop_vllm.lab.client import NO_RATIO, Examiner, Outcome, Ratio
-from vitcop_vllm.lab.exam import from_demo
-from vitcop_vllm.lab.report import accuracies
-from vitcop_vllm.lab.scoring import SCORERS
 
 EXAM_SEED = 7
 

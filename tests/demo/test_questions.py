@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitcop_vllm.demo.questions import EXAMINED, SINGLE, compose, exam
-from vitcop_vllm.demo.world import SIDE, Scene, Thing
+from demo.questions import EXAMINED, SINGLE, compose, exam
+from demo.world import SIDE, Scene, Thing
 
 
 def rng(*seed: int) -> np.random.Generator:

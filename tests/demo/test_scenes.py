@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from vitcop_vllm.demo.drawing import draw, patch_targets, sign_box
-from vitcop_vllm.demo.scenes import make_scene
-from vitcop_vllm.demo.world import ALPHABET, COLOURS, PATCH, SIDE, Scene, Thing
+from demo.drawing import draw, patch_targets, sign_box
+from demo.scenes import make_scene
+from demo.world import ALPHABET, COLOURS, PATCH, SIDE, Scene, Thing
 
 
 def rng(*seed: int) -> np.random.Generator:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitcop_vllm.demo.batch import BatchShape
+from demo.batch import BatchShape
+from demo.questions import FAMILIES
+from demo.train import Phase, Run
 from vitcop_vllm.demo.checkpoint import LlavaShape
-from vitcop_vllm.demo.questions import FAMILIES
-from vitcop_vllm.demo.train import Phase, Run
 
 SHAPE = LlavaShape(
     image_size=168,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.arguments import make_parser
 from tests.docker.files import DOCKER, ROOT, compose, seconds
+from vitcop_server.arguments import make_parser
 
 SERVICES: dict[str, Any] = compose()["services"]
 SERVERS = ("cpu", "gpu", "replica-0", "replica-1")

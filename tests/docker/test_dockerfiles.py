@@ -53,7 +53,7 @@ def test_runs_as_a_user_that_is_not_root(file: str) -> None:
 def test_starts_the_server_without_a_shell(file: str) -> None:
     (entrypoint,) = arguments(file, "ENTRYPOINT")
     (command,) = arguments(file, "CMD")
-    assert json.loads(entrypoint)[1:] == ["-m", "server"]
+    assert json.loads(entrypoint) == ["vitcop-serve"]
     flag, config, *host = json.loads(command)
     assert (flag, host) == ("--config", ["--host", "0.0.0.0"])
     assert (ROOT / config).is_file()

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from server.arguments import make_parser
-from server.settings import server_settings
 from tests.docker.files import DOCKER
+from vitcop_server.arguments import make_parser
+from vitcop_server.settings import server_settings
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 VALUES: dict[str, Any] = yaml.safe_load((DOCKER / "production-stack-values.yaml").read_text())

@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
+from benchmarks.serving import NO_PLUGIN
 from tests.engine.dense_oracle import DenseLlava
 from tests.engine.requests import (
     IMAGE_TOKEN,
@@ -20,7 +21,6 @@ from tests.engine.requests import (
 )
 from tests.engine.scheduling import engine_core, recorded_steps
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.lab.serving import NO_PLUGIN
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.serving import NO_PLUGIN
 from tests.engine.requests import STOCK, Answer, generate_in_process
 from tests.families.family import FAMILIES, Family
 from tests.families.stock import IN_TURN, PRUNED_IN_VAIN, TOGETHER
-from vitcop_vllm.lab.serving import NO_PLUGIN
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -7,10 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks import qwen_checkpoint
+from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, picture
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
-from vitcop_vllm.lab import qwen_checkpoint
-from vitcop_vllm.lab.qwen_checkpoint import save_random_qwen
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

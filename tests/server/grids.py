@@ -4,8 +4,8 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from server.preview import Preview
-from server.usage import PrunedModel
+from vitcop_server.preview import Preview
+from vitcop_server.usage import PrunedModel
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings

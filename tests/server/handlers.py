@@ -7,7 +7,7 @@ from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from server.aliases import AliasedModels
+from vitcop_server.aliases import AliasedModels
 from vitcop_vllm.pruning.settings import PruningSettings
 
 

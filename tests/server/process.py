@@ -1,4 +1,4 @@
-"""``python -m server`` in a process of its own, for tests."""
+"""``vitcop-serve`` in a process of its own, for tests."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from typing import IO
 
 import psutil  # type: ignore[import-untyped]
 
-from vitcop_vllm.lab import serving
+from benchmarks import serving
 
 TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),

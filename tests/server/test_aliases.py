@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from server.aliases import split_alias
-from server.errors import RequestError
+from vitcop_server.aliases import split_alias
+from vitcop_server.errors import RequestError
 from vitcop_vllm.pruning.settings import PruningSettings
 
 SETTINGS = PruningSettings(max_pruning_ratio=0.9)

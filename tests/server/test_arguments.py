@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.arguments import make_parser, parse
+from vitcop_server.arguments import make_parser, parse
 
 
 def parsed(*argv: str, environ: dict[str, str] | None = None) -> Namespace:

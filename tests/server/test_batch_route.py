@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.limits import MAX_ANSWERS
 from tests.server.pictures import chat_body, picture_message
+from vitcop_server.limits import MAX_ANSWERS
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from starlette.middleware.cors import CORSMiddleware
 
-from server.cors import EXPOSED_HEADERS, ExposeHeaders
+from vitcop_server.cors import EXPOSED_HEADERS, ExposeHeaders
 
 NAME = "Access-Control-Expose-Headers"
 ORIGIN = {"Origin": "http://app.example"}

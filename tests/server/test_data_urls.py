@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from server.data_urls import decode_base64
-from server.errors import RequestError
 from tests.server.test_media import encoded, load
+from vitcop_server.data_urls import decode_base64
+from vitcop_server.errors import RequestError
 
 PNG = encoded(Image.frombytes("L", (64, 64), random.Random(0).randbytes(4096)))
 PNG += bytes(1 + -len(PNG) % 3)  # Bytes after the image, so that its base64 ends with "==".

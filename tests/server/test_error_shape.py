@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from server.errors import OneShape, RequestError, error_body, nested_too_deep, use_one_shape
+from vitcop_server.errors import OneShape, RequestError, error_body, nested_too_deep, use_one_shape
 
 ANTHROPIC = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
 WHOLE = error_body("no", "BadRequestError", 400, "n")
@@ -167,4 +167,4 @@ def test_success_passes(client: TestClient) -> None:
 def test_it_is_put_around_the_operators_middleware() -> None:
     args = Namespace(middleware=["their.Own"])
     use_one_shape(args)
-    assert args.middleware == ["their.Own", "server.errors.OneShape"]
+    assert args.middleware == ["their.Own", "vitcop_server.errors.OneShape"]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from server.exit_status import exit_nonzero_when_dead
+from vitcop_server.exit_status import exit_nonzero_when_dead
 
 
 @dataclass

@@ -7,8 +7,8 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server import explain, routes
-from server.middleware import EXPLAIN_STATE_KEY
+from vitcop_server import explain, routes
+from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_vllm.pruning.identity import explained_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 
-from server.errors import RequestError
-from server.fields import refuse_images_by_name, refuse_stray_placeholders, refuse_unsafe_body
-from server.settings import ServerSettings
+from vitcop_server.errors import RequestError
+from vitcop_server.fields import (
+    refuse_images_by_name,
+    refuse_stray_placeholders,
+    refuse_unsafe_body,
+)
+from vitcop_server.settings import ServerSettings
 
 IMAGE, VIDEO, START, END, WORD = 151655, 151656, 151652, 151653, 7
 QWEN = SimpleNamespace(image_token_id=IMAGE, video_token_id=VIDEO)

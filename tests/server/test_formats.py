@@ -5,9 +5,9 @@ import struct
 import pytest
 from PIL import Image
 
-from server.errors import RequestError
-from server.formats import common_formats
 from tests.server.test_media import JPEG, data_url, encoded, load
+from vitcop_server.errors import RequestError
+from vitcop_server.formats import common_formats
 
 UNREADABLE = {
     "the image is empty": b"",

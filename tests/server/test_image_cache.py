@@ -44,7 +44,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from server.image_cache import keep_caches_equal
+from vitcop_server.image_cache import keep_caches_equal
 
 ROOM = 40_000
 SIZES = [6_000, 9_000, 9_000, 13_000, 13_000, 21_000, 41_000]

@@ -9,8 +9,8 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
-from server.limits import BodyLimit, limit_answers
-from server.middleware import PruningMiddleware
+from vitcop_server.limits import BodyLimit, limit_answers
+from vitcop_server.middleware import PruningMiddleware
 
 LIMIT = 1000
 

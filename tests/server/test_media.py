@@ -16,15 +16,15 @@ from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
-from server.errors import RequestError
-from server.media import (
+from vitcop_server.errors import RequestError
+from vitcop_server.media import (
     CONNECTOR_NAME,
     BoundedConnection,
     GuardedConnector,
     PictureLimits,
     guard_media,
 )
-from server.settings import ServerSettings
+from vitcop_server.settings import ServerSettings
 
 LIMITS = PictureLimits(max_pixels=10_000, max_aspect_ratio=4.0)
 

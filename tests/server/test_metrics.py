@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.metrics import ratio_bucket
+from vitcop_server.metrics import ratio_bucket
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 PICTURES = [VisualTokenCounts.unpruned(576)]

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse, StreamingResponse
 
-from server.middleware import STATE_KEY, PruningMiddleware
+from vitcop_server.middleware import STATE_KEY, PruningMiddleware
 
 HEADER = "X-Pruning-Ratio"
 OTHER = "/v1/embeddings"

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from vllm.multimodal.image import convert_image_mode
 
-from server.errors import RequestError
-from server.pixels import to_eight_bits
 from tests.server.test_media import data_url, encoded, load
+from vitcop_server.errors import RequestError
+from vitcop_server.pixels import to_eight_bits
 
 SIDE = 16
 X, Y = np.meshgrid(np.arange(SIDE), np.arange(SIDE))

@@ -16,17 +16,17 @@ from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
-from server.aliases import AliasedModels
-from server.plugin import PruningEndpointPlugin
-from server.serving import (
+from tests.server.handlers import bare_handler
+from vitcop_server.aliases import AliasedModels
+from vitcop_server.plugin import PruningEndpointPlugin
+from vitcop_server.serving import (
     PrunedChat,
     PrunedChatBatch,
     PrunedCompletion,
     PrunedMessages,
     PrunedResponses,
 )
-from server.tokenization import PrunedTokenization
-from tests.server.handlers import bare_handler
+from vitcop_server.tokenization import PrunedTokenization
 from vitcop_vllm.pruning.settings import PruningSettings
 
 

@@ -4,7 +4,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from server import plugins
+from vitcop_server import plugins
 
 
 def test_users_choice_is_kept() -> None:

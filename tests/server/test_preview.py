@@ -9,12 +9,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server import routes
-from server.explain import explain_picture
-from server.preview import USUAL_SIDE
-from server.settings import ServerSettings
-from server.usage import picture_counts, picture_names
 from tests.server.grids import NUM_LAYERS, GridInfo, grid_preview
+from vitcop_server import routes
+from vitcop_server.explain import explain_picture
+from vitcop_server.preview import USUAL_SIDE
+from vitcop_server.settings import ServerSettings
+from vitcop_server.usage import picture_counts, picture_names
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import RequestError
-from server.ratio import accepted_ratio, ratio_text
+from vitcop_server.errors import RequestError
+from vitcop_server.ratio import accepted_ratio, ratio_text
 from vitcop_vllm.pruning.settings import RATIO_HEADER, PruningSettings
 
 SETTINGS = PruningSettings(default_ratio=0.25)

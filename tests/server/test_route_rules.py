@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.route_rules import ROUTES, rules_of
+from vitcop_server.route_rules import ROUTES, rules_of
 
 HEADER = "X-Pruning-Ratio"
 HELLO = [{"role": "user", "content": "Hi"}]

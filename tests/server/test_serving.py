@@ -18,10 +18,10 @@ from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from server.middleware import PruningMiddleware
-from server.serving import PrunedChat, PrunedCompletion
-from server.usage import PrunedModel
 from tests.server.handlers import bare_handler
+from vitcop_server.middleware import PruningMiddleware
+from vitcop_server.serving import PrunedChat, PrunedCompletion
+from vitcop_server.usage import PrunedModel
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 

@@ -17,7 +17,7 @@ provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 trace.set_tracer_provider(provider)
 
-from server.tracing import trace_pruning
+from vitcop_server.tracing import trace_pruning
 
 parent = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
 pictures = {"pruning_ratio": 0.88, "visual_tokens": {"encoder": 576, "stages": [172, 77, 15]}}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.usage import PrunedModel, extend_event, picture_counts, picture_names
+from vitcop_server.usage import PrunedModel, extend_event, picture_counts, picture_names
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 

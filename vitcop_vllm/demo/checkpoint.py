@@ -19,7 +19,7 @@ DEMO_NAME = "demo"
 """What stands for the demo model wherever a model is named."""
 
 DEMO_MODEL = Path(__file__).parent / "model"
-"""The demo model's folder, trained by ``vitcop_vllm.demo.train``."""
+"""The demo model's folder, trained by ``demo.train``."""
 
 FEATURE_LAYER = -2
 """Of the vision tower's hidden states, the one that LLaVA-1.5 reads."""

@@ -1,6 +1,6 @@
 """What the engine's processes count. The API server shows it where all write to one directory.
 
-That directory is ``PROMETHEUS_MULTIPROC_DIR``; ``python -m server`` sets it.
+That directory is ``PROMETHEUS_MULTIPROC_DIR``; ``vitcop-serve`` sets it.
 """
 
 from prometheus_client import Counter, Histogram

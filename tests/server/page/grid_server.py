@@ -12,12 +12,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from server import routes
-from server.frame import image_fields
-from server.middleware import EXPLAIN_STATE_KEY
-from server.page import attach_page
-from server.settings import ServerSettings
 from tests.server.grids import grid_preview
+from vitcop_server import routes
+from vitcop_server.frame import image_fields
+from vitcop_server.middleware import EXPLAIN_STATE_KEY
+from vitcop_server.page import attach_page
+from vitcop_server.settings import ServerSettings
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import RATIO_HEADER

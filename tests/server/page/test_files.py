@@ -7,11 +7,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from server.page import attach_page
-from server.settings import ServerSettings
 from tests.server.page.person import SAMPLES
+from vitcop_server.page import attach_page
+from vitcop_server.settings import ServerSettings
 
-FOLDER = Path(__file__).parents[3] / "server" / "samples"
+FOLDER = Path(__file__).parents[3] / "server" / "vitcop_server" / "samples"
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""The world that the demo model knows, and the program that trains it."""

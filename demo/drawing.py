@@ -1,0 +1,285 @@
+"""Pictures of scenes, and what each of their patches shows."""
+
+import math
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from demo.world import (
+    ALPHABET,
+    COLOUR_NAMES,
+    COLOURS,
+    PATCH,
+    PHOTOS,
+    RADII,
+    SHAPES,
+    TEXTURES,
+    Letter,
+    Rng,
+    Scene,
+    Shown,
+    Sign,
+    Thing,
+)
+
+Grid = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+
+
+def _polygon(points: int, inner: float) -> list[tuple[float, float]]:
+    """A star of ``points`` tips, or a regular polygon where ``inner`` is 1."""
+    corners = []
+    for i in range(2 * points):
+        radius = 1.0 if i % 2 == 0 else inner
+        angle = math.pi * i / points - math.pi / 2
+        corners.append((radius * math.cos(angle), radius * math.sin(angle)))
+    return corners
+
+
+def _heart() -> list[tuple[float, float]]:
+    points = []
+    for i in range(48):
+        t = 2 * math.pi * i / 48
+        x = 16 * math.sin(t) ** 3
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        points.append((x / 16.5, -(y + 2) / 16.5))
+    return points
+
+
+_CORNERS = {
+    "square": [(-0.82, -0.82), (0.82, -0.82), (0.82, 0.82), (-0.82, 0.82)],
+    "triangle": [(0.0, -1.0), (0.95, 0.75), (-0.95, 0.75)],
+    "star": _polygon(5, 0.42),
+    "cross": [
+        (-0.32, -0.95),
+        (0.32, -0.95),
+        (0.32, -0.32),
+        (0.95, -0.32),
+        (0.95, 0.32),
+        (0.32, 0.32),
+        (0.32, 0.95),
+        (-0.32, 0.95),
+        (-0.32, 0.32),
+        (-0.95, 0.32),
+        (-0.95, -0.32),
+        (-0.32, -0.32),
+    ],
+    "heart": _heart(),
+}
+
+
+def _mask(shape: str, radius: float, angle: float) -> Image.Image:
+    """The shape as an antialiased mask, centred."""
+    half = math.ceil(radius * 1.05) + 2
+    scale = 3
+    tile = Image.new("L", (2 * half * scale, 2 * half * scale))
+    draw = ImageDraw.Draw(tile)
+    centre, r = half * scale, radius * scale
+
+    def disc(x: float, y: float, size: float, fill: int) -> None:
+        draw.ellipse((x - size, y - size, x + size, y + size), fill=fill)
+
+    if shape in _CORNERS:
+        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        draw.polygon(
+            [
+                (centre + r * (x * cos - y * sin), centre + r * (x * sin + y * cos))
+                for x, y in _CORNERS[shape]
+            ],
+            fill=255,
+        )
+    else:
+        disc(centre, centre, 0.92 * r, 255)
+        if shape == "ring":
+            disc(centre, centre, 0.5 * r, 0)
+        elif shape == "moon":
+            turned = math.radians(angle)
+            disc(
+                centre + 0.5 * r * math.cos(turned),
+                centre + 0.5 * r * math.sin(turned),
+                0.75 * r,
+                0,
+            )
+    return tile.resize((2 * half, 2 * half), Image.Resampling.BOX)
+
+
+def _paint_thing(picture: Image.Image, thing: Thing, rng: Rng) -> None:
+    jitter = rng.integers(-10, 11, 3)
+    colour = np.clip(np.array(COLOURS[thing.colour]) + jitter, 0, 255)
+    # An outline that differs from the filling sets it off from any ground.
+    edge = (240, 240, 240) if colour.mean() < 60 else (25, 25, 25)
+    for paint, grow in ((edge, 2.0), (tuple(int(c) for c in colour), 0.0)):
+        mask = _mask(thing.shape, thing.radius + grow, thing.angle)
+        corner = (round(thing.x - mask.width / 2), round(thing.y - mask.height / 2))
+        picture.paste(paint, corner, mask)
+
+
+@lru_cache(maxsize=256)
+def _font(name: str, height: int) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path
+
+    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), height)
+
+
+_SPACING = 1.15
+"""Letters stand a little apart, so that each has patches of its own."""
+
+
+def letter_boxes(sign: Sign) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """Each letter and its box (left, top, right, bottom) in pixels."""
+    font = _font(sign.font, sign.height)
+    boxes = []
+    x = sign.x
+    for letter in sign.text:
+        width = font.getlength(letter)
+        _, top, right, bottom = font.getbbox(letter)
+        boxes.append((letter, (x, sign.y + top, x + max(width, right), sign.y + bottom)))
+        x += width * _SPACING
+    return boxes
+
+
+def sign_box(sign: Sign) -> tuple[float, float, float, float]:
+    boxes = [box for _, box in letter_boxes(sign)]
+    margin = 5.0
+    return (
+        boxes[0][0] - margin,
+        min(box[1] for box in boxes) - margin,
+        boxes[-1][2] + margin,
+        max(box[3] for box in boxes) + margin,
+    )
+
+
+def _paint_sign(picture: Image.Image, sign: Sign) -> None:
+    draw = ImageDraw.Draw(picture)
+    if sign.plate:
+        draw.rounded_rectangle(sign_box(sign), radius=4, fill=sign.ground, outline=sign.ink)
+    for letter, (x, *_) in letter_boxes(sign):
+        draw.text(
+            (x, sign.y),
+            letter,
+            font=_font(sign.font, sign.height),
+            fill=sign.ink,
+            stroke_width=0 if sign.plate else 2,
+            stroke_fill=sign.ground,
+        )
+
+
+@cache
+def _photo(name: str) -> Image.Image:
+    """A picture that comes with scikit-image, at most 512 pixels high."""
+    import skimage.data
+
+    folder = Path(skimage.data.__file__).parent
+    path = next(p for p in folder.glob(f"{name}.*") if p.suffix in {".png", ".jpg"})
+    with Image.open(path) as opened:
+        photo = opened.convert("RGB")
+    photo.thumbnail((640, 512))
+    return photo
+
+
+def _paint_ground(side: int, ground: str, rng: Rng) -> Image.Image:
+    tint = rng.integers(60, 215, 3)
+    # Muted: colours of the ground must not be taken for colours of things.
+    tint = (0.45 * tint + 0.55 * tint.mean()).astype(int)
+    if ground == "plain":
+        return Image.new("RGB", (side, side), tuple(int(c) for c in tint))
+    if ground == "gradient":
+        ramp = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize((side, side))
+        ends = np.clip(tint + np.array([[-50], [50]]), 0, 255)
+        pixels = np.asarray(ramp, dtype=np.float32)[..., None] / 255
+        return Image.fromarray((ends[0] + pixels * (ends[1] - ends[0])).astype(np.uint8))
+    if ground == "noise":
+        cells = int(rng.integers(side // 24, side // 6))
+        coarse = rng.normal(0, 28, (cells, cells, 1)) + rng.normal(0, 8, (cells, cells, 3))
+        noise = Image.fromarray(np.clip(tint + coarse, 0, 255).astype(np.uint8))
+        return noise.resize((side, side), Image.Resampling.BICUBIC)
+    photo = _photo(ground)
+    crop = int(rng.integers(min(side * 3 // 4, min(photo.size)), min(photo.size) + 1))
+    left = int(rng.integers(photo.width - crop + 1))
+    top = int(rng.integers(photo.height - crop + 1))
+    piece = photo.crop((left, top, left + crop, top + crop)).resize((side, side))
+    pixels = np.asarray(piece, dtype=np.float32)
+    grey = pixels.mean(axis=2, keepdims=True)
+    colour = 0.4 if ground in PHOTOS else 0.0
+    muted = grey + colour * (pixels - grey)
+    if ground in TEXTURES:
+        muted = muted * (tint / 128)
+    return Image.fromarray(np.clip(30 + 0.8 * muted, 0, 255).astype(np.uint8))
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture, (side, side) RGB."""
+    rng = np.random.default_rng(scene.seed)
+    picture = _paint_ground(scene.side, scene.ground, rng)
+    for thing in scene.things:
+        _paint_thing(picture, thing, rng)
+    if scene.sign is not None:
+        _paint_sign(picture, scene.sign)
+    return picture
+
+
+def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
+    left, top, right, bottom = box
+    centres = (np.arange(cells) + 0.5) * PATCH
+    rows = (centres >= top) & (centres <= bottom)
+    columns = (centres >= left) & (centres <= right)
+    inside: Mask = rows[:, None] & columns[None, :]
+    return inside
+
+
+def patches_of(shown: Shown, cells: int) -> Mask:
+    """(cells, cells): which patches of a picture with so many a side show a thing or writing."""
+    if isinstance(shown, Letter):
+        return _patches_in(letter_boxes(shown.sign)[shown.index][1], cells)
+    if isinstance(shown, Sign):
+        boxes = [_patches_in(box, cells) for _, box in letter_boxes(shown)]
+        return np.logical_or.reduce(boxes)
+    centres = (np.arange(cells) + 0.5) * PATCH
+    distance = (centres[None, :] - shown.x) ** 2 + (centres[:, None] - shown.y) ** 2
+    near: Mask = distance <= (0.85 * shown.radius) ** 2
+    return near
+
+
+_PARTS = 12
+"""Rows and columns that a picture of any size is told apart in."""
+
+TARGETS = {
+    "shape": len(SHAPES) + 1,
+    "colour": len(COLOURS) + 1,
+    "size": len(RADII) + 1,
+    "middle": 2,
+    "letter": len(ALPHABET) + 1,
+    "place": 8,
+    "row": _PARTS + 1,
+    "column": _PARTS + 1,
+}
+"""Name -> classes of what a patch may be asked about; class 0 is nothing."""
+
+
+def patch_targets(scene: Scene) -> dict[str, Grid]:
+    """What each patch shows: name -> (G, G) classes of :data:`TARGETS`.
+
+    G = side / 14. ``middle`` marks the patch with a thing's centre; ``place`` counts a sign's
+    letters; ``row`` and ``column`` count twelfths of the picture, where something is shown.
+    """
+    cells = scene.side // PATCH
+    grids = {name: np.zeros((cells, cells), dtype=np.uint8) for name in TARGETS}
+    for thing in scene.things:
+        inside = patches_of(thing, cells)
+        grids["shape"][inside] = SHAPES.index(thing.shape) + 1
+        grids["colour"][inside] = COLOUR_NAMES.index(thing.colour) + 1
+        grids["size"][inside] = list(RADII).index(thing.size) + 1
+        grids["middle"][int(thing.y // PATCH), int(thing.x // PATCH)] = 1
+    if scene.sign is not None:
+        for i, (letter, box) in enumerate(letter_boxes(scene.sign)):
+            inside = _patches_in(box, cells)
+            grids["letter"][inside] = ALPHABET.index(letter) + 1
+            grids["place"][inside] = i + 1
+    row, column = np.indices((cells, cells)) * _PARTS // cells + 1
+    shown = (grids["shape"] > 0) | (grids["letter"] > 0)
+    # Background has no place: a question that looks too widely still reads the right one.
+    grids["row"][shown], grids["column"][shown] = row[shown], column[shown]
+    return grids

@@ -1,0 +1,79 @@
+"""What turns gradients of bfloat16 weights into training."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from demo.losses import Heads
+
+MATRIX_RATE = 2e-3
+OTHER_RATE = 2e-3
+"""Full learning rates of the layers' matrices and of all else."""
+
+
+class Optimiser:
+    """Muon for the layers' matrices, AdamW for all else, on float32 copies of the weights."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.weights: list[Tensor] = []
+        self.masters: list[Tensor] = []
+        matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        others: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for module in modules:
+            for name, weight in module.named_parameters():
+                master = nn.Parameter(weight.detach().float().clone())
+                self.weights.append(weight)
+                self.masters.append(master)
+                inside = ".layers." in name or "projector" in name
+                tower = isinstance(module, Heads) or ".vision_tower." in name
+                (matrices if inside and weight.dim() == 2 else others)[tower].append(master)
+
+        def groups(of: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
+            return [{"params": params, "tower": tower} for tower, params in of.items()]
+
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (
+                torch.optim.Muon(
+                    groups(matrices),
+                    lr=MATRIX_RATE,
+                    weight_decay=0.05,
+                    adjust_lr_fn="match_rms_adamw",
+                ),
+                MATRIX_RATE,
+            ),
+            (
+                torch.optim.AdamW(
+                    groups(others), lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.0
+                ),
+                OTHER_RATE,
+            ),
+        ]
+
+    def step(self, share: float, tower_share: float) -> None:
+        """One step with gradients from the weights, at shares of the full rates."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        used = [master for master in self.masters if master.grad is not None]
+        nn.utils.clip_grad_norm_(used, 1.0)
+        for part, rate in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * (tower_share if group["tower"] else share)
+            part.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masters": [master.detach() for master in self.masters],
+            "parts": [part.state_dict() for part, _ in self.parts],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for master, saved in zip(self.masters, state["masters"], strict=True):
+                master.copy_(saved)
+            torch._foreach_copy_(self.weights, self.masters)
+        for (part, _), saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)

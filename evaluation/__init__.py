@@ -1,0 +1,1 @@
+"""Answers at each ratio: a table for people, one JSON document as the last line."""

@@ -1,0 +1,171 @@
+"""What the signals that tokens are pruned by know: ``python -m evaluation.signals``.
+
+The demo's pictures come with the truth about each patch, so a signal can be judged without
+pruning anything: does it rank patches that show something above those that show background,
+and do key norms, which need no question, rank tokens as the question's attention does? Runs
+the unpruned model in transformers.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from demo.drawing import draw, patch_targets
+from demo.questions import EXAM_SEED, FAMILIES, SINGLE, compose
+from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
+from vitcop_vllm.pruning.image_clusters import rms_distance
+from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
+from vitcop_vllm.pruning.selection import mean_key_norm
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def ranks_above(score: Floats, shown: npt.NDArray[np.bool_]) -> float:
+    """Chance that a patch that shows something scores above one that does not (ROC AUC)."""
+    from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
+
+    statistic = mannwhitneyu(score[shown], score[~shown]).statistic
+    return float(statistic / (shown.sum() * (~shown).sum()))
+
+
+def rank_correlation(a: Floats, b: Floats) -> float:
+    """Spearman's, over the visual tokens of a picture."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+class Reading(NamedTuple):
+    """Signals about an image's V tokens, in a decoder of L layers.
+
+    Attributes:
+        cls: (V,) attention of [CLS].
+        received: (V,) attention of all tokens, which stands in for it in encoders without [CLS].
+        key_norms: (L, V), smaller is more salient.
+        seen: (L, V) attention from the last prompt token, averaged over heads.
+        distances: Distance between tokens that are clustered: root mean square, and then the
+            5th, 50th and 95th percentile as shares of it.
+    """
+
+    cls: Floats
+    received: Floats
+    key_norms: Floats
+    seen: Floats
+    distances: Floats
+
+
+class Signals:
+    """A model in transformers, and what it says of each visual token."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+        self.processor: Any = AutoProcessor.from_pretrained(path)
+        self.model: Any = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    @torch.inference_mode()
+    def read(self, picture: Any, question: str) -> Reading:
+        """Run the model on an image and a question about it."""
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = self.processor(
+            images=picture, text=prompt, return_tensors="pt", add_special_tokens=False
+        )
+        tower = self.model.model.vision_tower
+        attention = tower.encoder.layers[self.model.config.vision_feature_layer].self_attn
+        recorded: dict[str, torch.Tensor] = {}
+        hooks = [
+            projection.register_forward_hook(
+                lambda _, __, output, name=name: recorded.__setitem__(name, output)
+            )
+            for name, projection in (("q", attention.q_proj), ("k", attention.k_proj))
+        ]
+        out = self.model(**inputs, output_attentions=True, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        heads = (attention.num_heads, -1)
+        queries, keys = (recorded[name].unflatten(-1, heads) for name in "qk")
+        saliency = cls_saliency(queries[:, 0], keys, attention.scale)
+        received = attention_received(queries, keys, attention.scale)[:, 1:]
+        features = recorded["k"][:, 1:]
+        rms = rms_distance(features)
+        shares = torch.pdist(features[0]).quantile(torch.tensor([0.05, 0.5, 0.95])) / rms
+        visual = inputs["input_ids"][0] == self.model.config.image_token_id
+        norms = [
+            mean_key_norm(layer.keys[0].transpose(0, 1))[visual]
+            for layer in out.past_key_values.layers
+        ]
+        seen = [layer[0, :, -1, visual].mean(dim=0) for layer in out.attentions]
+        return Reading(
+            saliency[0].numpy(),
+            received[0].numpy(),
+            torch.stack(norms).numpy(),
+            torch.stack(seen).numpy(),
+            torch.cat((rms, shares)).numpy(),
+        )
+
+
+def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
+    """Averages over pictures; see :func:`main` for what is printed of them."""
+    signals = Signals(path)
+    found: dict[str, list[Any]] = defaultdict(list)
+    families = list(SINGLE)
+    for i in tqdm(range(pictures), desc="pictures"):
+        rng = np.random.default_rng([EXAM_SEED + seed, len(FAMILIES), i])
+        (scene,), turns = compose(families[i % len(families)], rng)
+        grids = patch_targets(scene)
+        shown = ((grids["shape"] > 0) | (grids["letter"] > 0)).reshape(-1)
+        if not shown.any():
+            continue
+        saliency, received, norms, seen, distances = signals.read(draw(scene), turns[0].question)
+        found["saliency_auc"].append(ranks_above(saliency, shown))
+        found["received_auc"].append(ranks_above(received, shown))
+        found["distances"].append(distances)
+        found["key_norm_auc"].append([ranks_above(-norm, shown) for norm in norms])
+        found["attention_auc"].append([ranks_above(one, shown) for one in seen])
+        found["key_norm_attention"].append(
+            [rank_correlation(-norm, one) for norm, one in zip(norms, seen, strict=True)]
+        )
+    return {
+        "pictures": len(found["saliency_auc"]),
+        **{name: np.round(np.mean(values, axis=0), 3).tolist() for name, values in found.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=DEMO_NAME, help="a LLaVA-1.5 folder")
+    parser.add_argument("--pictures", type=int, default=180)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    result = measure(Path(resolve(args.model)), args.pictures, args.seed)
+    print(f"\n{result['pictures']} pictures")
+    print(f"[CLS] saliency finds what is shown: AUC {result['saliency_auc']:.3f}")
+    print(f"attention received finds it: AUC {result['received_auc']:.3f}")
+    rms, low, median, high = result["distances"]
+    print(
+        f"distances between tokens: rms {rms:.2f}, 5/50/95 % {low:.2f}/{median:.2f}/{high:.2f} of "
+        f"it; the published scale 8 is {8 / rms:.2f} of it\n"
+    )
+    print("layer  key norm AUC  attention AUC  rank correlation of -key norm and attention")
+    rows = zip(
+        result["key_norm_auc"], result["attention_auc"], result["key_norm_attention"], strict=True
+    )
+    for layer, (norm, attention, correlation) in enumerate(rows):
+        print(f"{layer:5}  {norm:12.3f}  {attention:13.3f}  {correlation:11.3f}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-"""The HTTP side: a pruning ratio per request on vLLM's own API server.
-
-``python -m server`` starts vLLM's server with our plugin on; everything a request needs is in
-:mod:`server.plugin`, so that ``vllm serve`` with ``VLLM_PLUGINS=vitcop`` serves the same.
-"""

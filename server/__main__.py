@@ -1,6 +1,0 @@
-"""``python -m server``: see :mod:`server.launcher`."""
-
-from server.launcher import main
-
-if __name__ == "__main__":
-    main()

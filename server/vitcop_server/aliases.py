@@ -1,0 +1,89 @@
+"""Model names that carry a ratio, ``NAME@0.889``: for tools that send neither header nor field."""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+from vitcop_server.adoption import adopt_in_place
+from vitcop_server.errors import RequestError
+from vitcop_server.ratio import ratio_text
+from vitcop_server.route_rules import MODEL_KEY
+from vitcop_vllm.pruning.settings import PruningSettings
+
+_SEPARATOR = "@"
+
+
+def split_alias(
+    name: str | None, served: Sequence[str], settings: PruningSettings
+) -> tuple[str | None, float | None]:
+    """The served model that a name means, and the ratio in it.
+
+    A name that is served as it stands, or of which nobody knows anything, comes back as it is.
+
+    Raises:
+        RequestError: If it names a served model and then no ratio in range.
+    """
+    if not name or name in served:
+        return name, None
+    base, separator, ratio = name.rpartition(_SEPARATOR)
+    if not separator or base not in served:
+        return name, None
+    try:
+        return base, settings.parse_ratio(ratio, name=f"the ratio in model {name!r}")
+    except ValueError as error:
+        raise RequestError(str(error), param=MODEL_KEY) from error
+
+
+class AliasedModels(OpenAIServingModels):
+    """vLLM's list of models, which also knows each model by its name with any ratio.
+
+    All of vLLM's handlers hold this one object, and ask it whether a request's model exists.
+    """
+
+    settings: PruningSettings
+    aliases: tuple[float, ...]
+
+    @classmethod
+    def adopt(cls, models: object, settings: PruningSettings, aliases: tuple[float, ...]) -> Self:
+        """Turn ``models``, which vLLM built, into an instance of this class.
+
+        Args:
+            models: vLLM's list.
+            settings: The range of ratios.
+            aliases: Ratios for which names are listed.
+        """
+        listing: Self = adopt_in_place(models, cls)
+        listing.settings = settings
+        listing.aliases = aliases
+        return listing
+
+    def split(self, name: str | None) -> tuple[str | None, float | None]:
+        """See :func:`split_alias`."""
+        served = [model.name for model in self.base_model_paths]
+        return split_alias(name, served, self.settings)
+
+    def is_base_model(self, model_name: str) -> bool:
+        base, _ = self.split(model_name)
+        return base is not None and super().is_base_model(base)
+
+    async def show_available_models(self) -> Any:
+        listed = await super().show_available_models()
+        listed.data += [
+            card.model_copy(update={"id": f"{card.id}{_SEPARATOR}{ratio_text(ratio)}"})
+            for card in listed.data
+            for ratio in self.aliases
+        ]
+        return listed
+
+
+def ratio_in_name(app: Any, name: object) -> float | None:
+    """The ratio in a model's name, if the name has one and a running ``app`` serves the model.
+
+    Raises:
+        RequestError: If the ratio is out of range.
+    """
+    models: AliasedModels | None = getattr(app.state, "openai_serving_models", None)
+    if models is None or not isinstance(name, str):
+        return None
+    return models.split(name)[1]

@@ -1,0 +1,159 @@
+"""Errors of requests: what the client has to change, in the shape of the route's protocol."""
+
+import json
+from argparse import Namespace
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.exceptions import VLLMValidationError
+
+from vitcop_server.route_rules import rules_of
+
+RETRY_SECONDS = 5
+"""Told with every 503 that tells nothing else: a queue is full, or something starts or stops."""
+
+_MAX_ERROR_BYTES = 65536
+_ERROR_TYPES = ("application/json", "text/plain", "")
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_ANTHROPIC_TYPES: dict[int, str] = {
+    HTTPStatus.UNAUTHORIZED: "authentication_error",
+    HTTPStatus.FORBIDDEN: "permission_error",
+    HTTPStatus.NOT_FOUND: "not_found_error",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "request_too_large",
+    HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error",
+    HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
+    HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
+}
+"""Anthropic's types of errors; others are the client's (``invalid_request_error``) or ours."""
+
+
+def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
+    """The JSON body of an error, the same as vLLM's own have."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """The client's fault: answered with status 400, by vLLM too where it is not caught.
+
+    Attributes:
+        param: The header or body field to change.
+    """
+
+    def __init__(self, message: str, param: str) -> None:
+        VLLMValidationError.__init__(self, message, parameter=param)
+        self.param = param
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        return error_body(str(self), "BadRequestError", HTTPStatus.BAD_REQUEST.value, self.param)
+
+
+async def nested_too_deep(request: Request, error: Exception) -> JSONResponse:
+    """Handler of ``RecursionError``, which only a client's own nesting can cause."""
+    sentence = "the body is nested too deeply"
+    return JSONResponse(error_body(sentence, "BadRequestError", 400), HTTPStatus.BAD_REQUEST)
+
+
+def use_one_shape(args: Namespace) -> None:
+    """Put :class:`OneShape` around everything else, through vLLM's own ``--middleware``."""
+    args.middleware = [*args.middleware, f"{OneShape.__module__}.{OneShape.__qualname__}"]
+
+
+class OneShape:
+    """Gives every error the shape of the route's protocol, whoever answered.
+
+    vLLM's keys, unknown routes and methods, and bodies that are no JSON have shapes of their
+    own, and a full queue says not when to come again. The shape is OpenAI's; on Anthropic's
+    routes it is Anthropic's around OpenAI's fields. Answers that are no errors, streams, and
+    what is too large to be a sentence pass untouched.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "HEAD":
+            send = _Reshaped(send, rules_of(scope).is_anthropic).send
+        await self.app(scope, receive, send)
+
+
+class _Reshaped:
+    """The messages of one answer; those of an error are held back until it is whole."""
+
+    def __init__(self, send: Send, is_anthropic: bool) -> None:
+        self._send = send
+        self._is_anthropic = is_anthropic
+        self._start: Message | None = None
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and _may_lack_shape(message):
+            self._start = message
+        elif self._start is None or message["type"] != "http.response.body":
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if not more or len(self._body) > _MAX_ERROR_BYTES:
+                await self._release(self._start, more)
+
+    async def _release(self, start: Message, more: bool) -> None:
+        self._start = None
+        body = self._body
+        if not more and len(body) <= _MAX_ERROR_BYTES:
+            body = _in_shape(start["status"], body, self._is_anthropic)
+            headers = MutableHeaders(scope=start)
+            headers["content-type"] = "application/json"
+            headers["content-length"] = str(len(body))
+            if start["status"] == HTTPStatus.SERVICE_UNAVAILABLE:
+                headers.setdefault("Retry-After", str(RETRY_SECONDS))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def _may_lack_shape(start: Message) -> bool:
+    headers = Headers(raw=start.get("headers", []))
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return (
+        start["status"] >= HTTPStatus.BAD_REQUEST
+        and kind in _ERROR_TYPES
+        and "content-encoding" not in headers
+    )
+
+
+def _in_shape(status: int, body: bytes, is_anthropic: bool) -> bytes:
+    """``body`` with what its ``error`` lacks; other fields are kept."""
+    phrase = _PHRASES.get(status, "Error")
+    told = _parsed(body)
+    fields = told if isinstance(told, dict) else {}
+    error = fields.get("error")
+    if not isinstance(error, dict):
+        message = error or fields.get("detail") or fields.get("message") or told or phrase
+        fields, error = {}, {"message": message if isinstance(message, str) else json.dumps(told)}
+    kind = phrase.replace(" ", "").replace("-", "").removesuffix("Error") + "Error"
+    whole = {**error_body(phrase, kind, status)["error"], **error}
+    if is_anthropic:
+        fields = {"type": "error", **fields}
+        whole["type"] = _anthropic_type(status)
+    shaped = {**fields, "error": whole}
+    return body if shaped == told else json.dumps(shaped).encode()
+
+
+def _anthropic_type(status: int) -> str:
+    is_client_fault = status < HTTPStatus.INTERNAL_SERVER_ERROR
+    fallback = "invalid_request_error" if is_client_fault else "api_error"
+    return _ANTHROPIC_TYPES.get(status, fallback)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode(errors="replace").strip()

@@ -1,0 +1,51 @@
+"""``vitcop-serve [--config FILE.yaml] [MODEL] [any flag of vllm serve]``.
+
+Defaults and checks in front of vLLM's own ``serve`` command, whose every mode works: several
+API server processes (``--api-server-count``) load the plugin like one, from ``VLLM_PLUGINS``.
+"""
+
+import atexit
+import os
+import sys
+import tempfile
+from collections.abc import MutableMapping, Sequence
+
+from vitcop_server.plugins import allow_plugin, require_plugin
+from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
+
+
+def _share_metrics(environ: MutableMapping[str, str]) -> None:
+    """Have engine and workers write metrics where the API server's ``/metrics`` reads them.
+
+    The Prometheus client looks for the directory when it is imported; vLLM makes one too late,
+    and only for several API servers.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" not in environ:
+        folder = tempfile.TemporaryDirectory(prefix="vitcop-metrics-")
+        environ["PROMETHEUS_MULTIPROC_DIR"] = folder.name
+        atexit.register(folder.cleanup)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve until a signal (returns) or until the engine dies (exits with status 1).
+
+    Raises:
+        SystemExit: With a sentence, before anything is loaded, if nothing could be pruned.
+    """
+    allow_plugin(os.environ)
+    _share_metrics(os.environ)
+    # vLLM reads its environment when imported.
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+
+    from vitcop_server.arguments import make_parser, parse
+
+    cli_env_setup()
+    args = parse(make_parser(), sys.argv[1:] if argv is None else argv, dict(os.environ))
+    configure_logging_from_args(args)
+    require_plugin()
+    if args.model == DEMO_NAME:
+        args.model = resolve(args.model)
+        args.served_model_name = args.served_model_name or [DEMO_NAME]
+    ServeSubcommand.cmd(args)

@@ -1,0 +1,103 @@
+"""No request costs more than the operator allows: sizes of bodies, answers per request."""
+
+from collections.abc import MutableMapping, Sized
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm import envs
+
+from vitcop_server.errors import RequestError, error_body
+
+MAX_ANSWERS = 128
+"""Largest ``n``, as OpenAI's. vLLM's own 16384 lets one request hold the engine for minutes."""
+
+
+def limit_answers(environ: MutableMapping[str, str]) -> None:
+    """Have vLLM refuse an ``n`` above ``MAX_ANSWERS``, unless the operator chose a limit."""
+    environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_ANSWERS))
+
+
+def refuse_many_conversations(conversations: Sized) -> None:
+    """Hold a batch to as many answers as ``n`` may ask for, which vLLM does not.
+
+    Raises:
+        RequestError: If there are more.
+    """
+    most = envs.VLLM_MAX_N_SEQUENCES
+    if len(conversations) > most:
+        raise RequestError(
+            f"a batch holds at most {most} conversations, and this one has {len(conversations)}: "
+            "send it in parts",
+            param="messages",
+        )
+
+
+class BodyLimit:
+    """Answers 413 to larger bodies than ``max_bytes``, before they are in memory or parsed.
+
+    Pure ASGI, and smaller bodies stream through. What a refused client still sends is read by
+    uvicorn and thrown away, so that the connection can be used again.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # Its form was checked by the HTTP parser; chunked bodies have none.
+        announced = Headers(scope=scope).get("content-length", "0")
+        if int(announced) > self.max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        counted = _CountedBody(self.max_bytes, receive, send)
+        try:
+            await self.app(scope, counted.receive, counted.send)
+        except Exception:
+            # Having been told that the client is gone, the application may raise.
+            if not counted.is_too_large:
+                raise
+        if counted.is_too_large and not counted.is_answered:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = JSONResponse(
+            error_body(
+                f"the body is larger than server.max_body_bytes, {self.max_bytes} bytes",
+                "RequestTooLargeError",
+                413,
+            ),
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        )
+        await answer(scope, receive, send)
+
+
+class _CountedBody:
+    """One request's messages; ends the body, as if the client had left, where it is too large."""
+
+    def __init__(self, max_bytes: int, receive: Receive, send: Send) -> None:
+        self.left = max_bytes
+        self.is_too_large = False
+        self.is_answered = False
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        if self.is_too_large:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self.left -= len(message.get("body", b""))
+        if self.left < 0:
+            self.is_too_large = True
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.is_too_large and not self.is_answered:
+            return  # An answer to half a body.
+        self.is_answered = True
+        await self._send(message)

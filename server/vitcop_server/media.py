@@ -1,0 +1,232 @@
+"""Loads the images of requests: fetches none unless allowed, decodes none above the limits.
+
+vLLM creates a media connector per request, by a name looked up in a registry.
+:func:`guard_media` registers ours, with its limits bound to it.
+"""
+
+import asyncio
+import math
+import warnings
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any, Self
+
+import aiohttp
+from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
+from vllm.connections import HTTPConnection
+from vllm.exceptions import VLLMUnprocessableEntityError
+from vllm.multimodal.image import open_image
+from vllm.multimodal.media import (
+    MEDIA_CONNECTOR_REGISTRY,
+    ImageMediaIO,
+    MediaConnector,
+    MediaIO,
+    MediaWithBytes,
+)
+
+from vitcop_server.data_urls import decode_base64, split_data_url
+from vitcop_server.errors import RequestError
+from vitcop_server.formats import describe_unreadable
+from vitcop_server.pixels import to_eight_bits
+from vitcop_server.settings import ServerSettings
+
+CONNECTOR_NAME = "vitcop"
+
+_PARAM = "image_url"
+_MAX_URL_LENGTH = 65536
+"""Of any URL but a data URL: parsing blocks the event loop for 0.1 s per million characters."""
+
+
+def guard_media(settings: ServerSettings, environ: MutableMapping[str, str]) -> None:
+    """Have vLLM load media through :class:`GuardedConnector`; the operator's variables win.
+
+    Args:
+        settings: The operator's limits.
+        environ: The process's environment, where vLLM looks for each request.
+    """
+    for name, value in {
+        "VLLM_MEDIA_CONNECTOR": CONNECTOR_NAME,
+        # An allowed domain must not send us to one that is not.
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
+        # The client has an answer within five seconds, after one more try a second later.
+        "VLLM_IMAGE_FETCH_TIMEOUT": "4",
+        "VLLM_MEDIA_FETCH_MAX_RETRIES": "2",
+        # Fetched images may have as many bytes as images in a body.
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(math.ceil(settings.max_body_bytes / 2**20)),
+    }.items():
+        environ.setdefault(name, value)
+    limits = PictureLimits.from_settings(settings)
+    limits.tell_pillow()
+    # One connection pool for all requests.
+    connector = partial(GuardedConnector, limits=limits, connection=BoundedConnection())
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(connector)
+
+
+class UnreachableMediaError(VLLMUnprocessableEntityError):
+    """A server that the client named failed: vLLM answers 422, in OpenAI's shape."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """Limits of sizes, checked before an image is decoded.
+
+    Attributes:
+        max_pixels: Most pixels, width times height.
+        max_aspect_ratio: Longest side over shortest.
+    """
+
+    max_pixels: int
+    max_aspect_ratio: float
+
+    @classmethod
+    def from_settings(cls, settings: ServerSettings) -> Self:
+        return cls(settings.max_picture_pixels, settings.max_aspect_ratio)
+
+    def check(self, width: int, height: int) -> None:
+        """Refuse an image of a size.
+
+        Raises:
+            RequestError: With the limit's name and value.
+        """
+        if width * height > self.max_pixels:
+            raise RequestError(
+                f"the image has {width} x {height} = {width * height} pixels, and "
+                f"server.max_picture_pixels is {self.max_pixels}",
+                param=_PARAM,
+            )
+        longest, shortest = max(width, height), min(width, height)
+        if longest > self.max_aspect_ratio * shortest:
+            raise RequestError(
+                f"the image's sides are {width} and {height}, and server.max_aspect_ratio, "
+                f"the longest over the shortest, is {self.max_aspect_ratio:g}",
+                param=_PARAM,
+            )
+
+    def tell_pillow(self) -> None:
+        """Have Pillow refuse such images inside other files too, such as icons."""
+        Image.MAX_IMAGE_PIXELS = math.ceil(self.max_pixels / 2)  # It refuses twice as many,
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # and warns before.
+
+
+class GuardedConnector(MediaConnector):
+    """vLLM's connector with our limits. It answers every failure with an error of the client's."""
+
+    def __init__(self, *args: Any, limits: PictureLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+
+    def load_from_url(self, url: str, media_io: MediaIO, **kwargs: Any) -> Any:
+        with _client_errors():
+            return super().load_from_url(_trim_url(url), self._guarded(media_io), **kwargs)
+
+    async def load_from_url_async(self, url: str, media_io: MediaIO, **kwargs: Any) -> Any:
+        with _client_errors():
+            url = _trim_url(url)
+            return await super().load_from_url_async(url, self._guarded(media_io), **kwargs)
+
+    def _load_data_url(self, url: str, media_io: MediaIO) -> Any:
+        # vLLM's own knows neither white space nor upper case.
+        return media_io.load_base64(*split_data_url(url))
+
+    def _assert_url_in_allowed_media_domains(self, url_spec: Any) -> None:
+        if not self.allowed_media_domains:
+            raise RequestError(
+                "images are not fetched from other hosts: send them as data URLs (the operator "
+                "may allow hosts with --allowed-media-domains)",
+                param=_PARAM,
+            )
+        super()._assert_url_in_allowed_media_domains(url_spec)
+
+    def _guarded(self, media_io: MediaIO) -> MediaIO:
+        if not isinstance(media_io, ImageMediaIO):
+            return media_io
+        return GuardedImageIO(self._limits, image_mode=media_io.image_mode, **media_io.kwargs)
+
+
+class GuardedImageIO(ImageMediaIO):
+    """vLLM's image reader, with size limits and correct colours. Use one instance per image."""
+
+    _file: ImageFile
+
+    def __init__(self, limits: PictureLimits, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._limits = limits
+
+    def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Image.Image]:
+        return self.load_bytes(decode_base64(data))
+
+    def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
+        try:
+            with open_image(BytesIO(data)) as file:
+                self._limits.check(*file.size)
+                self._file = file
+            loaded = super().load_bytes(data)
+            self._limits.check(*loaded.media.size)  # A container's header may lie.
+        except Image.DecompressionBombError as error:
+            raise RequestError(
+                f"the image has too many pixels: server.max_picture_pixels is "
+                f"{self._limits.max_pixels}",
+                param=_PARAM,
+            ) from error
+        except UnidentifiedImageError as error:
+            raise RequestError(describe_unreadable(data), param=_PARAM) from error
+        except OSError as error:  # From a header that is cut off.
+            raise RequestError(f"the image cannot be read: {error}", param=_PARAM) from error
+        return loaded
+
+    def _convert_image_mode(self, image: Image.Image | MediaWithBytes[Image.Image]) -> Image.Image:
+        # load_bytes passes a decoded copy, which has lost the file's format and tags.
+        assert isinstance(image, Image.Image)
+        return super()._convert_image_mode(to_eight_bits(image, self._file))
+
+
+class BoundedConnection(HTTPConnection):
+    """vLLM's HTTP client with one timeout for all tries together; vLLM's grows with each try."""
+
+    async def async_get_bytes(self, *args: Any, timeout: float, **kwargs: Any) -> bytes:
+        async with asyncio.timeout(timeout):
+            # With a timeout of its own, aiohttp would take the cancellation for that.
+            fetched: bytes = await super().async_get_bytes(*args, timeout=None, **kwargs)
+            return fetched
+
+
+def _trim_url(url: str) -> str:
+    """Remove white space around a URL, as browsers do, and refuse a URL that is too long."""
+    url = url.strip()
+    if len(url) > _MAX_URL_LENGTH and url[:5].lower() != "data:":
+        raise RequestError(
+            f"the image's URL has {len(url)} characters, of which {_MAX_URL_LENGTH} are allowed: "
+            "send image data as a data URL, which starts like 'data:image/png;base64,'",
+            param=_PARAM,
+        )
+    return url
+
+
+@contextmanager
+def _client_errors() -> Iterator[None]:
+    """Turn every failure to load media into an error of the client's; ours pass unchanged."""
+    try:
+        yield
+    except (RequestError, MemoryError):
+        raise
+    except VLLMUnprocessableEntityError as error:  # Without the URL, of any length.
+        raise UnreachableMediaError(str(error.args[0]), parameter=_PARAM) from error
+    except aiohttp.ClientResponseError as error:
+        raise UnreachableMediaError(
+            f"the image's server answered with status {error.status}", parameter=_PARAM
+        ) from error
+    except (aiohttp.ClientError, OSError) as error:  # TimeoutError is one.
+        raise UnreachableMediaError(
+            f"the image cannot be fetched ({type(error).__name__})", parameter=_PARAM
+        ) from error
+    except Exception as error:  # Decoders raise whatever they like; vLLM wraps some of it.
+        raise RequestError(
+            f"the image cannot be loaded: {error.__cause__ or error}", param=_PARAM
+        ) from error

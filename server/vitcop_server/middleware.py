@@ -1,0 +1,128 @@
+"""Around every route: the answer tells the ratio, and a ratio that vLLM would ignore is refused."""
+
+import json
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vitcop_server.aliases import ratio_in_name
+from vitcop_server.errors import RequestError
+from vitcop_server.fields import refuse_processor_fields, refuse_unsafe_body
+from vitcop_server.metrics import RATIO_ERRORS
+from vitcop_server.ratio import ratio_text
+from vitcop_server.route_rules import MODEL_KEY, RouteRules, route_path, rules_of
+from vitcop_server.settings import settings_of
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
+
+STATE_KEY = "pruning_ratio"
+"""Key in a request's state where its handler leaves the accepted ratio."""
+
+EXPLAIN_STATE_KEY = "pruning_explained"
+"""Key in a request's state of what its explanation needs; absent from all other requests."""
+
+_TOKENS_PREFIX = "/inference/"
+
+
+class PruningMiddleware:
+    """Tells the accepted ratio in the answer, and refuses ratios where a route takes none.
+
+    Pure ASGI, so that streams pass through unbuffered. Where the route's
+    :class:`~server.route_rules.RouteRules` say so, the body is read, checked and replayed: vLLM
+    would drop an unknown header or field there without a word.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        rules = rules_of(scope)
+        if not rules.is_inference:
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+
+        async def send_with_ratio(message: Message) -> None:
+            if message["type"] == "http.response.start" and 200 <= message["status"] < 300:
+                ratio = state.get(STATE_KEY)
+                if ratio is not None:
+                    MutableHeaders(scope=message)[RATIO_HEADER] = ratio_text(ratio)
+            await send(message)
+
+        if rules.is_body_read:
+            await self._check_body(rules, scope, receive, send_with_ratio)
+        else:
+            await self.app(scope, receive, send_with_ratio)
+
+    async def _check_body(
+        self, rules: RouteRules, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        # Read to the end even when the header alone decides: an unread body would cost the
+        # client its connection.
+        messages = await _read_body(receive)
+        headers = Headers(scope=scope)
+        try:
+            body = _json_object(messages)
+            ratio = ratio_in_name(scope["app"], body.get(MODEL_KEY))
+            _refuse_misplaced_ratios(rules, headers, body, ratio)
+            refuse_processor_fields(body, rules)
+            _refuse_features(route_path(scope), body)
+            refuse_unsafe_body(body, settings_of(scope["app"]), rules)
+        except RequestError as error:
+            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
+            await JSONResponse(error.body(), status_code=400)(scope, receive, send)
+            return
+        has_other = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
+        if rules.is_model_dropped and ratio is not None and not has_other:
+            header = (RATIO_HEADER.lower().encode(), ratio_text(ratio).encode())
+            scope = {**scope, "headers": [*scope["headers"], header]}
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self.app(scope, replay, send)
+
+
+def _refuse_misplaced_ratios(
+    rules: RouteRules, headers: Headers, body: Mapping[str, object], ratio_of_name: float | None
+) -> None:
+    for place, name, is_present in (
+        (RATIO_HEADER, RATIO_HEADER, RATIO_HEADER in headers),
+        (RATIO_KEY, RATIO_KEY, body.get(RATIO_KEY) is not None),
+        (MODEL_KEY, f"the ratio in model {body.get(MODEL_KEY)!r}", ratio_of_name is not None),
+    ):
+        if is_present and place not in rules.ratio_places:
+            raise RequestError(
+                f"{name} is not supported on this route: {rules.advice}", param=place
+            )
+
+
+def _refuse_features(path: str, body: Mapping[str, object]) -> None:
+    if path.startswith(_TOKENS_PREFIX) and body.get("features") is not None:
+        # Their identities carry the counts that workers plan with: a made-up one could stop
+        # the engine for everyone.
+        raise RequestError(
+            "features of pictures processed elsewhere are not accepted: send the pictures",
+            param="features",
+        )
+
+
+async def _read_body(receive: Receive) -> list[Message]:
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False):
+        messages.append(await receive())
+    return messages
+
+
+def _json_object(messages: list[Message]) -> Mapping[str, object]:
+    """The body as a JSON object; empty where it is none, for vLLM to answer."""
+    try:
+        # From bytes, so that the encoding is detected just as the route's own parser does.
+        body = json.loads(b"".join(message.get("body", b"") for message in messages))
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}

@@ -1,0 +1,105 @@
+"""Entry point of vLLM's ``vllm.endpoint_plugins`` group: everything the server adds."""
+
+import logging
+import os
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI
+
+from vitcop_server import readiness, routes
+from vitcop_server.aliases import AliasedModels
+from vitcop_server.cors import expose_headers
+from vitcop_server.errors import nested_too_deep, use_one_shape
+from vitcop_server.exit_status import exit_nonzero_when_dead
+from vitcop_server.image_cache import keep_caches_equal
+from vitcop_server.limits import BodyLimit, limit_answers
+from vitcop_server.media import guard_media
+from vitcop_server.middleware import PruningMiddleware
+from vitcop_server.page import attach_page
+from vitcop_server.preview import preview_of
+from vitcop_server.readiness import RefuseWhenStopping, note_shutdown
+from vitcop_server.serving import (
+    PrunedChat,
+    PrunedChatBatch,
+    PrunedCompletion,
+    PrunedMessages,
+    PrunedResponses,
+)
+from vitcop_server.settings import server_settings
+from vitcop_server.tokenization import PrunedTokenization
+from vitcop_server.usage import PrunedModel
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+_HANDLERS: dict[str, Any] = {
+    "openai_serving_chat": PrunedChat,
+    "openai_serving_chat_batch": PrunedChatBatch,
+    "openai_serving_completion": PrunedCompletion,
+    "openai_serving_responses": PrunedResponses,
+    "anthropic_serving_messages": PrunedMessages,
+    "serving_tokenization": PrunedTokenization,
+}
+"""Where vLLM keeps its handlers, and ours."""
+
+
+class PruningEndpointPlugin:
+    """Makes vLLM's chat, completion and response routes honour a pruning ratio per request.
+
+    Load it with ``VLLM_PLUGINS=vitcop`` and ``--trust-request-mm-kwargs``, which
+    ``vitcop-serve`` sets by itself.
+    """
+
+    name = "vitcop"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add routes and middleware; vLLM's own (keys, CORS) are added later, outside."""
+        settings = server_settings(app.state.args)
+        guard_media(settings, os.environ)
+        limit_answers(os.environ)
+        app.include_router(routes.router)
+        app.include_router(readiness.router)
+        if settings.page:
+            attach_page(app)
+        app.add_exception_handler(RecursionError, nested_too_deep)
+        app.add_middleware(PruningMiddleware)
+        app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+        app.add_middleware(RefuseWhenStopping)
+        expose_headers(app.state.args)
+        use_one_shape(app.state.args)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            logger.warning(
+                "What the engine counts (vitcop_kv_blocks_not_taken, vitcop_selection_seconds) "
+                "will be missing from /metrics: set PROMETHEUS_MULTIPROC_DIR to an empty "
+                "directory, or start with vitcop-serve, which does."
+            )
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Put our handlers in the place of vLLM's, once those are built.
+
+        Raises:
+            ValueError: If ratios could not reach the processor, the model is not ours, or a
+                setting of the server is wrong.
+        """
+        if not args.trust_request_mm_kwargs:
+            raise ValueError(
+                "a request's pruning ratio reaches the picture processor only with "
+                "--trust-request-mm-kwargs: add that flag (clients still cannot set "
+                "mm_processor_kwargs themselves)"
+            )
+        settings = server_settings(args)
+        vllm_config = engine_client.vllm_config
+        model = PrunedModel.from_config(
+            vllm_config.model_config, args.served_model_name or [args.model]
+        )
+        AliasedModels.adopt(state.openai_serving_models, model.settings, settings.aliases)
+        is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
+        for name, pruned_serving in _HANDLERS.items():
+            stock = getattr(state, name)
+            setattr(state, name, pruned_serving.adopt(stock, model, is_traced))
+        state.pruning_server_settings = settings
+        state.pruning_preview = preview_of(engine_client, model)
+        keep_caches_equal(engine_client)
+        exit_nonzero_when_dead(engine_client)
+        note_shutdown(engine_client, state)

@@ -1,0 +1,121 @@
+"""What pruning will do to an image, from its size alone; nothing is computed on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vitcop_server.usage import PrunedModel
+from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+USUAL_SIDE = 1008
+"""Longest side, in pixels, of the image that a plan is for if no size is asked for.
+
+The largest image of a model without a fixed input has some 16,000 tokens, which is no usual image.
+It divides by 14, 16 and 28, so that such an image fits the model's grid without scaling.
+"""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The served model's plans for images.
+
+    Attributes:
+        model: Settings and depth.
+        info: vLLM's processing info of the model, with our plans.
+        kv_bytes: Bytes of a token's keys and values in one layer, over all devices.
+    """
+
+    model: PrunedModel
+    info: Any
+    kv_bytes: int
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """First decoder layer of each stage."""
+        return (0, *self.model.settings.boundaries(self.model.num_layers))
+
+    @property
+    def saliency_source(self) -> str | None:
+        """What Stage I ranks visual tokens by; see ``Selector.saliency_source``."""
+        selector = SELECTORS[self.model.settings.selector]
+        return selector.saliency_source(has_cls=self.info.has_cls)
+
+    def input_size(self) -> tuple[int, int]:
+        """Width and height of the model's largest input, at most ``USUAL_SIDE`` each."""
+        size = self.info.get_image_size_with_most_features()
+        return min(size.width, USUAL_SIDE), min(size.height, USUAL_SIDE)
+
+    def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
+        """What an image keeps at a ratio that has been accepted.
+
+        Raises:
+            ValueError: If the model takes no image of this size.
+        """
+        tokens = self.info.layout(width, height).num_tokens
+        counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
+        return counts
+
+    def picture_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
+        """The image's part of an answer: what of it is seen, and how much is kept."""
+        layout = self.info.layout(width, height)
+        boundaries = self.model.settings.boundaries(self.model.num_layers)
+        return {
+            "width": width,
+            "height": height,
+            "box": list(layout.box),
+            "grid": {"rows": layout.rows, "columns": layout.columns},
+            "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
+            "encoder_tokens": counts.encoder,
+            "cluster_centres": counts.centres,
+            "saliency_source": self.saliency_source,
+        }
+
+    def stage_fields(self, counts: VisualTokenCounts) -> list[dict[str, Any]]:
+        """Layers and tokens of each stage."""
+        first = self.first_layers
+        last = [*(layer - 1 for layer in first[1:]), self.model.num_layers - 1]
+        return [
+            {"first_layer": a, "last_layer": b, "tokens": tokens}
+            for a, b, tokens in zip(first, last, counts.stages, strict=True)
+        ]
+
+    def plan_fields(self, width: int, height: int, ratio: float) -> dict[str, Any]:
+        """The answer of ``/v1/pruning/plan``.
+
+        ``decoder_speed_up`` counts an image's tokens alone: what the decoder saves on them if
+        cost is proportional to tokens. ``kv_bytes`` are of its tokens, without what blocks
+        round up.
+
+        Raises:
+            ValueError: If the model takes no image of this size.
+        """
+        counts = self.counts(width, height, ratio)
+        stages = self.stage_fields(counts)
+        slots = sum(s["tokens"] * (s["last_layer"] - s["first_layer"] + 1) for s in stages)
+        unpruned = counts.encoder * self.model.num_layers
+        kv_bytes = {"unpruned": unpruned * self.kv_bytes, "pruned": slots * self.kv_bytes}
+        return {
+            "pruning_ratio": ratio,
+            **self.picture_fields(width, height, counts),
+            "stages": stages,
+            "decoder_speed_up": unpruned / slots,
+            "kv_bytes": {**kv_bytes, "saved": kv_bytes["unpruned"] - kv_bytes["pruned"]},
+        }
+
+
+def preview_of(engine_client: Any, model: PrunedModel) -> Preview:
+    """From the parts of a running server that know."""
+    info = engine_client.renderer.mm_processor.info
+    return Preview(model, info, _kv_bytes(engine_client.vllm_config))
+
+
+def _kv_bytes(vllm_config: Any) -> int:
+    model_config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    heads = model_config.get_num_kv_heads(parallel) * parallel.tensor_parallel_size
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    dtype = str(model_config.dtype) if cache_dtype == "auto" else cache_dtype
+    size = _DTYPE_BYTES.get(dtype.removeprefix("torch."), 1)  # all others are FP8
+    return int(2 * heads * model_config.get_head_size() * size)

@@ -1,0 +1,59 @@
+"""What every handler of ours does first: accept the ratio of a request."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+from fastapi import Request
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from vitcop_server.adoption import adopted
+from vitcop_server.aliases import AliasedModels
+from vitcop_server.errors import RequestError
+from vitcop_server.metrics import RATIO_ERRORS
+from vitcop_server.middleware import STATE_KEY
+from vitcop_server.ratio import accepted_ratio
+from vitcop_server.route_rules import MODEL_KEY
+from vitcop_server.usage import PrunedModel
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
+
+
+class RatioServing:
+    """Accepts a request's ratio; stands before a vLLM serving class.
+
+    Attributes:
+        pruned_model: Settings, depth and names.
+        is_traced: Whether spans are exported.
+    """
+
+    pruned_model: PrunedModel
+    is_traced: bool
+    models: AliasedModels
+    create_error_response: Callable[..., ErrorResponse]
+
+    @classmethod
+    def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
+        """``serving`` as an instance of its own subclass."""
+        handler: Self = adopted(serving, cls)
+        handler.pruned_model = pruned_model
+        handler.is_traced = is_traced
+        return handler
+
+    def accept_ratio(self, request: Any, raw_request: Request | None) -> float:
+        """The ratio that a request asks for by header, field or alias; the answer tells it.
+
+        An alias in ``request.model`` becomes the name of the model.
+
+        Raises:
+            RequestError: If a ratio is out of range, or header and field differ.
+        """
+        request.model, default = self.models.split(request.model)
+        headers = [] if raw_request is None else raw_request.headers.getlist(RATIO_HEADER)
+        body_value = getattr(request, RATIO_KEY, None)
+        ratio = accepted_ratio(self.pruned_model.settings, headers, body_value, default)
+        if raw_request is not None:
+            setattr(raw_request.state, STATE_KEY, ratio)
+        return ratio
+
+    def refusal(self, error: RequestError) -> ErrorResponse:
+        RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
+        return self.create_error_response(str(error), param=error.param)

@@ -1,0 +1,80 @@
+"""Ready is not alive: whether to send requests here, and no new ones once it is to stop."""
+
+import logging
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.v1.engine import async_llm
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vitcop_server.errors import RETRY_SECONDS, error_body
+
+_STATE_KEY = "vitcop_stopping"
+
+router = APIRouter()
+
+
+def note_shutdown(engine_client: Any, state: Any) -> None:
+    """Have ``state`` tell from the first moment of vLLM's shutdown that it has begun.
+
+    With ``--shutdown-timeout`` vLLM lets requests finish, but goes on taking new ones and
+    answers them with status 500.
+    """
+    setattr(state, _STATE_KEY, False)
+    stock_shutdown = engine_client.shutdown
+
+    def shutdown(timeout: float | None = None) -> None:
+        setattr(state, _STATE_KEY, True)
+        logging.getLogger(async_llm.__name__).addFilter(_is_news)
+        stock_shutdown(timeout=timeout)
+
+    engine_client.shutdown = shutdown
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record says more than that the engine, told to stop, has stopped.
+
+    vLLM ends the engine before the task that reads from it, which then logs an error.
+    """
+    return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
+
+
+@router.head("/ready", include_in_schema=False)
+@router.get("/ready")
+async def ready(raw_request: Request) -> JSONResponse:
+    """200 while requests are welcome; 503 while it stops, or when the engine is dead."""
+    state = raw_request.app.state
+    if getattr(state, _STATE_KEY, False):
+        return _unavailable("the server is shutting down")
+    try:
+        await state.engine_client.check_health()
+    except EngineDeadError:
+        return _unavailable("the engine is dead")
+    return JSONResponse({"status": "ready"})
+
+
+class RefuseWhenStopping:
+    """Answers 503 to requests that come once the server is to stop; others go on."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "POST"
+            and getattr(scope["app"].state, _STATE_KEY, False)
+        ):
+            await _unavailable("the server is shutting down")(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+
+def _unavailable(why: str) -> JSONResponse:
+    return JSONResponse(
+        error_body(why, "ServiceUnavailableError", 503),
+        status_code=503,
+        headers={"Retry-After": str(RETRY_SECONDS), "Connection": "close"},
+    )

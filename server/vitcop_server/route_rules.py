@@ -1,0 +1,97 @@
+"""One table of routes: where a pruning ratio may stand, and whose protocol the route speaks."""
+
+import re
+from dataclasses import dataclass, replace
+
+from starlette.types import Scope
+
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
+
+MODEL_KEY = "model"
+"""Body field whose value may carry a ratio: see :mod:`vitcop_server.aliases`."""
+
+EXPLAIN_ROUTE = "/v1/pruning/explain"
+
+_ANYWHERE = frozenset({RATIO_HEADER, RATIO_KEY, MODEL_KEY})
+
+
+@dataclass(frozen=True)
+class RouteRules:
+    """What one POST route does with a pruning ratio; the defaults are those of unknown routes.
+
+    Attributes:
+        ratio_places: Where a ratio may stand: header, body field, or the model's name. A ratio in
+            any other place is refused, because vLLM would ignore it.
+        is_body_read: Whether our middleware reads the body before vLLM does. The handlers of chats
+            and completions check their requests themselves: their bodies hold large images, and
+            parsing those twice would be slow.
+        is_model_dropped: Whether vLLM drops the body's ``model`` before a handler sees it.
+        is_inference: False for routes that clients with default headers call beside inference.
+        is_anthropic: Whether errors have Anthropic's shape around OpenAI's.
+    """
+
+    ratio_places: frozenset[str] = frozenset()
+    is_body_read: bool = True
+    is_model_dropped: bool = False
+    is_inference: bool = True
+    is_anthropic: bool = False
+
+    @property
+    def advice(self) -> str:
+        """How to send a ratio, as the end of a sentence."""
+        if RATIO_HEADER not in self.ratio_places:
+            return "send it to /v1/chat/completions, /v1/completions or /v1/responses"
+        if RATIO_KEY not in self.ratio_places:
+            return f"send header {RATIO_HEADER}"
+        return f"send header {RATIO_HEADER} or body field {RATIO_KEY}"
+
+
+CHAT_RULES = RouteRules(_ANYWHERE, is_body_read=False)
+
+_UNKNOWN = RouteRules()
+_UNKNOWN_ANTHROPIC = RouteRules(is_anthropic=True)
+# Anthropic's protocol has no room for fields of ours.
+_MESSAGES = replace(_UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, MODEL_KEY}))
+# Text or tokens only, and nothing to prune: a model under any of its names is the same.
+_TEXT = RouteRules(frozenset({MODEL_KEY}))
+_NOT_INFERENCE = RouteRules(is_inference=False)
+
+ROUTES = {
+    "/v1/chat/completions": CHAT_RULES,
+    "/v1/chat/completions/batch": CHAT_RULES,
+    "/v1/completions": CHAT_RULES,
+    EXPLAIN_ROUTE: CHAT_RULES,
+    "/v1/responses": RouteRules(_ANYWHERE),
+    # SageMaker's layer puts the name of an adapter, which is in a header, in the model's place.
+    "/invocations": RouteRules(_ANYWHERE, is_model_dropped=True),
+    "/tokenize": RouteRules(_ANYWHERE),
+    "/v1/messages": _MESSAGES,
+    "/v1/messages/count_tokens": _MESSAGES,
+    "/detokenize": _TEXT,
+    "/generative_scoring": _TEXT,
+    "/v1/chat/completions/derender": _TEXT,
+    "/v1/completions/derender": _TEXT,
+    "/v1/completions/render": _TEXT,
+    "/ping": _NOT_INFERENCE,
+    "/start_profile": _NOT_INFERENCE,
+    "/stop_profile": _NOT_INFERENCE,
+}
+
+_ANTHROPIC = re.compile(r"/v1/messages(/.*)?")
+_CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
+
+
+def rules_of(scope: Scope) -> RouteRules:
+    """The rules of the route that an HTTP request asks for."""
+    path = route_path(scope)
+    if path in ROUTES:
+        return ROUTES[path]
+    if _CANCEL.fullmatch(path):
+        return _NOT_INFERENCE
+    return _UNKNOWN_ANTHROPIC if _ANTHROPIC.fullmatch(path) else _UNKNOWN
+
+
+def route_path(scope: Scope) -> str:
+    """A request's path without the prefix of a proxy."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))

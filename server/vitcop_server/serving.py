@@ -1,0 +1,215 @@
+"""vLLM's chat, completion and response handlers, honouring a pruning ratio per request.
+
+Why here: subclassing a serving class is how vLLM builds its own variants (Anthropic, Cohere),
+and a handler sees everything at the right moment. The body is already parsed and validated,
+once and by vLLM, so malformed requests keep vLLM's answers. The prompt is processed before any
+response is started, in the task that serves the request, once whatever ``n`` is. Usage is still
+an object here, not text.
+The alternatives see less: middleware would parse and write every body a second time, and the
+engine client's ``generate`` does not know which HTTP answer it works for.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any, Self
+
+from fastapi import Request
+from vllm.entrypoints.anthropic.protocol import (
+    AnthropicCountTokensRequest,
+    AnthropicMessagesRequest,
+)
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from vitcop_server.adoption import adopted
+from vitcop_server.errors import RequestError
+from vitcop_server.fields import (
+    PROCESSOR_FIELDS,
+    refuse_images_by_name,
+    refuse_processor_fields,
+    refuse_unbatched_fields,
+    refuse_unsafe_fields,
+)
+from vitcop_server.limits import refuse_many_conversations
+from vitcop_server.metrics import count_request
+from vitcop_server.middleware import EXPLAIN_STATE_KEY
+from vitcop_server.ratio_serving import RatioServing
+from vitcop_server.rendering import PictureRenderer, remembering
+from vitcop_server.settings import ServerSettings, settings_of
+from vitcop_server.tracing import trace_pruning
+from vitcop_server.usage import PrunedModel, extend_event, extend_usage, picture_counts
+from vitcop_vllm.pruning.identity import EXPLAIN_KEY
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+
+class _PrunedServing(RatioServing):
+    """What all handlers share that generate; stands before a vLLM serving class.
+
+    Attributes:
+        prompt_field: The body field that is rendered.
+    """
+
+    prompt_field = "messages"
+    online_renderer: Any
+
+    @classmethod
+    def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
+        handler = super().adopt(serving, pruned_model, is_traced)
+        handler.online_renderer = adopted(handler.online_renderer, PictureRenderer)
+        handler.online_renderer.prompt_field = cls.prompt_field
+        return handler
+
+    async def _create_pruned(
+        self, create: Callable[..., Awaitable[Any]], request: Any, raw_request: Request | None
+    ) -> Any:
+        """vLLM's answer to ``request`` under its ratio, with usage that reports pruning."""
+        start_ns = time.time_ns()
+        try:
+            ratio = self._take_ratio(request, raw_request)
+        except RequestError as error:
+            return self.refusal(error)
+        with remembering() as names:
+            answer = await create(request, raw_request)
+        if isinstance(answer, ErrorResponse):
+            return answer
+        pictures = picture_counts(names)
+        count_request(ratio, pictures)
+        fields = self.pruned_model.usage_fields(pictures)
+        if raw_request is not None:
+            if (explained := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
+                explained.names += names
+            if self.is_traced:
+                trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
+        if isinstance(answer, AsyncGenerator):
+            return self._extend_stream(answer, fields)
+        extend_usage(answer.usage, fields)
+        return answer
+
+    def _take_ratio(self, request: Any, raw_request: Request | None) -> float:
+        """Validate the ratio and write it where vLLM passes it to our processor."""
+        refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
+        ratio = self.accept_ratio(request, raw_request)
+        self._refuse_fields(request, settings_of(getattr(raw_request, "app", None)))
+        request.mm_processor_kwargs = {RATIO_KEY: ratio}
+        explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
+        if explained is not None:
+            refuse_images_by_name(request.messages)
+            request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
+        return ratio
+
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        refuse_unsafe_fields(request, settings)
+
+    def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
+        """An event of a stream with ``fields`` in its usage, if it has one."""
+        return extend_event(event, fields)
+
+    async def _extend_stream(
+        self, events: AsyncGenerator[Any, None], fields: Mapping[str, Any]
+    ) -> AsyncGenerator[Any, None]:
+        # A client that leaves closes this generator; vLLM frees the request when its own closes.
+        async with aclosing(events):
+            async for event in events:
+                yield self._extend_event(event, fields)
+
+
+class PrunedChat(_PrunedServing, OpenAIServingChat):
+    """Handler of ``/v1/chat/completions``."""
+
+    async def create_chat_completion(
+        self, request: ChatCompletionRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(super().create_chat_completion, request, raw_request)
+
+
+class PrunedChatBatch(_PrunedServing, OpenAIServingChatBatch):
+    """Handler of ``/v1/chat/completions/batch``: conversations at one ratio, with one usage."""
+
+    async def create_batch_chat_completion(
+        self, request: BatchChatCompletionRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(super().create_batch_chat_completion, request, raw_request)
+
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        refuse_many_conversations(request.messages)
+        refuse_unbatched_fields(request)
+        super()._refuse_fields(request, settings)
+
+
+class _CountTokensRequest(AnthropicCountTokensRequest):
+    """vLLM's request with room for the ratio."""
+
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+
+class PrunedMessages(PrunedChat, AnthropicServingMessages):
+    """Handler of ``/v1/messages``, which vLLM serves as a chat.
+
+    Header and alias work; the protocol's ``usage`` has no room for ours.
+    """
+
+    async def count_tokens(
+        self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
+    ) -> Any:
+        try:
+            ratio = self.accept_ratio(request, raw_request)
+        except RequestError as error:
+            return self.refusal(error)
+        request = _CountTokensRequest.model_construct(
+            **dict(request), mm_processor_kwargs={RATIO_KEY: ratio}
+        )
+        return await super().count_tokens(request, raw_request)
+
+    @classmethod
+    def to_chat_completion_request(
+        cls,
+        anthropic_request: AnthropicMessagesRequest | AnthropicCountTokensRequest,
+        **kwargs: Any,
+    ) -> ChatCompletionRequest:
+        chat = super().to_chat_completion_request(anthropic_request, **kwargs)
+        chat.mm_processor_kwargs = getattr(anthropic_request, "mm_processor_kwargs", None)
+        return chat
+
+
+class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
+    """Handler of ``/v1/completions``.
+
+    vLLM's completions take text and tokens only, never pictures: a ratio is validated and
+    echoed there, and there is nothing to prune.
+    """
+
+    prompt_field = "prompt"
+
+    async def create_completion(
+        self, request: CompletionRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(super().create_completion, request, raw_request)
+
+
+class PrunedResponses(_PrunedServing, OpenAIServingResponses):
+    """Handler of ``/v1/responses``."""
+
+    prompt_field = "input"
+
+    async def create_responses(
+        self, request: ResponsesRequest, raw_request: Request | None = None
+    ) -> Any:
+        return await self._create_pruned(super().create_responses, request, raw_request)
+
+    def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
+        """Nothing: vLLM parses strictly here, and the middleware has looked into the body."""
+
+    def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
+        extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)
+        return event

@@ -1,0 +1,24 @@
+"""vLLM's ``/tokenize``, which counts what a pruned prompt has."""
+
+from typing import Any
+
+from fastapi import Request
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeChatRequest, TokenizeRequest
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+
+from vitcop_server.errors import RequestError
+from vitcop_server.ratio_serving import RatioServing
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+
+class PrunedTokenization(RatioServing, ServingTokenization):
+    """Handler of ``/tokenize`` and ``/detokenize``: a chat has as many tokens as it would cost."""
+
+    async def create_tokenize(self, request: TokenizeRequest, raw_request: Request) -> Any:
+        try:
+            ratio = self.accept_ratio(request, raw_request)
+        except RequestError as error:
+            return self.refusal(error)
+        if isinstance(request, TokenizeChatRequest):
+            request.mm_processor_kwargs = {RATIO_KEY: ratio}
+        return await super().create_tokenize(request, raw_request)

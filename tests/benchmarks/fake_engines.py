@@ -1,0 +1,103 @@
+"""Engines that cost exactly what the plan says: every ideal must come out as met."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import floor
+from typing import Any
+
+from benchmarks.asks import Ask
+from benchmarks.engines import EngineName
+from benchmarks.ideals import PicturePlan, ideal_capacity
+from benchmarks.scenarios import ANSWER_TOKENS
+from benchmarks.shapes import Shape
+from vitcop_vllm.pruning.settings import SelectorName
+
+ENCODER = 0.5
+"""Seconds of a picture."""
+
+TOKEN = 1e-3
+"""Seconds of a token in all decoder layers."""
+
+STEP = 0.01
+"""Seconds of a decode step, whatever is in the KV cache."""
+
+CACHED = 1e-6
+"""Seconds of a token in the KV cache, in all layers, in each decode step."""
+
+
+class FakeEngine:
+    """Takes down what it is told to serve, in ``asked``."""
+
+    def __init__(self, name: EngineName, shape: Shape) -> None:
+        self.shape = shape
+        self.selector: SelectorName | None = None if name == "stock" else name
+        self.asked: list[Mapping[str, Any]] = []
+
+    def _unpruned(self, ask: Ask) -> float:
+        shape = replace(self.shape, image_size=ask.image_size)
+        if ask.max_pixels is None:
+            return shape.visual_tokens
+        return shape.visual_tokens * ask.max_pixels / ask.image_size**2
+
+    def _visual(self, ask: Ask) -> float:
+        if self.selector is None:
+            return self._unpruned(ask)
+        shape = replace(self.shape, image_size=ask.image_size)
+        return PicturePlan.of(shape, ask.ratio, self.selector).average
+
+    def run(self, what: str, **command: Any) -> dict[str, Any]:
+        self.asked.append({"what": what, **command})
+        run: dict[str, Any] = getattr(self, what)(**command)
+        return run
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "model_runner": "vllm.v1.worker.cpu_model_runner.CPUModelRunner",
+            "model_runner_version": "V1",
+            "threads": 2,
+            "kv_blocks": 256,
+            "block_size": 128,
+            "compilation_mode": 0,
+            "cudagraph_mode": "CUDAGraphMode.NONE",
+            "async_scheduling": False,
+        }
+
+    def text(self, *, batch: int, tokens: int, max_tokens: int) -> dict[str, Any]:
+        step = STEP + batch * tokens * CACHED
+        seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
+        return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
+
+    def pictures(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
+        encoder = ENCODER * sum(len(ask.pictures) for ask in asks)
+        lengths = [len(ask.prompt) + len(ask.pictures) * self._visual(ask) for ask in asks]
+        prefill = encoder + sum(lengths) * TOKEN
+        answers = [ask.max_tokens - 1 for ask in asks]
+        steps = [
+            STEP
+            + CACHED
+            * sum(length for length, left in zip(lengths, answers, strict=True) if step < left)
+            for step in range(max(answers))
+        ]
+        result = {
+            "seconds": max(prefill + sum(steps), max(ask.arrival for ask in asks)),
+            "first_token_seconds": [prefill] * len(asks),
+            "first_token_seconds_once_sent": [prefill / 2] * len(asks),
+            "decode_step_seconds": steps,
+            "prompt_tokens": [
+                len(ask.prompt) + len(ask.pictures) * self._unpruned(ask) for ask in asks
+            ],
+            "reused_tokens": [0] * len(asks),
+            "tokens": [[ask.max_tokens] for ask in asks],
+            "answers": ["a" * ask.max_tokens for ask in asks],
+        }
+        if watched:
+            result |= {"encoder_seconds": encoder, "stage_seconds": 0.001 * prefill}
+        return result
+
+    def capacity(self, *, asks, budget: int) -> dict[str, Any]:
+        longest = len(asks[0].prompt) + self._visual(asks[0]) + ANSWER_TOKENS - 1
+        fit = ideal_capacity(budget, longest, self.shape.layers)
+        return {"most": min(floor(fit), len(asks)), "preemptions": 0}
+
+    def stop(self) -> None:
+        pass

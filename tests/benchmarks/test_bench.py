@@ -1,0 +1,214 @@
+"""The document a bench leaves; what is in it, nobody can know beforehand."""
+
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks import bench, cold_start, prefill, qwen_checkpoint, scenarios
+from benchmarks.bench_options import COLD_START, SCENARIOS
+from benchmarks.engines import OURS, PEER, STOCK, EngineDiedError, running_engines
+from benchmarks.goals import GOALS
+from benchmarks.qwen_checkpoint import SMALL, save_random_qwen
+from benchmarks.rounds import Rounds
+from benchmarks.shapes import SHAPES
+from benchmarks.tables import TABLES
+from tests.benchmarks.fake_engines import FakeEngine
+from tests.benchmarks.test_rounds import Bar
+from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
+
+
+def test_scenarios_have_names_and_tables():
+    assert (*bench.SCENARIOS, COLD_START) == SCENARIOS == tuple(TABLES)
+
+
+def test_another_device_is_refused_before_anything_starts(capsys):
+    # The tests run on vLLM's CPU build.
+    assert bench.main(["--device", "gpu"]) == 2
+    assert "make install DEVICE=gpu" in capsys.readouterr().err
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Engines that cost what the plan says, in place of the bench's own."""
+
+    @contextmanager
+    def running(model, options, names):
+        assert (model / "config.json").exists()
+        yield {name: FakeEngine(name, DEMO) for name in names}
+
+    monkeypatch.setattr(bench, "running_engines", running)
+    monkeypatch.setattr(bench, "EngineProcess", lambda model, options, name: FakeEngine(name, DEMO))
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("peers", [False, True])
+def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_path):
+    argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "2", "--batches", "1,16"]
+    plot = tmp_path / "speed.png"
+    assert bench.main([*argv, "--plot", str(plot), *(["--peers"] if peers else [])]) == 0
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert list(document) == ["conditions", *SCENARIOS, "goals"]
+    conditions = document["conditions"]
+    assert conditions["engines"].keys() == ({STOCK, OURS, PEER} if peers else {STOCK, OURS})
+    for name in ("vllm", "torch", "processor", "device_name"):
+        assert conditions[name]
+    assert (conditions["shape"], conditions["load_format"]) == ("demo", "dummy")
+    assert conditions["options"]["dtype"] == "float32"
+    # A GPU's, other weights', and those of a shape that takes images of any size.
+    elsewhere = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0", "prefill_speed_at_0"}
+    assert document["goals"].keys() == GOALS.keys() - elsewhere
+    assert document["goals"]["throughput_at_0"]["met"]
+    rows = document["prefill"]
+    assert len(rows) == 2 * len(prefill.RATIOS) * (1 + peers)
+    for title in (table.title for table in TABLES.values()):
+        assert title in out
+    assert ("vs-cls" in out) is peers
+    assert plot.stat().st_size > 10_000
+
+
+def test_images_of_any_size(capsys, monkeypatch, tmp_path):
+    @contextmanager
+    def running(model, options, names):
+        assert (model / "config.json").exists()
+        assert options["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
+        yield {name: FakeEngine(name, SMALL) for name in names}
+
+    monkeypatch.setattr(bench, "running_engines", running)
+    monkeypatch.setitem(SHAPES, "qwen2.5-vl-small", replace(SMALL, hidden=64, heads=1))
+    plot = tmp_path / "speed.png"
+    argv = ["--shape", "qwen2.5-vl-small", "--rounds", "2", "--plot", str(plot)]
+    assert bench.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "saves work of the encoder, too, which pruning does not" in out
+    document = json.loads(out.splitlines()[-1])
+    assert document.keys() == {"conditions", "prefill", "goals"}
+    assert document["goals"].keys() == {
+        *("prefill_vs_ideal", "prefill_speed_at_0", "stages_share_of_unpruned_prefill")
+    }
+    cases = [(row["image_size"], row["ratio"], row["selector"]) for row in document["prefill"]]
+    assert cases == [
+        (size, ratio, selector)
+        for size in (448, 1344)
+        for ratio in ("0", *prefill.RATIOS)
+        for selector in ([OURS] if ratio == "0" else [OURS, prefill.SCALED_DOWN])
+    ]
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("fakes")
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_each_scenario_by_itself_goes_through_as_many_rounds_as_it_says(
+    scenario, capsys, monkeypatch
+):
+    bars = []
+
+    class KeptBar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(bench, "tqdm", KeptBar)
+    argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "4"]
+    assert bench.main([*argv, "--scenarios", scenario]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document.keys() == {"conditions", scenario, "goals"}
+    (bar,) = bars
+    assert bar.n == bar.total > 0
+
+
+@pytest.mark.usefixtures("fakes")
+def test_too_little_memory_is_told_before_anything_is_measured(capsys):
+    argv = ["--shape", "demo", "--load-format", "dummy", "--running", "43"]
+    assert bench.main([*argv, "--scenarios", "decode"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "43 are to run at once" in err
+
+
+@pytest.mark.usefixtures("fakes")
+def test_what_was_measured_before_an_engine_died_is_told(capsys, monkeypatch, tmp_path):
+    def die(self, **command):
+        raise EngineDiedError("engine stock is gone")
+
+    monkeypatch.setattr(FakeEngine, "capacity", die)
+    argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "2"]
+    plot = tmp_path / "speed.png"
+    assert bench.main([*argv, "--plot", str(plot)]) == 1
+    out, err = capsys.readouterr()
+    assert "engine stock is gone" in err
+    document = json.loads(out.splitlines()[-1])
+    assert document["died"] == "engine stock is gone"
+    assert document["prefill"]
+    assert document["turns"]
+    assert document.keys().isdisjoint({"capacity", "load", COLD_START})
+    assert not plot.exists()
+
+
+def test_cold_starts_in_turn():
+    order = []
+
+    def start(name: Any) -> Any:
+        order.append(name)
+        return FakeEngine(name, DEMO)
+
+    [row] = cold_start.measure_cold_start(start, 2, Bar())
+    # The first pair fills caches.
+    assert order == [STOCK, OURS, OURS, STOCK, STOCK, OURS]
+    for until in ("ready", "first_token"):
+        low, high = row[f"{until}_seconds_over_stock_spread"]
+        assert low <= row[f"{until}_seconds_over_stock"] <= high
+    assert row["ours_first_token_seconds"] >= row["ours_ready_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_real_engines_with_weights_that_are_made_up(tmp_path):
+    save_config(tmp_path, TINY)
+    started = {
+        "dtype": "float32",
+        "load_format": "dummy",
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "kv_cache_memory_bytes": 256 << 20,
+    }
+    with running_engines(tmp_path, started, (STOCK, OURS)) as engines:
+        rounds = Rounds(engines, TINY, 1, Bar(), watch_apart=True)
+        [unpruned] = scenarios.measure_decode(rounds, "0", 2, 6)
+        [row] = prefill.measure_images(rounds, "8/9", 2)
+        about = {name: engine.run("about") for name, engine in engines.items()}
+        engines[OURS]._process.kill()
+        with pytest.raises(EngineDiedError, match=f"{OURS} was killed.*--kv-cache-gib"):
+            engines[OURS].run("about")
+    assert unpruned["same_tokens"], "vLLM made up other weights for ours"
+    assert row["stock_encoder_ms"] > 0
+    assert row["stages_share"] > 0
+    assert row["visual_tokens"][0] < TINY.visual_tokens
+    assert about[STOCK]["model_runner"].startswith("vllm.")
+    assert about[OURS]["model_runner"].startswith("vitcop_vllm.")
+    assert about[OURS]["model_runner_version"] == about[STOCK]["model_runner_version"] == "V1"
+
+
+@pytest.mark.slow
+def test_real_engines_with_images_that_are_scaled_down(tmp_path):
+    save_random_qwen(tmp_path, qwen_checkpoint.TINY)
+    started = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 256 << 20,
+        "pruning": {"deep_boundary": 5},
+    }
+    with running_engines(tmp_path, started, (STOCK, OURS)) as engines:
+        rounds = Rounds(engines, replace(qwen_checkpoint.TINY, boundaries=(1, 5)), 1, Bar())
+        ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, 448)
+        [unpruned] = prefill.measure_prefill(rounds, "0", 1, 336)
+    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=1.0)
+    assert scaled["average_tokens"] == 5 * 5
+    assert ours["stages_share"] > 0
+    assert min(ours["encoder_ms"], scaled["encoder_ms"], ours["stock_encoder_ms"]) > 0
+    assert unpruned["average_tokens"] == 144
+    assert unpruned["stages_share"] == 0

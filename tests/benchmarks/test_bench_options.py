@@ -1,0 +1,145 @@
+"""What the bench is told, and what it tells its engines."""
+
+import argparse
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks import load, prefill
+from benchmarks.bench_options import (
+    SCENARIOS,
+    TooLittleMemoryError,
+    check_room,
+    engine_options,
+    parse_arguments,
+    settle_defaults,
+    write_checkpoint,
+)
+from benchmarks.shapes import SHAPES
+from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B
+
+
+def settled(*argv: str, device: Any = "cpu") -> argparse.Namespace:
+    arguments = parse_arguments(argv, None)
+    settle_defaults(arguments, device)
+    return arguments
+
+
+def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
+    return engine_options(settled(*argv, device=device), shape)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--device", "tpu"], "invalid choice"),
+        (["--shape", "llava"], "invalid choice"),
+        (["--scenarios", "prefil"], "invalid choice"),
+        (["--rounds", "0"], "at least 1"),
+        (["--batches", "1,0"], "at least 1"),
+        (["--running", "many"], "invalid"),
+        (["--rates", "2,0"], "above 0"),
+        (["--plot", "nowhere/speed.png"], "no folder nowhere"),
+        (
+            ["--shape", "qwen2.5-vl-small", "--scenarios", "prefill", "decode"],
+            "scenario decode knows one size of image only: for qwen2.5-vl-small there is prefill",
+        ),
+        (["--shape", "qwen2.5-vl-small", "--peers"], "selector cls needs [CLS]"),
+    ],
+)
+def test_arguments_that_are_refused(argv, says, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(argv, None)
+    assert says in capsys.readouterr().err
+
+
+def test_scenarios_run_once_each_and_in_order():
+    chosen = parse_arguments(["--scenarios", "load", "prefill", "load"], None)
+    assert chosen.scenarios == ["prefill", "load"]
+    assert parse_arguments([], None).scenarios == list(SCENARIOS)
+
+
+def test_defaults_suit_the_device_and_the_shape():
+    cpu, gpu = settled(), settled(device="gpu")
+    assert (cpu.shape, cpu.dtype, gpu.shape, gpu.dtype) == (
+        *("demo", "float32"),
+        *("llava-1.5-7b", "bfloat16"),
+    )
+    assert (cpu.compile, cpu.kv_cache_gib, cpu.load_format) == (False, 2, "random")
+    assert (gpu.compile, gpu.kv_cache_gib, gpu.load_format) == (True, None, "dummy")
+    assert settled("--shape", "small").kv_cache_gib == 6
+    assert settled("--shape", "small", "--dtype", "bfloat16").kv_cache_gib == 3
+    assert gpu.chat_tokens > cpu.chat_tokens
+    assert settled("--no-compile", device="gpu").compile is False
+    assert settled("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
+
+
+def test_a_shape_that_takes_images_of_any_size():
+    chosen = settled("--shape", "qwen2.5-vl-small")
+    assert (chosen.scenarios, chosen.batches, chosen.kv_cache_gib) == (["prefill"], (1,), 2)
+    told = engine_options(chosen, SHAPES[chosen.shape])
+    assert told["max_num_batched_tokens"] >= told["max_model_len"] > 2304
+    assert told["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
+    assert "pruning" not in options()
+    assert settled("--shape", "qwen2.5-vl-small", "--batches", "1,2").batches == (1, 2)
+    assert settled().batches == (1, 4, 16)
+
+
+def test_a_gpu_is_shared_and_left_its_defaults():
+    two = options(device="gpu")
+    assert not two.keys() & {"block_size", "kv_cache_memory_bytes"}
+    assert two["enforce_eager"] is False
+    assert 2 * two["gpu_memory_utilization"] == pytest.approx(0.9)
+    three = options("--peers", device="gpu")
+    assert 3 * three["gpu_memory_utilization"] == pytest.approx(0.9)
+    assert options("--kv-cache-gib", "2", device="gpu")["kv_cache_memory_bytes"] == 2 << 30
+    cpu = options()
+    assert (cpu["kv_cache_memory_bytes"], cpu["enforce_eager"]) == (2 << 30, True)
+    assert "gpu_memory_utilization" not in cpu
+
+
+def test_a_step_holds_what_arrives_at_once():
+    prompt = 576 + len("USER: <image>\nWhat is in this picture? Answer in one word. ASSISTANT:")
+    few = options("--scenarios", "turns", "capacity", "cold_start")
+    assert (few["max_model_len"], few["max_num_batched_tokens"]) == (4096, 4096)
+    assert few["limit_mm_per_prompt"] == {"image": 1}
+    batch = options("--scenarios", "prefill", "--batches", "1,80")
+    assert batch["max_num_batched_tokens"] >= 80 * prompt
+    assert batch["max_num_seqs"] == 80
+    decode = options("--scenarios", "decode", "--running", "32", "--tokens", "9000")
+    assert decode["max_num_batched_tokens"] >= 32 * prompt
+    assert decode["max_model_len"] >= 9000 + prompt
+    images = options("--scenarios", "images")
+    assert images["max_model_len"] >= max(prefill.PICTURES) * 576 + prompt - 576
+    assert images["limit_mm_per_prompt"] == {"image": max(prefill.PICTURES)}
+    clients = options("--scenarios", "clients", "--chat-tokens", "2000")
+    assert clients["max_model_len"] >= prompt + 4 * (load.QUESTION_TOKENS + 2000)
+    assert options("--scenarios", "clients", "--clients", "16,80")["max_num_seqs"] == 80
+    for one in (few, batch, decode, images, clients):
+        # Else a picture with much text would be cut in two.
+        assert one["max_num_batched_tokens"] >= one["max_model_len"]
+
+
+def test_requests_that_are_to_run_at_once_must_fit():
+    at_once = settled("--scenarios", "prefill", "decode", "--batches", "16", "--running", "32")
+    check_room(at_once, DEMO, kv_blocks=32 * 6, block_size=128)
+    with pytest.raises(TooLittleMemoryError, match=r"for 31 requests, and 32 are .* --kv-cache"):
+        check_room(at_once, DEMO, kv_blocks=32 * 6 - 1, block_size=128)
+    check_room(settled("--scenarios", "prefill"), DEMO, kv_blocks=16 * 6, block_size=128)
+    check_room(settled("--scenarios", "turns"), DEMO, kv_blocks=6, block_size=128)
+    for scenario in ("load", "clients"):
+        chat = settled("--scenarios", scenario, "--chat-tokens", "128")
+        check_room(chat, DEMO, kv_blocks=32 * 8, block_size=128)
+        with pytest.raises(TooLittleMemoryError, match=f"scenario {scenario}: .* without --peers"):
+            check_room(chat, DEMO, kv_blocks=32 * 8 - 1, block_size=128)
+
+
+def test_large_shapes_have_no_file_of_weights(tmp_path):
+    chosen = options("--shape", "llava-1.5-7b", shape=LLAVA_1_5_7B)
+    write_checkpoint(tmp_path, LLAVA_1_5_7B, chosen)
+    assert chosen["load_format"] == "dummy"
+    assert not list(tmp_path.glob("*.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert config["vocab_size"] == 32064
+    assert config["max_position_embeddings"] == chosen["max_model_len"] > 8 * 576

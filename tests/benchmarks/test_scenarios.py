@@ -1,0 +1,179 @@
+"""Scenarios with engines that cost what the plan says: each ideal must be met, and no more."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks import load, prefill, qwen_checkpoint, scenarios
+from benchmarks.engines import OURS, PEER, STOCK
+from benchmarks.ideals import PicturePlan
+from benchmarks.rounds import Rounds
+from tests.benchmarks.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
+from tests.benchmarks.test_rounds import Bar
+from vitcop_vllm.demo.checkpoint import LLAVA_1_5_7B
+
+SHAPE = LLAVA_1_5_7B
+V = SHAPE.visual_tokens
+EXACTLY_ONE = pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.fixture(params=[False, True], ids=["watched-at-once", "watched-apart"])
+def rounds(request) -> Rounds:
+    engines: dict[Any, Any] = {name: FakeEngine(name, SHAPE) for name in (STOCK, OURS, PEER)}
+    return Rounds(engines, SHAPE, 2, Bar(), watch_apart=request.param)
+
+
+def average(ratio: float, selector: Any = OURS) -> float:
+    return PicturePlan.of(SHAPE, ratio, selector).average
+
+
+def test_prefill(rounds):
+    ours, peer = prefill.measure_prefill(rounds, "8/9", 4)
+    assert (ours["selector"], peer["selector"]) == (OURS, PEER)
+    assert ours["visual_tokens"] == [172, 77, 15]
+    assert ours["vs_ideal"] == peer["vs_ideal"] == EXACTLY_ONE
+    assert ours["ideal"] == pytest.approx(ours["speed_up"])
+    assert ours["vs_ideal_spread"] == [EXACTLY_ONE, EXACTLY_ONE]
+    # Text prompts of as many rows cost a layer as much.
+    assert ours["vs_stock_rows"] == EXACTLY_ONE
+    assert ours["stock_encoder_ms"] == pytest.approx(4 * ENCODER * 1e3)
+    text = ours["text_tokens"]
+    assert ours["stock_ms"] == pytest.approx(4 * (ENCODER + (text + V) * TOKEN) * 1e3)
+    assert 0 < ours["stages_share"] < 0.001
+    assert ours["vs_peer"] == pytest.approx(peer["pruned_ms"] / ours["pruned_ms"])
+    assert "vs_peer" not in peer
+
+
+def test_images(rounds):
+    one, eight = (prefill.measure_images(rounds, "8/9", pictures)[0] for pictures in (1, 8))
+    assert one["vs_ideal"] == eight["vs_ideal"] == eight["vs_stock_rows"] == EXACTLY_ONE
+    assert eight["pictures"] == 8
+    assert eight["stock_encoder_ms"] == pytest.approx(8 * ENCODER * 1e3)
+    # The more pictures, the less the text counts: but the encoder counts with them.
+    text = eight["text_tokens"]
+    left = ENCODER * 8 + (text + 8 * average(8 / 9)) * TOKEN
+    assert eight["ideal"] == pytest.approx((ENCODER * 8 + (text + 8 * V) * TOKEN) / left)
+
+
+def test_long_text(rounds):
+    [row, _] = prefill.measure_long_text(rounds, "8/9", 2048)
+    assert row["vs_ideal"] == row["vs_stock_rows"] == EXACTLY_ONE
+    text = row["text_tokens"]
+    assert 2048 < text < 2100
+    left = ENCODER + (text + average(8 / 9)) * TOKEN
+    assert row["ideal"] == pytest.approx((ENCODER + (text + V) * TOKEN) / left)
+    assert row["ideal"] < prefill.measure_prefill(rounds, "8/9", 1)[0]["ideal"]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_prefill_of_images_of_a_size(apart):
+    shape = qwen_checkpoint.SMALL
+    engines: dict[Any, Any] = {name: FakeEngine(name, shape) for name in (STOCK, OURS)}
+    rounds = Rounds(engines, shape, 2, Bar(), watch_apart=apart)
+    ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, 448)
+    assert (ours["selector"], scaled["selector"]) == (OURS, prefill.SCALED_DOWN)
+    assert ours["image_size"] == scaled["image_size"] == 448
+    assert ours["vs_ideal"] == EXACTLY_ONE
+    assert ours["vs_stock_rows"] == EXACTLY_ONE
+    text = ours["text_tokens"]
+    assert ours["stock_ms"] == pytest.approx((ENCODER + (text + 256) * TOKEN) * 1e3)
+    # The same tokens cost the same, up to what a square of them leaves over.
+    assert ours["average_tokens"] == pytest.approx(256 / 9, abs=1.0)
+    assert scaled["average_tokens"] == pytest.approx(5.5**2)
+    assert scaled["speed_up"] * scaled["pruned_ms"] == pytest.approx(ours["stock_ms"])
+    assert ours["vs_scaled_down"] == pytest.approx(scaled["pruned_ms"] / ours["pruned_ms"])
+    assert "vs_ideal" not in scaled
+    # Only stock vLLM is told to scale images down.
+    told = [ask.max_pixels for run in engines[OURS].asked for ask in run.get("asks", ())]
+    assert set(told) == {None}
+    [unpruned] = prefill.measure_prefill(rounds, "0", 1, 1344)
+    assert unpruned["speed_up"] == EXACTLY_ONE
+    assert unpruned["vs_ideal"] == EXACTLY_ONE
+    assert unpruned["average_tokens"] == 2304
+    assert rounds.shape == shape
+
+
+def test_decode(rounds):
+    [row, peer] = scenarios.measure_decode(rounds, "8/9", 4, tokens=9)
+    step = row["stock_decode_step_ms"] / 1e3
+    assert step > STEP
+    dropped = 4 * (V - average(8 / 9)) * CACHED
+    assert row["decode_latency"] == pytest.approx((step - dropped) / step)
+    # Of prompts of whole tokens, where an average over layers is none.
+    assert row["ideal_decode_latency"] == pytest.approx(row["decode_latency"], rel=1e-3)
+    assert row["vs_ideal"] == pytest.approx(1.0, abs=1e-4)
+    assert peer["vs_ideal"] == pytest.approx(1.0, abs=1e-4)
+    assert row["throughput"] == pytest.approx(row["ideal"], rel=1e-4)
+    assert row["ideal"] < prefill.measure_prefill(rounds, "8/9", 4)[0]["ideal"]
+    unpruned = scenarios.measure_decode(rounds, "0", 1, tokens=9)[0]
+    assert unpruned["throughput"] == unpruned["ideal"] == EXACTLY_ONE
+    assert unpruned["decode_latency"] == unpruned["ideal_decode_latency"] == EXACTLY_ONE
+    assert unpruned["same_tokens"] is True
+
+
+def test_tokens_that_differ_in_one_round_are_not_the_same(rounds):
+    ours = rounds.engines[OURS]
+    honest, seen = ours.pictures, []
+
+    def sometimes(**command):
+        seen.append(1)
+        return honest(**command) | ({"tokens": [[-1]]} if len(seen) == 1 else {})
+
+    ours.pictures = sometimes
+    assert scenarios.measure_decode(rounds, "0", 1, tokens=4)[0]["same_tokens"] is False
+
+
+def test_turns(rounds):
+    [row] = scenarios.measure_turns(rounds, "2/3")
+    first, second = rounds.engines[OURS].asked[-2:]
+    (before,), (after,) = first["asks"], second["asks"]
+    assert after.pictures == before.pictures
+    assert after.prompt.startswith(before.prompt + "a" * scenarios.ANSWER_TOKENS)
+    assert row["ttft"] == pytest.approx(row["ours_ttft_ms"] / row["stock_ttft_ms"])
+    assert rounds.engines[PEER].asked == []
+
+
+def test_capacity(rounds):
+    ours, peer = scenarios.measure_capacity(rounds, "8/9")
+    # Of memory for eight in whole blocks; these engines have no blocks.
+    assert 8 <= ours["stock_most"] == int(ours["stock_ideal"])
+    assert 4 * ours["stock_most"] < ours["most"] == int(ours["ideal"])
+    assert 0.95 < ours["vs_ideal"] <= 1
+    assert ours["vs_peer"] == ours["most"] / peer["most"]
+    for engine in rounds.engines.values():
+        run = [asked for asked in engine.asked if asked["what"] == "capacity"][-1]
+        assert run["budget"] == ours["budget"]
+
+
+def test_clients(rounds):
+    rows = load.measure_clients(rounds, 16, answer_tokens=4)
+    conditions = [(row["clients"], row["ratio"]) for row in rows]
+    assert conditions == [(16, ratio) for ratio in load.RATIOS]
+    for row in rows:
+        # Whose steps grow shorter as answers end.
+        assert row["vs_ideal"] == pytest.approx(1.0, abs=0.01), row
+        # A client's clock starts when it sends.
+        assert row["stock_ttft_p99_ms"] < row["requests"] / row["stock_requests_per_second"] * 500
+    unpruned, *pruned = rows
+    assert unpruned["throughput"] == unpruned["vs_ideal"] == EXACTLY_ONE
+    assert 1 < pruned[0]["throughput"] < pruned[1]["throughput"]
+    runs = [asked for asked in rounds.engines[OURS].asked if asked["clients"] == 16]
+    prompts = {tuple((ask.prompt, ask.max_tokens) for ask in run["asks"]) for run in runs}
+    assert len(prompts) == 2, "one for each round, whatever the ratio"
+
+
+def test_load(rounds):
+    slow, middle, fast = load.measure_load(rounds, load.RATES, answer_tokens=4)
+    assert [row["rate"] for row in (slow, middle, fast)] == list(load.RATES)
+    # Stock is idle half of the time, and nobody is done before the last request came.
+    assert slow["throughput"] == slow["ideal"] == EXACTLY_ONE
+    # Of which half goes into encoders; more arrives than anyone serves.
+    assert 1.5 < middle["throughput"] < 2.0
+    assert middle["vs_ideal"] == pytest.approx(1.0, abs=0.01)
+    assert fast["vs_ideal"] == pytest.approx(1.0, abs=0.01)
+    assert fast["throughput"] == pytest.approx(middle["throughput"], rel=0.05)
+    assert fast["arrivals_per_second"] == pytest.approx(
+        8 * fast["stock_requests_per_second"], rel=0.1
+    )
+    last = rounds.engines[OURS].asked[-1]["asks"][-1]
+    assert last.arrival == pytest.approx(load.REQUESTS / fast["arrivals_per_second"])

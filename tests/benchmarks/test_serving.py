@@ -1,0 +1,129 @@
+"""Servers of our own: how they are started, and that they are gone afterwards."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+
+from benchmarks.serving import ServerError, running_server, server_arguments
+from tests.server import process
+
+
+@pytest.fixture
+def config(checkpoint: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        f"model: {checkpoint}\ndtype: float32\nmax-model-len: 2048\nenforce-eager: true\n"
+        "pruning:\n  shallow_boundary: 2\n"
+    )
+    return path
+
+
+def test_most_selectors_need_only_their_name(config):
+    arguments = server_arguments("vitcop", config)
+    assert arguments == ["--config", str(config), "--pruning", '{"selector": "vitcop"}']
+
+
+@pytest.mark.parametrize("selector", ["key_norm", "fastv", "dart"])
+def test_selectors_that_start_in_the_decoder(config, selector):
+    arguments = server_arguments(selector, config)
+    # The first 2 of 8 layers see every token.
+    assert json.loads(arguments[3]) == {"selector": selector, "max_pruning_ratio": 0.75}
+    whole = ["--max-num-batched-tokens", "2048"] if selector == "fastv" else []
+    assert arguments[4:] == whole
+
+
+def test_limits_are_only_lowered(config):
+    config.write_text(config.read_text() + "  max_pruning_ratio: 0.5\n")
+    assert json.loads(server_arguments("dart", config)[3])["max_pruning_ratio"] == 0.5
+
+
+def processes(group: int | None = None, *, command: str = "") -> list[int]:
+    """Ids of the processes in a group, or with ``command`` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(ProcessLookupError, FileNotFoundError):
+            if not entry.name.isdigit():
+                continue
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            mine = group is None or os.getpgid(int(entry.name)) == group
+            words = (entry / "cmdline").read_text().replace("\0", " ")
+            if mine and command in words and state != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def server_group(config: Path) -> int:
+    """Process group of the server that serves ``config``, once there is one."""
+    deadline = time.monotonic() + 120
+    while not (found := processes(command=f"-m vitcop_server --config {config}")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return os.getpgid(found[0])
+
+
+def test_settings_that_no_limit_can_be_derived_from(config):
+    config.write_text(config.read_text() + "  shallow: 3\n")
+    with pytest.raises(ServerError, match=r"tiny\.yaml: .*Did you mean 'shallow_boundary'"):
+        server_arguments("dart", config)
+    config.write_text("model: [\n")
+    with pytest.raises(ServerError, match=r"(?s)tiny\.yaml: .*expected"):
+        server_arguments("dart", config)
+
+
+def assert_gone(group: int) -> None:
+    """A killed process takes a moment to disappear."""
+    deadline = time.monotonic() + 10
+    while left := processes(group):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_server_that_refuses_says_why(config):
+    config.write_text(config.read_text() + "  max_pruning_ratio: 2.0\n")
+    expected = pytest.raises(ServerError, match=r"(?s)the server stopped.*max_pruning_ratio")
+    with expected, running_server("--config", str(config)):
+        pass
+
+
+@pytest.mark.slow
+def test_a_server_serves_and_is_gone(config):
+    with process.running_server(*server_arguments("key_norm", config)) as (url, _):
+        assert openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data
+        group = server_group(config)
+        assert group != os.getpgid(0)
+        assert len(processes(group)) > 1
+    assert_gone(group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_server_too(config, number, status):
+    Image.new("RGB", (32, 32)).save(config.parent / "a.png")
+    line = {"image": "a.png", "question": "What?", "answer": "That."}
+    (config.parent / "exam.jsonl").write_text(json.dumps(line))
+    arguments = ["--config", str(config), "--data", str(config.parent)]
+    harness = subprocess.Popen(
+        [sys.executable, "-m", "evaluation.evaluate", *arguments],
+        stderr=subprocess.PIPE,
+        # As from a terminal's own shell: some parents have SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        group = server_group(config)
+        harness.send_signal(number)
+        _, told = harness.communicate(timeout=120)
+        assert harness.returncode == status, told.decode()
+        assert b"Traceback" not in told
+        assert_gone(group)
+    finally:
+        harness.kill()

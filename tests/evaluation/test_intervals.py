@@ -1,0 +1,100 @@
+"""Intervals against published values, and against how often they hold the truth."""
+
+import numpy as np
+import pytest
+
+from evaluation.intervals import interval_of_mean, paired_difference, wilson
+
+
+# Newcombe (1998), "Two-sided confidence intervals for the single proportion", method 3.
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_against_published_values(right, total, low, high):
+    assert wilson(right / total, total) == pytest.approx((low, high), abs=5e-5)
+    mirrored = wilson(1 - right / total, total)
+    assert mirrored == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_wilson_stays_within_bounds():
+    assert wilson(1.0, 7)[1] == 1.0
+    assert wilson(0.0, 7)[0] == 0.0
+    with pytest.raises(ValueError, match="at least one"):
+        wilson(0.5, 0)
+
+
+def scores(both: int, ours: int, theirs: int, neither: int) -> tuple[list[float], list[float]]:
+    """Scores of two that were right together, one by one, or not at all this many times."""
+    return (
+        [1.0] * (both + ours) + [0.0] * (theirs + neither),
+        [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither,
+    )
+
+
+# Newcombe (1998), "Improved confidence intervals for the difference between binomial
+# proportions based on paired data", method 10; Altman et al. (2000), "Statistics with confidence".
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((14, 5, 0, 22), 0.0115, 0.2265),
+    ],
+)
+def test_paired_difference_against_published_values(table, low, high):
+    ours, theirs = scores(*table)
+    assert paired_difference(ours, theirs) == pytest.approx((low, high), abs=5e-5)
+    assert paired_difference(theirs, ours) == pytest.approx((-high, -low), abs=5e-5)
+
+
+def test_pairing_narrows():
+    together = scores(40, 5, 5, 40)
+    apart = scores(22, 23, 23, 22)
+    widths = [high - low for low, high in (paired_difference(*together), paired_difference(*apart))]
+    assert widths[0] < 0.6 * widths[1]
+
+
+def test_paired_difference_of_equals_is_not_nothing():
+    # None of 100 changed: of all, up to 4 % may (Wilson's limit of 0 in 100).
+    low, high = paired_difference(*scores(100, 0, 0, 0))
+    assert high == pytest.approx(wilson(0, 100)[1])
+    assert low == -high
+
+
+def test_paired_difference_stays_within_bounds():
+    assert paired_difference(*scores(0, 5, 0, 0)) == pytest.approx((0.385, 1), abs=1e-3)
+    assert paired_difference([0.5], [0.5])[0] >= -1
+
+
+@pytest.mark.parametrize(("both", "ours", "theirs"), [(0.6, 0.05, 0.2), (0.9, 0.0, 0.04)])
+def test_paired_difference_holds_the_truth(both, ours, theirs):
+    rng = np.random.default_rng(0)
+    tables = rng.multinomial(100, [both, ours, theirs, 1 - both - ours - theirs], size=2000)
+    held = 0
+    for table in tables.tolist():
+        low, high = paired_difference(*scores(*table))
+        held += low <= ours - theirs <= high
+    assert 0.93 < held / len(tables) < 0.99
+
+
+def test_interval_of_mean():
+    assert interval_of_mean([0.5], [(0.4, 0.7)]) == pytest.approx((0.4, 0.7))
+    # Four alike: half as wide. Distances below and above stay apart.
+    assert interval_of_mean([0.5] * 4, [(0.3, 0.6)] * 4) == pytest.approx((0.4, 0.55))
+
+
+def test_interval_of_mean_holds_the_truth():
+    rng = np.random.default_rng(1)
+    truths = np.array([0.98, 0.8, 0.5, 0.95])
+    held = 0
+    for right in rng.binomial(50, truths, size=(2000, 4)):
+        seen = [float(one) / 50 for one in right]
+        low, high = interval_of_mean(seen, [wilson(one, 50) for one in seen])
+        held += low <= truths.mean() <= high
+    assert 0.93 < held / 2000 < 0.975

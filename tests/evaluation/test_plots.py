@@ -1,0 +1,61 @@
+"""A picture comes out, and shows what it should."""
+
+import pytest
+from PIL import Image
+
+from evaluation.plots import plot
+from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError
+
+
+def document(*selectors: str, families: tuple[str, ...] = ("a", "b")) -> Document:
+    def cell(selector: str, ratio: str, right: int) -> Cell:
+        scores: dict[str, list[list[float] | None]] = {
+            family: [[float(i < right)] for i in range(20)] for family in families
+        }
+        return Cell(selector=selector, ratio=ratio, scores=scores)
+
+    cells = [cell(UNPRUNED_NAME, "0", 19)]
+    for number, name in enumerate(selectors):
+        cells += [cell(name, "2/3", 18 - 3 * number), cell(name, "8/9", 12 - number)]
+    return Document(conditions={"model": "m"}, results=cells)
+
+
+def colours(path) -> set[bytes]:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        assert picture.width == 1200
+        pixels = picture.convert("RGB").tobytes()
+    return {pixels[i : i + 3] for i in range(0, len(pixels), 3)}
+
+
+VITCOP, CLS = bytes.fromhex("D55E00"), bytes.fromhex("0072B2")
+
+
+def test_each_selector_has_its_curve(tmp_path):
+    plot(document("vitcop", "cls"), tmp_path / "both.png")
+    assert {VITCOP, CLS} <= colours(tmp_path / "both.png")
+    plot(document("cls"), tmp_path / "one.png")
+    seen = colours(tmp_path / "one.png")
+    assert CLS in seen
+    assert VITCOP not in seen
+
+
+def test_families_have_their_own_panels(tmp_path):
+    plot(document("vitcop", families=("a",)), tmp_path / "1.png")
+    plot(document("vitcop", families=("a", "b", "c", "d", "e")), tmp_path / "5.png")
+    with Image.open(tmp_path / "1.png") as one, Image.open(tmp_path / "5.png") as five:
+        assert five.height > one.height
+
+
+def test_refused_and_unknown_ratios_are_left_out(tmp_path):
+    results = document("my-model").results
+    results.append(Cell(selector="my-model", ratio="17/18", refusal="too high"))
+    results.append(Cell(selector="my-model", ratio="none", scores={"a": [[1.0]], "b": [[1.0]]}))
+    plot(Document(conditions={}, results=results), tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_nothing_to_plot(tmp_path):
+    nothing = Document(conditions={}, results=[Cell(selector="s", ratio="1/2", refusal="no")])
+    with pytest.raises(ReportError, match="nothing to plot"):
+        plot(nothing, tmp_path / "x.png")

@@ -1,1 +1,0 @@
-"""Measurements: a table for people, one JSON document as the last line."""
