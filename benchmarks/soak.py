@@ -180,6 +180,7 @@ class Engine:
             enforce_eager=True,
             max_model_len=4 * model.most_visual_tokens + MOST_TEXT,
             limit_mm_per_prompt={"image": 4},
+            kv_cache_memory_bytes=256 << 20,  # ``num_gpu_blocks_override`` says how much is used
             **options,
         )
         self.engine = self.llm.llm_engine
@@ -354,7 +355,6 @@ def main(argv: list[str] | None = None) -> int:
     # Before vLLM is imported. One process: the engine can be looked into.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, model = Path(scratch), MODELS[arguments.model]

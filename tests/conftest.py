@@ -4,7 +4,7 @@ import os
 
 # Before vLLM is imported anywhere. One process lets tests look into scheduler and cache.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over what each engine is given
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -18,7 +18,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
 from tests.families.family import LLAVA, Family
-from tests.server.process import LOGS, TINY_OPTIONS, last_words, running_server
+from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, last_words, running_server
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -145,5 +145,5 @@ def server_url(checkpoint: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def demo_url() -> Iterator[str]:
     """Base URL of what `make serve` starts: the demo model, with explanations."""
-    with running_server("--config", str(CONFIGS / "demo-cpu.yaml")) as (url, _):
+    with running_server("--config", str(CONFIGS / "demo-cpu.yaml"), *LITTLE_MEMORY) as (url, _):
         yield url

@@ -22,6 +22,7 @@ def config(checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"model: {checkpoint}\ndtype: float32\nmax-model-len: 2048\nenforce-eager: true\n"
+        "kv-cache-memory-bytes: 256M\n"
         "pruning:\n  shallow_boundary: 2\n"
     )
     return path

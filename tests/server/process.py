@@ -11,6 +11,9 @@ import psutil  # type: ignore[import-untyped]
 
 from benchmarks import serving
 
+LITTLE_MEMORY = ("--kv-cache-memory-bytes", "512M", "--mm-processor-cache-gb", "0.1")
+"""For a server of the demo model that lives beside others. vLLM fills its KV cache with zeros."""
+
 TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--max-model-len", "2048", "--kv-cache-memory-bytes", "256M"),

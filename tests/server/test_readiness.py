@@ -6,12 +6,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.process import engine_of, running_server
+from tests.server.process import LITTLE_MEMORY, engine_of, running_server
 
 
 @pytest.mark.slow
 def test_a_signal_cuts_off_no_answer() -> None:
-    with running_server("--config", "configs/demo-cpu.yaml") as (url, server):
+    with running_server("--config", "configs/demo-cpu.yaml", *LITTLE_MEMORY) as (url, server):
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
         engine = engine_of(server)
         log = Path("/proc", str(server.pid), "fd", "1").open()  # noqa: SIM115 - it outlives PID
