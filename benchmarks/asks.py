@@ -1,4 +1,4 @@
-"""Requests that a bench sends: pictures of noise, and text of a length that is asked for."""
+"""Requests that a bench sends: images of noise, and text of a length that is asked for."""
 
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -16,22 +16,22 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Ask:
-    """A request about pictures of noise.
+    """A request about images of noise.
 
     Attributes:
-        prompt: With the model's marker for each picture.
-        pictures: Seeds of their pixels.
+        prompt: With the model's marker for each image.
+        images: Seeds of their pixels.
         ratio: Pruning ratio, in [0, 1); stock vLLM is not told.
         max_tokens: Length of the answer.
         arrival: Seconds after the clock starts.
         letters: Whether the answer is made of letters. Random weights else answer bytes that
             are no text, and that a next turn would hold as other tokens.
-        image_size: Height and width of the pictures, in pixels.
-        max_pixels: What the processor scales larger pictures down to, where it can.
+        image_size: Height and width of the images, in pixels.
+        max_pixels: What the processor scales larger images down to, where it can.
     """
 
     prompt: str
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     ratio: float
     max_tokens: int
     arrival: float = 0.0
@@ -40,9 +40,9 @@ class Ask:
     max_pixels: int | None = None
 
 
-def user_turn(question: str, pictures: int = 1, marker: str = "<image>") -> str:
-    """A question about ``pictures`` pictures, in the form LLaVA-1.5 was trained on."""
-    return f"USER: {marker * pictures}\n{question} ASSISTANT:"
+def user_turn(question: str, images: int = 1, marker: str = "<image>") -> str:
+    """A question about ``images`` images, in the form LLaVA-1.5 was trained on."""
+    return f"USER: {marker * images}\n{question} ASSISTANT:"
 
 
 def text_of(tokens: int, rng: Random | None = None) -> str:
@@ -51,8 +51,8 @@ def text_of(tokens: int, rng: Random | None = None) -> str:
     return " ".join(islice(words, tokens))[:tokens]
 
 
-def random_picture(seed: int, width: int = 336, height: int = 336) -> Any:
-    """A picture of noise: fine for cost, meaningless for choice."""
+def random_image(seed: int, width: int = 336, height: int = 336) -> Any:
+    """An image of noise: fine for cost, meaningless for choice."""
     import numpy as np
     from PIL import Image
 

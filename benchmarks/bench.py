@@ -1,6 +1,6 @@
 """``python -m benchmarks.bench``: what pruning saves, beside what it should save.
 
-Stock vLLM and ours run the same pictures with the same random weights in the same process
+Stock vLLM and ours run the same images with the same random weights in the same process
 layout, in alternating rounds; figures are medians over rounds. The *ideal* counts tokens: the
 encoder costs both what it was measured to cost stock, the decoder costs each layer its tokens,
 a decode step what it costs stock with as many tokens before it.
@@ -10,7 +10,7 @@ blocks, and no whole requests. *vs-cls* is ours over an engine that prunes in th
 (--peers), at the same layer average; *vs-pixels*, for models that take images of any size, is
 ours over stock vLLM on images that max_pixels scales down to about as many visual tokens. That
 saves the encoder's work, too, which pruning does not, and the model sees less of an image. Prefix
-caching is on, as is vLLM's default; only a second turn asks about a picture that was seen before.
+caching is on, as is vLLM's default; only a second turn asks about an image that was seen before.
 
 The last line of standard output is a JSON document.
 """
@@ -95,7 +95,7 @@ SCENARIOS = {
     ),
     "images": _by_case(
         prefill.measure_images,
-        lambda _: [(r, pictures) for pictures in prefill.PICTURES for r in prefill.LONG_RATIOS],
+        lambda _: [(r, images) for images in prefill.IMAGES for r in prefill.LONG_RATIOS],
     ),
     "long_text": _by_case(
         prefill.measure_long_text,

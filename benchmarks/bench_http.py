@@ -1,8 +1,8 @@
 """``python -m benchmarks.bench_http``: vLLM's serving benchmark, our server beside stock's.
 
-What ``vllm bench serve`` does, with random pictures over HTTP, as a client sees it: with image
+What ``vllm bench serve`` does, with random images over HTTP, as a client sees it: with image
 decoding, tokenizing and JSON. Both servers run from one configuration file and take turns at
-pictures that neither has seen; figures are medians over rounds. With ``--url`` it is sent to a
+images that neither has seen; figures are medians over rounds. With ``--url`` it is sent to a
 server that runs already, and there is nothing to compare with.
 
 Status 1 means that requests failed. The last line of standard output is a JSON document.
@@ -70,7 +70,7 @@ def stock_options(config: Mapping[str, Any]) -> dict[str, Any]:
 def request_arguments(
     target: Target, model: str, tokenizer: str, clients: int, requests: int, seed: int
 ) -> list[str]:
-    """Arguments of ``vllm bench serve``: a picture, 40 tokens of text, 16 of answer."""
+    """Arguments of ``vllm bench serve``: an image, 40 tokens of text, 16 of answer."""
     header = () if target.ratio is None else ("--header", f"{RATIO_HEADER}={target.ratio}")
     return [
         *("--backend", "openai-chat", "--endpoint", "/v1/chat/completions"),
@@ -200,7 +200,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=32, help="of a run; twice CLIENTS at least")
     parser.add_argument("--rounds", type=int, default=3, help="medians are over these")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of the images")
     return parser.parse_args(argv)
 
 

@@ -30,7 +30,7 @@ MAX_NUM_SEQS = 64
 """More than any scenario lets run at once, unless a batch is larger."""
 
 TEXT_MARGIN = 128
-"""Tokens of a prompt beside its pictures and a long text, and of an answer; with room."""
+"""Tokens of a prompt beside its images and a long text, and of an answer; with room."""
 
 _LIGHT = ("demo", "qwen2.5-vl-small")
 """Shapes of which a token takes little KV memory."""
@@ -193,15 +193,15 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
     prompt = shape.visual_tokens + TEXT_MARGIN
     longest, most = [4096], [4096]
     chosen = set(arguments.scenarios)
-    pictures = 1
+    images = 1
     if "prefill" in chosen:
         most += [batch * prompt for batch in arguments.batches]
     if "decode" in chosen:
         most += [running * prompt for running in arguments.running]
         longest.append(prompt + arguments.tokens)
     if "images" in chosen:
-        pictures = max(prefill.PICTURES)
-        longest.append(pictures * shape.visual_tokens + TEXT_MARGIN)
+        images = max(prefill.IMAGES)
+        longest.append(images * shape.visual_tokens + TEXT_MARGIN)
     if "long_text" in chosen:
         longest.append(prompt + max(prefill.TEXT_TOKENS))
     if chosen & {"load", "clients"}:
@@ -214,7 +214,7 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
             MAX_NUM_SEQS, *arguments.batches, *arguments.running, *arguments.clients
         ),
         "enforce_eager": not arguments.compile,
-        "limit_mm_per_prompt": {"image": pictures},
+        "limit_mm_per_prompt": {"image": images},
     }
     if pruning := boundaries(shape):
         options[CONFIG_KEY] = pruning  # told to engines that prune

@@ -14,12 +14,12 @@ RATIO = 8 / 9
 
 
 def _start(start: Callable[[EngineName], EngineProcess], name: EngineName) -> tuple[float, float]:
-    """Seconds until the engine is ready, and until its first token about a picture."""
+    """Seconds until the engine is ready, and until its first token about an image."""
     began = time.perf_counter()
     engine = start(name)
     try:
         ready = time.perf_counter() - began
-        engine.run("pictures", asks=[Ask(user_turn(QUESTION), (1,), RATIO, 1)])
+        engine.run("images", asks=[Ask(user_turn(QUESTION), (1,), RATIO, 1)])
         return ready, time.perf_counter() - began
     finally:
         engine.stop()

@@ -35,7 +35,7 @@ class Concurrency:
 def observed(scheduler: Any) -> Iterator[Concurrency]:
     """Take down what a vLLM scheduler does; a request runs once its prompt is all computed.
 
-    Before, it may be in the running queue with only the text before its picture.
+    Before, it may be in the running queue with only the text before its image.
     """
     concurrency = Concurrency()
     schedule, preempt = scheduler.schedule, scheduler._preempt_request

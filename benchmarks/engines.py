@@ -91,14 +91,14 @@ class EngineProcess:
         )
 
     def run(self, what: str, **command: Any) -> Result:
-        """Have the engine do ``pictures``, ``text``, ``capacity`` or ``about``.
+        """Have the engine do ``images``, ``text``, ``capacity`` or ``about``.
 
         See :class:`MeasuredEngine` for what each takes.
 
         Returns:
             Seconds of the whole, of each decode step, and to each request's first token, from
             its arrival and from when there was room for it; tokens of each prompt, and of these
-            reused; each answer's ``tokens`` and text. Of ``pictures`` that are ``watched`` also
+            reused; each answer's ``tokens`` and text. Of ``images`` that are ``watched`` also
             seconds of the encoder and of Stages I to III. For ``capacity`` also the ``most``
             requests that ran at once, and the preemptions.
 

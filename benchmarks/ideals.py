@@ -26,8 +26,8 @@ KV_BLOCK = 128
 
 
 @dataclass(frozen=True)
-class PicturePlan:
-    """A picture's visual tokens, layer by layer, under the settings a bench serves with.
+class ImagePlan:
+    """An image's visual tokens, layer by layer, under the settings a bench serves with.
 
     Attributes:
         counts: Visual tokens of each stage.
@@ -50,9 +50,9 @@ class PicturePlan:
         shallow, middle, _ = self.layers
         return self.counts.layer_average((shallow, shallow + middle), sum(self.layers))
 
-    def share(self, text: int, pictures: int = 1) -> float:
+    def share(self, text: int, images: int = 1) -> float:
         """Tokens left of a prompt with ``text`` tokens of text, averaged over layers, in (0, 1]."""
-        return (text + pictures * self.average) / (text + pictures * self.counts.encoder)
+        return (text + images * self.average) / (text + images * self.counts.encoder)
 
 
 def ideal_prefill(stock: float, encoder: float, share: float) -> float:
@@ -61,7 +61,7 @@ def ideal_prefill(stock: float, encoder: float, share: float) -> float:
     Args:
         stock: Seconds it takes stock vLLM, the encoder among them.
         encoder: Seconds the encoder takes stock vLLM.
-        share: See :meth:`PicturePlan.share`.
+        share: See :meth:`ImagePlan.share`.
     """
     return encoder + max(0.0, stock - encoder) * share
 
@@ -87,9 +87,9 @@ class StockCosts:
     """What serving costs stock vLLM. Only ratios of these are used: the machine may drift.
 
     Attributes:
-        encoder: Seconds of a picture.
+        encoder: Seconds of an image.
         token: Seconds of a prompt's token, in all decoder layers.
-        step, text_step: Seconds of a decode step after prompts with a picture each, and without.
+        step, text_step: Seconds of a decode step after prompts with an image each, and without.
     """
 
     encoder: float
@@ -109,14 +109,13 @@ class StockCosts:
 
         Args:
             shape: The model's.
-            asks: About a picture each.
+            asks: About an image each.
             prompt_tokens: Of each, unpruned.
             seconds: What stock vLLM takes for them.
             decode_seconds: Of these, in steps that do nothing but decode.
         """
         averages = {
-            ratio: PicturePlan.of(shape, ratio, OURS).average
-            for ratio in {ask.ratio for ask in asks}
+            ratio: ImagePlan.of(shape, ratio, OURS).average for ratio in {ask.ratio for ask in asks}
         }
         dropped = [shape.visual_tokens - averages[ask.ratio] for ask in asks]
         encoder, decoder = len(asks) * self.encoder, sum(prompt_tokens) * self.token
@@ -129,6 +128,6 @@ class StockCosts:
         steps = [ask.max_tokens - 1 for ask in asks]
         gone = sum(tokens * n for tokens, n in zip(dropped, steps, strict=True))
         gone /= shape.visual_tokens * max(1, sum(steps))
-        # A picture may cost less than steps differ anyway.
+        # An image may cost less than steps differ anyway.
         step_share = 1 - gone * max(0.0, 1 - self.text_step / self.step)
         return ideal + decode_seconds * step_share

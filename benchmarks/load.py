@@ -71,25 +71,25 @@ def chat_length(median_tokens: int, rng: Random) -> int:
 
 
 def chat_asks(
-    pictures: Sequence[int], arrivals: Sequence[float], answer_tokens: int, rng: Random
+    images: Sequence[int], arrivals: Sequence[float], answer_tokens: int, rng: Random
 ) -> list[Ask]:
-    """A request about each picture, at :func:`mixed_ratios`, as long as those of chats.
+    """A request about each image, at :func:`mixed_ratios`, as long as those of chats.
 
     Args:
-        pictures: Seeds.
+        images: Seeds.
         arrivals: Seconds after the clock starts.
         answer_tokens: Median length of an answer.
     """
-    ratios = mixed_ratios(len(pictures), rng)
+    ratios = mixed_ratios(len(images), rng)
     return [
         Ask(
             user_turn(text_of(chat_length(QUESTION_TOKENS, rng), rng)),
-            (picture,),
+            (image,),
             ratio,
             max_tokens=chat_length(answer_tokens, rng),
             arrival=arrival,
         )
-        for picture, ratio, arrival in zip(pictures, ratios, arrivals, strict=True)
+        for image, ratio, arrival in zip(images, ratios, arrivals, strict=True)
     ]
 
 
@@ -164,7 +164,7 @@ def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> 
         for number in rounds.at_most(LONG_ROUNDS):
             rng = Random(1 + number)
             arrivals = poisson_arrivals(arriving, REQUESTS, rng)
-            asks = chat_asks(rounds.pictures(REQUESTS), arrivals, answer_tokens, rng)
+            asks = chat_asks(rounds.images(REQUESTS), arrivals, answer_tokens, rng)
             served = rounds.serve(asks, clients=clients, names=names)
             ideal = _ideal(costs, rounds, asks, served[STOCK], arrivals[-1])
             _take(figures, served[STOCK], served[OURS], ideal, "first_token_seconds")
@@ -180,8 +180,8 @@ def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> 
 
 
 def _busy_asks(rounds: Rounds, number: int, answer_tokens: int, seed: int) -> list[Ask]:
-    """Requests that are all there from the start; the same ones about other pictures each time."""
-    return chat_asks(rounds.pictures(number), [0.0] * number, answer_tokens, Random(seed))
+    """Requests that are all there from the start; the same ones about other images each time."""
+    return chat_asks(rounds.images(number), [0.0] * number, answer_tokens, Random(seed))
 
 
 def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Row]:
@@ -205,7 +205,7 @@ def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Ro
             {
                 name: partial(
                     rounds.engines[STOCK if name == STOCK else OURS].run,
-                    "pictures",
+                    "images",
                     asks=asks,
                     clients=clients,
                 )

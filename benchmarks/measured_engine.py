@@ -1,6 +1,6 @@
 """A vLLM engine inside a process of its own, and the clocks around it.
 
-What is timed is the engine: pictures are preprocessed before the clock starts. Scheduler and
+What is timed is the engine: images are preprocessed before the clock starts. Scheduler and
 worker live in one process with the clocks, on a CPU and on a GPU, for stock vLLM and for ours.
 """
 
@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.asks import Ask, random_picture
+from benchmarks.asks import Ask, random_image
 from benchmarks.concurrency import kv_memory, observed
 from benchmarks.stopwatch import Stopwatch, replaced
 from vitcop_vllm.pruning.settings import RATIO_KEY
@@ -80,7 +80,7 @@ class MeasuredEngine:
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         }
 
-    def pictures(
+    def images(
         self, *, asks: Sequence[Ask], clients: int | None = None, watched: bool = False
     ) -> Result:
         """Serve requests from their arrivals on; who finds ``clients`` others waits.
@@ -126,7 +126,7 @@ class MeasuredEngine:
         if len(asks) > scheduler.max_num_running_reqs:
             raise ValueError(f"max_num_seqs must be {len(asks)} or more not to be the limit")
         with kv_memory(scheduler, budget), observed(scheduler) as concurrency:
-            result = self.pictures(asks=asks)
+            result = self.images(asks=asks)
         return result | {"most": concurrency.most, "preemptions": concurrency.preemptions}
 
     @contextmanager
@@ -154,10 +154,10 @@ class MeasuredEngine:
 
     def _prompt(self, ask: Ask) -> dict[str, Any]:
         size = ask.image_size
-        pictures = [random_picture(seed, size, size) for seed in ask.pictures]
+        images = [random_image(seed, size, size) for seed in ask.images]
         prompt: dict[str, Any] = {
             "prompt": ask.prompt,
-            "multi_modal_data": {"image": pictures},
+            "multi_modal_data": {"image": images},
         }
         processor_kwargs: dict[str, float] = {}
         if self.pruned:

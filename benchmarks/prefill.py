@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.asks import QUESTION, text_of
 from benchmarks.engines import OURS, PEER, STOCK
-from benchmarks.ideals import PicturePlan, ideal_prefill
+from benchmarks.ideals import ImagePlan, ideal_prefill
 from benchmarks.measured_engine import Result
 from benchmarks.qwen_checkpoint import QwenShape
 from benchmarks.rounds import Rounds, Row, summary
@@ -18,13 +18,13 @@ _WITH_SPREAD = ("speed_up", "vs_ideal", "vs_peer", "vs_scaled_down")
 
 RATIOS = ("2/3", "7/9", "8/9")
 LONG_RATIOS = ("2/3", "8/9")
-"""Of prompts with many pictures, or with much text."""
+"""Of prompts with many images, or with much text."""
 
-PICTURES = (1, 4, 8)
+IMAGES = (1, 4, 8)
 """In one prompt."""
 
 TEXT_TOKENS = (1024, 2048)
-"""Beside one picture."""
+"""Beside one image."""
 
 IMAGE_SIZES = (448, 1344)
 """Height and width in pixels, where a model takes images of any."""
@@ -49,7 +49,7 @@ def measure_prefill(
     batch: int,
     image_size: int | None = None,
     *,
-    pictures: int = 1,
+    images: int = 1,
     question: str = QUESTION,
 ) -> list[Row]:
     """Prefill of ``batch`` requests at once, one row for each engine that prunes.
@@ -61,24 +61,24 @@ def measure_prefill(
         rounds = rounds.with_image_size(image_size)
         rounds.serve(rounds.asks(batch, value, 1))  # lazy kernels
     shape = rounds.shape
-    plans = {name: PicturePlan.of(shape, value, name) for name in rounds.selectors}
+    plans = {name: ImagePlan.of(shape, value, name) for name in rounds.selectors}
     figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in plans}
     if isinstance(shape, QwenShape) and value:
         figures[SCALED_DOWN] = defaultdict(list)
     text = 0
     for _ in rounds:
         timed, watched = rounds.serve_watched(
-            lambda: rounds.asks(batch, value, 1, pictures=pictures, question=question)
+            lambda: rounds.asks(batch, value, 1, images=images, question=question)
         )
         stock, encoder = timed[STOCK]["seconds"], watched[STOCK]["encoder_seconds"]
-        text = timed[STOCK]["prompt_tokens"][0] - pictures * shape.visual_tokens
+        text = timed[STOCK]["prompt_tokens"][0] - images * shape.visual_tokens
         rows = {
-            tokens: rounds.layer_seconds(batch, text + pictures * tokens)
+            tokens: rounds.layer_seconds(batch, text + images * tokens)
             for tokens in {tokens for plan in plans.values() for tokens in plan.counts.stages}
         }
         for name, plan in plans.items():
             seconds = timed[name]["seconds"]
-            ideal = ideal_prefill(stock, encoder, plan.share(text, pictures))
+            ideal = ideal_prefill(stock, encoder, plan.share(text, images))
             kernels = encoder + sum(
                 layers * rows[tokens]
                 for layers, tokens in zip(plan.layers, plan.counts.stages, strict=True)
@@ -112,7 +112,7 @@ def measure_prefill(
             }.items():
                 figures[SCALED_DOWN][figure].append(measured)
             figures[OURS]["vs_scaled_down"].append(seconds / timed[OURS]["seconds"])
-    conditions = {"ratio": ratio, "batch": batch, "pictures": pictures, "text_tokens": text}
+    conditions = {"ratio": ratio, "batch": batch, "images": images, "text_tokens": text}
     if image_size is not None:
         conditions["image_size"] = image_size
     stages: dict[str, Row] = {
@@ -136,14 +136,14 @@ def _scaled_down(rounds: Rounds, batch: int, max_pixels: int) -> Result:
     return {**timed[STOCK], "encoder_seconds": watched[STOCK]["encoder_seconds"]}
 
 
-def measure_images(rounds: Rounds, ratio: str, pictures: int) -> list[Row]:
-    """Prefill of one request about several pictures."""
-    rounds.serve(rounds.asks(1, float(Fraction(ratio)), 1, pictures=pictures))  # lazy kernels
-    return measure_prefill(rounds, ratio, 1, pictures=pictures)
+def measure_images(rounds: Rounds, ratio: str, images: int) -> list[Row]:
+    """Prefill of one request about several images."""
+    rounds.serve(rounds.asks(1, float(Fraction(ratio)), 1, images=images))  # lazy kernels
+    return measure_prefill(rounds, ratio, 1, images=images)
 
 
 def measure_long_text(rounds: Rounds, ratio: str, tokens: int) -> list[Row]:
-    """Prefill of one request about a picture, with some ``tokens`` tokens of text."""
+    """Prefill of one request about an image, with some ``tokens`` tokens of text."""
     question = text_of(tokens)
     rounds.serve(rounds.asks(1, float(Fraction(ratio)), 1, question=question))  # lazy kernels
     return measure_prefill(rounds, ratio, 1, question=question)

@@ -26,7 +26,7 @@ Name = TypeVar("Name")
 
 
 class Rounds:
-    """Engines that take turns, and pictures that none of them has seen.
+    """Engines that take turns, and images that none of them has seen.
 
     Args:
         engines: By name; ``stock`` and ours at least.
@@ -49,7 +49,7 @@ class Rounds:
     ) -> None:
         self.engines, self.shape = engines, shape
         self._number, self._bar, self._watch_apart = number, bar, watch_apart
-        # One seed serves all engines once: no cache ever knows a picture.
+        # One seed serves all engines once: no cache ever knows an image.
         self._seeds = count(1)
         self._turn = 0
 
@@ -68,13 +68,13 @@ class Rounds:
         return [name for name in (OURS, PEER) if name in self.engines]
 
     def with_image_size(self, size: int) -> Self:
-        """The same rounds with pictures of that height and width in pixels."""
+        """The same rounds with images of that height and width in pixels."""
         rounds = copy(self)
         rounds.shape = replace(self.shape, image_size=size)
         return rounds
 
-    def pictures(self, number: int) -> tuple[int, ...]:
-        """Seeds of new pictures."""
+    def images(self, number: int) -> tuple[int, ...]:
+        """Seeds of new images."""
         return tuple(next(self._seeds) for _ in range(number))
 
     def asks(
@@ -83,14 +83,14 @@ class Rounds:
         ratio: float,
         max_tokens: int,
         *,
-        pictures: int = 1,
+        images: int = 1,
         question: str = QUESTION,
     ) -> list[Ask]:
-        """The same question, each time about new pictures."""
-        prompt = user_turn(question, pictures, image_marker(self.shape))
+        """The same question, each time about new images."""
+        prompt = user_turn(question, images, image_marker(self.shape))
         size = self.shape.image_size
         return [
-            Ask(prompt, self.pictures(pictures), ratio, max_tokens, image_size=size)
+            Ask(prompt, self.images(images), ratio, max_tokens, image_size=size)
             for _ in range(number)
         ]
 
@@ -114,7 +114,7 @@ class Rounds:
         command = {"asks": asks, "clients": clients, "watched": watched}
         return self.in_turn(
             {
-                name: partial(self.engines[name].run, "pictures", **command)
+                name: partial(self.engines[name].run, "images", **command)
                 for name in names or self.engines
             }
         )
@@ -125,7 +125,7 @@ class Rounds:
         """Results of a run that is timed, and of one that tells encoder and stages.
 
         Args:
-            make: Makes the requests of a run, each time about new pictures.
+            make: Makes the requests of a run, each time about new images.
             names: Of the engines; all by default.
         """
         timed = self.serve(make(), watched=not self._watch_apart, names=names)
@@ -134,7 +134,7 @@ class Rounds:
         asks = make()
         # Nobody's turn: else the same engine would go first in every run that is timed.
         return timed, {
-            name: self.engines[name].run("pictures", asks=asks, watched=True) for name in timed
+            name: self.engines[name].run("images", asks=asks, watched=True) for name in timed
         }
 
     def layer_seconds(self, batch: int, tokens: int) -> float:

@@ -10,7 +10,7 @@ from statistics import median
 
 from benchmarks.asks import Ask
 from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
-from benchmarks.ideals import PicturePlan, ideal_capacity, ideal_prefill, kv_budget
+from benchmarks.ideals import ImagePlan, ideal_capacity, ideal_prefill, kv_budget
 from benchmarks.measured_engine import Result
 from benchmarks.rounds import Rounds, Row, summary
 from vitcop_vllm.pruning.settings import SelectorName
@@ -31,7 +31,7 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
     prompts as long as what the plan keeps, averaged over layers.
     """
     value = float(Fraction(ratio))
-    plans = {name: PicturePlan.of(rounds.shape, value, name) for name in rounds.selectors}
+    plans = {name: ImagePlan.of(rounds.shape, value, name) for name in rounds.selectors}
     figures: dict[SelectorName, dict[str, list[float]]] = {
         name: defaultdict(list) for name in plans
     }
@@ -74,16 +74,16 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
 
 
 def second_turn(engine: EngineProcess, ask: Ask) -> Result:
-    """Serve ``ask``, then the next question about the same picture, of which the result is."""
-    (answer,) = engine.run("pictures", asks=[ask])["answers"]
+    """Serve ``ask``, then the next question about the same image, of which the result is."""
+    (answer,) = engine.run("images", asks=[ask])["answers"]
     prompt = f"{ask.prompt}{answer} USER: {NEXT_QUESTION} ASSISTANT:"
-    return engine.run("pictures", asks=[replace(ask, prompt=prompt, max_tokens=1, letters=False)])
+    return engine.run("images", asks=[replace(ask, prompt=prompt, max_tokens=1, letters=False)])
 
 
 def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
     """Time to first token of a second turn, and prompt tokens that it reuses.
 
-    Ideal is stock vLLM's own time: the picture is cached, and the same text is left.
+    Ideal is stock vLLM's own time: the image is cached, and the same text is left.
     """
     value = float(Fraction(ratio))
 
@@ -110,12 +110,12 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     """The most requests that run at once, unpreempted, in KV memory of the same size."""
     value, shape = float(Fraction(ratio)), rounds.shape
     visual, layers = shape.visual_tokens, shape.layers
-    probe = rounds.engines[STOCK].run("pictures", asks=rounds.asks(1, value, 1))
+    probe = rounds.engines[STOCK].run("images", asks=rounds.asks(1, value, 1))
     # An answer's last token is not given back to the decoder.
     text = probe["prompt_tokens"][0] - visual + ANSWER_TOKENS - 1
     budget = kv_budget(text + visual, layers)
     averages = {STOCK: float(visual)} | {
-        name: PicturePlan.of(shape, value, name).average for name in rounds.selectors
+        name: ImagePlan.of(shape, value, name).average for name in rounds.selectors
     }
     ideals = {
         name: ideal_capacity(budget, text + average, layers) for name, average in averages.items()

@@ -20,7 +20,12 @@ from pydantic import ValidationError
 
 from vitcop_vllm.demo.checkpoint import resolve
 from vitcop_vllm.pruning.budgets import SELECTORS
-from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, SelectorName, explain
+from vitcop_vllm.pruning.settings import (
+    CONFIG_KEY,
+    PruningSettings,
+    SelectorName,
+    format_validation_error,
+)
 
 START_SECONDS = 900
 """A large model is read for minutes. A server that stops is noticed at once."""
@@ -56,7 +61,7 @@ def server_arguments(selector: SelectorName, config: Path) -> list[str]:
             # It needs each prompt in one step.
             batch = ["--max-num-batched-tokens", str(options["max-model-len"])]
     except ValidationError as error:
-        raise ServerError(f"{config}: {explain(error)}") from None
+        raise ServerError(f"{config}: {format_validation_error(error)}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ServerError(f"{config}: {error}") from None
     return ["--config", str(config), f"--{CONFIG_KEY}", json.dumps(chosen), *batch]

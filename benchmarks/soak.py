@@ -1,7 +1,7 @@
 """``python -m benchmarks.soak``: is the engine still right when everything happens at once?
 
 A real engine with a tiny model and far too small a KV cache gets a random mix of ratios,
-pictures, conversations that go on, system prompts, cache salts, priorities and aborts. Every
+images, conversations that go on, system prompts, cache salts, priorities and aborts. Every
 completed answer must be the one that the same request gets alone, without prefix caching. At
 the end nothing may be left: blocks, encoder cache, tables of requests, processes.
 
@@ -27,7 +27,7 @@ from typing import Any
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks import qwen_checkpoint
-from benchmarks.asks import random_picture
+from benchmarks.asks import random_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
@@ -96,21 +96,21 @@ class Ask:
     """A request. What decides its answer, and what only decides how it gets there.
 
     Attributes:
-        prompt: With the model's marker for each picture.
-        pictures: Their seeds.
+        prompt: With the model's marker for each image.
+        images: Their seeds.
         ratio: Pruning ratio, in [0, 1).
         max_tokens: Length of the answer.
     """
 
     prompt: str
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     ratio: float
     max_tokens: int
     cache_salt: str | None = field(default=None, compare=False)
     priority: int = field(default=0, compare=False)
 
 
-_image = cache(random_picture)
+_image = cache(random_image)
 
 _GREETING = Ask("USER: hello ASSISTANT:", (), 0.0, 2)
 
@@ -126,10 +126,10 @@ class Answer:
 class Traffic:
     """An endless mix of requests, from a seed."""
 
-    def __init__(self, seed: int, marker: str = "<image>", num_pictures: int = 12) -> None:
+    def __init__(self, seed: int, marker: str = "<image>", num_images: int = 12) -> None:
         self.rng = random.Random(seed)
         self.marker = marker
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self._finished: list[tuple[Ask, str]] = []
 
     def finished(self, ask: Ask, answer: str) -> None:
@@ -159,12 +159,12 @@ class Traffic:
             prompt = f"{ask.prompt}{said} USER: {self._text()} ASSISTANT:"
             if self._length(prompt) < 600:
                 return replace(ask, prompt=prompt, **how)
-        pictures = tuple(
-            rng.randrange(self.num_pictures) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))
+        images = tuple(
+            rng.randrange(self.num_images) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))
         )
-        images = self.marker * len(pictures)
-        prompt = f"{rng.choice(_SYSTEMS)}USER: {images}{self._text()} ASSISTANT:"
-        return Ask(prompt, pictures, rng.choice(RATIOS), **how)
+        marks = self.marker * len(images)
+        prompt = f"{rng.choice(_SYSTEMS)}USER: {marks}{self._text()} ASSISTANT:"
+        return Ask(prompt, images, rng.choice(RATIOS), **how)
 
 
 class Engine:
@@ -193,8 +193,8 @@ class Engine:
         from vllm import SamplingParams
 
         prompt: dict[str, Any] = {"prompt": ask.prompt}
-        if ask.pictures:
-            images = [self.model.image(seed) for seed in ask.pictures]
+        if ask.images:
+            images = [self.model.image(seed) for seed in ask.images]
             prompt["multi_modal_data"] = {"image": images}
             prompt["mm_processor_kwargs"] = {RATIO_KEY: ask.ratio}
         if ask.cache_salt:

@@ -1,4 +1,4 @@
-"""Speed against pruning ratio, beside its ideal, as a picture."""
+"""Speed against pruning ratio, beside its ideal, as an image."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -38,7 +38,7 @@ _PREFILL = (
     ("ratio", "ratio", ""),
     ("batch", "batch", ""),
     ("px", "image_size", ""),
-    ("pictures", "pictures", ""),
+    ("images", "images", ""),
     ("text", "text_tokens", ""),
     ("selector", "selector", ""),
     ("visual", "average_tokens", ".1f"),
@@ -81,8 +81,8 @@ TABLES = {
             ),
         ),
     ),
-    "images": Table("prefill, many pictures in a prompt", _PREFILL),
-    "long_text": Table("prefill, a picture and much text", _PREFILL),
+    "images": Table("prefill, many images in a prompt", _PREFILL),
+    "long_text": Table("prefill, an image and much text", _PREFILL),
     "decode": Table(
         "decode, over stock",
         (
@@ -100,7 +100,7 @@ TABLES = {
         ),
     ),
     "turns": Table(
-        "second turn about a picture: time to first token, and prompt tokens reused",
+        "second turn about an image: time to first token, and prompt tokens reused",
         (
             ("ratio", "ratio", ""),
             ("stock/ms", "stock_ttft_ms", ".0f"),

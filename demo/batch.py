@@ -17,18 +17,18 @@ class BatchShape:
     """What a batch holds.
 
     Attributes:
-        side: Height and width of a picture in pixels.
-        pictures: Pictures.
-        text: Tokens for questions in a sequence, besides the pictures'; 0 for pictures alone.
+        side: Height and width of an image in pixels.
+        images: Images.
+        text: Tokens for questions in a sequence, besides the images'; 0 for images alone.
         dropped: Shares of visual tokens that may be left out, one per batch.
         background_first: Whether those that show nothing are left out before any other;
             otherwise all are alike.
         deep_share: Share of the visual tokens left that the deep stage's layers see.
-        pair_share: Share of the batches that ask about two pictures at once.
+        pair_share: Share of the batches that ask about two images at once.
     """
 
     side: int
-    pictures: int
+    images: int
     text: int = 0
     dropped: tuple[float, ...] = (0.0,)
     pair_share: float = 0.0
@@ -38,7 +38,7 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Conversations about a batch's N pictures: S sequences of T tokens.
+    """Conversations about a batch's N images: S sequences of T tokens.
 
     Attributes:
         kept: (N, n) int64 patches whose tokens the decoder sees, ascending.
@@ -70,13 +70,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """N pictures of G = side / 14 patches a side, and what there is to learn about them.
+    """N images of G = side / 14 patches a side, and what there is to learn about them.
 
     Attributes:
         pixels: (N, side, side, 3) uint8.
         targets: Name -> (N, G*G) uint8, see :func:`~demo.drawing.patch_targets`.
         content: (N, CONTENT) float32, see :func:`~demo.dataset.content`.
-        sequences: ``None`` for pictures alone.
+        sequences: ``None`` for images alone.
     """
 
     pixels: torch.Tensor

@@ -1,7 +1,7 @@
-"""Batches of the small world: pictures, conversations about them, and what is where.
+"""Batches of the small world: images, conversations about them, and what is where.
 
-A picture is paid for once and asked about many times: the questions about it stand one after
-the other in a sequence, each seeing the picture and itself only, so that each is a first
+An image is paid for once and asked about many times: the questions about it stand one after
+the other in a sequence, each seeing the image and itself only, so that each is a first
 question. A conversation's turns see each other.
 """
 
@@ -62,7 +62,7 @@ class Encoder:
         return found
 
     def prefix(self, tokens: Sequence[int]) -> list[int]:
-        """The sequence's beginning, with as many visual tokens per picture as given."""
+        """The sequence's beginning, with as many visual tokens per image as given."""
         ids = list(self.ids("<s>USER: "))
         for count in tokens:
             ids += [self.image] * count + self.ids("\n")
@@ -90,11 +90,11 @@ class Encoder:
 
 
 CONTENT = len(COLOUR_NAMES) * len(SHAPES) + len(ALPHABET)
-"""Kinds of things and letters that a picture may hold."""
+"""Kinds of things and letters that an image may hold."""
 
 
 def content(scene: Scene) -> np.ndarray:
-    """Which coloured shapes and which letters a picture holds, (CONTENT,) of 0 and 1."""
+    """Which coloured shapes and which letters an image holds, (CONTENT,) of 0 and 1."""
     found = np.zeros(CONTENT, dtype=np.float32)
     for thing in scene.things:
         row, column = COLOUR_NAMES.index(thing.colour), SHAPES.index(thing.shape)
@@ -109,7 +109,7 @@ Conversation = tuple[str, tuple[Turn, ...]]
 
 
 def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
-    """Conversations about a picture, what only some pictures have first; may repeat."""
+    """Conversations about an image, what only some images have first; may repeat."""
     for name in ("odd one out", "text", "description"):
         turn = questions.SINGLE[name](scene, rng)
         if turn is not None:
@@ -133,7 +133,7 @@ def _compare(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
 
 
 class _Sequence:
-    """A row of :class:`Sequences`: pictures, then conversations while they fit."""
+    """A row of :class:`Sequences`: images, then conversations while they fit."""
 
     def __init__(self, prefix: list[int], length: int) -> None:
         self.length, self.begin = length, len(prefix)
@@ -178,7 +178,7 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
     """The batch of a seed, always the same."""
     rng = np.random.default_rng(list(seed))
     per_sequence = 2 if rng.random() < shape.pair_share else 1
-    sequences = shape.pictures // per_sequence
+    sequences = shape.images // per_sequence
     groups = []
     for _ in range(sequences):
         roll = rng.random()
@@ -202,7 +202,7 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
 def _make_sequences(
     shape: BatchShape, encoder: Encoder, groups: Sequence[Sequence[Scene]], rng: Rng
 ) -> Sequences:
-    """A sequence about the pictures of each group; all groups are of one size."""
+    """A sequence about the images of each group; all groups are of one size."""
     per_sequence = len(groups[0])
     patches = (shape.side // PATCH) ** 2
     keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
@@ -257,7 +257,7 @@ def _make_sequences(
 def _where(
     shown: Sequence[Shown], group: Sequence[Scene], kept: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Which of the visual tokens kept of a group of pictures show one of some things."""
+    """Which of the visual tokens kept of a group of images show one of some things."""
     found = []
     for scene, patches in zip(group, kept, strict=True):
         cells = scene.side // PATCH

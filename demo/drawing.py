@@ -1,4 +1,4 @@
-"""Pictures of scenes, and what each of their patches shows."""
+"""Images of scenes, and what each of their patches shows."""
 
 import math
 from functools import cache, lru_cache
@@ -106,7 +106,7 @@ def _mask(shape: str, radius: float, angle: float) -> Image.Image:
     return tile.resize((2 * half, 2 * half), Image.Resampling.BOX)
 
 
-def _paint_thing(picture: Image.Image, thing: Thing, rng: Rng) -> None:
+def _paint_thing(image: Image.Image, thing: Thing, rng: Rng) -> None:
     jitter = rng.integers(-10, 11, 3)
     colour = np.clip(np.array(COLOURS[thing.colour]) + jitter, 0, 255)
     # An outline that differs from the filling sets it off from any ground.
@@ -114,7 +114,7 @@ def _paint_thing(picture: Image.Image, thing: Thing, rng: Rng) -> None:
     for paint, grow in ((edge, 2.0), (tuple(int(c) for c in colour), 0.0)):
         mask = _mask(thing.shape, thing.radius + grow, thing.angle)
         corner = (round(thing.x - mask.width / 2), round(thing.y - mask.height / 2))
-        picture.paste(paint, corner, mask)
+        image.paste(paint, corner, mask)
 
 
 @lru_cache(maxsize=256)
@@ -152,8 +152,8 @@ def sign_box(sign: Sign) -> tuple[float, float, float, float]:
     )
 
 
-def _paint_sign(picture: Image.Image, sign: Sign) -> None:
-    draw = ImageDraw.Draw(picture)
+def _paint_sign(image: Image.Image, sign: Sign) -> None:
+    draw = ImageDraw.Draw(image)
     if sign.plate:
         draw.rounded_rectangle(sign_box(sign), radius=4, fill=sign.ground, outline=sign.ink)
     for letter, (x, *_) in letter_boxes(sign):
@@ -169,7 +169,7 @@ def _paint_sign(picture: Image.Image, sign: Sign) -> None:
 
 @cache
 def _photo(name: str) -> Image.Image:
-    """A picture that comes with scikit-image, at most 512 pixels high."""
+    """An image that comes with scikit-image, at most 512 pixels high."""
     import skimage.data
 
     folder = Path(skimage.data.__file__).parent
@@ -211,14 +211,14 @@ def _paint_ground(side: int, ground: str, rng: Rng) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture, (side, side) RGB."""
+    """The image, (side, side) RGB."""
     rng = np.random.default_rng(scene.seed)
-    picture = _paint_ground(scene.side, scene.ground, rng)
+    image = _paint_ground(scene.side, scene.ground, rng)
     for thing in scene.things:
-        _paint_thing(picture, thing, rng)
+        _paint_thing(image, thing, rng)
     if scene.sign is not None:
-        _paint_sign(picture, scene.sign)
-    return picture
+        _paint_sign(image, scene.sign)
+    return image
 
 
 def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
@@ -231,7 +231,7 @@ def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
 
 
 def patches_of(shown: Shown, cells: int) -> Mask:
-    """(cells, cells): which patches of a picture with so many a side show a thing or writing."""
+    """(cells, cells): which patches of an image with so many a side show a thing or writing."""
     if isinstance(shown, Letter):
         return _patches_in(letter_boxes(shown.sign)[shown.index][1], cells)
     if isinstance(shown, Sign):
@@ -244,7 +244,7 @@ def patches_of(shown: Shown, cells: int) -> Mask:
 
 
 _PARTS = 12
-"""Rows and columns that a picture of any size is told apart in."""
+"""Rows and columns that an image of any size is told apart in."""
 
 TARGETS = {
     "shape": len(SHAPES) + 1,
@@ -263,7 +263,7 @@ def patch_targets(scene: Scene) -> dict[str, Grid]:
     """What each patch shows: name -> (G, G) classes of :data:`TARGETS`.
 
     G = side / 14. ``middle`` marks the patch with a thing's centre; ``place`` counts a sign's
-    letters; ``row`` and ``column`` count twelfths of the picture, where something is shown.
+    letters; ``row`` and ``column`` count twelfths of the image, where something is shown.
     """
     cells = scene.side // PATCH
     grids = {name: np.zeros((cells, cells), dtype=np.uint8) for name in TARGETS}

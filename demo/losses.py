@@ -17,7 +17,7 @@ class Heads(nn.Module):
     """What the vision tower is asked while it learns; not part of the model.
 
     Patches tell what they show and where they are, and [CLS], of the feature layer and of the
-    last one, what the whole picture holds: without that [CLS] would have no reason to look
+    last one, what the whole image holds: without that [CLS] would have no reason to look
     anywhere.
     """
 
@@ -74,7 +74,7 @@ def answers(
     Args:
         model: The whole LLaVA.
         features: (N, V, width) of the vision tower.
-        sequences: Conversations about the pictures.
+        sequences: Conversations about the images.
         image: Id of the visual tokens' placeholder.
     """
     inner = model.model

@@ -45,10 +45,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """Pictures, and one or more turns of conversation about them."""
+    """Images, and one or more turns of conversation about them."""
 
     family: str
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     turns: tuple[Turn, ...]
 
 
@@ -57,7 +57,7 @@ def _plural(shape: str) -> str:
 
 
 def _place(thing: Thing, side: int) -> str | None:
-    """Which ninth of the picture a thing's centre is in; ``None`` near a border of two."""
+    """Which ninth of the image a thing's centre is in; ``None`` near a border of two."""
     names = []
     for value, labels in ((thing.y, ROWS), (thing.x, COLUMNS)):
         part = 3 * value / side
@@ -205,7 +205,7 @@ def ask_odd(scene: Scene, rng: Rng) -> Turn | None:
 
 
 def ask_description(scene: Scene, rng: Rng) -> Turn | None:
-    """Everything in the picture, left to right, the sign last."""
+    """Everything in the image, left to right, the sign last."""
     things = sorted(scene.things, key=lambda thing: thing.x)
     if any(right.x - left.x < 12 for left, right in pairwise(things)):
         return None
@@ -239,7 +239,7 @@ def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
 
 
 def ask_comparison(scenes: Sequence[Scene], rng: Rng) -> Turn | None:
-    """About two pictures."""
+    """About two images."""
     names = [{thing.name for thing in scene.things} for scene in scenes]
     if rng.random() < 0.6:
         which = int(rng.integers(2))
@@ -279,7 +279,7 @@ SINGLE: dict[str, Ask] = {
 }
 FAMILIES = (*SINGLE, "dialogue", "two pictures")
 EXAMINED = tuple(family for family in FAMILIES if family != "description")
-"""What exams ask. Descriptions are learnt for what they teach about everything in a picture;
+"""What exams ask. Descriptions are learnt for what they teach about everything in an image;
 right as a whole only if fifteen words are, they would say little about any."""
 
 _KIND = {"odd one out": "odd", "text": "sign"}

@@ -26,7 +26,7 @@ def choice(rng: Rng, options: Sequence[Any]) -> Any:
 
 
 class _FullError(Exception):
-    """No room is left in the picture."""
+    """No room is left in the image."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ def make_scene(rng: Rng, side: int = SIDE, kind: str | None = None) -> Scene:
 
     Args:
         rng: Source of all choices.
-        side: Height and width of the picture in pixels.
+        side: Height and width of the image in pixels.
         kind: ``odd`` for equal things with one odd one out, ``sign`` for one that has a
             sign, ``None`` for whatever comes.
     """

@@ -1,7 +1,7 @@
 """``python -m demo.train``: the demo model from a seed, on a laptop's CPU.
 
 First the vision tower learns what each patch shows, then the whole model learns to answer on
-pictures of 12 x 12 patches, and at last on the 24 x 24 patches it is served with.
+images of 12 x 12 patches, and at last on the 24 x 24 patches it is served with.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ model that has seen gaps spreads what it sees, as large ones do."""
 
 GAPS = (0.0, 0.25, 0.5, 0.67, 0.85)
 """The same where background goes first. Without, the model counts and lists by how much of the
-picture is background, and goes wrong with any selector that leaves background out."""
+image is background, and goes wrong with any selector that leaves background out."""
 
 PHASES = (
     Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
@@ -73,7 +73,7 @@ PHASES = (
     # By now it is the tower, which has just met larger letters, that has most to learn.
     Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.35, 0.01), (0.5, 0.01)),
     Phase("gaps", 300, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.15, 0.01), (0.05, 0.01)),
-    # Large models hardly look at pictures in their deep layers. This one has to be taught.
+    # Large models hardly look at images in their deep layers. This one has to be taught.
     Phase(
         "depth", 220, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.05, 0.01)
     ),
@@ -193,7 +193,7 @@ class Run:
 
         Args:
             phases: All phases of the run, also those that are over.
-            workers: Processes that make pictures; 0 makes them here.
+            workers: Processes that make images; 0 makes them here.
             save_every: Seconds between savings.
         """
         with (self.folder / "log.jsonl").open("a") as log:

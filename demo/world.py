@@ -1,4 +1,4 @@
-"""What a picture of the small world can show: things, signs and grounds.
+"""What an image of the small world can show: things, signs and grounds.
 
 Coloured shapes and a written sign stand on plain, textured or photographed ground. The demo
 model is trained on this world and examined on it, with other seeds.
@@ -14,7 +14,7 @@ PATCH = DEMO.patch_size
 """Height and width of the vision tower's patches in pixels."""
 
 SIDE = DEMO.image_size
-"""Height and width of an examined picture in pixels; objects keep their size on others."""
+"""Height and width of an examined image in pixels; objects keep their size on others."""
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -86,7 +86,7 @@ class Sign:
         x, y: Left and top of the text in pixels.
         ink: Colour of the letters, RGB.
         ground: Colour of the plate behind them, RGB, or of their outline.
-        plate: Whether the letters stand on a plate; otherwise on the picture, outlined.
+        plate: Whether the letters stand on a plate; otherwise on the image, outlined.
     """
 
     text: str
@@ -113,7 +113,7 @@ Shown = Thing | Sign | Letter
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. ``ground`` names the background; ``seed`` fixes its details."""
+    """What an image shows. ``ground`` names the background; ``seed`` fixes its details."""
 
     side: int
     things: tuple[Thing, ...]

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import openai
 
-from evaluation.exam import Example, Picture, read_picture
+from evaluation.exam import Example, ImageFile, read_image
 from evaluation.scoring import Scorer
 from vitcop_vllm.pruning.settings import RATIO_HEADER
 
@@ -160,8 +160,7 @@ class Examiner:
     async def _converse(self, example: Example, ratio: Ratio) -> list[Reply]:
         """Ask turn after turn; the model sees its own earlier answers, right or wrong."""
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": data_url(picture)}}
-            for picture in example.pictures
+            {"type": "image_url", "image_url": {"url": data_url(image)}} for image in example.images
         ]
         messages: list[Any] = []
         replies: list[Reply] = []
@@ -205,10 +204,10 @@ def reported_pruning(
     return None, None, None
 
 
-def data_url(picture: Picture) -> str:
-    """The encoded picture as an URL that carries it."""
-    kind = mimetypes.guess_type(picture)[0] if isinstance(picture, Path) else None
-    return f"data:{kind or 'image/png'};base64,{base64.b64encode(read_picture(picture)).decode()}"
+def data_url(image: ImageFile) -> str:
+    """The encoded image as an URL that carries it."""
+    kind = mimetypes.guess_type(image)[0] if isinstance(image, Path) else None
+    return f"data:{kind or 'image/png'};base64,{base64.b64encode(read_image(image)).decode()}"
 
 
 def sentence(error: Exception) -> str:

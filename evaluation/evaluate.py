@@ -175,7 +175,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make eval", description=__doc__)
     exam = parser.add_argument_group("what to ask")
     exam.add_argument("--task", choices=TASKS, help="demo, or folder if --data is given")
-    exam.add_argument("--data", type=Path, metavar="DIR", help="folder with *.jsonl and pictures")
+    exam.add_argument("--data", type=Path, metavar="DIR", help="folder with *.jsonl and images")
     exam.add_argument("--per-family", type=int, default=100, help="examples generated of a kind")
     exam.add_argument("--seed", type=int, default=0, help="of the generated exam")
     exam.add_argument("--scorer", choices=SCORERS, help="the task's own by default: exact")

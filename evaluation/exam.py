@@ -1,6 +1,6 @@
-"""Exams: pictures, questions about them, and the answers that count as right.
+"""Exams: images, questions about them, and the answers that count as right.
 
-An exam of one's own is a folder with pictures and one or more ``*.jsonl`` files. Each line is
+An exam of one's own is a folder with images and one or more ``*.jsonl`` files. Each line is
 one example::
 
     {"image": "a.png", "question": "What colour is the car?", "answer": "red"}
@@ -9,7 +9,7 @@ one example::
 
 ``answer`` is a text, or a list of accepted ones. ``turns`` is a conversation: its questions are
 asked one after the other. ``family`` groups examples in tables and plots; without it, the
-file's name does. Pictures are named relative to the folder.
+file's name does. Images are named relative to the folder.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from demo import questions
 
-Picture = bytes | Path
-"""An encoded picture file, or where it lies."""
+ImageFile = bytes | Path
+"""An encoded image file, or where it lies."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation about pictures, all of them shown with the first question.
+    """A conversation about images, all of them shown with the first question.
 
     Attributes:
         family: Kind of question; accuracy is reported for each.
-        pictures: At least one.
+        images: At least one.
         turns: At least one.
     """
 
     family: str
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageFile, ...]
     turns: tuple[Turn, ...]
 
 
@@ -57,11 +57,11 @@ class ExamError(ValueError):
 
 
 def from_demo(examples: Iterable["questions.Example"]) -> list[Example]:
-    """The generated exam. Pictures are encoded here, once, and not for every request."""
+    """The generated exam. Images are encoded here, once, and not for every request."""
     return [
         Example(
             example.family,
-            tuple(_png(picture) for picture in example.pictures),
+            tuple(_png(image) for image in example.images),
             tuple(Turn(turn.question, (turn.answer,)) for turn in example.turns),
         )
         for example in examples
@@ -95,24 +95,24 @@ def read_folder(folder: Path) -> list[Example]:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Tells exams apart: a hash of all questions, answers and pictures."""
+    """Tells exams apart: a hash of all questions, answers and images."""
     hashed = hashlib.sha256()
     for example in examples:
         turns = [(turn.question, turn.answers) for turn in example.turns]
         hashed.update(json.dumps([example.family, turns]).encode())
-        for picture in example.pictures:
-            hashed.update(hashlib.sha256(read_picture(picture)).digest())
+        for image in example.images:
+            hashed.update(hashlib.sha256(read_image(image)).digest())
     return hashed.hexdigest()[:16]
 
 
-def read_picture(picture: Picture) -> bytes:
+def read_image(image: ImageFile) -> bytes:
     """The encoded file."""
-    return picture if isinstance(picture, bytes) else picture.read_bytes()
+    return image if isinstance(image, bytes) else image.read_bytes()
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -144,7 +144,7 @@ def _parse(line: bytes, folder: Path, default_family: str) -> Example:
         _check_keys(turn, {"question", "answer"})
     return Example(
         family=family,
-        pictures=tuple(_find_picture(folder, name) for name in names),
+        images=tuple(_find_image(folder, name) for name in names),
         turns=tuple(
             Turn(_text(turn.get("question"), "question"), _answers(turn)) for turn in turns
         ),
@@ -173,12 +173,12 @@ def _answers(turn: dict[str, Any]) -> tuple[str, ...]:
     return tuple(accepted)
 
 
-def _find_picture(folder: Path, name: Any) -> Path:
+def _find_image(folder: Path, name: Any) -> Path:
     path = folder / _text(name, "image")
     try:
         with Image.open(path):  # Reads no more than the header.
             return path
     except FileNotFoundError:
-        raise ValueError(f"no picture {path}") from None
+        raise ValueError(f"no image {path}") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None

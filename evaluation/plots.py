@@ -1,4 +1,4 @@
-"""Accuracy against pruning ratio, as a picture."""
+"""Accuracy against pruning ratio, as an image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _STYLES = {
 }
 _MAX_COLUMNS = 4
 _WIDTH = 8.0
-"""Inches. READMEs show pictures about 830 pixels wide: 10 points come to 14 pixels."""
+"""Inches. READMEs show images about 830 pixels wide: 10 points come to 14 pixels."""
 
 
 Points = Sequence[tuple[float, Figures]]

@@ -116,7 +116,7 @@ def _pruning(replies: Sequence[Reply]) -> dict[str, Any]:
 def accuracies(cell: Cell) -> Figures:
     """Accuracy with its interval.
 
-    An example counts once, however many turns it has: they are about the same picture, so
+    An example counts once, however many turns it has: they are about the same image, so
     its score is their mean. ``correct`` sums those, ``total`` counts them.
     """
     figures: Figures = {}

@@ -1,6 +1,6 @@
 """What the signals that tokens are pruned by know: ``python -m evaluation.signals``.
 
-The demo's pictures come with the truth about each patch, so a signal can be judged without
+The demo's images come with the truth about each patch, so a signal can be judged without
 pruning anything: does it rank patches that show something above those that show background,
 and do key norms, which need no question, rank tokens as the question's attention does? Runs
 the unpruned model in transformers.
@@ -36,7 +36,7 @@ def ranks_above(score: Floats, shown: npt.NDArray[np.bool_]) -> float:
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:
-    """Spearman's, over the visual tokens of a picture."""
+    """Spearman's, over the visual tokens of an image."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(a, b).statistic)
@@ -73,14 +73,14 @@ class Signals:
         ).eval()
 
     @torch.inference_mode()
-    def read(self, picture: Any, question: str) -> Reading:
+    def read(self, image: Any, question: str) -> Reading:
         """Run the model on an image and a question about it."""
         content = [{"type": "image"}, {"type": "text", "text": question}]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True
         )
         inputs = self.processor(
-            images=picture, text=prompt, return_tensors="pt", add_special_tokens=False
+            images=image, text=prompt, return_tensors="pt", add_special_tokens=False
         )
         tower = self.model.model.vision_tower
         attention = tower.encoder.layers[self.model.config.vision_feature_layer].self_attn
@@ -116,12 +116,12 @@ class Signals:
         )
 
 
-def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
-    """Averages over pictures; see :func:`main` for what is printed of them."""
+def measure(path: Path, images: int, seed: int) -> dict[str, Any]:
+    """Averages over images; see :func:`main` for what is printed of them."""
     signals = Signals(path)
     found: dict[str, list[Any]] = defaultdict(list)
     families = list(SINGLE)
-    for i in tqdm(range(pictures), desc="pictures"):
+    for i in tqdm(range(images), desc="images"):
         rng = np.random.default_rng([EXAM_SEED + seed, len(FAMILIES), i])
         (scene,), turns = compose(families[i % len(families)], rng)
         grids = patch_targets(scene)
@@ -138,7 +138,7 @@ def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
             [rank_correlation(-norm, one) for norm, one in zip(norms, seen, strict=True)]
         )
     return {
-        "pictures": len(found["saliency_auc"]),
+        "images": len(found["saliency_auc"]),
         **{name: np.round(np.mean(values, axis=0), 3).tolist() for name, values in found.items()},
     }
 
@@ -146,11 +146,11 @@ def measure(path: Path, pictures: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=DEMO_NAME, help="a LLaVA-1.5 folder")
-    parser.add_argument("--pictures", type=int, default=180)
+    parser.add_argument("--images", type=int, default=180)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    result = measure(Path(resolve(args.model)), args.pictures, args.seed)
-    print(f"\n{result['pictures']} pictures")
+    result = measure(Path(resolve(args.model)), args.images, args.seed)
+    print(f"\n{result['images']} images")
     print(f"[CLS] saliency finds what is shown: AUC {result['saliency_auc']:.3f}")
     print(f"attention received finds it: AUC {result['received_auc']:.3f}")
     rms, low, median, high = result["distances"]

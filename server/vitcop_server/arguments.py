@@ -14,7 +14,12 @@ from yaml import YAMLError
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
 from vitcop_vllm.pruning.budgets import why_uncacheable
-from vitcop_vllm.pruning.settings import CONFIG_KEY, Frozen, PruningSettings, explain
+from vitcop_vllm.pruning.settings import (
+    CONFIG_KEY,
+    Frozen,
+    PruningSettings,
+    format_validation_error,
+)
 
 _DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
 request chooses with the header X-Pruning-Ratio. Takes every flag of `vllm serve`, on the command
@@ -86,7 +91,7 @@ def make_parser() -> FlexibleArgumentParser:
             f"(--{key}.{example}): {', '.join(settings.model_fields)}.",
         )
     make_arg_parser(parser)
-    # Without it a request's ratio never reaches the picture processor. Clients gain nothing by
+    # Without it a request's ratio never reaches the image processor. Clients gain nothing by
     # it: the plugin refuses their own keywords.
     # "auto" would start an embedding model, where no endpoint plugin of ours is attached.
     # Without a timeout a signal cuts off every answer.
@@ -158,6 +163,6 @@ def _write_settings(args: argparse.Namespace, key: str, settings_class: type[_S]
     try:
         settings = settings_class.model_validate(asked)
     except ValidationError as error:
-        raise ValueError(explain(error, key)) from None
+        raise ValueError(format_validation_error(error, key)) from None
     args.additional_config = {**additional, key: settings.model_dump(mode="json")}
     return settings

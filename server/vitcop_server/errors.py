@@ -61,12 +61,15 @@ async def nested_too_deep(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(sentence, "BadRequestError", 400), HTTPStatus.BAD_REQUEST)
 
 
-def use_one_shape(args: Namespace) -> None:
-    """Put :class:`OneShape` around everything else, through vLLM's own ``--middleware``."""
-    args.middleware = [*args.middleware, f"{OneShape.__module__}.{OneShape.__qualname__}"]
+def use_openai_errors(args: Namespace) -> None:
+    """Put :class:`OpenAIErrorMiddleware` around all else, by vLLM's own ``--middleware``."""
+    args.middleware = [
+        *args.middleware,
+        f"{OpenAIErrorMiddleware.__module__}.{OpenAIErrorMiddleware.__qualname__}",
+    ]
 
 
-class OneShape:
+class OpenAIErrorMiddleware:
     """Gives every error the shape of the route's protocol, whoever answered.
 
     vLLM's keys, unknown routes and methods, and bodies that are no JSON have shapes of their

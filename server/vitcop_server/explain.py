@@ -18,9 +18,7 @@ class LostChoicesError(RuntimeError):
     """Newer explanations took the place of one before it was asked for."""
 
 
-def explain_picture(
-    preview: Preview, identifier: str, choices: Mapping[str, Any]
-) -> dict[str, Any]:
+def explain_image(preview: Preview, identifier: str, choices: Mapping[str, Any]) -> dict[str, Any]:
     """What ``/v1/pruning/explain`` tells of one image.
 
     Args:
@@ -39,7 +37,7 @@ def explain_picture(
         raise LostChoicesError(identifier)
     labels = choices.get("labels")
     return {
-        **preview.picture_fields(*size, counts),
+        **preview.image_fields(*size, counts),
         "saliency": choices.get("saliency"),
         "clusters": None if labels is None else _scatter(labels, parts, counts.encoder),
         "stages": [

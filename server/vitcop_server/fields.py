@@ -44,7 +44,7 @@ _LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
 
 
 def refuse_processor_fields(body: Mapping[str, object], rules: RouteRules = CHAT_RULES) -> None:
-    """Refuse a client that sets picture processing itself.
+    """Refuse a client that sets image processing itself.
 
     Args:
         body: The request's fields.
@@ -88,7 +88,7 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
 def refuse_unsafe_body(
     body: Mapping[str, object], settings: ServerSettings, rules: RouteRules = CHAT_RULES
 ) -> None:
-    """Refuse what vLLM 0.32 would answer with status 500, or from another client's picture.
+    """Refuse what vLLM 0.32 would answer with status 500, or from another client's image.
 
     Args:
         body: The request's fields.
@@ -106,8 +106,8 @@ def refuse_unsafe_body(
         for part in _parts(body.get(field)):
             if not rules.is_anthropic:  # vLLM knows Anthropic's roles, which are fewer.
                 _refuse_role(part, field)
-            if not settings.picture_ids:
-                _refuse_picture_id(part)
+            if not settings.image_ids:
+                _refuse_image_id(part)
             _refuse_video(part, field)
     if body.get("truncate_prompt_tokens") is not None and has_non_text_content(
         body.get("messages")
@@ -328,12 +328,12 @@ def _refuse_role(message: Mapping[str, object], field: str) -> None:
         )
 
 
-def _refuse_picture_id(part: Mapping[str, object]) -> None:
+def _refuse_image_id(part: Mapping[str, object]) -> None:
     if part.get("uuid") is not None and "role" not in part:
         raise RequestError(
             "uuid is not accepted: it is a key of caches that all clients share, and would be "
             "answered from whatever image came first (the operator may allow it with "
-            "server.picture_ids)",
+            "server.image_ids)",
             param="uuid",
         )
 

@@ -59,8 +59,8 @@ def guard_media(settings: ServerSettings, environ: MutableMapping[str, str]) -> 
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(math.ceil(settings.max_body_bytes / 2**20)),
     }.items():
         environ.setdefault(name, value)
-    limits = PictureLimits.from_settings(settings)
-    limits.tell_pillow()
+    limits = ImageLimits.from_settings(settings)
+    limits.configure_pillow()
     # One connection pool for all requests.
     connector = partial(GuardedConnector, limits=limits, connection=BoundedConnection())
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(connector)
@@ -74,7 +74,7 @@ class UnreachableMediaError(VLLMUnprocessableEntityError):
 
 
 @dataclass(frozen=True)
-class PictureLimits:
+class ImageLimits:
     """Limits of sizes, checked before an image is decoded.
 
     Attributes:
@@ -87,7 +87,7 @@ class PictureLimits:
 
     @classmethod
     def from_settings(cls, settings: ServerSettings) -> Self:
-        return cls(settings.max_picture_pixels, settings.max_aspect_ratio)
+        return cls(settings.max_image_pixels, settings.max_aspect_ratio)
 
     def check(self, width: int, height: int) -> None:
         """Refuse an image of a size.
@@ -98,7 +98,7 @@ class PictureLimits:
         if width * height > self.max_pixels:
             raise RequestError(
                 f"the image has {width} x {height} = {width * height} pixels, and "
-                f"server.max_picture_pixels is {self.max_pixels}",
+                f"server.max_image_pixels is {self.max_pixels}",
                 param=_PARAM,
             )
         longest, shortest = max(width, height), min(width, height)
@@ -109,7 +109,7 @@ class PictureLimits:
                 param=_PARAM,
             )
 
-    def tell_pillow(self) -> None:
+    def configure_pillow(self) -> None:
         """Have Pillow refuse such images inside other files too, such as icons."""
         Image.MAX_IMAGE_PIXELS = math.ceil(self.max_pixels / 2)  # It refuses twice as many,
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # and warns before.
@@ -118,7 +118,7 @@ class PictureLimits:
 class GuardedConnector(MediaConnector):
     """vLLM's connector with our limits. It answers every failure with an error of the client's."""
 
-    def __init__(self, *args: Any, limits: PictureLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ImageLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
 
@@ -155,7 +155,7 @@ class GuardedImageIO(ImageMediaIO):
 
     _file: ImageFile
 
-    def __init__(self, limits: PictureLimits, **kwargs: Any) -> None:
+    def __init__(self, limits: ImageLimits, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._limits = limits
 
@@ -171,7 +171,7 @@ class GuardedImageIO(ImageMediaIO):
             self._limits.check(*loaded.media.size)  # A container's header may lie.
         except Image.DecompressionBombError as error:
             raise RequestError(
-                f"the image has too many pixels: server.max_picture_pixels is "
+                f"the image has too many pixels: server.max_image_pixels is "
                 f"{self._limits.max_pixels}",
                 param=_PARAM,
             ) from error

@@ -22,9 +22,9 @@ RATIO_ERRORS = Counter(
 )
 
 
-def ratio_bucket(ratio: float, pictures: Sequence[VisualTokenCounts]) -> str:
-    """``none`` without pictures; else ``0``, or the range that a ratio is in."""
-    if not pictures:
+def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
+    """``none`` without images; else ``0``, or the range that a ratio is in."""
+    if not images:
         return "none"
     if ratio == 0:
         return "0"
@@ -36,11 +36,11 @@ def ratio_bucket(ratio: float, pictures: Sequence[VisualTokenCounts]) -> str:
     return f"{lower:g}-{upper:g}"
 
 
-def count_request(ratio: float, pictures: Sequence[VisualTokenCounts]) -> None:
+def count_request(ratio: float, images: Sequence[VisualTokenCounts]) -> None:
     """Count a request whose prompt has been made."""
-    REQUESTS.labels(ratio_bucket(ratio, pictures)).inc()
+    REQUESTS.labels(ratio_bucket(ratio, images)).inc()
     for stage in range(NUM_STAGES):
-        kept = sum(picture.stages[stage] for picture in pictures)
-        encoder = sum(picture.encoder for picture in pictures)
+        kept = sum(image.stages[stage] for image in images)
+        encoder = sum(image.encoder for image in images)
         TOKENS_KEPT.labels(stage + 1).inc(kept)
         TOKENS_DROPPED.labels(stage + 1).inc(encoder - kept)

@@ -13,7 +13,7 @@ from vitcop_server.fields import refuse_processor_fields, refuse_unsafe_body
 from vitcop_server.metrics import RATIO_ERRORS
 from vitcop_server.ratio import ratio_text
 from vitcop_server.route_rules import MODEL_KEY, RouteRules, route_path, rules_of
-from vitcop_server.settings import settings_of
+from vitcop_server.settings import server_settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 STATE_KEY = "pruning_ratio"
@@ -71,7 +71,7 @@ class PruningMiddleware:
             _refuse_misplaced_ratios(rules, headers, body, ratio)
             refuse_processor_fields(body, rules)
             _refuse_features(route_path(scope), body)
-            refuse_unsafe_body(body, settings_of(scope["app"]), rules)
+            refuse_unsafe_body(body, server_settings_of(scope["app"]), rules)
         except RequestError as error:
             RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
@@ -106,7 +106,7 @@ def _refuse_features(path: str, body: Mapping[str, object]) -> None:
         # Their identities carry the counts that workers plan with: a made-up one could stop
         # the engine for everyone.
         raise RequestError(
-            "features of pictures processed elsewhere are not accepted: send the pictures",
+            "features of images processed elsewhere are not accepted: send the images",
             param="features",
         )
 

@@ -77,9 +77,9 @@ def _route(path: str, body: bytes, media_type: str, policy: str) -> Route:
 def _routes() -> Iterator[Route]:
     html = (_FOLDER / "page.html").read_text(encoding="utf-8")
     yield _route("/ui", html.encode(), "text/html", content_security_policy(html))
-    for picture in sorted((_FOLDER / "samples").glob("*.png")):
+    for image in sorted((_FOLDER / "samples").glob("*.png")):
         policy = "default-src 'none'"
-        yield _route(f"/ui/samples/{picture.name}", picture.read_bytes(), "image/png", policy)
+        yield _route(f"/ui/samples/{image.name}", image.read_bytes(), "image/png", policy)
 
 
 def attach_page(app: FastAPI) -> None:

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from vitcop_server import readiness, routes
 from vitcop_server.aliases import AliasedModels
 from vitcop_server.cors import expose_headers
-from vitcop_server.errors import nested_too_deep, use_one_shape
+from vitcop_server.errors import nested_too_deep, use_openai_errors
 from vitcop_server.exit_status import exit_nonzero_when_dead
 from vitcop_server.image_cache import keep_caches_equal
 from vitcop_server.limits import BodyLimit, limit_answers
@@ -67,7 +67,7 @@ class PruningEndpointPlugin:
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)
         expose_headers(app.state.args)
-        use_one_shape(app.state.args)
+        use_openai_errors(app.state.args)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.warning(
                 "What the engine counts (vitcop_kv_blocks_not_taken, vitcop_selection_seconds) "
@@ -84,7 +84,7 @@ class PruningEndpointPlugin:
         """
         if not args.trust_request_mm_kwargs:
             raise ValueError(
-                "a request's pruning ratio reaches the picture processor only with "
+                "a request's pruning ratio reaches the image processor only with "
                 "--trust-request-mm-kwargs: add that flag (clients still cannot set "
                 "mm_processor_kwargs themselves)"
             )

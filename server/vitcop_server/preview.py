@@ -58,7 +58,7 @@ class Preview:
         counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
         return counts
 
-    def picture_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
+    def image_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
         """The image's part of an answer: what of it is seen, and how much is kept."""
         layout = self.info.layout(width, height)
         boundaries = self.model.settings.boundaries(self.model.num_layers)
@@ -99,7 +99,7 @@ class Preview:
         kv_bytes = {"unpruned": unpruned * self.kv_bytes, "pruned": slots * self.kv_bytes}
         return {
             "pruning_ratio": ratio,
-            **self.picture_fields(width, height, counts),
+            **self.image_fields(width, height, counts),
             "stages": stages,
             "decoder_speed_up": unpruned / slots,
             "kv_bytes": {**kv_bytes, "saved": kv_bytes["unpruned"] - kv_bytes["pruned"]},

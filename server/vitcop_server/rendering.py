@@ -8,7 +8,7 @@ from typing import Any
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vitcop_server.fields import refuse_stray_placeholders
-from vitcop_server.usage import picture_names
+from vitcop_server.usage import image_names
 
 _rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
 """Names of the images rendered for the answer being made, if one is: vLLM's renderer gets no
@@ -16,7 +16,7 @@ raw request."""
 
 
 @contextmanager
-def remembering() -> Iterator[list[str]]:
+def record_images() -> Iterator[list[str]]:
     """Names of the images that are rendered inside."""
     names: list[str] = []
     token = _rendered.set(names)
@@ -26,8 +26,8 @@ def remembering() -> Iterator[list[str]]:
         _rendered.reset(token)
 
 
-class PictureRenderer(OnlineRenderer):
-    """vLLM's renderer, which names images to :func:`remembering` and refuses marks of none.
+class ImageRenderer(OnlineRenderer):
+    """vLLM's renderer, which names images to :func:`record_images` and refuses marks of none.
 
     All handlers render through the two methods below, one conversation at a time, in the task
     that serves the request (thread pools are below them).
@@ -40,18 +40,18 @@ class PictureRenderer(OnlineRenderer):
 
     async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:
         conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)
-        self._take_down(engine_inputs)
+        self._record(engine_inputs)
         return conversation, engine_inputs
 
     async def preprocess_completion(self, *args: Any, **kwargs: Any) -> Any:
         engine_inputs = await super().preprocess_completion(*args, **kwargs)
-        self._take_down(engine_inputs)
+        self._record(engine_inputs)
         return engine_inputs
 
-    def _take_down(self, engine_inputs: Any) -> None:
+    def _record(self, engine_inputs: Any) -> None:
         names = _rendered.get()
         if names is not None:  # else nobody waits for what becomes of them
-            names += picture_names(engine_inputs)
+            names += image_names(engine_inputs)
         refuse_stray_placeholders(
             engine_inputs, self.model_config, self.prompt_field, self.renderer.tokenizer
         )

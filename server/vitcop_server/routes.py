@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from vitcop_server.errors import RequestError, error_body
-from vitcop_server.explain import LostChoicesError, explain_picture, merge_answers
+from vitcop_server.explain import LostChoicesError, explain_image, merge_answers
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
@@ -122,8 +122,8 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
         else ()
     )
     try:
-        pictures = [
-            explain_picture(state.pruning_preview, name, told.get(name, {}))
+        images = [
+            explain_image(state.pruning_preview, name, told.get(name, {}))
             for name in explained.names
         ]
     except LostChoicesError:
@@ -132,4 +132,4 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
             "explanation is lost: send fewer at a time"
         )
         return JSONResponse(error_body(sentence, "ServiceUnavailableError", 503), 503)
-    return JSONResponse({"completion": answer.model_dump(), "pictures": pictures})
+    return JSONResponse({"completion": answer.model_dump(), "images": images})

@@ -45,10 +45,10 @@ from vitcop_server.limits import refuse_many_conversations
 from vitcop_server.metrics import count_request
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.ratio_serving import RatioServing
-from vitcop_server.rendering import PictureRenderer, remembering
-from vitcop_server.settings import ServerSettings, settings_of
+from vitcop_server.rendering import ImageRenderer, record_images
+from vitcop_server.settings import ServerSettings, server_settings_of
 from vitcop_server.tracing import trace_pruning
-from vitcop_server.usage import PrunedModel, extend_event, extend_usage, picture_counts
+from vitcop_server.usage import PrunedModel, extend_event, extend_usage, image_counts
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
@@ -66,7 +66,7 @@ class _PrunedServing(RatioServing):
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
         handler = super().adopt(serving, pruned_model, is_traced)
-        handler.online_renderer = adopted(handler.online_renderer, PictureRenderer)
+        handler.online_renderer = adopted(handler.online_renderer, ImageRenderer)
         handler.online_renderer.prompt_field = cls.prompt_field
         return handler
 
@@ -79,13 +79,13 @@ class _PrunedServing(RatioServing):
             ratio = self._take_ratio(request, raw_request)
         except RequestError as error:
             return self.refusal(error)
-        with remembering() as names:
+        with record_images() as names:
             answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
             return answer
-        pictures = picture_counts(names)
-        count_request(ratio, pictures)
-        fields = self.pruned_model.usage_fields(pictures)
+        images = image_counts(names)
+        count_request(ratio, images)
+        fields = self.pruned_model.usage_fields(images)
         if raw_request is not None:
             if (explained := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
                 explained.names += names
@@ -100,7 +100,7 @@ class _PrunedServing(RatioServing):
         """Validate the ratio and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
         ratio = self.accept_ratio(request, raw_request)
-        self._refuse_fields(request, settings_of(getattr(raw_request, "app", None)))
+        self._refuse_fields(request, server_settings_of(getattr(raw_request, "app", None)))
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if explained is not None:
@@ -185,7 +185,7 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     """Handler of ``/v1/completions``.
 
-    vLLM's completions take text and tokens only, never pictures: a ratio is validated and
+    vLLM's completions take text and tokens only, never images: a ratio is validated and
     echoed there, and there is nothing to prune.
     """
 

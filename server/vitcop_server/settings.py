@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from vitcop_vllm.pruning.settings import Frozen, Positive, Ratio, explain
+from vitcop_vllm.pruning.settings import Frozen, Positive, Ratio, format_validation_error
 
 SERVER_KEY = "server"
 """Name of the settings wherever they travel: YAML section, additional config."""
@@ -22,10 +22,10 @@ class ServerSettings(Frozen):
         page: Whether ``/ui`` is served.
         explain: Whether ``POST /v1/pruning/explain`` tells which visual tokens survived; such a
             request reuses nothing and costs a round to the workers.
-        picture_ids: Whether clients may name images (``uuid``). A name is a key of caches
+        image_ids: Whether clients may name images (``uuid``). A name is a key of caches
             that all clients share: whoever knows it is answered from that image.
         max_body_bytes: Largest request body.
-        max_picture_pixels: Most pixels of an image, width times height.
+        max_image_pixels: Most pixels of an image, width times height.
         max_aspect_ratio: Longest side over shortest. LLaVA's processor enlarges a thin image
             until its shortest side fills the model's input; Qwen's refuses more than 200.
     """
@@ -33,13 +33,13 @@ class ServerSettings(Frozen):
     aliases: tuple[Ratio, ...] = ()
     page: bool = True
     explain: bool = False
-    picture_ids: bool = False
+    image_ids: bool = False
     max_body_bytes: Count = 64 * 2**20
-    max_picture_pixels: Count = 25_000_000
+    max_image_pixels: Count = 25_000_000
     max_aspect_ratio: Annotated[Positive, Field(ge=1.0)] = 16.0
 
 
-def settings_of(app: Any) -> ServerSettings:
+def server_settings_of(app: Any) -> ServerSettings:
     """Those that the plugin left with a running ``app``; defaults where there is none."""
     settings: ServerSettings = getattr(
         getattr(app, "state", None), "pruning_server_settings", ServerSettings()
@@ -57,4 +57,4 @@ def server_settings(args: Namespace) -> ServerSettings:
     try:
         return ServerSettings.model_validate(additional.get(SERVER_KEY, {}))
     except ValidationError as error:
-        raise ValueError(explain(error, SERVER_KEY)) from None
+        raise ValueError(format_validation_error(error, SERVER_KEY)) from None

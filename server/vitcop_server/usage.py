@@ -40,25 +40,24 @@ class PrunedModel:
         model.settings.boundaries(num_layers)  # Raises now rather than in the first answer.
         return model
 
-    def usage_fields(self, pictures: Sequence[VisualTokenCounts]) -> dict[str, Any]:
-        """The fields added to ``usage``, both ``None`` for a request without pictures."""
-        if not pictures:
+    def usage_fields(self, images: Sequence[VisualTokenCounts]) -> dict[str, Any]:
+        """The fields added to ``usage``, both ``None`` for a request without images."""
+        if not images:
             return {"pruning_ratio": None, "visual_tokens": None}
         boundaries = self.settings.boundaries(self.num_layers)
         return {
-            "pruning_ratio": effective_ratio(pictures, boundaries, self.num_layers),
+            "pruning_ratio": effective_ratio(images, boundaries, self.num_layers),
             "visual_tokens": {
-                "encoder": sum(picture.encoder for picture in pictures),
+                "encoder": sum(image.encoder for image in images),
                 "stages": [
-                    sum(picture.stages[stage] for picture in pictures)
-                    for stage in range(NUM_STAGES)
+                    sum(image.stages[stage] for image in images) for stage in range(NUM_STAGES)
                 ],
             },
         }
 
 
-def picture_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Identifiers of every picture in vLLM's processed prompts."""
+def image_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Identifiers of every image in vLLM's processed prompts."""
     return [
         identifier
         for engine_input in engine_inputs
@@ -66,8 +65,8 @@ def picture_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def picture_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
-    """Counts of the pictures with these identifiers.
+def image_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
+    """Counts of the images with these identifiers.
 
     Raises:
         RuntimeError: If one's identifier tells none, so that it passed another processor.

@@ -7,13 +7,13 @@ from typing import Any
 
 from benchmarks.asks import Ask
 from benchmarks.engines import EngineName
-from benchmarks.ideals import PicturePlan, ideal_capacity
+from benchmarks.ideals import ImagePlan, ideal_capacity
 from benchmarks.scenarios import ANSWER_TOKENS
 from benchmarks.shapes import Shape
 from vitcop_vllm.pruning.settings import SelectorName
 
 ENCODER = 0.5
-"""Seconds of a picture."""
+"""Seconds of an image."""
 
 TOKEN = 1e-3
 """Seconds of a token in all decoder layers."""
@@ -43,7 +43,7 @@ class FakeEngine:
         if self.selector is None:
             return self._unpruned(ask)
         shape = replace(self.shape, image_size=ask.image_size)
-        return PicturePlan.of(shape, ask.ratio, self.selector).average
+        return ImagePlan.of(shape, ask.ratio, self.selector).average
 
     def run(self, what: str, **command: Any) -> dict[str, Any]:
         self.asked.append({"what": what, **command})
@@ -67,9 +67,9 @@ class FakeEngine:
         seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
         return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
 
-    def pictures(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
-        encoder = ENCODER * sum(len(ask.pictures) for ask in asks)
-        lengths = [len(ask.prompt) + len(ask.pictures) * self._visual(ask) for ask in asks]
+    def images(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
+        encoder = ENCODER * sum(len(ask.images) for ask in asks)
+        lengths = [len(ask.prompt) + len(ask.images) * self._visual(ask) for ask in asks]
         prefill = encoder + sum(lengths) * TOKEN
         answers = [ask.max_tokens - 1 for ask in asks]
         steps = [
@@ -84,7 +84,7 @@ class FakeEngine:
             "first_token_seconds_once_sent": [prefill / 2] * len(asks),
             "decode_step_seconds": steps,
             "prompt_tokens": [
-                len(ask.prompt) + len(ask.pictures) * self._unpruned(ask) for ask in asks
+                len(ask.prompt) + len(ask.images) * self._unpruned(ask) for ask in asks
             ],
             "reused_tokens": [0] * len(asks),
             "tokens": [[ask.max_tokens] for ask in asks],

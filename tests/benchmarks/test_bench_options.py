@@ -111,13 +111,13 @@ def test_a_step_holds_what_arrives_at_once():
     assert decode["max_num_batched_tokens"] >= 32 * prompt
     assert decode["max_model_len"] >= 9000 + prompt
     images = options("--scenarios", "images")
-    assert images["max_model_len"] >= max(prefill.PICTURES) * 576 + prompt - 576
-    assert images["limit_mm_per_prompt"] == {"image": max(prefill.PICTURES)}
+    assert images["max_model_len"] >= max(prefill.IMAGES) * 576 + prompt - 576
+    assert images["limit_mm_per_prompt"] == {"image": max(prefill.IMAGES)}
     clients = options("--scenarios", "clients", "--chat-tokens", "2000")
     assert clients["max_model_len"] >= prompt + 4 * (load.QUESTION_TOKENS + 2000)
     assert options("--scenarios", "clients", "--clients", "16,80")["max_num_seqs"] == 80
     for one in (few, batch, decode, images, clients):
-        # Else a picture with much text would be cut in two.
+        # Else an image with much text would be cut in two.
         assert one["max_num_batched_tokens"] >= one["max_model_len"]
 
 

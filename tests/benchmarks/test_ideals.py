@@ -8,7 +8,7 @@ import yaml
 from benchmarks.asks import Ask
 from benchmarks.ideals import (
     KV_BLOCK,
-    PicturePlan,
+    ImagePlan,
     StockCosts,
     ideal_capacity,
     ideal_prefill,
@@ -36,25 +36,25 @@ def test_the_kv_budget_is_in_whole_blocks_of_every_size(unpruned):
     ("ratio", "average"), [(0.0, 576), (2 / 3, 192.1), (7 / 9, 127.8), (8 / 9, 63.6)]
 )
 def test_the_published_plans(ratio, average):
-    plan = PicturePlan.of(LLAVA_1_5_7B, ratio, "vitcop")
+    plan = ImagePlan.of(LLAVA_1_5_7B, ratio, "vitcop")
     assert plan.average == pytest.approx(average, abs=0.06)
     assert plan.layers == (2, 20, 10)
-    # A prompt is as much text as before, and its pictures' share of tokens goes.
+    # A prompt is as much text as before, and its images' share of tokens goes.
     assert plan.share(0) == pytest.approx(average / 576, abs=1e-3)
     assert plan.share(576) == pytest.approx((576 + average) / 1152, abs=1e-3)
-    assert plan.share(576 * 8, pictures=8) == plan.share(576)
+    assert plan.share(576 * 8, images=8) == plan.share(576)
 
 
 def test_plans_of_the_13b_are_those_it_is_served_with():
     served = yaml.safe_load(Path("configs/llava-1.5-13b.yaml").read_text())["pruning"]
     shallow, deep = PruningSettings(**served).boundaries(LLAVA_1_5_13B.layers)
-    plan = PicturePlan.of(LLAVA_1_5_13B, 8 / 9, "vitcop")
+    plan = ImagePlan.of(LLAVA_1_5_13B, 8 / 9, "vitcop")
     assert plan.layers == (shallow, deep - shallow, 40 - deep)
 
 
 def test_peers_have_as_many_tokens_in_every_layer():
-    ours = PicturePlan.of(DEMO, 8 / 9, "vitcop")
-    peer = PicturePlan.of(DEMO, 8 / 9, "cls")
+    ours = ImagePlan.of(DEMO, 8 / 9, "vitcop")
+    peer = ImagePlan.of(DEMO, 8 / 9, "cls")
     assert len(set(peer.counts.stages)) == 1
     assert peer.average == pytest.approx(ours.average, rel=0.03)
 
@@ -67,13 +67,13 @@ def test_the_encoder_costs_the_same_whatever_survives():
 
 
 COSTS = StockCosts(encoder=288.0, token=1.0, step=2.0, text_step=1.0)
-KEPT = PicturePlan.of(DEMO, 8 / 9, "vitcop").average / 576
+KEPT = ImagePlan.of(DEMO, 8 / 9, "vitcop").average / 576
 
 
 @pytest.mark.parametrize("drift", [1.0, 3.0])
 def test_prefill_and_decode_steps_are_scaled_by_what_plans_keep(drift):
     one = [Ask("", (1,), 8 / 9, 5)]
-    # A third of prefill is the encoder's, half of a decode step is the picture's.
+    # A third of prefill is the encoder's, half of a decode step is the image's.
     prefill = COSTS.ideal_serving(DEMO, one, [576], 30.0 * drift, 0.0)
     assert prefill == pytest.approx(drift * (10 + 20 * KEPT))
     both = COSTS.ideal_serving(DEMO, one, [576], 70.0 * drift, 40.0 * drift)
@@ -90,7 +90,7 @@ def test_requests_count_as_much_as_they_ask_for():
     )
 
 
-def test_a_picture_never_makes_a_step_faster():
+def test_a_image_never_makes_a_step_faster():
     costs = StockCosts(encoder=1.0, token=1.0, step=2.0, text_step=2.1)
     one = [Ask("", (1,), 8 / 9, 5)]
     assert costs.ideal_serving(DEMO, one, [576], 20.0, 20.0) == 20.0

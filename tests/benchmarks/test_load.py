@@ -51,17 +51,17 @@ def test_text_has_the_length_that_was_asked_for(tokens):
     assert text_of(2048, Random(0)) != text_of(2048, Random(1))
 
 
-def test_a_turn_holds_its_pictures():
+def test_a_turn_holds_its_images():
     assert user_turn("Why?", 3).count("<image>") == 3
     assert user_turn("Why?") == "USER: <image>\nWhy? ASSISTANT:"
 
 
 def test_chat_asks():
-    pictures, arrivals = range(load.REQUESTS), [0.5 * i for i in range(load.REQUESTS)]
-    asks = load.chat_asks(pictures, arrivals, 16, Random(0))
-    assert [ask.pictures for ask in asks] == [(picture,) for picture in pictures]
+    images, arrivals = range(load.REQUESTS), [0.5 * i for i in range(load.REQUESTS)]
+    asks = load.chat_asks(images, arrivals, 16, Random(0))
+    assert [ask.images for ask in asks] == [(image,) for image in images]
     assert [ask.arrival for ask in asks] == arrivals
     assert {ask.prompt.count("<image>") for ask in asks} == {1}
     assert len({ask.prompt for ask in asks}) > load.REQUESTS * 0.9
     assert median(ask.max_tokens for ask in asks) == pytest.approx(16, abs=4)
-    assert asks == load.chat_asks(pictures, arrivals, 16, Random(0))
+    assert asks == load.chat_asks(images, arrivals, 16, Random(0))

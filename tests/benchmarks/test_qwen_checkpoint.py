@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.ideals import PicturePlan
+from benchmarks.ideals import ImagePlan
 from benchmarks.qwen_checkpoint import IMAGE_MARKER, SMALL, TINY, save_random_qwen
 
 
@@ -53,7 +53,7 @@ def test_images_that_a_bench_sends():
     assert SMALL.grid(448, 448) == (16, 16)
     assert SMALL.grid(4000, 20) == (1, 143)
     # As configs/qwen2.5-vl-7b.yaml is served.
-    assert PicturePlan.of(SMALL, 8 / 9, "vitcop").layers == (2, 18, 8)
+    assert ImagePlan.of(SMALL, 8 / 9, "vitcop").layers == (2, 18, 8)
 
 
 @pytest.mark.parametrize("tokens", [4.0, 28.4, 85.3, 256.0, 511.9, 768.1])

@@ -51,13 +51,13 @@ def test_rounds_are_counted():
     assert len(list(rounds.at_most(9))) == 5
 
 
-def test_all_engines_are_asked_the_same_about_pictures_nobody_has_seen():
+def test_all_engines_are_asked_the_same_about_images_nobody_has_seen():
     rounds, engines = make_rounds()
     seen = []
     for _ in range(2):
-        rounds.serve(rounds.asks(3, 0.5, 4, pictures=2), clients=1)
+        rounds.serve(rounds.asks(3, 0.5, 4, images=2), clients=1)
         assert engines[STOCK].asked == engines[OURS].asked
-        seen += [seed for ask in engines[OURS].asked[-1]["asks"] for seed in ask.pictures]
+        seen += [seed for ask in engines[OURS].asked[-1]["asks"] for seed in ask.images]
     assert len(set(seen)) == len(seen) == 12
 
 
@@ -69,8 +69,8 @@ def test_a_run_that_is_timed_is_not_watched_where_watching_slows_it(apart):
         assert [run["watched"] for run in engine.asked] == ([False, True] if apart else [True])
     assert "encoder_seconds" in watched[STOCK]
     assert ("encoder_seconds" in timed[STOCK]) is not apart
-    pictures = [ask.pictures for run in engines[OURS].asked for ask in run["asks"]]
-    assert len(set(pictures)) == len(pictures)
+    images = [ask.images for run in engines[OURS].asked for ask in run["asks"]]
+    assert len(set(images)) == len(images)
 
 
 def test_a_run_by_itself_is_nobodys_turn():

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import load, prefill, qwen_checkpoint, scenarios
 from benchmarks.engines import OURS, PEER, STOCK
-from benchmarks.ideals import PicturePlan
+from benchmarks.ideals import ImagePlan
 from benchmarks.rounds import Rounds
 from tests.benchmarks.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
 from tests.benchmarks.test_rounds import Bar
@@ -24,7 +24,7 @@ def rounds(request) -> Rounds:
 
 
 def average(ratio: float, selector: Any = OURS) -> float:
-    return PicturePlan.of(SHAPE, ratio, selector).average
+    return ImagePlan.of(SHAPE, ratio, selector).average
 
 
 def test_prefill(rounds):
@@ -45,11 +45,11 @@ def test_prefill(rounds):
 
 
 def test_images(rounds):
-    one, eight = (prefill.measure_images(rounds, "8/9", pictures)[0] for pictures in (1, 8))
+    one, eight = (prefill.measure_images(rounds, "8/9", images)[0] for images in (1, 8))
     assert one["vs_ideal"] == eight["vs_ideal"] == eight["vs_stock_rows"] == EXACTLY_ONE
-    assert eight["pictures"] == 8
+    assert eight["images"] == 8
     assert eight["stock_encoder_ms"] == pytest.approx(8 * ENCODER * 1e3)
-    # The more pictures, the less the text counts: but the encoder counts with them.
+    # The more images, the less the text counts: but the encoder counts with them.
     text = eight["text_tokens"]
     left = ENCODER * 8 + (text + 8 * average(8 / 9)) * TOKEN
     assert eight["ideal"] == pytest.approx((ENCODER * 8 + (text + 8 * V) * TOKEN) / left)
@@ -113,13 +113,13 @@ def test_decode(rounds):
 
 def test_tokens_that_differ_in_one_round_are_not_the_same(rounds):
     ours = rounds.engines[OURS]
-    honest, seen = ours.pictures, []
+    honest, seen = ours.images, []
 
     def sometimes(**command):
         seen.append(1)
         return honest(**command) | ({"tokens": [[-1]]} if len(seen) == 1 else {})
 
-    ours.pictures = sometimes
+    ours.images = sometimes
     assert scenarios.measure_decode(rounds, "0", 1, tokens=4)[0]["same_tokens"] is False
 
 
@@ -127,7 +127,7 @@ def test_turns(rounds):
     [row] = scenarios.measure_turns(rounds, "2/3")
     first, second = rounds.engines[OURS].asked[-2:]
     (before,), (after,) = first["asks"], second["asks"]
-    assert after.pictures == before.pictures
+    assert after.images == before.images
     assert after.prompt.startswith(before.prompt + "a" * scenarios.ANSWER_TOKENS)
     assert row["ttft"] == pytest.approx(row["ours_ttft_ms"] / row["stock_ttft_ms"])
     assert rounds.engines[PEER].asked == []

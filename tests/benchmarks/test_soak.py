@@ -46,8 +46,8 @@ def test_images_of_many_sizes_come_in_a_model_that_takes_them():
     model = MODELS["qwen2.5-vl"]
     traffic = Traffic(0, model.marker)
     asks = [traffic.next() for _ in range(200)]
-    assert all(ask.prompt.count(model.marker) == len(ask.pictures) for ask in asks)
-    images = [model.image(seed) for ask in asks for seed in ask.pictures]
+    assert all(ask.prompt.count(model.marker) == len(ask.images) for ask in asks)
+    images = [model.image(seed) for ask in asks for seed in ask.images]
     grids = {TINY.grid(*image.size) for image in images}
     assert len(grids) == len(model.sizes) - 1, "the two smallest are scaled up to the same"
     tokens = {rows * columns for rows, columns in grids}
@@ -64,7 +64,7 @@ def test_conversations_go_on():
     follow_ups = [ask for ask in later if ask.prompt.startswith(first.prompt + " it is a cat")]
     assert follow_ups
     for ask in follow_ups:
-        assert (ask.pictures, ask.ratio) == (first.pictures, first.ratio)
+        assert (ask.images, ask.ratio) == (first.images, first.ratio)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A picture comes out, with what was measured and nothing else."""
+"""An image comes out, with what was measured and nothing else."""
 
 from PIL import Image
 
@@ -24,9 +24,9 @@ CLIENTS = [row | {"clients": 16, "ratio": r} for row, r in zip(LOAD, ("0", "mixe
 
 
 def colours(path) -> set[bytes]:
-    with Image.open(path) as picture:
-        assert (picture.format, picture.width) == ("PNG", 1200)
-        pixels = picture.convert("RGB").tobytes()
+    with Image.open(path) as image:
+        assert (image.format, image.width) == ("PNG", 1200)
+        pixels = image.convert("RGB").tobytes()
     return {pixels[i : i + 3] for i in range(0, len(pixels), 3)}
 
 
@@ -54,7 +54,7 @@ def test_load_and_clients_have_their_panels(tmp_path):
     assert len(set(sizes)) == 3
 
 
-def test_nothing_to_draw_leaves_the_picture_alone(tmp_path):
+def test_nothing_to_draw_leaves_the_image_alone(tmp_path):
     path = tmp_path / "speed.png"
     path.write_bytes(b"before")
     assert not plot_speed({"conditions": CONDITIONS, "prefill": [], "turns": [{}]}, path)

@@ -31,13 +31,13 @@ def processor(tmp_path_factory) -> Any:
     return AutoProcessor.from_pretrained(path)
 
 
-def templated(processor: Any, pictures: int, turns: tuple[Turn, ...]) -> list[int]:
+def templated(processor: Any, images: int, turns: tuple[Turn, ...]) -> list[int]:
     """Ids of a conversation up to its last answer, as chat clients send it."""
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
-        images = [{"type": "image"}] * (0 if i else pictures)
+        marks = [{"type": "image"}] * (0 if i else images)
         messages.append(
-            {"role": "user", "content": [*images, {"type": "text", "text": turn.question}]}
+            {"role": "user", "content": [*marks, {"type": "text", "text": turn.question}]}
         )
         messages.append({"role": "assistant", "content": turn.answer})
     text = processor.apply_chat_template(messages[:-1], add_generation_prompt=True)
@@ -45,15 +45,15 @@ def templated(processor: Any, pictures: int, turns: tuple[Turn, ...]) -> list[in
     return ids
 
 
-@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:2], TURNS[:2], TURNS])
-def test_sequences_are_what_the_chat_template_makes(processor, pictures, turns):
+def test_sequences_are_what_the_chat_template_makes(processor, images, turns):
     encoder = Encoder(processor.tokenizer)
     ids, labels = encoder.conversation(turns)
     answer = encoder.ids(f" {turns[-1].answer}</s>")
     assert ids[-len(answer) :] == labels[-len(answer) :] == answer
-    prompt = encoder.prefix([1] * pictures) + ids[: -len(answer)]
-    assert prompt == templated(processor, pictures, turns)
+    prompt = encoder.prefix([1] * images) + ids[: -len(answer)]
+    assert prompt == templated(processor, images, turns)
     # What greedy decoding adds is the text itself.
     assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == turns[-1].answer
 
@@ -87,7 +87,7 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
         assert bool((labels[:begin] == IGNORED).all())
         for number in range(1, int(segments.max()) + 1):
             mine = segments == number
-            # Each is a first question: it follows the pictures, whatever stands between.
+            # Each is a first question: it follows the images, whatever stands between.
             assert positions[mine].tolist() == list(range(begin, begin + int(mine.sum())))
             assert ids[mine][-1] == labels[mine][-1] == end
             (family,) = families[mine & (labels != IGNORED)].unique().tolist()

@@ -66,12 +66,12 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
         messages: list[dict[str, Any]] = []
         told = []
         for turn in example.turns:
-            images = [{"type": "image"}] * (0 if messages else len(example.pictures))
+            images = [{"type": "image"}] * (0 if messages else len(example.images))
             text = {"type": "text", "text": turn.question}
             messages.append({"role": "user", "content": [*images, text]})
             prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
             inputs = processor(
-                images=list(example.pictures),
+                images=list(example.images),
                 text=prompt,
                 return_tensors="pt",
                 add_special_tokens=False,

@@ -84,12 +84,12 @@ def test_an_exam_is_fixed_by_its_seed_and_asks_every_examined_family():
     assert [e.turns for e in first] == [e.turns for e in again]
     assert [e.turns for e in first] != [e.turns for e in other]
     for one, two in zip(first, again, strict=True):
-        for a, b in zip(one.pictures, two.pictures, strict=True):
+        for a, b in zip(one.images, two.images, strict=True):
             assert isinstance(a, Image.Image)
             assert a.size == (SIDE, SIDE)
             assert np.array_equal(np.asarray(a), np.asarray(b))
     assert all(len(e.turns) == 2 for e in first if e.family == "dialogue")
-    assert all(len(e.pictures) == 2 for e in first if e.family == "two pictures")
+    assert all(len(e.images) == 2 for e in first if e.family == "two pictures")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Scenes have room for what they show, and pictures show it where they say."""
+"""Scenes have room for what they show, and images show it where they say."""
 
 import numpy as np
 import pytest
@@ -43,12 +43,12 @@ def test_a_scene_is_drawn_as_described():
         Thing("square", "blue", "big", 280, 60, 35, 10),
         Thing("ring", "white", "small", 170, 290, 20, 0),
     )
-    picture = np.asarray(draw(Scene(SIDE, things, None, "plain", seed=1)), dtype=int)
+    image = np.asarray(draw(Scene(SIDE, things, None, "plain", seed=1)), dtype=int)
     for one in things:
         # A ring shows its colour off its centre.
         x = one.x + (0.7 * one.radius if one.shape == "ring" else 0)
-        assert abs(picture[int(one.y), int(x)] - COLOURS[one.colour]).max() <= 12
-    assert picture.shape == (SIDE, SIDE, 3)
+        assert abs(image[int(one.y), int(x)] - COLOURS[one.colour]).max() <= 12
+    assert image.shape == (SIDE, SIDE, 3)
 
 
 def test_every_sign_is_drawn_where_its_letters_are_said_to_be():

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.docker.files import DOCKER
-from tests.server.pictures import picture_message
+from tests.server.sample_images import image_message
 
 DASHBOARD = json.loads((DOCKER / "grafana/dashboards/vitcop.json").read_text())
 PANELS: list[dict[str, Any]] = [p for p in DASHBOARD["panels"] if p["type"] != "row"]
@@ -63,7 +63,7 @@ def test_source_is_the_provisioned_one() -> None:
 def test_every_metric_is_exported(server_url: str) -> None:
     # Some counters appear with what they count.
     model = httpx.get(f"{server_url}/v1/models").json()["data"][0]["id"]
-    body = {"model": model, "max_tokens": 2, "messages": [picture_message(1)]}
+    body = {"model": model, "max_tokens": 2, "messages": [image_message(1)]}
     for ratio, status in (("0.889", 200), ("much", 400)):
         answer = httpx.post(
             f"{server_url}/v1/chat/completions",

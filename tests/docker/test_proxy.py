@@ -17,7 +17,7 @@ import pytest
 
 from tests.docker.files import DOCKER
 from tests.docker.upstream import Upstream, upstream
-from tests.server.pictures import picture_message
+from tests.server.sample_images import image_message
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
@@ -290,7 +290,7 @@ def test_nothing_else_of_the_real_server_is_reached(server_url: str, tmp_path: P
     with proxy_before(tmp_path, [server_port, server_port]) as (url, port):
         for path in inside:
             assert "There is no such path here" in raw_request(port, path), path
-        body = {"max_tokens": 2, "messages": [picture_message(1)]}
+        body = {"max_tokens": 2, "messages": [image_message(1)]}
         headers = {"X-Pruning-Ratio": "0.5"}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert (answer.status_code, answer.headers["X-Pruning-Ratio"]) == (200, "0.5")

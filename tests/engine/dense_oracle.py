@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
-from tests.engine.requests import Answer, Ask, picture
+from tests.engine.requests import Answer, Ask, sample_image
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -38,12 +38,12 @@ class _Row:
 
     Attributes:
         position: Its index in the prompt.
-        picture: Its image's number in the prompt, if it is a visual token.
+        image: Its image's number in the prompt, if it is a visual token.
         place: What its query and key are rotated by: one number, or one per axis of M-RoPE.
     """
 
     position: int
-    picture: int | None
+    image: int | None
     place: tuple[int, ...]
 
 
@@ -208,7 +208,7 @@ class DenseModel(ABC):
         out_x, out_rows = [], []
         i = 0
         while i < len(rows):
-            number = rows[i].picture
+            number = rows[i].image
             if number is None:
                 out_x.append(x[i])
                 out_rows.append(rows[i])
@@ -237,7 +237,7 @@ class DenseModel(ABC):
         keep = []
         i = 0
         while i < len(rows):
-            number = rows[i].picture
+            number = rows[i].image
             if number is None:
                 keep.append(i)
                 i += 1
@@ -357,7 +357,7 @@ def assert_equals_oracle(
     """Tokens, unless sampled, and log-probabilities, each given the tokens before it."""
     assert ask.ratio is not None
     layers = model.config.text_config.num_hidden_layers
-    images = [picture(seed) for seed in ask.pictures]
+    images = [sample_image(seed) for seed in ask.images]
     logits = model.logits(
         answer.prompt + answer.tokens[:-1],
         images,

@@ -41,11 +41,11 @@ class _State:
 
     def extend(self, end: int) -> None:
         """Have ``contents`` reach ``end`` prompt positions."""
-        pictures = {f.mm_position.offset: f.identifier for f in self.features}
+        images = {f.mm_position.offset: f.identifier for f in self.features}
         for position in range(self.length, end):
-            self.prefix = _name(self.prefix, self.tokens[position], pictures.get(position))
+            self.prefix = _name(self.prefix, self.tokens[position], images.get(position))
             for stage, contents in enumerate(self.contents):
-                slots = self.plan.physical_length(position + 1, stage)
+                slots = self.plan.num_slots(position + 1, stage)
                 if stage and self.plan.cuts_span(position + 1):
                     continue
                 # Survivors of a span are functions of the prefix that ends with it.
@@ -58,7 +58,7 @@ class FakeWorker:
 
     Attributes:
         memory: Block -> slot -> content.
-        encoded: Pictures in the encoder cache, by identifier.
+        encoded: Images in the encoder cache, by identifier.
         copies: Blocks copied so far.
         computed: Prompt and answer positions computed so far.
         resent: Images that were encoded with data sent after the request itself.
@@ -152,14 +152,14 @@ class FakeWorker:
                 assert feature.identifier in self.encoded
         state.extend(end)
         for stage, table in zip(self.stages, state.tables, strict=True):
-            first, last = (state.plan.physical_length(n, stage) for n in (start, end))
+            first, last = (state.plan.num_slots(n, stage) for n in (start, end))
             for slot in range(first, last):
                 block = self._block(table[slot // self.block_size])
                 block[slot % self.block_size] = state.contents[stage][slot]
 
     def _check(self, name: str, state: _State, end: int) -> None:
         for stage, table in zip(self.stages, state.tables, strict=True):
-            slots = state.plan.physical_length(end, stage)
+            slots = state.plan.num_slots(end, stage)
             assert len(table) == -(-slots // self.block_size), (name, stage, slots, len(table))
             assert len(set(table)) == len(table)
             held: list[Content | None] = []

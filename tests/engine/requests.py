@@ -45,7 +45,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 2048,
-    # Less than two unpruned pictures: prompts are chunked and spans must stay whole.
+    # Less than two unpruned images: prompts are chunked and spans must stay whole.
     "max_num_batched_tokens": 400,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 4},
@@ -60,10 +60,10 @@ if Path("/dev/nvidiactl").exists():
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. ``pictures`` are seeds; ``ratio`` None sends no ratio at all."""
+    """A request. ``images`` are seeds; ``ratio`` None sends no ratio at all."""
 
     text: str
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
     ratio: float | None = None
     max_tokens: int = 8
     sampling: dict[str, Any] = field(default_factory=dict)
@@ -74,14 +74,14 @@ class Ask:
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + IMAGE_MARKS[model_type] * len(self.pictures)
+            + IMAGE_MARKS[model_type] * len(self.images)
             + self.text
             + " ASSISTANT:"
         }
         if self.cache_salt is not None:
             prompt["cache_salt"] = self.cache_salt
-        if self.pictures:
-            prompt["multi_modal_data"] = {"image": [picture(seed) for seed in self.pictures]}
+        if self.images:
+            prompt["multi_modal_data"] = {"image": [sample_image(seed) for seed in self.images]}
         if self.ratio is not None:
             prompt["mm_processor_kwargs"] = {"pruning_ratio": self.ratio}
         return prompt
@@ -106,8 +106,8 @@ class Answer:
     reused: int = field(default=0, compare=False)
 
 
-def picture(seed: int) -> Image.Image:
-    """A picture with smooth regions and detail; size depends on the seed."""
+def sample_image(seed: int) -> Image.Image:
+    """An image with smooth regions and detail; size depends on the seed."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(180, 420)), int(rng.integers(180, 420))
     width, height = SIZES.get(seed, (width, height))
@@ -207,7 +207,7 @@ def _main() -> None:
 
     llm = LLM(job["checkpoint"], **job["options"])
     together, in_turn = (
-        [Ask(**{**ask, "pictures": tuple(ask["pictures"])}) for ask in job[key]]
+        [Ask(**{**ask, "images": tuple(ask["images"])}) for ask in job[key]]
         for key in ("asks", "in_turn")
     )
     answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.engine.dense_oracle import DenseLlava, assert_equals_oracle
-from tests.engine.requests import IMAGE_TOKEN, Ask, generate, generate_in_process, picture
+from tests.engine.requests import IMAGE_TOKEN, Ask, generate, generate_in_process, sample_image
 from tests.families.test_against_oracle import ASKS, RATIOS
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
@@ -52,16 +52,16 @@ def test_reference_positions_differ_from_original_ones(checkpoint):
     tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
     one, other = (
         DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
-            tokens, [picture(1)], [counts_at(8 / 9)], len(tokens)
+            tokens, [sample_image(1)], [counts_at(8 / 9)], len(tokens)
         )
         for mode in (False, True)
     )
-    assert ask.pictures == (1,)
+    assert ask.images == (1,)
     assert not torch.allclose(one, other, atol=1e-2)
 
 
 def test_the_encoder_ends_with_what_stage_one_keeps(llm):
-    """Two pictures pruned and one whole: nothing is computed for patches that go."""
+    """Two images pruned and one whole: nothing is computed for patches that go."""
     (model,) = llm.collective_rpc("get_model")
     rows: list[torch.Size] = []
     mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
@@ -71,5 +71,5 @@ def test_the_encoder_ends_with_what_stage_one_keeps(llm):
     finally:
         hook.remove()
     stays = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
-    # vLLM's own way, which a whole picture takes when none beside it is pruned, computes [CLS].
+    # vLLM's own way, which a whole image takes when none beside it is pruned, computes [CLS].
     assert sum(shape.numel() for shape in rows) in (stays, stays + 1)

@@ -23,7 +23,7 @@ ASKS = [
     Ask("How many?", (1,), 8 / 9, max_tokens=40),
     Ask("x" * 50, (2, 3), 2 / 3, max_tokens=25),
     Ask("unpruned", (4,), 0.0, max_tokens=33),
-    Ask("no picture " * 40, max_tokens=12),
+    Ask("no image " * 40, max_tokens=12),
     Ask("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
 ]
 
@@ -53,7 +53,7 @@ def check(scheduler, scheduled) -> None:
         for manager, held in zip(managers, blocks, strict=True):
             slots = request.num_computed_tokens
             if plan and isinstance(manager, StagedKVCacheManager):
-                slots = plan.physical_length(slots, manager.stage)
+                slots = plan.num_slots(slots, manager.stage)
             assert len(held) == ceil(slots / BLOCK)
 
 

@@ -97,7 +97,7 @@ def test_a_graph_sees_the_lengths_of_the_step_it_is_replayed_for(llm, build):
         build(groups, buffers.write([(request.start, request.end) for request in scheduled]))
         for group, metadata in zip(groups, captured, strict=True):
             expected = [
-                request.plan.physical_length(request.end, group.kv_cache_spec.stage)
+                request.plan.num_slots(request.end, group.kv_cache_spec.stage)
                 if request.plan
                 else request.end
                 for request in scheduled
@@ -135,7 +135,7 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
     begin_builds(groups, step.stages)
     build(groups, buffers.write([(20, 21), (9, 10)]))
     schedules = [metadata.scheduler_metadata.tolist() for metadata in captured]
-    lengths = [PLAN.physical_length(21, group.kv_cache_spec.stage) for group in groups]
+    lengths = [PLAN.num_slots(21, group.kv_cache_spec.stage) for group in groups]
     assert schedules == [[10 * length, 100, 0, 0] for length in lengths]
 
 

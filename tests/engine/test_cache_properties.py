@@ -52,7 +52,7 @@ texts = st.integers(0, 2).flatmap(
     lambda kind: st.integers(0, 75).map(lambda length: [40 + kind] * length)
 )
 parts = st.lists(st.one_of(texts, st.integers(0, 2)), min_size=1, max_size=5)
-"""Of a prompt: token ids, or a picture's number."""
+"""Of a prompt: token ids, or an image's number."""
 
 seen: Counter[str] = Counter()
 
@@ -144,7 +144,7 @@ class Traffic(RuleBasedStateMachine):
                 tokens += part
                 continue
             place = PlaceholderRange(offset=len(tokens), length=counts.stages[0])
-            name = tag_identifier(f"picture {part}", counts)
+            name = tag_identifier(f"image {part}", counts)
             data = MultiModalKwargsItem.dummy()
             features.append(MultiModalFeatureSpec(data, "image", name, place))
             tokens += [IMAGE_TOKEN] * counts.stages[0]
@@ -296,7 +296,7 @@ def test_what_a_preempted_step_did_not_write_is_not_found(llm, parts):
     plan = traffic.scheduler.plans.get(victim.request_id) or RequestPlan(())
     spare = len(traffic.worker.stages) // 2
     for stage in traffic.worker.stages:
-        now, then = (ceil(plan.physical_length(n, stage) / BLOCK) for n in (656, 656 + 256))
+        now, then = (ceil(plan.num_slots(n, stage) / BLOCK) for n in (656, 656 + 256))
         spare += then - now
     taken = traffic.pool.get_new_blocks(traffic.pool.get_num_free_blocks() - spare)
     traffic._step()
@@ -309,7 +309,7 @@ def test_what_a_preempted_step_did_not_write_is_not_found(llm, parts):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_session_s_first_picture_is_reused_by_the_next(llm, is_async):
+def test_a_session_s_first_image_is_reused_by_the_next(llm, is_async):
     """Streaming input: each turn goes on where the answer before it ended."""
     traffic = with_engine(llm)()
     traffic.start(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from vllm import SamplingParams
 
-from tests.engine.requests import picture
+from tests.engine.requests import sample_image
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Conversation:
 
     def ask(self, question: str, *seeds: int) -> None:
         self.text += "USER: " + "<image>\n" * len(seeds) + question + " ASSISTANT:"
-        self.images += [picture(seed) for seed in seeds]
+        self.images += [sample_image(seed) for seed in seeds]
 
     def prompt(self) -> dict[str, Any]:
         return {

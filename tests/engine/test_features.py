@@ -1,4 +1,4 @@
-"""What people use vLLM for beside greedy answers, with pruned pictures."""
+"""What people use vLLM for beside greedy answers, with pruned images."""
 
 import re
 from typing import Any
@@ -17,7 +17,7 @@ from tests.engine.requests import (
     Ask,
     generate,
     generate_in_process,
-    picture,
+    sample_image,
 )
 from tests.engine.scheduling import engine_core, recorded_steps
 from vitcop_vllm.demo.checkpoint import TINY
@@ -67,7 +67,7 @@ def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm,
     assert len(output.prompt_logprobs) == len(prompt)
     after = len(prompt) - prompt[::-1].index(IMAGE_TOKEN)
     oracle = DenseLlava(checkpoint, PruningSettings().boundaries(TINY.layers))
-    logits = oracle.logits(prompt, [picture(1)], [COUNTS], after)
+    logits = oracle.logits(prompt, [sample_image(1)], [COUNTS], after)
     expected = logits.log_softmax(-1)
     for i, token in enumerate(prompt[after:]):
         told = output.prompt_logprobs[after + i]
@@ -87,21 +87,21 @@ def test_the_longest_prompt_and_answer_that_fit(llm):
     assert ask(llm).outputs[0].token_ids
 
 
-def test_pictures_too_many_for_stock_vllm_fit_when_pruned(llm):
+def test_images_too_many_for_stock_vllm_fit_when_pruned(llm):
     """The length of a prompt is what it has after Stage I."""
     text = "x" * 1100
-    four = (51, 52, 53, 54)  # vLLM believes that the engine has pictures of refused requests
+    four = (51, 52, 53, 54)  # vLLM believes that the engine has images of refused requests
     with pytest.raises(VLLMValidationError, match="maximum model length"):
         ask(llm, of=Ask(text, four, 0.0))
     assert ask(llm, of=Ask(text, four, 8 / 9)).outputs[0].token_ids
 
 
 def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
-    """Sixteen pictures keep 76 tokens each, but the encoder computes 256 patches of each."""
+    """Sixteen images keep 76 tokens each, but the encoder computes 256 patches of each."""
     scheduler = engine_core(llm).scheduler
     steps = recorded_steps(scheduler, monkeypatch)
     llm.llm_engine.reset_encoder_cache()
-    # Four requests of four pictures, none of them known.
+    # Four requests of four images, none of them known.
     asks = [Ask("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
     generate(llm, asks)
     encoded = [sum(map(len, step.scheduled_encoder_inputs.values())) for step in steps]

@@ -66,14 +66,14 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     assert free_blocks(scheduler) == before
 
 
-def test_a_prompt_whose_pictures_find_no_room_waits_and_holds_none(scheduler, add):
+def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add):
     add("one", Ask("a", (2,), 0.8, max_tokens=1))
     one_step(scheduler)
     manager = scheduler.encoder_cache_manager
-    assert manager.freeable, "its picture is still there, and nobody's"
+    assert manager.freeable, "its image is still there, and nobody's"
     add("two", Ask("b", (2, 3), 0.8, max_tokens=2))
     request = scheduler.requests["two"]
-    # Not enough for the second picture: vLLM would begin with the first, and the text.
+    # Not enough for the second image: vLLM would begin with the first, and the text.
     granted = scheduler._try_schedule_encoder_inputs(request, 0, request.num_tokens, 100)
     assert granted == ([], 0, 100, [], [])
     assert manager.freeable
@@ -98,7 +98,7 @@ def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
 
 
 def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
-    """It has another last token, by which pictures of earlier turns are chosen again."""
+    """It has another last token, by which images of earlier turns are chosen again."""
     before = free_blocks(scheduler)
     add("talk", Ask("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]

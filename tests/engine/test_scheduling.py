@@ -61,7 +61,7 @@ def test_an_unpruned_image_may_be_computed_in_parts(llm):
     assert steps[2]["pruned"][1] >= span.end
 
 
-def test_a_session_s_unpruned_picture_finds_room_beside_one_pruned_to_little(llm):
+def test_a_session_s_unpruned_image_finds_room_beside_one_pruned_to_little(llm):
     config = copy(llm.llm_engine.vllm_config)
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.max_num_scheduled_tokens = 400

@@ -14,7 +14,7 @@ from tests.engine.requests import (
     Ask,
     generate,
     generate_in_process,
-    picture,
+    sample_image,
 )
 from tests.engine.scheduling import free_blocks, start
 from vitcop_vllm.demo.checkpoint import TINY
@@ -28,7 +28,7 @@ LIMIT = 1 - SHALLOW / TINY.layers
 OTHERS = [name for name in get_args(SelectorName) if name != "vitcop"]
 READERS = [name for name in OTHERS if SELECTORS[name].reads_question]
 
-# A prompt of four pictures is all that a step can hold.
+# A prompt of four images is all that a step can hold.
 LONGEST = 1200
 
 ASKS = [
@@ -36,9 +36,9 @@ ASKS = [
     Ask("Which is larger, first or second?", (2, 3), 0.8, max_tokens=6),
     Ask("A question of some length " * 3, (4,), LIMIT, max_tokens=4),
     Ask("first or second?", (3, 2), 0.1, max_tokens=4),
-    Ask("the same pictures again", (2, 3), 0.8, max_tokens=4),
+    Ask("the same images again", (2, 3), 0.8, max_tokens=4),
     Ask("unpruned", (4,), 0.0, max_tokens=6),
-    Ask("no picture, " * 20),
+    Ask("no image, " * 20),
     Ask("seeded", (5,), 0.8, sampling={"temperature": 1.0, "seed": 7}),
 ]
 
@@ -104,7 +104,7 @@ def test_answers_of_a_mixed_batch_equal_the_dense_oracle(llm_with, checkpoint, s
     settings = settings_with(selector)
     oracle = DenseLlava(checkpoint, BOUNDARIES, selector=selector)
     for ask, answer in zip(ASKS, generate(llm_with(selector), ASKS), strict=True):
-        if ask.pictures:
+        if ask.images:
             assert_equals_oracle(oracle, ask, answer, settings)
 
 
@@ -231,7 +231,7 @@ def test_the_choice_depends_on_the_question(llm_with, checkpoint, selector):
     oracle = DenseLlava(checkpoint, BOUNDARIES, selector=selector)
     whole = len(answer.prompt)
     right, wrong = (
-        oracle.logits(answer.prompt, [picture(1)], [counts], length)[-1].log_softmax(-1)
+        oracle.logits(answer.prompt, [sample_image(1)], [counts], length)[-1].log_softmax(-1)
         for length in (whole, whole - 8)
     )
     got = answer.logprobs[0]

@@ -12,7 +12,7 @@ from vitcop_vllm.engine.config import (
     PrunedModelConfig,
     _round_down,
     logger,
-    settings_of,
+    pruning_settings_of,
     span_limit_of,
 )
 
@@ -30,7 +30,7 @@ def test_selecting_the_architecture_is_enough(checkpoint):
     assert not config.scheduler_config.disable_chunked_mm_input
     assert config.cache_config.enable_prefix_caching
     assert config.cache_config.block_size == 32
-    assert settings_of(config.model_config.hf_config).default_ratio == 0.0
+    assert pruning_settings_of(config.model_config.hf_config).default_ratio == 0.0
     assert not config.use_v2_model_runner
 
 
@@ -61,7 +61,7 @@ def test_an_image_too_large_for_a_step_is_refused_if_pruned(llm, monkeypatch):
 
 def test_settings_come_from_additional_config(checkpoint):
     config = config_of(checkpoint, additional_config={"pruning": {"default_ratio": 0.5}})
-    assert settings_of(config.model_config.hf_config).default_ratio == 0.5
+    assert pruning_settings_of(config.model_config.hf_config).default_ratio == 0.5
 
 
 def test_a_block_size_the_user_chose_is_kept(checkpoint):
@@ -158,7 +158,7 @@ def test_offloaded_weights_are_reached_in_halves_of_layers_through_uva_alone(
 def test_a_ratio_named_by_a_refusal_is_accepted_with_it(checkpoint):
     pruning = {"selector": "key_norm", "max_pruning_ratio": 0.875, "default_ratio": 0.875}
     config = config_of(checkpoint, additional_config={"pruning": pruning})
-    assert settings_of(config.model_config.hf_config).selector == "key_norm"
+    assert pruning_settings_of(config.model_config.hf_config).selector == "key_norm"
 
 
 def test_ratios_in_refusals_are_rounded_down():
@@ -266,7 +266,7 @@ def test_a_hook_of_vllm_s_own_runs_first(checkpoint, monkeypatch):
             calls.append("model")
 
     monkeypatch.setitem(VLLM_HOOKS, "LlavaForConditionalGeneration", Theirs)
-    assert settings_of(config_of(checkpoint).model_config.hf_config).selector == "vitcop"
+    assert pruning_settings_of(config_of(checkpoint).model_config.hf_config).selector == "vitcop"
     assert calls == ["model", "engine"]
 
 
@@ -309,7 +309,7 @@ def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint
     assert key() != ours
 
 
-def test_a_picture_known_by_its_uuid_need_not_be_sent_again(llm):
+def test_a_image_known_by_its_uuid_need_not_be_sent_again(llm):
     from vllm import SamplingParams
 
     from tests.engine.requests import Ask, generate

@@ -12,7 +12,7 @@ import pytest
 from evaluation.client import UNPRUNED, Ratio, data_url
 from evaluation.evaluate import RATIOS, main, parse_arguments
 from evaluation.scoring import normalise
-from tests.engine.requests import picture
+from tests.engine.requests import sample_image
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
@@ -101,11 +101,10 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         return made.choices[0].message.content or ""
 
-    def ask(messages: list[Any], pictures: Sequence[str] = ()) -> dict[str, str]:
+    def ask(messages: list[Any], images: Sequence[str] = ()) -> dict[str, str]:
         """A question that the model answers with some text; random models often do not."""
         urls: list[Any] = [
-            {"type": "image_url", "image_url": {"url": data_url(folder / name)}}
-            for name in pictures
+            {"type": "image_url", "image_url": {"url": data_url(folder / name)}} for name in images
         ]
         for number in range(20):
             question = f"What is number {number}?"
@@ -121,7 +120,7 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     names = [f"{seed}.png" for seed in range(4)]
     for seed, name in enumerate(names):
-        picture(seed).save(folder / name)
+        sample_image(seed).save(folder / name)
     lines: list[dict[str, Any]] = []
     for name in names:
         asked = ask([], [name])
@@ -164,7 +163,7 @@ def test_against_the_server(evaluate, tmp_path):
     assert unpruned["accuracy"]["one"]["total"] == 4
     assert unpruned["scores"]["talk"] == [[1.0, 1.0]]
     assert unpruned["effective_ratio"] == 0
-    # Six single pictures (the conversation's twice), and one pair.
+    # Six single images (the conversation's twice), and one pair.
     assert unpruned["visual_tokens"] == pytest.approx((6 * 256 + 512) / 7)
 
     settings = PruningSettings()
@@ -242,7 +241,7 @@ def test_one_failure_does_not_spoil_the_rest(evaluate, exam, tmp_path):
 
 
 def test_no_server(tmp_path, capsys):
-    picture(0).save(tmp_path / "0.png")
+    sample_image(0).save(tmp_path / "0.png")
     line = {"image": "0.png", "question": "What?", "answer": "That."}
     (tmp_path / "a.jsonl").write_text(json.dumps(line))
     # Nobody listens at this port.

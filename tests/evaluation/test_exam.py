@@ -54,8 +54,8 @@ GOOD = {"image": "a.png", "question": "Q", "answer": "A"}
         ({**GOOD, "anwser": "A"}, "unknown key 'anwser'; known: answer, family"),
         ({**GOOD, "images": ["a.png"]}, "either 'image' or 'images'"),
         ({"question": "Q", "answer": "A"}, "either 'image' or 'images'"),
-        ({**GOOD, "image": "c.png"}, r"no picture .*c\.png"),
-        ({**GOOD, "image": "exam.jsonl"}, "cannot be read as a picture"),
+        ({**GOOD, "image": "c.png"}, r"no image .*c\.png"),
+        ({**GOOD, "image": "exam.jsonl"}, "cannot be read as an image"),
         ({**GOOD, "image": ["a.png"]}, "'image' must be a text"),
         ({"images": [], "question": "Q", "answer": "A"}, "'images' must be a list"),
         ({"images": "a.png", "question": "Q", "answer": "A"}, "'images' must be a list"),
@@ -106,15 +106,15 @@ def test_nothing_to_read(tmp_path):
 
 
 def test_generated_exam_is_encoded_without_loss():
-    picture = Image.radial_gradient("L").convert("RGB")
-    [example] = from_demo([questions.Example("f", (picture,), (questions.Turn("Q", "A"),))])
+    image = Image.radial_gradient("L").convert("RGB")
+    [example] = from_demo([questions.Example("f", (image,), (questions.Turn("Q", "A"),))])
     assert (example.family, example.turns) == ("f", (Turn("Q", ("A",)),))
-    [encoded] = example.pictures
+    [encoded] = example.images
     assert isinstance(encoded, bytes)
-    assert Image.open(io.BytesIO(encoded)).tobytes() == picture.tobytes()
+    assert Image.open(io.BytesIO(encoded)).tobytes() == image.tobytes()
 
 
-def test_data_urls_tell_the_kind_of_picture(folder):
+def test_data_urls_tell_the_kind_of_image(folder):
     assert data_url(b"\x00").startswith("data:image/png;base64,AA")
     assert data_url(folder / "b.jpg").startswith("data:image/jpeg;base64,/9j/")
 
@@ -130,5 +130,5 @@ def test_digest_sees_everything(folder):
         [Example("f", (folder / "a.png",), (turn,))] * 2,
     ]
     assert len({digest(exam) for exam in exams}) == len(exams)
-    # Where a picture lies does not matter, what is in it does.
+    # Where an image lies does not matter, what is in it does.
     assert digest(exams[0]) == digest([Example("f", ((folder / "a.png").read_bytes(),), (turn,))])

@@ -1,4 +1,4 @@
-"""A picture comes out, and shows what it should."""
+"""An image comes out, and shows what it should."""
 
 import pytest
 from PIL import Image
@@ -21,10 +21,10 @@ def document(*selectors: str, families: tuple[str, ...] = ("a", "b")) -> Documen
 
 
 def colours(path) -> set[bytes]:
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert picture.width == 1200
-        pixels = picture.convert("RGB").tobytes()
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.width == 1200
+        pixels = image.convert("RGB").tobytes()
     return {pixels[i : i + 3] for i in range(0, len(pixels), 3)}
 
 

@@ -41,18 +41,18 @@ def test_ranks():
 
 @pytest.mark.slow
 def test_signals_are_the_model_s_own(path):
-    picture, question = draw(make_scene(np.random.default_rng(3))), "Where is the star?"
+    image, question = draw(make_scene(np.random.default_rng(3))), "Where is the star?"
     signals = Signals(path)
-    saliency, received, norms, seen, distances = signals.read(picture, question)
+    saliency, received, norms, seen, distances = signals.read(image, question)
     tokens = SHAPE.visual_tokens
     assert saliency.shape == received.shape == (tokens,)
     assert distances[1] < distances[2] < distances[3], "5th, 50th and 95th percentile"
     assert norms.shape == seen.shape == (SHAPE.layers, tokens)
 
-    pixels = signals.processor.image_processor(picture, return_tensors="pt").pixel_values
+    pixels = signals.processor.image_processor(image, return_tensors="pt").pixel_values
     prompt = f"<s>USER: <image>\n{question} ASSISTANT:"
     inputs = signals.processor(
-        images=picture, text=prompt, return_tensors="pt", add_special_tokens=False
+        images=image, text=prompt, return_tensors="pt", add_special_tokens=False
     )
     with torch.inference_mode():
         tower = signals.model.model.vision_tower(pixels, output_attentions=True)
@@ -71,9 +71,9 @@ def test_signals_are_the_model_s_own(path):
 
 
 @pytest.mark.slow
-def test_averages_are_over_pictures_and_the_same_each_time(path):
+def test_averages_are_over_images_and_the_same_each_time(path):
     found = measure(path, 4, seed=1)
-    assert 0 < found["pictures"] <= 4
+    assert 0 < found["images"] <= 4
     for name in ("key_norm_auc", "attention_auc", "key_norm_attention"):
         assert len(found[name]) == SHAPE.layers
     assert 0 <= found["saliency_auc"] <= 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks import qwen_checkpoint
 from benchmarks.qwen_checkpoint import save_random_qwen
-from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, picture
+from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -73,7 +73,7 @@ class Family:
 
 @cache
 def image_size(seed: int) -> tuple[int, int]:
-    return picture(seed).size
+    return sample_image(seed).size
 
 
 def _save_llava(path: Path) -> None:

@@ -5,9 +5,9 @@ from tests.engine.requests import Ask
 TOGETHER = [
     Ask("What is this?", (1,), 0.0),
     Ask("What is this?", (2,), 0.0, max_tokens=24),
-    Ask("Compare the two pictures, please.", (3, 4), 0.0),
+    Ask("Compare the two images, please.", (3, 4), 0.0),
     Ask("And without a ratio?", (5,)),
-    Ask("No picture at all."),
+    Ask("No image at all."),
     Ask("Tell me a story", (6,), 0.0, sampling={"temperature": 1.0, "seed": 7}),
     Ask("Tell me a story", (6,), 0.0, sampling={"temperature": 0.8, "top_p": 0.9, "seed": 8}),
     Ask("Hello", sampling={"temperature": 1.2, "top_k": 20, "seed": 9}),
@@ -15,9 +15,9 @@ TOGETHER = [
 ]
 
 IN_TURN = [
-    Ask(text, pictures, system="x" * length, max_tokens=2)
+    Ask(text, images, system="x" * length, max_tokens=2)
     for length in (0, 7, 13, 20, 26)
-    for pictures in ((1,), (2, 3))
+    for images in ((1,), (2, 3))
     for text in ("What is it?", "And where was that, please?", "Name it.")
 ]
 """Questions of which each shares its images and what stands before them with two others."""

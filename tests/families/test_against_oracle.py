@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
-from tests.engine.requests import Answer, Ask, generate, model_type, picture
+from tests.engine.requests import Answer, Ask, generate, model_type, sample_image
 from tests.engine.scheduling import engine_core
 
 RATIOS = (2 / 3, 7 / 9, 8 / 9, 0.2)
@@ -13,7 +13,7 @@ RATIOS = (2 / 3, 7 / 9, 8 / 9, 0.2)
 
 ASKS = [
     Ask("What is this?", (1,)),
-    Ask("Describe the picture in one word.", (2,), max_tokens=12),
+    Ask("Describe the image in one word.", (2,), max_tokens=12),
     Ask("Which is larger, first or second?", (3, 4)),
 ]
 
@@ -40,17 +40,17 @@ def test_pruned_tokens_equal_the_dense_oracle(llm, oracle, ratio):
 def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(family, llm, ratio):
     asks = [replace(ask, ratio=ratio, max_tokens=1) for ask in (*ASKS, *MIXED_SIZES)]
     for ask, answer in zip(asks, generate(llm, asks), strict=True):
-        assert answer.prompt.count(family.image_token) == family.kept(ratio, *ask.pictures)
+        assert answer.prompt.count(family.image_token) == family.kept(ratio, *ask.images)
 
 
-def test_a_prompt_may_end_with_its_picture(family, llm, oracle):
+def test_a_prompt_may_end_with_its_image(family, llm, oracle):
     """The answer then begins from the last survivor."""
     from vllm import SamplingParams
 
     (output,) = llm.generate(
         {
             "prompt": f"USER: look: {family.opening}",
-            "multi_modal_data": {"image": [picture(9)]},
+            "multi_modal_data": {"image": [sample_image(9)]},
             "mm_processor_kwargs": {"pruning_ratio": 8 / 9},
         },
         SamplingParams(temperature=0, max_tokens=4, logprobs=3, ignore_eos=True),

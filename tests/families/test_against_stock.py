@@ -33,4 +33,4 @@ def test_the_unpruned_dense_oracle_is_stock_vllm(oracle, stock):
 def test_plugin_is_absent_from_the_stock_engine(family, stock_of):
     """A ratio means nothing to stock vLLM: it must see every placeholder."""
     answer = stock_of(family)[-1]
-    assert answer.prompt.count(family.image_token) == family.kept(0.0, *PRUNED_IN_VAIN.pictures)
+    assert answer.prompt.count(family.image_token) == family.kept(0.0, *PRUNED_IN_VAIN.images)

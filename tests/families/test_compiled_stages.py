@@ -21,7 +21,7 @@ ASKS = [
     Ask("first or second?", (2, 3), 2 / 3, max_tokens=12),
     Ask("nothing dropped after the encoder", (4,), 0.3),
     Ask("unpruned", (5,), 0.0),
-    Ask("no picture, " * 20),
+    Ask("no image, " * 20),
 ]
 
 

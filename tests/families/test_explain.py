@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.engine.dense_oracle import DenseModel
-from tests.engine.requests import Ask, generate, model_type, picture
+from tests.engine.requests import Ask, generate, model_type, sample_image
 from tests.worker.test_explain import recorder_of
 
 ASKS = [
@@ -24,8 +24,8 @@ class Witness(DenseModel):
         self.patches: list[list[int]] = []
         self.alive: list[dict[int, list[int]]] = []
         assert ask.ratio is not None
-        counts = [family.counts(ask.ratio, seed) for seed in ask.pictures]
-        self.logits(prompt, [picture(seed) for seed in ask.pictures], counts, len(prompt))
+        counts = [family.counts(ask.ratio, seed) for seed in ask.images]
+        self.logits(prompt, [sample_image(seed) for seed in ask.images], counts, len(prompt))
         placeholders = iter(i for i, token in enumerate(prompt) if token == self.image_token)
         told = []
         for number, patches in enumerate(self.patches):
@@ -47,8 +47,8 @@ class Witness(DenseModel):
     def _written_down(self, outcome):
         alive: dict[int, list[int]] = {}
         for row in outcome[1]:
-            if row.picture is not None:
-                alive.setdefault(row.picture, []).append(row.position)
+            if row.image is not None:
+                alive.setdefault(row.image, []).append(row.position)
         self.alive.append(alive)
         return outcome
 
@@ -73,14 +73,14 @@ def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, An
     return plain.prompt, [told[name] for name in names]
 
 
-@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: f"{len(ask.pictures)}@{ask.ratio:.2f}")
+@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: f"{len(ask.images)}@{ask.ratio:.2f}")
 def test_choices_are_the_oracle_s(family, llm, witness, ask):
     prompt, told = explained(llm, ask, "one")
     expected = witness.choices(family, ask, prompt)
     if ask.ratio == 0:
         assert told == []
         return
-    for mine, seed, stages in zip(told, ask.pictures, expected, strict=True):
+    for mine, seed, stages in zip(told, ask.images, expected, strict=True):
         patches = mine["patches"]
         shallow = [patches[i] for i in mine.get("shallow", range(len(patches)))]
         deep = [shallow[i] for i in mine["deep"]]
@@ -92,7 +92,7 @@ def test_choices_are_the_oracle_s(family, llm, witness, ask):
         )
 
 
-def test_the_same_picture_twice_is_told_twice(llm):
+def test_the_same_image_twice_is_told_twice(llm):
     ask = Ask("Which?", (1, 1), 8 / 9, max_tokens=1)
     _, (first, second) = explained(llm, ask, "two")
     assert first["patches"] == second["patches"]
@@ -105,6 +105,6 @@ def test_every_token_that_stays_or_is_merged_is_told_once(llm):
     assert sorted([*merged, *whole]) == list(range(len(told["patches"])))
 
 
-def test_nothing_is_kept_of_pictures_that_nobody_asked_about(llm):
+def test_nothing_is_kept_of_images_that_nobody_asked_about(llm):
     generate(llm, ASKS)
     assert not recorder_of(llm)._choices

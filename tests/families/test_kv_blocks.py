@@ -47,7 +47,7 @@ def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
 
 def needed_blocks(family, scheduler, ask: Ask, tokens: int) -> int:
     """What the plan says of a request's first ``tokens``, its images among them."""
-    plans = [family.counts(ask.ratio or 0.0, image) for image in ask.pictures]
+    plans = [family.counts(ask.ratio or 0.0, image) for image in ask.images]
     return sum(
         ceil((tokens - sum(plan.dropped[group.kv_cache_spec.stage] for plan in plans)) / BLOCK)
         for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
@@ -73,12 +73,12 @@ def only_blocks(scheduler, count: int):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 7 / 9, 8 / 9])
-@pytest.mark.parametrize("pictures", [(1,), (101, 4, 105)])
+@pytest.mark.parametrize("images", [(1,), (101, 4, 105)])
 def test_a_running_request_holds_what_the_plan_says_in_every_stage(
-    family, engine, scheduler, ratio, pictures
+    family, engine, scheduler, ratio, images
 ):
-    plans = [family.counts(ratio, image) for image in pictures]
-    start(engine, "r", Ask("How many?", pictures, ratio, max_tokens=40))
+    plans = [family.counts(ratio, image) for image in images]
+    start(engine, "r", Ask("How many?", images, ratio, max_tokens=40))
     seen = 0
     while engine.has_unfinished_requests():
         (request,) = scheduler.requests.values()

@@ -42,7 +42,7 @@ def test_the_same_is_answered_in_every_way(v2):
     assert len({str(answer) for answer in v2.together}) == len(ASKS)
 
 
-def test_pictures_are_reused_and_graphs_are_run(v2):
+def test_images_are_reused_and_graphs_are_run(v2):
     assert v2.reused[0] == 0
     assert v2.reused[1] > 0
     assert {2, 4} <= set(v2.graphs) <= {2, 4, 8}

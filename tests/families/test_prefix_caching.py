@@ -28,7 +28,7 @@ def ask_twice(llm, asks: list[Ask], *, together: bool = False) -> list[Answer]:
 
 def reusable(family: Family, answer: Answer, earlier: Answer) -> int:
     """The longest prefix that both share and at which a request may go on: a whole block that
-    ends in text, or a picture's end. Their pictures are the same as far as they share text."""
+    ends in text, or an image's end. Their images are the same as far as they share text."""
     shared = 0
     for a, b in zip(answer.prompt[:-1], earlier.prompt, strict=False):
         if a != b:
@@ -44,7 +44,7 @@ def reusable(family: Family, answer: Answer, earlier: Answer) -> int:
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 2 / 3, 7 / 9, 8 / 9])
-def test_a_new_question_reuses_the_whole_picture(family, llm, ratio):
+def test_a_new_question_reuses_the_whole_image(family, llm, ratio):
     first, second, third = ask_twice(
         llm,
         [
@@ -58,14 +58,14 @@ def test_a_new_question_reuses_the_whole_picture(family, llm, ratio):
     assert third.reused == max(reusable(family, third, earlier) for earlier in (first, second))
 
 
-def test_the_second_of_two_pictures_is_reused_too(family, llm):
+def test_the_second_of_two_images_is_reused_too(family, llm):
     asks = [Ask(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one of them a dog?")]
     first, second = ask_twice(llm, asks)
     assert second.reused == reusable(family, second, first) > family.kept(8 / 9, 1, 2)
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_questions_about_a_document_of_many_pictures(family, llm, together):
+def test_questions_about_a_document_of_many_images(family, llm, together):
     """All at once too: who comes in the same step waits for the one that computes them."""
     asks = [Ask(f"{i}: what is on this page?", (1, 2, 3, 4), 8 / 9) for i in range(8)]
     first, *others = ask_twice(llm, asks, together=together)
@@ -89,7 +89,7 @@ def test_a_second_turn_computes_new_text_only(family, llm, monkeypatch):
     assert any(step.scheduled_encoder_inputs for step in steps)  # else nothing was tested above
 
 
-def test_other_pictures_and_other_ratios_are_not_reused(family, llm):
+def test_other_images_and_other_ratios_are_not_reused(family, llm):
     asks = [
         Ask("What is it?", (1,), 8 / 9),
         Ask("What is it?", (2,), 8 / 9),
@@ -101,7 +101,7 @@ def test_other_pictures_and_other_ratios_are_not_reused(family, llm):
     assert reused == [0, 0, 0, 0, family.offset + family.kept(8 / 9, 2)]
 
 
-def test_swapped_pictures_share_nothing(llm):
+def test_swapped_images_share_nothing(llm):
     _, swapped = ask_twice(llm, [Ask("Which?", (1, 2), 8 / 9), Ask("Which?", (2, 1), 8 / 9)])
     assert swapped.reused == 0
 
@@ -115,7 +115,7 @@ def test_a_salt_isolates_users(family, llm):
     assert again.reused == reusable(family, again, first)
 
 
-def test_what_stands_before_a_picture_is_shared_across_ratios(family, llm):
+def test_what_stands_before_a_image_is_shared_across_ratios(family, llm):
     system = "You look closely and answer in one word, which is never a long one. " * 3
     asks = [
         Ask("What is it?", (1,), 8 / 9, system=system),
@@ -151,7 +151,7 @@ def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
     assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected[1].logprobs]
 
     mark = family.image_token
-    dropped = [family.counts(2 / 3, image).dropped[stage] for image in asks[0].pictures]
+    dropped = [family.counts(2 / 3, image).dropped[stage] for image in asks[0].images]
     whole, kept = reusable(family, answer, earlier), 0
     for end in range(whole + 1):
         images = 0
@@ -201,8 +201,8 @@ def test_prompt_log_probabilities_are_computed_and_not_reused(llm):
     assert answer.reused == 0
 
 
-def test_a_request_that_reused_a_picture_can_compute_it_after_preemption(family, llm):
-    """vLLM's runner is not sent the pixels of a picture that it need not compute at first."""
+def test_a_request_that_reused_a_image_can_compute_it_after_preemption(family, llm):
+    """vLLM's runner is not sent the pixels of an image that it need not compute at first."""
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
     asks = [Ask(text, (1,), 8 / 9, max_tokens=12) for text in ("What is it?", "Is it a dog?")]
     _, expected = [generate(llm, [ask])[0] for ask in asks]
@@ -234,8 +234,8 @@ def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(llm, monkeypatch
 
 
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
-def test_no_more_of_a_known_picture_is_computed_than_by_stock_vllm(llm, stock_in_turn, ratio):
-    """Wherever blocks end. What follows the pictures begins anew in each question."""
+def test_no_more_of_a_known_image_is_computed_than_by_stock_vllm(llm, stock_in_turn, ratio):
+    """Wherever blocks end. What follows the images begins anew in each question."""
     ours = ask_twice(llm, [replace(ask, ratio=ratio) for ask in IN_TURN])
     left = [len(answer.prompt) - answer.reused for answer in ours]
     stock = [len(answer.prompt) - answer.reused for answer in stock_in_turn]

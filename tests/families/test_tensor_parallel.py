@@ -8,7 +8,7 @@ ASKS = [
     Ask("What is this?", (1,), 8 / 9),
     Ask("Which is larger, first or second?", (2, 3), 2 / 3),
     Ask("unpruned", (4,), 0.0),
-    Ask("no picture"),
+    Ask("no image"),
 ]
 
 

@@ -87,10 +87,10 @@ def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype
     assert got.dtype == dtype
     rtol = 1e-5 if dtype == torch.float32 else 1e-2
     assert torch.allclose(got, wanted, rtol=rtol, atol=1e-6)
-    for picture in range(2):
+    for image in range(2):
         whole = torch.ones(n2, dtype=torch.bool, device=DEVICE)
-        whole[selection.merged[picture]] = False
-        assert torch.equal(got[picture, whole], wanted[picture, whole])
+        whole[selection.merged[image]] = False
+        assert torch.equal(got[image, whole], wanted[image, whole])
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (33, 32), (128, 77)])
@@ -136,5 +136,5 @@ def test_labels_stay_in_range_when_features_are_not_finite():
     features[0, 4] = torch.nan
     features[1, 4, 3] = torch.inf
     places = patch_positions(torch.arange(30).expand(2, 30), 5, 6).to(DEVICE)
-    for picture in TRITON.cluster_labels(features, places, 6):
-        assert picture.unique().tolist() == list(range(6))
+    for image in TRITON.cluster_labels(features, places, 6):
+        assert image.unique().tolist() == list(range(6))

@@ -1,4 +1,4 @@
-"""The method once more, slow and obvious: one picture, loops and dictionaries.
+"""The method once more, slow and obvious: one image, loops and dictionaries.
 
 Written from the paper and its published program, not from the tensor code it judges.
 """
@@ -137,7 +137,7 @@ def merged(hidden, output):
     return np.stack(result)
 
 
-# Selectors other than ViTCoP: each chooses ``count`` tokens of one picture, ascending.
+# Selectors other than ViTCoP: each chooses ``count`` tokens of one image, ascending.
 
 
 def scatter(x):
@@ -148,7 +148,7 @@ def scatter(x):
 
 
 def random_subset(pixels, patches, count):
-    """Float32 pixels of a picture in any shape; the choice hangs on every bit of them."""
+    """Float32 pixels of an image in any shape; the choice hangs on every bit of them."""
     seed = 0
     for place, bits in enumerate(np.asarray(pixels, dtype=np.float32).reshape(-1).view(np.uint32)):
         seed = (seed + scatter(int(bits) ^ scatter(place))) % 2**32
@@ -204,7 +204,7 @@ def last_token_attention(query, keys, scale, visual, count):
 
 
 def least_duplicated(keys, states, count, num_pivots=8):
-    """Keys (n, kv_heads, D) and normed hidden states (n, H) of a picture."""
+    """Keys (n, kv_heads, D) and normed hidden states (n, H) of an image."""
     sizes = [float(np.abs(key.astype(np.float64)).sum()) for key in keys]
     pivots = sorted(range(len(keys)), key=lambda i: (-sizes[i], i))[: min(num_pivots, count)]
     kept = list(pivots)

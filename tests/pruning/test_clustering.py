@@ -14,7 +14,7 @@ def some_patches(count, height, width, seed):
 
 
 def agrees(features, index, height, width, num_centres, **options):
-    """Tensor labels of one picture, having compared them with the oracle's."""
+    """Tensor labels of one image, having compared them with the oracle's."""
     places = patch_positions(index[None], height, width)
     got = cluster_labels(features[None], places, num_centres, *options.values())[0].tolist()
     wanted = oracle.labels(
@@ -41,7 +41,7 @@ def test_labels_agree_with_the_oracle_at_published_sizes(count, num_centres):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_labels_agree_with_the_oracle_on_random_pictures(seed):
+def test_labels_agree_with_the_oracle_on_random_images(seed):
     torch.manual_seed(seed)
     height, width = (int(x) for x in torch.randint(2, 12, (2,)))
     count = int(torch.randint(1, height * width + 1, ()))
@@ -126,7 +126,7 @@ def test_equal_densities_compare_equal_whatever_the_order_of_their_terms():
 
 
 @pytest.mark.parametrize("num_centres", [1, 5])
-def test_one_batch_is_its_pictures(num_centres):
+def test_one_batch_is_its_images(num_centres):
     features = torch.stack([clumps(40, 32, seed) for seed in range(4)])
     features[3] = 1.0
     index = torch.stack([some_patches(40, 8, 9, seed) for seed in range(4)])
@@ -180,5 +180,5 @@ def test_labels_stay_in_range_when_features_are_not_finite():
     features[2] = torch.nan
     places = patch_positions(torch.arange(30).expand(3, 30), 5, 6)
     got = cluster_labels(features, places, 6)
-    for picture in got:
-        assert picture.unique().tolist() == list(range(6))
+    for image in got:
+        assert image.unique().tolist() == list(range(6))

@@ -1,4 +1,4 @@
-"""A picture's identity says what is kept of it."""
+"""An image's identity says what is kept of it."""
 
 from types import SimpleNamespace
 
@@ -34,12 +34,12 @@ def test_a_client_cannot_name_its_own_counts():
     assert counts_of_identifier(forged) == COUNTS
 
 
-def test_equal_pictures_with_other_counts_have_other_names():
+def test_equal_images_with_other_counts_have_other_names():
     other = VisualTokenCounts.unpruned(576)
     assert tag_identifier("f00d", COUNTS) != tag_identifier("f00d", other)
 
 
-def test_a_request_without_pruned_pictures_has_no_plan():
+def test_a_request_without_pruned_images_has_no_plan():
     assert plan_request([]) is None
     whole = tag_identifier("f00d", VisualTokenCounts.unpruned(172))
     assert plan_request([feature(whole, 3)]) is None

@@ -101,7 +101,7 @@ def test_ratio_out_of_range_is_refused(ratio):
 
 
 @pytest.mark.parametrize("encoder_tokens", [0, -3])
-def test_picture_without_tokens_is_refused(encoder_tokens):
+def test_image_without_tokens_is_refused(encoder_tokens):
     with pytest.raises(ValueError, match="at least one visual token"):
         plan_counts(DEFAULTS, 0.5, 32, encoder_tokens)
 
@@ -131,7 +131,7 @@ def test_text_that_encodes_no_counts_is_refused(text):
         VisualTokenCounts.decode(text)
 
 
-def test_effective_ratio_weighs_pictures_by_their_tokens():
+def test_effective_ratio_weighs_images_by_their_tokens():
     large, small = VisualTokenCounts(100, 1, (50, 50, 50)), VisualTokenCounts.unpruned(20)
     assert effective_ratio([large, small], (2, 22), 32) == pytest.approx(50 / 120)
     assert effective_ratio([small], (2, 22), 32) == 0.0
@@ -159,7 +159,7 @@ PLAN = RequestPlan((VisualSpan(5, STRONG), VisualSpan(177, MILD), VisualSpan(200
     ],
 )
 def test_physical_length_drops_a_span_at_its_end(num_tokens, lengths):
-    assert tuple(PLAN.physical_length(num_tokens, stage) for stage in range(3)) == lengths
+    assert tuple(PLAN.num_slots(num_tokens, stage) for stage in range(3)) == lengths
 
 
 @st.composite
@@ -187,11 +187,11 @@ def test_physical_length_is_a_count_of_slots(plan):
         dropped = 0
         for end in whole:
             dropped = sum(s.counts.dropped[stage] for s in plan.spans if s.end <= end)
-            assert plan.physical_length(end, stage) == end - dropped
-        lengths = [plan.physical_length(end, stage) for end in whole]
+            assert plan.num_slots(end, stage) == end - dropped
+        lengths = [plan.num_slots(end, stage) for end in whole]
         assert lengths == sorted(set(lengths))
     for end in whole:
-        first, second, third = (plan.physical_length(end, stage) for stage in range(3))
+        first, second, third = (plan.num_slots(end, stage) for stage in range(3))
         assert end == first >= second >= third >= 0
 
 
@@ -215,11 +215,11 @@ def test_spans_in_begin_inside(plan, start, end):
     assert list(inside) == [s for s in plan.spans if s.offset in range(start, end)]
 
 
-def test_plan_without_pictures_changes_nothing():
+def test_plan_without_images_changes_nothing():
     plan = RequestPlan(())
     assert not plan.is_pruned
     assert not plan.drops_slots
-    assert plan.physical_length(77, 2) == 77
+    assert plan.num_slots(77, 2) == 77
     assert plan.last_whole_end(3, 9) == 9
 
 

@@ -14,9 +14,9 @@ from vitcop_vllm.pruning.saliency import (
 )
 
 
-def attention_inputs(pictures=3, patches=17, heads=4, size=8, seed=0):
+def attention_inputs(images=3, patches=17, heads=4, size=8, seed=0):
     torch.manual_seed(seed)
-    return torch.randn(pictures, heads, size), torch.randn(pictures, 1 + patches, heads, size)
+    return torch.randn(images, heads, size), torch.randn(images, 1 + patches, heads, size)
 
 
 @pytest.mark.parametrize("scale", [8**-0.5, 3.0])
@@ -24,9 +24,9 @@ def test_saliency_is_the_attention_of_cls_summed_over_heads(scale):
     query, keys = attention_inputs()
     got = cls_saliency(query, keys, scale)
     assert got.dtype == torch.float32
-    for picture in range(3):
-        wanted = oracle.saliency(query[picture].numpy(), keys[picture].numpy(), scale)
-        np.testing.assert_allclose(got[picture].numpy(), wanted, rtol=1e-4, atol=1e-6)
+    for image in range(3):
+        wanted = oracle.saliency(query[image].numpy(), keys[image].numpy(), scale)
+        np.testing.assert_allclose(got[image].numpy(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_saliency_leaves_out_what_cls_gives_itself():
@@ -56,7 +56,7 @@ def test_saliency_survives_scores_past_the_range_of_exp():
     assert cls_saliency(1e3 * query, 1e3 * keys, 1.0).isfinite().all()
 
 
-def test_saliency_of_a_batch_is_that_of_its_pictures():
+def test_saliency_of_a_batch_is_that_of_its_images():
     query, keys = attention_inputs()
     single = [cls_saliency(query[i : i + 1], keys[i : i + 1], 0.3) for i in range(3)]
     torch.testing.assert_close(cls_saliency(query, keys, 0.3), torch.cat(single))

@@ -17,15 +17,15 @@ from vitcop_vllm.pruning.selection import (
 PUBLISHED = [(172, 20, 77, 15), (230, 34, 165, 33), (288, 51, 253, 51)]
 
 
-def rows(selection: StageTwoSelection, picture: int):
-    """A picture's selection as the oracle writes it."""
+def rows(selection: StageTwoSelection, image: int):
+    """An image's selection as the oracle writes it."""
     members = {}
-    group_of = selection.groups[picture].tolist()
-    for group, row in enumerate(selection.merged[picture].tolist()):
+    group_of = selection.groups[image].tolist()
+    for group, row in enumerate(selection.merged[image].tolist()):
         assert row not in members
         members[row] = [token for token, its in enumerate(group_of) if its == group]
     return [
-        (source, members.get(row)) for row, source in enumerate(selection.index[picture].tolist())
+        (source, members.get(row)) for row, source in enumerate(selection.index[image].tolist())
     ]
 
 
@@ -73,7 +73,7 @@ def test_stages_agree_with_the_oracle_at_published_sizes(n1, num_centres, n2, n3
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_stage_two_agrees_with_the_oracle_on_random_pictures(seed):
+def test_stage_two_agrees_with_the_oracle_on_random_images(seed):
     torch.manual_seed(seed)
     n1 = int(torch.randint(1, 60, ()))
     num_centres = int(torch.randint(1, n1 + 1, ()))
@@ -228,7 +228,7 @@ def test_one_token_is_enough():
 
 
 @pytest.mark.parametrize("n2", [1, 5, 12, 30, 40])
-def test_one_batch_is_its_pictures(n2):
+def test_one_batch_is_its_images(n2):
     torch.manual_seed(n2)
     norms = torch.rand(4, 40)
     norms[2] = 1.0

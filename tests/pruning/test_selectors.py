@@ -30,7 +30,7 @@ AT_SHALLOW = [name for name in NAMES if SELECTORS[name].shallow]
 AT_DEEP = [name for name in NAMES if SELECTORS[name].deep]
 
 
-def pictures(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> EncoderView:
+def images(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> EncoderView:
     generator = torch.Generator().manual_seed(seed)
     patches = grid[0] * grid[1]
     embeddings = torch.randn(batch, patches, 16, generator=generator)
@@ -51,7 +51,7 @@ def pictures(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> E
     )
 
 
-def one_picture(view: EncoderView, i: int) -> EncoderView:
+def one_image(view: EncoderView, i: int) -> EncoderView:
     embeddings, queries = view.embed()[i : i + 1], view.queries()[i : i + 1]
     return replace(
         view,
@@ -64,7 +64,7 @@ def one_picture(view: EncoderView, i: int) -> EncoderView:
 
 
 def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
-    """Two prompts between others' rows: one of one picture, one of two."""
+    """Two prompts between others' rows: one of one image, one of two."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [(3, 5 + n + 4), (5 + n + 9, 5 + n + 9 + 2 + n + 3 + n + 5)]
     offsets = [5, prompts[1][0] + 2, prompts[1][0] + 2 + n + 3]
@@ -147,7 +147,7 @@ def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[i
 @pytest.mark.parametrize("count", [1, 2, 9, 34, 35])
 @pytest.mark.parametrize("grid", [(5, 7), (7, 5), (1, 35)])
 def test_patches_are_the_oracle_s(name, grid, count):
-    view = pictures(grid=grid, seed=count)
+    view = images(grid=grid, seed=count)
     got = select_patches(SELECTORS[name], view, count)
     assert got.dtype == torch.int64
     assert got.tolist() == [expected_patches(name, view, i, count) for i in range(3)]
@@ -172,11 +172,11 @@ def test_tokens_at_the_deep_boundary_are_those_of_smallest_keys(name, count):
 
 
 @pytest.mark.parametrize("name", IN_ENCODER)
-def test_a_picture_gets_alone_what_it_gets_in_a_batch(name):
-    view = pictures(batch=4)
+def test_a_image_gets_alone_what_it_gets_in_a_batch(name):
+    view = images(batch=4)
     batch = select_patches(SELECTORS[name], view, 11)
     for i in range(4):
-        alone = select_patches(SELECTORS[name], one_picture(view, i), 11)
+        alone = select_patches(SELECTORS[name], one_image(view, i), 11)
         assert torch.equal(batch[i : i + 1], alone)
 
 
@@ -198,7 +198,7 @@ def exactly(count: int, got: torch.Tensor, total: int) -> None:
 @given(st.sampled_from(IN_ENCODER), st.integers(1, 9), st.integers(1, 9), st.data())
 def test_patches_are_exactly_as_many_as_planned(name, height, width, data):
     count = data.draw(st.integers(1, height * width))
-    view = pictures(batch=2, grid=(height, width))
+    view = images(batch=2, grid=(height, width))
     exactly(count, select_patches(SELECTORS[name], view, count), height * width)
 
 
@@ -211,7 +211,7 @@ def test_tokens_are_exactly_as_many_as_planned(name, n, data):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
 @pytest.mark.parametrize("count", [1, 7, 12, 30])
 def test_counts_hold_whatever_the_values(bad, count):
-    view = pictures()
+    view = images()
     spoilt = view.embed().clone()
     spoilt[1, ::3] = bad
     spoilt[2] = bad
@@ -230,7 +230,7 @@ def test_counts_hold_whatever_the_values(bad, count):
 
 @pytest.mark.parametrize("count", [1, 4, 8, 20])
 def test_equals_go_to_the_lower_index(count):
-    view = pictures()
+    view = images()
     embeddings = torch.eye(16)[torch.arange(35) % 5].expand(3, -1, -1)
     equal = replace(view, keys=torch.ones_like(view.keys), embed=lambda: embeddings)
     assert select_patches(SELECTORS["cls"], equal, count)[0].tolist() == list(range(count))
@@ -244,7 +244,7 @@ def test_equals_go_to_the_lower_index(count):
 
 
 def test_half_precision_is_computed_in_float32():
-    view = pictures()
+    view = images()
     embeddings, queries = view.embed().bfloat16(), view.queries().bfloat16()
     half = replace(
         view,
@@ -287,10 +287,10 @@ def test_half_precision_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_random_subset_is_the_picture_s_own(dtype):
-    view = pictures(batch=2, grid=(24, 24))
+def test_a_random_subset_is_the_image_s_own(dtype):
+    view = images(batch=2, grid=(24, 24))
     pixels = torch.cat((view.pixels, view.pixels.flip(0), view.pixels[:1])).to(dtype)
-    # Strides are no property of the picture.
+    # Strides are no property of the image.
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     pixels[4, 2, 9, 13] = pixels[4, 2, 9, 13] + 1  # the last of all
     got = select_patches(SELECTORS["random"], replace(view, pixels=pixels), 100)
@@ -304,7 +304,7 @@ def test_a_random_subset_is_the_picture_s_own(dtype):
 
 def test_random_subsets_prefer_no_patch_and_no_pair():
     generator = torch.Generator().manual_seed(0)
-    view = replace(pictures(grid=(6, 6)), pixels=torch.rand(4000, 3, 4, 4, generator=generator))
+    view = replace(images(grid=(6, 6)), pixels=torch.rand(4000, 3, 4, 4, generator=generator))
     got = select_patches(SELECTORS["random"], view, 12)
     chosen = torch.zeros(4000, 36).scatter(1, got, 1.0)
     share = chosen.mean(dim=0)  # a third, with a standard deviation of 0.0075
@@ -316,7 +316,7 @@ def test_random_subsets_prefer_no_patch_and_no_pair():
 @pytest.mark.parametrize("grid", [(24, 24), (16, 16), (8, 24)])
 def test_the_grid_is_even_for_every_count(grid):
     height, width = grid
-    view = pictures(batch=1, grid=grid)
+    view = images(batch=1, grid=grid)
     for count in range(1, height * width + 1):
         index = select_patches(SELECTORS["grid"], view, count)
         chosen = torch.zeros(height * width).scatter(0, index[0], 1.0).view(1, 1, height, width)
@@ -329,13 +329,13 @@ def test_the_first_diverse_token_is_the_loneliest():
     # Angles in degrees: the nearest neighbour of 90 is farthest.
     angles = torch.tensor([0.0, 10.0, 90.0, 160.0, 170.0]).deg2rad()
     embeddings = torch.stack((angles.cos(), angles.sin()), dim=1)[None]
-    view = replace(pictures(batch=1, grid=(1, 5)), embed=lambda: embeddings)
+    view = replace(images(batch=1, grid=(1, 5)), embed=lambda: embeddings)
     chosen = [select_patches(SELECTORS["divprune"], view, n)[0].tolist() for n in (1, 2, 3)]
     assert chosen == [[2], [0, 2], [0, 2, 4]]
 
 
 def test_lengths_are_no_diversity():
-    view = pictures()
+    view = images()
     scaled = view.embed() * torch.rand(3, 35, 1).add(0.1)
     a, b = (
         select_patches(SELECTORS["divprune"], replace(view, embed=embed), 9)
@@ -382,12 +382,12 @@ def test_pivots_are_the_largest_keys_and_keep_what_is_unlike_them():
     view = one_span(step(), 0)
     keys = torch.full_like(view.keys, 0.1)
     keys[view.rows[0, [3, 17]]] = torch.tensor([5.0, 7.0])[:, None, None]
-    picture = replace(view, keys=keys)
-    assert chosen_tokens("dart", 1, picture, 2).tolist() == [[3, 17]]
+    image = replace(view, keys=keys)
+    assert chosen_tokens("dart", 1, image, 2).tolist() == [[3, 17]]
     # Tokens 0 and 1 oppose the pivots, all others are like them.
     stream = torch.ones(1, 30, 24)
     stream[0, [0, 1]] = -1.0
-    many = replace(picture, hidden=lambda: stream)
+    many = replace(image, hidden=lambda: stream)
     kept = chosen_tokens("dart", 1, many, NUM_PIVOTS + 2)[0].tolist()
     assert {0, 1, 3, 17} <= set(kept)
 
@@ -395,7 +395,7 @@ def test_pivots_are_the_largest_keys_and_keep_what_is_unlike_them():
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
     row = SELECTORS[name]
-    view: Any = pictures() if row.encoder else step()
+    view: Any = images() if row.encoder else step()
     heads = ("cls_query", "keys") if row.encoder else ("queries", "keys")
     held: dict[int, torch.Tensor] = {}
     together = Barrier(2)

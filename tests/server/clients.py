@@ -52,7 +52,7 @@ def assert_refused(answer: httpx.Response, status: int = 400, words: str = "") -
     assert len(error["message"]) < 5000
 
 
-def picture(url: object, **fields: object) -> list[dict[str, Any]]:
+def one_image(url: object, **fields: object) -> list[dict[str, Any]]:
     part = {"type": "image_url", "image_url": {"url": url}, **fields}
     return [{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}]
 

@@ -19,8 +19,8 @@ def server(server_url: str) -> Server:
 
 @pytest.fixture(scope="session")
 def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
-    """A server with keys, a small body limit, and one host from which pictures are fetched."""
-    limits = {"max_body_bytes": MAX_BODY, "max_picture_pixels": 10_000, "picture_ids": True}
+    """A server with keys, a small body limit, and one host from which images are fetched."""
+    limits = {"max_body_bytes": MAX_BODY, "max_image_pixels": 10_000, "image_ids": True}
     flags = ["--api-key", "key", "--enable-request-id-headers", "--server", json.dumps(limits)]
     media = ["--allowed-media-domains", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 1}']
     queue = ["--max-num-seqs", "1", "--max-num-queued-reqs", "1"]

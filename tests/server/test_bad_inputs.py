@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.server.clients import CHAT, Server, assert_refused, part, picture, user
-from tests.server.pictures import picture_message, png_url
+from tests.server.clients import CHAT, Server, assert_refused, one_image, part, user
+from tests.server.sample_images import image_message, png_url
 from tests.server.test_media import data_url, encoded, huge_png
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ SURROGATE = "\ud800"
 JPEG = encoded(Image.new("RGB", (64, 64)), "JPEG")
 FLAT = Image.new("1", (12_000, 12_000))
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "truncated base64": data_url(JPEG)[:-3],
     "bad base64": "data:image/png;base64,@@@@",
     "empty": data_url(b""),
@@ -47,17 +47,17 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
-def test_bad_pictures(server: Server, name: str) -> None:
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images(server: Server, name: str) -> None:
     with server.unharmed():
         start = time.monotonic()
-        assert_refused(server.chat(messages=picture(BAD_PICTURES[name])))
+        assert_refused(server.chat(messages=one_image(BAD_IMAGES[name])))
         assert time.monotonic() - start < 3
 
 
-def test_limits_of_pictures_are_named(server: Server) -> None:
+def test_limits_of_images_are_named(server: Server) -> None:
     for name, limit in {"thin": "server.max_aspect_ratio", "large": "25000000"}.items():
-        assert_refused(server.chat(messages=picture(BAD_PICTURES[name])), words=limit)
+        assert_refused(server.chat(messages=one_image(BAD_IMAGES[name])), words=limit)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_limits_of_pictures_are_named(server: Server) -> None:
     ],
     ids=["1x1", "CMYK", "16 bit", "LA", "RGBA", "GIF"],
 )
-def test_odd_pictures_are_pictures(server: Server, data: bytes) -> None:
-    answer = server.chat(messages=picture(data_url(data)))
+def test_odd_images_are_images(server: Server, data: bytes) -> None:
+    answer = server.chat(messages=one_image(data_url(data)))
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["visual_tokens"]["encoder"] == 256
 
 
 BAD_PARTS: dict[str, list[dict[str, Any]]] = {
-    "no picture": part(type="image_url"),
+    "no image": part(type="image_url"),
     "video": part(type="video_url", video_url={"url": "data:video/mp4;base64,AAAA"}),
     "audio": part(type="input_audio", input_audio={"data": "AAAA", "format": "wav"}),
     "audio URL": part(type="audio_url", audio_url={"url": "http://127.0.0.1:9/a"}),
@@ -87,19 +87,19 @@ BAD_PARTS: dict[str, list[dict[str, Any]]] = {
     "prompt_embeds": part(type="prompt_embeds", data="AAAA"),
     "Pillow": part(type="image_pil", image_pil="x"),
     "unknown": part(type="alien"),
-    "uuid": picture(png_url(1), uuid="a"),
-    "uuid alone": picture(None, uuid="a"),
+    "uuid": one_image(png_url(1), uuid="a"),
+    "uuid alone": one_image(None, uuid="a"),
     "uuid in short": part(image_url=png_url(1), uuid="a"),
-    "long uuid": picture(png_url(1), uuid="a" * 5_000_000),
+    "long uuid": one_image(png_url(1), uuid="a" * 5_000_000),
     "<image>": user("What is <image>?"),
     "600 <image>": user("<image>" * 600),
     "<image> before": [
         {"role": "user", "content": "See <image>"},
         {"role": "assistant", "content": "?"},
-        picture_message(1),
+        image_message(1),
     ],
-    "<image> after": [picture_message(1, text="What is <image>?")],
-    "too many": [picture_message(*range(9))],
+    "<image> after": [image_message(1, text="What is <image>?")],
+    "too many": [image_message(*range(9))],
     "20000 words": user("word " * 20_000),
     "half a character": user(SURROGATE),
     "role": [{"role": "alien", "content": "Hi"}],
@@ -116,23 +116,23 @@ def test_bad_messages(server: Server, name: str) -> None:
 
 
 REFUSED_ONCE_READ = {"<image>": "What is <image>?", "long": "a " * 950}
-"""Texts refused when the pictures beside them have been processed already."""
+"""Texts refused when the images beside them have been processed already."""
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", REFUSED_ONCE_READ)
-def test_a_picture_of_a_refused_request(server: Server, name: str, is_stream: bool) -> None:
+def test_a_image_of_a_refused_request(server: Server, name: str, is_stream: bool) -> None:
     seed = 1000 + 2 * list(REFUSED_ONCE_READ).index(name) + is_stream
-    message = picture_message(seed, text=REFUSED_ONCE_READ[name])
+    message = image_message(seed, text=REFUSED_ONCE_READ[name])
     refused = server.chat(messages=[message], stream=is_stream)
     assert refused.status_code == 400 or '"code": 400' in refused.text, refused.text
-    answer = server.chat(messages=[picture_message(seed)])
+    answer = server.chat(messages=[image_message(seed)])
     assert answer.status_code == 200, answer.text
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("name", REFUSED_ONCE_READ)
-def test_a_picture_of_a_refused_response(server: Server, name: str, is_stream: bool) -> None:
+def test_a_image_of_a_refused_response(server: Server, name: str, is_stream: bool) -> None:
     seed = 2000 + 2 * list(REFUSED_ONCE_READ).index(name) + is_stream
     content = [
         {"type": "input_image", "image_url": png_url(seed)},
@@ -142,7 +142,7 @@ def test_a_picture_of_a_refused_response(server: Server, name: str, is_stream: b
     body = {"model": server.model, "input": [item], "max_output_tokens": 1, "stream": is_stream}
     refused = server.post("/v1/responses", json.dumps(body))
     assert refused.status_code == 400 or '"code":400' in refused.text, refused.text
-    answer = server.chat(messages=[picture_message(seed)])
+    answer = server.chat(messages=[image_message(seed)])
     assert answer.status_code == 200, answer.text
 
 
@@ -174,7 +174,7 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
     "half a character as field": {SURROGATE: 1},
     "half a character in request_id": {"request_id": SURROGATE},
     "half a character in pruning_ratio": {"pruning_ratio": SURROGATE},
-    "truncation": {"messages": [picture_message(1)], "truncate_prompt_tokens": 10},
+    "truncation": {"messages": [image_message(1)], "truncate_prompt_tokens": 10},
     "engine argument": {"vllm_xargs": {"kv_transfer_params": "x"}},
     "ratio as argument": {"vllm_xargs": {"pruning_ratio": 0.5}},
     "regex": {"structured_outputs": {"regex": "("}},
@@ -251,12 +251,12 @@ def test_unknown_roles_are_blamed_on_the_right_field(server: Server) -> None:
 
 
 def test_an_image_cannot_be_echoed(server: Server) -> None:
-    answer = server.chat(messages=[picture_message(1)], echo=True, add_generation_prompt=False)
+    answer = server.chat(messages=[image_message(1)], echo=True, add_generation_prompt=False)
     assert_refused(answer)
     assert answer.json()["error"]["param"] == "echo"
     said = {"role": "assistant", "content": "I see"}
     fields = {"continue_final_message": True, "add_generation_prompt": False}
-    prefilled = server.chat(messages=[picture_message(1), said], echo=True, **fields)
+    prefilled = server.chat(messages=[image_message(1), said], echo=True, **fields)
     assert prefilled.status_code == 200, prefilled.text
     assert prefilled.json()["choices"][0]["message"]["content"].startswith("I see")
 

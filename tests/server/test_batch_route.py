@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.pictures import chat_body, picture_message
+from tests.server.sample_images import chat_body, image_message
 from vitcop_server.limits import MAX_ANSWERS
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, 
         "field": {"pruning_ratio": 0.667},
         "model": {"model": f"{model}@0.667"},
     }
-    conversations = [[picture_message(7301)], [picture_message(7302, 7303)]]
+    conversations = [[image_message(7301)], [image_message(7302, 7303)]]
     body = batch(model, *conversations) | fields.get(where, {})
     answer = http.post(ROUTE, json=body, headers=headers)
     assert answer.status_code == 200, answer.text
@@ -56,19 +56,17 @@ def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, 
     assert usage["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in expected)
 
 
-def test_without_pictures_there_is_nothing_to_prune(http: httpx.Client, model: str) -> None:
+def test_without_images_there_is_nothing_to_prune(http: httpx.Client, model: str) -> None:
     hello = [{"role": "user", "content": "Hi"}]
     answer = http.post(ROUTE, json=batch(model, hello, hello), headers={HEADER: "0.5"})
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["visual_tokens"] is None
 
 
-def test_pictures_of_a_refused_batch_are_answered_afterwards(
-    http: httpx.Client, model: str
-) -> None:
+def test_images_of_a_refused_batch_are_answered_afterwards(http: httpx.Client, model: str) -> None:
     """vLLM believes that the engine has got the first one, which the second kept from it."""
     stray = [{"role": "user", "content": "What is <image>?"}]
-    body = batch(model, [picture_message(7310)], stray)
+    body = batch(model, [image_message(7310)], stray)
     refused = http.post(ROUTE, json=body, headers={HEADER: "0.5"})
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == "messages"
@@ -105,12 +103,12 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 def test_a_batch_is_refused_as_a_request_is(
     http: httpx.Client, model: str, fields: dict[str, Any]
 ) -> None:
-    refused = http.post(ROUTE, json=batch(model, [picture_message(1)], **fields))
+    refused = http.post(ROUTE, json=batch(model, [image_message(1)], **fields))
     assert refused.status_code == 400, refused.text
     assert refused.json()["error"]["param"] == next(iter(fields))
 
 
 def test_fields_that_ask_for_nothing_are_accepted(http: httpx.Client, model: str) -> None:
-    body = batch(model, [picture_message(1)], stream=False, tools=None, prompt_logprobs=None)
+    body = batch(model, [image_message(1)], stream=False, tools=None, prompt_logprobs=None)
     answer = http.post(ROUTE, json=body)
     assert answer.status_code == 200, answer.text

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.pictures import png_url
+from tests.server.sample_images import png_url
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.pictures import chat_body, png_url
+from tests.server.sample_images import chat_body, png_url
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.pictures import chat_body, picture_message, png_url
 from tests.server.process import IMAGE_ROOM
+from tests.server.sample_images import chat_body, image_message, png_url
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def ask(http: httpx.Client, model: str, *seeds: int, **fields: Any) -> httpx.Res
 
 
 def stray_image_token(http: httpx.Client, model: str, seed: int) -> None:
-    messages = [picture_message(seed, text="What is <image>?")]
+    messages = [image_message(seed, text="What is <image>?")]
     assert ask(http, model, messages=messages).status_code == 400
 
 
@@ -40,12 +40,12 @@ def wrong_schema(http: httpx.Client, model: str, seed: int) -> None:
 
 
 def too_long(http: httpx.Client, model: str, seed: int) -> None:
-    messages = [picture_message(seed, text="x " * 4000)]
+    messages = [image_message(seed, text="x " * 4000)]
     assert ask(http, model, messages=messages).status_code == 400
 
 
 def half_a_batch(http: httpx.Client, model: str, seed: int) -> None:
-    conversations = [[picture_message(seed)], [{"role": "user", "content": "<image>"}]]
+    conversations = [[image_message(seed)], [{"role": "user", "content": "<image>"}]]
     body = {"model": model, "messages": conversations}
     assert http.post(f"{CHAT}/batch", json=body).status_code == 400
 
@@ -101,7 +101,7 @@ def test_an_image_is_usable_while_a_batch_with_it_is_prepared(
 ) -> None:
     def batch(seed: int) -> httpx.Response:
         seeds = [seed, *(next(new_seeds) for _ in range(7))]
-        conversations = [[picture_message(one)] for one in seeds]
+        conversations = [[image_message(one)] for one in seeds]
         body = {"model": model, "messages": conversations, "max_tokens": 2}
         return http.post(f"{CHAT}/batch", json=body)
 

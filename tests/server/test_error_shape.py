@@ -12,7 +12,13 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from vitcop_server.errors import OneShape, RequestError, error_body, nested_too_deep, use_one_shape
+from vitcop_server.errors import (
+    OpenAIErrorMiddleware,
+    RequestError,
+    error_body,
+    nested_too_deep,
+    use_openai_errors,
+)
 
 ANTHROPIC = {"type": "error", "error": {"type": "invalid_request_error", "message": "no"}}
 WHOLE = error_body("no", "BadRequestError", 400, "n")
@@ -25,7 +31,7 @@ def client() -> Iterator[TestClient]:
     init_exception_handler(app)
     app.add_exception_handler(RecursionError, nested_too_deep)
     app.add_middleware(AuthenticationMiddleware, tokens=["key"])
-    app.add_middleware(OneShape)
+    app.add_middleware(OpenAIErrorMiddleware)
     answers: dict[str, Response] = {
         "anthropic": JSONResponse(ANTHROPIC, 400),
         "whole": JSONResponse(WHOLE, 400, {"X-Request-Id": "7"}),
@@ -166,5 +172,5 @@ def test_success_passes(client: TestClient) -> None:
 
 def test_it_is_put_around_the_operators_middleware() -> None:
     args = Namespace(middleware=["their.Own"])
-    use_one_shape(args)
-    assert args.middleware == ["their.Own", "vitcop_server.errors.OneShape"]
+    use_openai_errors(args)
+    assert args.middleware == ["their.Own", "vitcop_server.errors.OpenAIErrorMiddleware"]

@@ -56,4 +56,4 @@ def test_a_lost_explanation_is_no_fault_of_the_client() -> None:
 )
 def test_half_an_explanation_is_none(choices: dict[str, Any]) -> None:
     with pytest.raises(explain.LostChoicesError):
-        explain.explain_picture(None, NAME, choices)  # type: ignore[arg-type]
+        explain.explain_image(None, NAME, choices)  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.server.pictures import chat_body
 from tests.server.process import engine_of, running_server
+from tests.server.sample_images import chat_body
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -1,4 +1,4 @@
-"""Pictures are fetched from where the operator allows, and nothing hangs on who serves them."""
+"""Images are fetched from where the operator allows, and nothing hangs on who serves them."""
 
 import socket
 import threading
@@ -10,14 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from tests.server.clients import MAX_BODY, Server, assert_refused, picture
+from tests.server.clients import MAX_BODY, Server, assert_refused, one_image
 from tests.server.test_media import encoded
 
 pytestmark = pytest.mark.slow
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Where pictures are: answers with the status in the path."""
+    """Where images are: answers with the status in the path."""
 
     seen: list[str]
 
@@ -60,22 +60,22 @@ def test_nothing_is_fetched_unasked(server: Server, upstream: tuple[str, list[st
     url, seen = upstream
     with server.unharmed():
         for host in (url, url.replace("127.0.0.1", "localhost"), url.replace("http", "HTTP")):
-            assert_refused(server.chat(messages=picture(f"{host}/200")), words="data URLs")
+            assert_refused(server.chat(messages=one_image(f"{host}/200")), words="data URLs")
     assert seen == []
 
 
-def test_pictures_from_an_allowed_host(guarded: Server, upstream: tuple[str, list[str]]) -> None:
+def test_images_from_an_allowed_host(guarded: Server, upstream: tuple[str, list[str]]) -> None:
     url, seen = upstream
-    assert guarded.chat(messages=picture(f"{url}/200")).status_code == 200
+    assert guarded.chat(messages=one_image(f"{url}/200")).status_code == 200
     other = url.replace("127.0.0.1", "localhost")
-    assert_refused(guarded.chat(messages=picture(f"{other}/200")), words="allowed domains")
+    assert_refused(guarded.chat(messages=one_image(f"{other}/200")), words="allowed domains")
     assert seen == ["/200"]
 
 
 def test_redirects_are_not_followed(guarded: Server, upstream: tuple[str, list[str]]) -> None:
     url, seen = upstream
     with guarded.unharmed():
-        assert_refused(guarded.chat(messages=picture(f"{url}/302")))
+        assert_refused(guarded.chat(messages=one_image(f"{url}/302")))
     assert seen == ["/302"]
 
 
@@ -94,7 +94,7 @@ def test_an_upstream_that_fails(
 ) -> None:
     with guarded.unharmed():
         start = time.monotonic()
-        assert_refused(guarded.chat(messages=picture(upstream[0] + path)), 422, words)
+        assert_refused(guarded.chat(messages=one_image(upstream[0] + path)), 422, words)
         assert time.monotonic() - start < 5
 
 
@@ -103,5 +103,5 @@ def test_an_upstream_that_is_not_there(guarded: Server) -> None:
         free.bind(("127.0.0.1", 0))
         start = time.monotonic()
         url = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"
-        assert_refused(guarded.chat(messages=picture(url)), 422, "cannot be fetched")
+        assert_refused(guarded.chat(messages=one_image(url)), 422, "cannot be fetched")
         assert time.monotonic() - start < 5

@@ -94,7 +94,7 @@ def content(*parts: Any) -> dict[str, Any]:
 )
 def test_a_video_is_refused_in_a_sentence(part: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="videos are not accepted") as refused:
-        refuse_unsafe_body(content(part), ServerSettings(picture_ids=True))
+        refuse_unsafe_body(content(part), ServerSettings(image_ids=True))
     assert refused.value.param == "messages"
 
 

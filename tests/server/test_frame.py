@@ -8,7 +8,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.server.pictures import png_url
+from tests.server.sample_images import png_url
 
 pytestmark = pytest.mark.slow
 

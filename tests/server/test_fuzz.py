@@ -148,7 +148,7 @@ def test_header_values(http: httpx.Client, model: str, name: str) -> None:
 
 
 NOISE = Image.effect_noise((24, 16), 90)
-PICTURES = [
+IMAGES = [
     encoded(NOISE.convert(mode), kind)
     for mode, kind in (
         ("RGB", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),
@@ -167,9 +167,9 @@ def mutated(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
     return data
 
 
-def test_mutated_pictures(http: httpx.Client, model: str) -> None:
+def test_mutated_images(http: httpx.Client, model: str) -> None:
     @settings(fuzzed, max_examples=8 * EXAMPLES)
-    @given(st.sampled_from(PICTURES), edits, st.none() | st.integers(0, 500))
+    @given(st.sampled_from(IMAGES), edits, st.none() | st.integers(0, 500))
     def send(data: bytes, changes: list[tuple[int, int, bytes]], end: int | None) -> None:
         url = data_url(mutated(data, changes)[:end])
         message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}

@@ -1,4 +1,4 @@
-"""What an operator forbids: long bodies, strangers, large pictures, a long queue."""
+"""What an operator forbids: long bodies, strangers, large images, a long queue."""
 
 import socket
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.server.clients import CHAT, KEY, MAX_BODY, Server, assert_refused, picture, user
-from tests.server.pictures import picture_message, png_url
+from tests.server.clients import CHAT, KEY, MAX_BODY, Server, assert_refused, one_image, user
 from tests.server.process import engine_of
+from tests.server.sample_images import image_message, png_url
 from tests.server.test_media import data_url, encoded
 
 pytestmark = pytest.mark.slow
@@ -52,16 +52,16 @@ def test_request_ids_of_errors(guarded: Server) -> None:
     assert answer.headers["X-Request-Id"] == "mine"
 
 
-def test_more_pictures_than_the_operator_allows(guarded: Server) -> None:
+def test_more_images_than_the_operator_allows(guarded: Server) -> None:
     with guarded.unharmed():
-        assert_refused(guarded.chat(messages=[picture_message(1, 2)]), words="At most 1")
+        assert_refused(guarded.chat(messages=[image_message(1, 2)]), words="At most 1")
 
 
 def test_the_operators_own_limits(guarded: Server) -> None:
     with guarded.unharmed():
-        answer = guarded.chat(messages=picture(data_url(encoded(Image.new("1", (101, 100))))))
+        answer = guarded.chat(messages=one_image(data_url(encoded(Image.new("1", (101, 100))))))
         assert_refused(answer, words="10000")
-        assert guarded.chat(messages=picture(png_url(1), uuid="a")).status_code == 200
+        assert guarded.chat(messages=one_image(png_url(1), uuid="a")).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_again(

@@ -7,13 +7,13 @@ import httpx
 import openai
 import pytest
 
-from tests.server import pictures
-from tests.server.pictures import picture_message
+from tests.server import sample_images
+from tests.server.sample_images import image_message
 
 pytestmark = pytest.mark.slow
 
 HEADER = "X-Pruning-Ratio"
-ROUND_OFF = 0.15  # Tiny pictures have few tokens to count in.
+ROUND_OFF = 0.15  # Tiny images have few tokens to count in.
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def model(client: openai.OpenAI) -> str:
 
 
 def chat_body(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    return pictures.chat_body(model, *seeds, **{"max_tokens": 4, **fields})
+    return sample_images.chat_body(model, *seeds, **{"max_tokens": 4, **fields})
 
 
 def chat(
@@ -99,7 +99,7 @@ def test_prompt_tokens_count_what_stage_one_keeps(http: httpx.Client, model: str
     assert full["prompt_tokens"] - pruned["prompt_tokens"] == dropped
 
 
-def test_two_pictures_are_summed(http: httpx.Client, model: str) -> None:
+def test_two_images_are_summed(http: httpx.Client, model: str) -> None:
     one = chat(http, model, 1, ratio="0.667").json()["usage"]
     two = chat(http, model, 1, 2, ratio="0.667").json()["usage"]
     assert two["visual_tokens"]["encoder"] == 2 * one["visual_tokens"]["encoder"]
@@ -107,7 +107,7 @@ def test_two_pictures_are_summed(http: httpx.Client, model: str) -> None:
     assert two["pruning_ratio"] == pytest.approx(one["pruning_ratio"])
 
 
-def test_choices_do_not_multiply_pictures(http: httpx.Client, model: str) -> None:
+def test_choices_do_not_multiply_images(http: httpx.Client, model: str) -> None:
     one = chat(http, model, 1, ratio="0.667").json()["usage"]
     three = chat(http, model, 1, ratio="0.667", n=3, temperature=1).json()["usage"]
     assert three["visual_tokens"] == one["visual_tokens"]
@@ -291,8 +291,8 @@ def test_unknown_model_keeps_status(http: httpx.Client) -> None:
     assert HEADER not in answer.headers
 
 
-def test_broken_picture_is_the_clients_fault(http: httpx.Client, model: str) -> None:
-    message = picture_message(1)
+def test_broken_image_is_the_clients_fault(http: httpx.Client, model: str) -> None:
+    message = image_message(1)
     message["content"][0]["image_url"]["url"] = "data:image/png;base64,AAAA"  # type: ignore[index]
     answer = chat(http, model, ratio="0.5", messages=[message])
     assert answer.status_code == 400

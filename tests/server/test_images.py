@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.server.clients import CHAT, Server, picture
+from tests.server.clients import CHAT, Server, one_image
 from tests.server.test_media import data_url, encoded
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def ask(server: Server, route: str, url: str) -> httpx.Response:
         body = {"model": server.model, "max_output_tokens": 1}
         body["input"] = [{"role": "user", "content": content}]
     else:
-        body["messages"] = picture(url)
+        body["messages"] = one_image(url)
     return server.post(route, json.dumps(body))
 
 
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said(server: Server, route: str, url: str, words: str)
 
 def test_16_bits_are_seen_as_8_bits(server: Server) -> None:
     def first_logprobs(image: Image.Image) -> Any:
-        messages = picture(data_url(encoded(image)))
+        messages = one_image(data_url(encoded(image)))
         answer = server.chat(messages=messages, logprobs=True, top_logprobs=5, temperature=0)
         return answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
 

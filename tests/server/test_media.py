@@ -21,23 +21,23 @@ from vitcop_server.media import (
     CONNECTOR_NAME,
     BoundedConnection,
     GuardedConnector,
-    PictureLimits,
+    ImageLimits,
     guard_media,
 )
 from vitcop_server.settings import ServerSettings
 
-LIMITS = PictureLimits(max_pixels=10_000, max_aspect_ratio=4.0)
+LIMITS = ImageLimits(max_pixels=10_000, max_aspect_ratio=4.0)
 
 
 @pytest.fixture(autouse=True)
 def limits_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-    LIMITS.tell_pillow()
+    LIMITS.configure_pillow()
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -56,7 +56,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def icon(png: bytes) -> bytes:
-    """An icon file that calls the picture in it 16 pixels wide and high."""
+    """An icon file that calls the image in it 16 pixels wide and high."""
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22)
     return struct.pack("<HHH", 0, 1, 1) + entry + png
 
@@ -88,7 +88,7 @@ def load(url: str, connection: Any = None, **options: Any) -> Any:
         icon(encoded(Image.new("RGBA", (16, 16)))),
     ],
 )
-def test_pictures_of_every_kind(data: bytes) -> None:
+def test_images_of_every_kind(data: bytes) -> None:
     assert load(data_url(data)).media.mode == "RGB"
 
 
@@ -101,11 +101,11 @@ def test_an_animation_shows_its_first_frame() -> None:
 @pytest.mark.parametrize(
     ("data", "limit"),
     [
-        (huge_png(101, 100), "server.max_picture_pixels is 10000"),
-        (huge_png(30_000, 30_000), "server.max_picture_pixels is 10000"),
+        (huge_png(101, 100), "server.max_image_pixels is 10000"),
+        (huge_png(30_000, 30_000), "server.max_image_pixels is 10000"),
         (huge_png(81, 20), "is 4"),
         (huge_png(1, 5), "is 4"),
-        (icon(encoded(Image.new("RGBA", (200, 200)))), "server.max_picture_pixels is 10000"),
+        (icon(encoded(Image.new("RGBA", (200, 200)))), "server.max_image_pixels is 10000"),
         (icon(encoded(Image.new("RGBA", (90, 10)))), "is 4"),
     ],
 )
@@ -115,10 +115,10 @@ def test_too_large_and_too_thin(data: bytes, limit: str) -> None:
     assert refused.value.parameter == "image_url"
 
 
-def test_a_huge_picture_is_refused_before_it_is_decoded() -> None:
+def test_a_huge_image_is_refused_before_it_is_decoded() -> None:
     whole = encoded(Image.new("1", (12_000, 12_000)))
     start = time.perf_counter()
-    with pytest.raises(RequestError, match=r"server\.max_picture_pixels"):
+    with pytest.raises(RequestError, match=r"server\.max_image_pixels"):
         load(data_url(whole))
     assert time.perf_counter() - start < 0.2
 
@@ -133,7 +133,7 @@ JPEG = encoded(Image.new("RGB", (64, 64)), "JPEG")
         data_url(huge_png(100, 100)),
         data_url(JPEG)[:-3],
         data_url(b""),
-        data_url(b"no picture"),
+        data_url(b"no image"),
         data_url(b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>'),
         data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n"),
         data_url(b"%PDF-1.4\n"),
@@ -222,7 +222,7 @@ def test_files_below_the_operators_folder(tmp_path: Path) -> None:
 
 def test_vllm_finds_the_connector_and_the_operators_choice_stands() -> None:
     environ = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1"}
-    guard_media(ServerSettings(max_picture_pixels=50, max_body_bytes=3 * 2**20), environ)
+    guard_media(ServerSettings(max_image_pixels=50, max_body_bytes=3 * 2**20), environ)
     assert environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "1"
     assert environ["VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB"] == "3"
     assert environ["VLLM_MEDIA_CONNECTOR"] == CONNECTOR_NAME

@@ -5,7 +5,7 @@ import pytest
 from vitcop_server.metrics import ratio_bucket
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
-PICTURES = [VisualTokenCounts.unpruned(576)]
+IMAGES = [VisualTokenCounts.unpruned(576)]
 
 
 @pytest.mark.parametrize(
@@ -22,5 +22,5 @@ PICTURES = [VisualTokenCounts.unpruned(576)]
     ],
 )
 def test_buckets(ratio: float, bucket: str) -> None:
-    assert ratio_bucket(ratio, PICTURES) == bucket
+    assert ratio_bucket(ratio, IMAGES) == bucket
     assert ratio_bucket(ratio, []) == "none"

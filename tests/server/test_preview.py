@@ -11,10 +11,10 @@ from fastapi.testclient import TestClient
 
 from tests.server.grids import NUM_LAYERS, GridInfo, grid_preview
 from vitcop_server import routes
-from vitcop_server.explain import explain_picture
+from vitcop_server.explain import explain_image
 from vitcop_server.preview import USUAL_SIDE
 from vitcop_server.settings import ServerSettings
-from vitcop_server.usage import picture_counts, picture_names
+from vitcop_server.usage import image_counts, image_names
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -111,7 +111,7 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
         "merged": [[0, 1], [3, 2]],
         "deep": [1, 2],
     }
-    told = explain_picture(grid_preview(), name, choices)
+    told = explain_image(grid_preview(), name, choices)
     assert told["grid"] == {"rows": 3, "columns": 5}
     assert told["saliency_source"] == "received"
     assert [kept(stage, 15) for stage in told["stages"]] == [
@@ -126,7 +126,7 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
 def test_usage_sums_images_of_different_sizes() -> None:
     many, few = VisualTokenCounts(2304, 82, (691, 309, 62)), VisualTokenCounts.unpruned(4)
     inputs = [{"mm_hashes": {"image": [tag_identifier("a", many), tag_identifier("b", few)]}}]
-    counts = picture_counts(picture_names(inputs))
+    counts = image_counts(image_names(inputs))
     usage = grid_preview().model.usage_fields(counts)
     assert usage["visual_tokens"] == {"encoder": 2308, "stages": [695, 313, 66]}
     boundaries = PruningSettings().boundaries(NUM_LAYERS)

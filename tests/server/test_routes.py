@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.server.pictures import chat_body, png_url
+from tests.server.sample_images import chat_body, png_url
 
 pytestmark = pytest.mark.slow
 
@@ -113,30 +113,30 @@ def test_an_explanation_draws_what_usage_counts(http: httpx.Client, model: str, 
     assert told["completion"]["choices"][0]["message"] == plain.json()["choices"][0]["message"]
     usage = plain.json()["usage"]
     assert told["completion"]["usage"]["visual_tokens"] == usage["visual_tokens"]
-    assert len(told["pictures"]) == 2
+    assert len(told["images"]) == 2
     for number, total in enumerate(usage["visual_tokens"]["stages"]):
-        drawn = [kept(picture["stages"][number]) for picture in told["pictures"]]
+        drawn = [kept(image["stages"][number]) for image in told["images"]]
         assert sum(map(len, drawn)) == total
-        for picture, patches in zip(told["pictures"], drawn, strict=True):
-            assert picture["stages"][number]["tokens"] == len(patches)
-    for picture in told["pictures"]:
-        first, second, third = map(kept, picture["stages"])
+        for image, patches in zip(told["images"], drawn, strict=True):
+            assert image["stages"][number]["tokens"] == len(patches)
+    for image in told["images"]:
+        first, second, third = map(kept, image["stages"])
         assert first >= second >= third
-        assert (picture["width"], picture["height"]) == (64, 48)
-        assert picture["box"] == pytest.approx([8, 0, 56, 48], abs=0.1)
-        assert (picture["saliency"] is None) == (ratio == "0")
-        for stage, stays in zip(picture["stages"], (first, second, third), strict=True):
+        assert (image["width"], image["height"]) == (64, 48)
+        assert image["box"] == pytest.approx([8, 0, 56, 48], abs=0.1)
+        assert (image["saliency"] is None) == (ratio == "0")
+        for stage, stays in zip(image["stages"], (first, second, third), strict=True):
             for group in stage["merged"]:
                 assert group[0] in stays
                 assert not stays & set(group[1:])
                 assert first >= set(group)
-        if picture["clusters"]:
-            assert {p for p, label in enumerate(picture["clusters"]) if label >= 0} == first
+        if image["clusters"]:
+            assert {p for p, label in enumerate(image["clusters"]) if label >= 0} == first
 
 
 def test_asked_again_an_explanation_is_whole(http: httpx.Client, model: str) -> None:
-    """Nothing known of the picture is reused, or there would be nothing to tell."""
-    once, again = (explain(http, chat(model, 5)).json()["pictures"] for _ in range(2))
+    """Nothing known of the image is reused, or there would be nothing to tell."""
+    once, again = (explain(http, chat(model, 5)).json()["images"] for _ in range(2))
     assert once == again
     assert once[0]["stages"][1]["merged"]
 
@@ -144,7 +144,7 @@ def test_asked_again_an_explanation_is_whole(http: httpx.Client, model: str) -> 
 def test_text_has_nothing_to_explain(http: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     told = explain(http, body).json()
-    assert told["pictures"] == []
+    assert told["images"] == []
     assert told["completion"]["usage"]["visual_tokens"] is None
 
 
@@ -204,7 +204,7 @@ def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) ->
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning_ratio")
 
 
-def test_a_picture_whose_tokens_were_counted_first_is_answered(
+def test_a_image_whose_tokens_were_counted_first_is_answered(
     http: httpx.Client, model: str
 ) -> None:
     """vLLM believes that the engine has got it, which only counting does not see to."""
@@ -217,8 +217,8 @@ def test_a_picture_whose_tokens_were_counted_first_is_answered(
 
 
 def response_body(model: str, *seeds: int, text: str = "What is this?", **fields: Any) -> Any:
-    pictures = [{"type": "input_image", "image_url": png_url(seed)} for seed in seeds]
-    content = [*pictures, {"type": "input_text", "text": text}]
+    images = [{"type": "input_image", "image_url": png_url(seed)} for seed in seeds]
+    content = [*images, {"type": "input_text", "text": text}]
     body = {"model": model, "input": [{"role": "user", "content": content}], "temperature": 0}
     return {**body, "max_output_tokens": 4, **fields}
 
@@ -293,7 +293,7 @@ def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
         dropped = 2 * (V - stage["tokens"])
         assert more(f"vitcop_visual_tokens_dropped_total{label}") == dropped
         assert more(f"vitcop_selection_seconds_count{label}") >= 1
-    # Two pictures less some hundred tokens each, in layers of 8: blocks of 32, groups by stage.
+    # Two images less some hundred tokens each, in layers of 8: blocks of 32, groups by stage.
     assert more("vitcop_kv_blocks_not_taken_total") > 0
 
 

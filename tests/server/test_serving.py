@@ -44,10 +44,10 @@ class Stock:
 
     def render(self, request: Any) -> list[dict[str, Any]]:
         self.processor_kwargs.append(request.mm_processor_kwargs)
-        if getattr(request, "user", None) == "bad picture":
-            raise ValueError("cannot read picture")
-        with_picture = getattr(request, "user", None) == "picture"
-        hashes = {"image": [f"abc@{COUNTS.encode()}"]} if with_picture else {}
+        if getattr(request, "user", None) == "bad image":
+            raise ValueError("cannot read image")
+        with_image = getattr(request, "user", None) == "image"
+        hashes = {"image": [f"abc@{COUNTS.encode()}"]} if with_image else {}
         tokens = [1, 3] if getattr(request, "user", None) == "mark" else [1]
         return [{"type": "multimodal", "prompt_token_ids": tokens, "mm_hashes": hashes}]
 
@@ -120,8 +120,8 @@ def test_ratio_reaches_the_processor(client: TestClient, stock: Stock, route: st
     assert stock.processor_kwargs == [{"pruning_ratio": ratio} for ratio in (0.5, 0.0, 0.25)]
 
 
-def test_usage_reports_the_rendered_picture(client: TestClient, route: str) -> None:
-    usage = client.post(route, json=ROUTES[route] | {"user": "picture"}).json()["usage"]
+def test_usage_reports_the_rendered_image(client: TestClient, route: str) -> None:
+    usage = client.post(route, json=ROUTES[route] | {"user": "image"}).json()["usage"]
     assert usage["visual_tokens"] == REPORT
     assert usage["pruning_ratio"] == pytest.approx(0.882, abs=1e-3)
     assert usage["prompt_tokens"] == 3
@@ -133,14 +133,14 @@ def test_usage_of_text_is_null(client: TestClient, route: str) -> None:
     assert answer.json()["usage"]["visual_tokens"] is None
 
 
-def test_one_request_does_not_see_the_pictures_of_another(client: TestClient, route: str) -> None:
+def test_one_request_does_not_see_the_images_of_another(client: TestClient, route: str) -> None:
     for _ in range(2):
-        answer = client.post(route, json=ROUTES[route] | {"user": "picture"})
+        answer = client.post(route, json=ROUTES[route] | {"user": "image"})
         assert answer.json()["usage"]["visual_tokens"] == REPORT
 
 
 def test_stream(client: TestClient, stock: Stock, route: str) -> None:
-    body = ROUTES[route] | {"user": "picture", "stream": True}
+    body = ROUTES[route] | {"user": "image", "stream": True}
     answer = client.post(route, json=body, headers={HEADER: "0.5"})
     assert answer.headers[HEADER] == "0.5"
     first, last, done = answer.text.rstrip().split("\n\n")
@@ -203,9 +203,9 @@ def test_a_stray_mark_is_named_by_the_model_s_tokenizer(client: TestClient, rout
 
 
 def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -> None:
-    answer = client.post(route, json=ROUTES[route] | {"user": "bad picture"})
+    answer = client.post(route, json=ROUTES[route] | {"user": "bad image"})
     assert answer.status_code == 400
-    assert answer.json()["error"]["message"] == "cannot read picture"
+    assert answer.json()["error"]["message"] == "cannot read image"
     assert HEADER not in answer.headers
 
 

@@ -20,9 +20,9 @@ trace.set_tracer_provider(provider)
 from vitcop_server.tracing import trace_pruning
 
 parent = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
-pictures = {"pruning_ratio": 0.88, "visual_tokens": {"encoder": 576, "stages": [172, 77, 15]}}
+images = {"pruning_ratio": 0.88, "visual_tokens": {"encoder": 576, "stages": [172, 77, 15]}}
 none = {"pruning_ratio": None, "visual_tokens": None}
-for headers, usage in (({"traceparent": parent}, pictures), ({}, none)):
+for headers, usage in (({"traceparent": parent}, images), ({}, none)):
     trace_pruning(SimpleNamespace(headers=headers), "id", time.time_ns(), 0.889, usage)
 print(json.dumps([json.loads(span.to_json()) for span in exporter.get_finished_spans()]))
 """

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vitcop_server.usage import PrunedModel, extend_event, picture_counts, picture_names
+from vitcop_server.usage import PrunedModel, extend_event, image_counts, image_names
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -25,28 +25,28 @@ def engine_input(*counts: VisualTokenCounts) -> dict[str, Any]:
 
 def test_counts_come_from_the_tags() -> None:
     inputs = [engine_input(PRUNED, VisualTokenCounts.unpruned(9)), engine_input(PRUNED)]
-    found = picture_names(inputs)
+    found = image_names(inputs)
     assert found == [*names(PRUNED, VisualTokenCounts.unpruned(9)), *names(PRUNED)]
-    assert picture_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
+    assert image_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
 
 
-def test_text_has_no_pictures() -> None:
-    assert picture_names([{"type": "token", "prompt_token_ids": [1]}]) == []
+def test_text_has_no_images() -> None:
+    assert image_names([{"type": "token", "prompt_token_ids": [1]}]) == []
 
 
-def test_untagged_picture_is_our_fault() -> None:
+def test_untagged_image_is_our_fault() -> None:
     with pytest.raises(RuntimeError, match="without visual token counts"):
-        picture_counts(["abc"])
+        image_counts(["abc"])
 
 
-def test_fields_of_one_picture() -> None:
+def test_fields_of_one_image() -> None:
     fields = MODEL.usage_fields([PRUNED])
     assert fields["visual_tokens"] == {"encoder": 576, "stages": [172, 83, 17]}
     kept = (2 * 172 + 20 * 83 + 10 * 17) / 32
     assert fields["pruning_ratio"] == pytest.approx(1 - kept / 576)
 
 
-def test_fields_sum_over_pictures() -> None:
+def test_fields_sum_over_images() -> None:
     fields = MODEL.usage_fields([PRUNED, VisualTokenCounts.unpruned(576)])
     assert fields["visual_tokens"] == {"encoder": 1152, "stages": [748, 659, 593]}
     assert fields["pruning_ratio"] == pytest.approx(
@@ -58,7 +58,7 @@ def test_unpruned_is_exactly_zero() -> None:
     assert MODEL.usage_fields([VisualTokenCounts.unpruned(577)])["pruning_ratio"] == 0.0
 
 
-def test_no_pictures_is_null() -> None:
+def test_no_images_is_null() -> None:
     assert MODEL.usage_fields([]) == {"pruning_ratio": None, "visual_tokens": None}
 
 

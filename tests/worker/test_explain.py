@@ -19,9 +19,9 @@ def test_old_explanations_make_room():
     recorder = ChoiceRecorder()
     choice = PatchChoice(torch.arange(3), None, None)
     for number in range(MOST_EXPLAINED + 2):
-        recorder.record_patches(f"picture {number}", choice)
-    assert not recorder.take(["picture 0", "picture 1"])
-    assert recorder.take(["picture 2"]) == {"picture 2": {"patches": [0, 1, 2]}}
+        recorder.record_patches(f"image {number}", choice)
+    assert not recorder.take(["image 0", "image 1"])
+    assert recorder.take(["image 2"]) == {"image 2": {"patches": [0, 1, 2]}}
 
 
 def test_groups_begin_with_the_row_that_stands_for_them():
@@ -39,7 +39,7 @@ def test_groups_begin_with_the_row_that_stands_for_them():
     ]
 
 
-def test_what_is_seen_of_a_picture_is_what_the_processor_shows(llm):
+def test_what_is_seen_of_a_image_is_what_the_processor_shows(llm):
     """A ramp of colours goes in, and its corners come out."""
     info = llm.llm_engine.renderer.mm_processor.info
     processor = info.get_hf_processor().image_processor
@@ -60,7 +60,7 @@ def test_what_is_seen_of_a_picture_is_what_the_processor_shows(llm):
 
 
 def test_embeddings_that_a_client_computed_have_no_choices(llm):
-    """But are encoded in the same step as pictures that are to be explained."""
+    """But are encoded in the same step as images that are to be explained."""
     (model,) = llm.collective_rpc("get_model")
     width = model.config.text_config.hidden_size
     model.patch_choices = []

@@ -8,7 +8,7 @@ ASKS = [
     Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=20),
     Ask("first or second?", (2, 3), 7 / 9, max_tokens=30),
     Ask("unpruned", (4,), 0.0, max_tokens=16),
-    Ask("no picture, " * 20, max_tokens=40),
+    Ask("no image, " * 20, max_tokens=40),
 ]
 
 

@@ -135,4 +135,4 @@ def test_images_of_a_step_are_named_in_row_order(pruned):
     assert step.forward is not None
     assert step.forward.images == ("b", "c", "a")
     (group,) = step.forward.groups
-    assert group.pictures == (1, 2)
+    assert group.images == (1, 2)

@@ -14,7 +14,7 @@ from vitcop_vllm.worker.step import StagedForward
 
 @st.composite
 def requests(draw):
-    """A request with up to three pictures between texts, and a chunk that cuts none."""
+    """A request with up to three images between texts, and a chunk that cuts none."""
     spans, length = [], draw(st.integers(0, 5))
     for _ in range(draw(st.integers(0, 3))):
         n1, n2, n3 = sorted((draw(st.integers(1, 12)) for _ in range(3)), reverse=True)
@@ -61,7 +61,7 @@ def test_stages_hold_the_rows_that_are_left(batch):
         return
     common = common_metadata([(request.start, request.end) for request in batch])
     for stage, rows in step.stages.items():
-        seen = rows.narrow(common, torch.zeros(len(batch), dtype=torch.int32))
+        seen = rows.to_metadata(common, torch.zeros(len(batch), dtype=torch.int32))
         expected = [rows_of(request, stage) for request in batch]
         lengths = [len(part) for part in expected]
         starts = [sum(lengths[:i]) for i in range(len(batch) + 1)]
@@ -70,15 +70,13 @@ def test_stages_hold_the_rows_that_are_left(batch):
         assert seen.max_query_len == max(lengths)
         assert seen.slot_mapping.shape[0] == sum(lengths)
         physical = [
-            request.end
-            if request.plan is None
-            else request.plan.physical_length(request.end, stage)
+            request.end if request.plan is None else request.plan.num_slots(request.end, stage)
             for request in batch
         ]
         assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == physical
         assert seen.max_seq_len == max(physical)
         # Slots follow on from those of earlier steps, without a gap.
-        first, positions = rows.place(common.query_start_loc, common.positions)
+        first, positions = rows.slot_inputs(common.query_start_loc, common.positions)
         assert first.tolist() == starts
         assert positions.tolist() == [
             position
@@ -103,18 +101,18 @@ def test_sources_lead_back_to_the_rows_before(batch):
 @given(batches)
 def test_groups_name_the_rows_of_their_spans(batch):
     forward = forward_of(batch)
-    pictures = [
+    images = [
         (i, span)
         for i, request in enumerate(batch)
         for span in (request.plan.spans if request.plan else ())
         if request.start <= span.offset < request.end and span.counts.is_pruned
     ]
     groups = forward.groups if forward else ()
-    named = sorted(picture for group in groups for picture in group.pictures)
-    assert named == [n for n, (_, span) in enumerate(pictures) if any(span.counts.dropped)]
+    named = sorted(image for group in groups for image in group.images)
+    assert named == [n for n, (_, span) in enumerate(images) if any(span.counts.dropped)]
     for group in groups:
-        for member, picture in enumerate(group.pictures):
-            i, span = pictures[picture]
+        for member, image in enumerate(group.images):
+            i, span = images[image]
             assert span.counts == group.counts
             for stage in range(3):
                 ids = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
@@ -134,11 +132,11 @@ def test_groups_name_the_rows_of_their_prompts(batch):
         if span.counts.is_pruned
     ]
     for group in forward.groups if forward else ():
-        for member, picture in enumerate(group.pictures):
+        for member, image in enumerate(group.images):
             for stage in range(3):
                 ids = [(r, p) for r in whole for p in rows_of(r, stage)]
                 first, last = group.prompt_rows[stage, :, member].tolist()
-                request = requests[picture]
+                request = requests[image]
                 mine = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
                 assert [p for _, p in ids[first : last + 1]] == mine
                 assert all(r is request for r, _ in ids[first : last + 1])
@@ -191,8 +189,8 @@ def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
     padded = common_metadata(spans, padding=padding)
     for rows in step.stages.values() if step else ():
         place = torch.full((len(batch) + 4,), 77, dtype=torch.int32)
-        seen = rows.narrow(padded, place)
-        alone = rows.narrow(common_metadata(spans), torch.zeros_like(place))
+        seen = rows.to_metadata(padded, place)
+        alone = rows.to_metadata(common_metadata(spans), torch.zeros_like(place))
         assert seen.seq_lens.tolist() == alone.seq_lens.tolist() + [0] * padding
         assert seen.seq_lens_cpu_upper_bound.tolist() == seen.seq_lens.tolist()
         assert seen.seq_lens.data_ptr() == place.data_ptr()
@@ -203,7 +201,7 @@ def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
         assert padded.seq_lens.tolist() == [end for _, end in spans] + [0] * padding
 
 
-def test_a_step_with_a_pruned_picture_runs_the_staged_forward():
+def test_a_step_with_a_pruned_image_runs_the_staged_forward():
     plan = RequestPlan((VisualSpan(1, VisualTokenCounts(9, 2, (6, 4, 2))),))
     assert forward_of([ScheduledRequest(plan, 0, 8, 8)]) is not None
     assert forward_of([ScheduledRequest(plan, 7, 8, 8)]) is None
@@ -224,8 +222,8 @@ def test_a_step_does_not_make_the_host_wait_for_the_gpu(start, renumber_deep):
             build = StageBuild(
                 torch.zeros(8, dtype=torch.int32, device=CUDA), step.stages.get(stage)
             )
-            seen = build.narrow(common)
+            seen = build.to_metadata(common)
             assert seen.seq_lens.device == seen.slot_mapping.device == CUDA
         for rows in step.stages.values():
-            first, positions = rows.place(common.query_start_loc[:3], common.positions)
+            first, positions = rows.slot_inputs(common.query_start_loc[:3], common.positions)
             assert first.device == positions.device == CUDA

@@ -55,7 +55,7 @@ def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, s
     (group,) = step.groups
     n1 = group.counts.stages[0]
     assert rows <= STEP_TOKENS < rows + n1 + 4
-    assert len(group.pictures) == rows // n1
+    assert len(group.images) == rows // n1
     assert not any(name.startswith("warm-up") for name in runner.requests)
     assert set(runner.encoder_cache) == encoded
     assert free.get_num_free_blocks() == num_free
@@ -104,9 +104,9 @@ def test_vllm_s_memory_profile_encodes_pruned_images_too(worker, monkeypatch):
     calls = []
     embed_pruned = model._embed_pruned
 
-    def recording(pixels, pictures):
-        calls.append(pictures)
-        return embed_pruned(pixels, pictures)
+    def recording(pixels, images):
+        calls.append(images)
+        return embed_pruned(pixels, images)
 
     monkeypatch.setattr(model, "_embed_pruned", recording)
     model._encoder_ran = False

@@ -21,7 +21,7 @@ ASKS = [
     Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
     Ask("first or second?", (2, 3), 7 / 9, max_tokens=6),
     Ask("unpruned", (4,), 0.0, max_tokens=4),
-    Ask("no picture, " * 40, max_tokens=7),
+    Ask("no image, " * 40, max_tokens=7),
 ]
 
 TURNS = [
@@ -43,7 +43,7 @@ class Seen:
         graphs: Sizes of the graphs that ran.
         turns: Tokens of ``TURNS``, one after the other.
         reused: Tokens that each of them had from the prefix cache.
-        explained: What was chosen for the picture of ``EXPLAINED``.
+        explained: What was chosen for the image of ``EXPLAINED``.
     """
 
     together: list[list[int]]
@@ -85,7 +85,7 @@ def explained(llm: Any) -> dict[str, Any]:
 
 
 def recorded_features(llm: Any, prompt: dict[str, Any]) -> list[str]:
-    """Names of the pictures of a prompt, after the engine has answered it."""
+    """Names of the images of a prompt, after the engine has answered it."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     names: list[str] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -121,7 +121,7 @@ def see(llm: Any) -> Seen:
 
 
 def encode_for_a_request_that_left(llm: Any) -> None:
-    """The scheduler counts on pictures of a request preempted in the step that encodes them.
+    """The scheduler counts on images of a request preempted in the step that encodes them.
 
     V2 has forgotten the request before it runs the encoder.
     """

@@ -41,7 +41,7 @@ class LlavaShape:
     """Sizes of a LLaVA-1.5 model.
 
     Attributes:
-        image_size: Picture height and width in pixels after preprocessing.
+        image_size: Image height and width in pixels after preprocessing.
         patch_size: Height and width of a patch in pixels; V = (image_size/patch_size)^2.
         vision_hidden, vision_layers, vision_heads: The CLIP tower.
         hidden, layers, heads, kv_heads, intermediate: The Llama decoder.

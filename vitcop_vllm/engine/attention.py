@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 from vllm.v1.worker.utils import AttentionGroup
 
 from vitcop_vllm.engine.backends import BACKENDS
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
 
@@ -65,7 +65,7 @@ class StageRows:
     max_query_len: int
     max_seq_len: int
 
-    def narrow(
+    def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
         """vLLM's metadata of the step, as this stage sees it; ``seq_lens`` is left alone."""
@@ -83,7 +83,7 @@ class StageRows:
             _token_to_req_indices_cache=None,
         )
 
-    def place(
+    def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """First row of each request and position of each row, which decide the KV slots."""
@@ -103,7 +103,7 @@ class StageLengths:
     missing_cpu: torch.Tensor
     max_seq_len: int
 
-    def narrow(
+    def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
         """vLLM's metadata of the step, as this stage sees it.
@@ -127,7 +127,7 @@ class StageLengths:
             _num_computed_tokens_cache=None,
         )
 
-    def place(
+    def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :meth:`StageRows.place`.
@@ -156,10 +156,10 @@ class StageBuild:
     rows: StageRows | StageLengths | None = None
     metadata: Any = None
 
-    def narrow(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    def to_metadata(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """vLLM's metadata of the step, as the stage sees it."""
         if self.rows is not None:
-            return self.rows.narrow(common, self.seq_lens)
+            return self.rows.to_metadata(common, self.seq_lens)
         return common.replace(seq_lens=self.seq_lens[: common.num_reqs].copy_(common.seq_lens))
 
 
@@ -230,7 +230,7 @@ def create_staged_attention_backend(
         def get_cudagraph_support(
             cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
         ) -> AttentionCGSupport:
-            settings = settings_of(vllm_config.model_config.hf_config)
+            settings = pruning_settings_of(vllm_config.model_config.hf_config)
             if settings.positions == "reference":
                 # A prompt's last token, by itself in a step, looks like a decode step to vLLM,
                 # but runs in stages, which no full graph holds.
@@ -253,7 +253,7 @@ def create_staged_attention_backend(
                     common_attn_metadata.slot_mapping,
                 )
             step.metadata = super().build(
-                common_prefix_len, step.narrow(common_attn_metadata), fast_build
+                common_prefix_len, step.to_metadata(common_attn_metadata), fast_build
             )
             return step.metadata
 

@@ -16,7 +16,12 @@ from vitcop_vllm import __version__
 from vitcop_vllm.engine.backends import choose_backend
 from vitcop_vllm.engine.families import FAMILIES, Checks, Family
 from vitcop_vllm.pruning.budgets import SELECTORS, why_uncacheable
-from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY, PruningSettings, explain
+from vitcop_vllm.pruning.settings import (
+    CONFIG_KEY,
+    RATIO_KEY,
+    PruningSettings,
+    format_validation_error,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +46,7 @@ _RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _BREAKABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
 
 
-def settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
+def pruning_settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
     """The settings start-up has put into a pruned model's configuration."""
     return PruningSettings(**getattr(hf_config, CONFIG_KEY))
 
@@ -63,7 +68,7 @@ def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
     try:
         return PruningSettings(**given)
     except ValidationError as error:
-        raise ValueError(f"bad pruning settings: {explain(error)}") from None
+        raise ValueError(f"bad pruning settings: {format_validation_error(error)}") from None
 
 
 def _round_down(ratio: float) -> float:

@@ -57,7 +57,7 @@ class StagedCoordinator(KVCacheCoordinator):
             blocks = manager.req_to_blocks.get(request_id)
             if not blocks:
                 return None
-            needed = cdiv(manager.physical_length(request_id, num_tokens), manager.block_size)
+            needed = cdiv(manager.num_slots(request_id, num_tokens), manager.block_size)
             missing += max(needed - len(blocks), 0) * num_groups
         return missing
 

@@ -28,7 +28,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     Attributes:
         stage: 0, 1 or 2.
         plans: Request id -> plan, shared by all stages and kept by the scheduler;
-            requests without pruned pictures are not in it.
+            requests without pruned images are not in it.
         writes: What the step being scheduled writes, shared by all stages.
     """
 
@@ -44,10 +44,10 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         # Request id -> tokens up to which its blocks are cached, a checkpoint.
         self._cached_tokens: dict[str, int] = {}
 
-    def physical_length(self, request_id: str, num_tokens: int) -> int:
+    def num_slots(self, request_id: str, num_tokens: int) -> int:
         """Slots this stage holds for the request's first ``num_tokens`` tokens."""
         plan = self.plans.get(request_id)
-        return num_tokens if plan is None else plan.physical_length(num_tokens, self.stage)
+        return num_tokens if plan is None else plan.num_slots(num_tokens, self.stage)
 
     def get_num_blocks_to_allocate(
         self,
@@ -61,13 +61,11 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     ) -> int:
         plan = self.plans.get(request_id)
         if plan is not None:
-            num_tokens = plan.physical_length(num_tokens, self.stage)
+            num_tokens = plan.num_slots(num_tokens, self.stage)
             # A request that runs has no new hits, and vLLM does not look at the others.
             if request_id not in self.num_cached_block:
-                total_computed_tokens = plan.physical_length(total_computed_tokens, self.stage)
-                num_local_computed_tokens = plan.physical_length(
-                    num_local_computed_tokens, self.stage
-                )
+                total_computed_tokens = plan.num_slots(total_computed_tokens, self.stage)
+                num_local_computed_tokens = plan.num_slots(num_local_computed_tokens, self.stage)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -89,14 +87,14 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         super().add_local_computed_blocks(
             request_id,
             new_computed_blocks,
-            self.physical_length(request_id, num_local_computed_tokens),
+            self.num_slots(request_id, num_local_computed_tokens),
             num_external_computed_tokens,
         )
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        physical = self.physical_length(request_id, num_tokens)
+        physical = self.num_slots(request_id, num_tokens)
         return super().allocate_new_blocks(request_id, physical, num_tokens_main_model)
 
     def passes_checkpoint(self, request: Request, num_tokens: int) -> bool:

@@ -20,7 +20,7 @@ COUNTS_MISMATCHES = Counter(
 
 SELECTION_SECONDS = Histogram(
     "vitcop_selection_seconds",
-    "Seconds in which visual tokens were chosen, clustered and merged: stage 1 of pictures that "
+    "Seconds in which visual tokens were chosen, clustered and merged: stage 1 of images that "
     "are encoded together, stages 2 and 3 of a step. Of the CPU, which on a GPU hands out work "
     "and does not wait for it.",
     ["stage"],

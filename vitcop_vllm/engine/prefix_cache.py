@@ -142,10 +142,10 @@ class PrefixHashes(list[BlockHash]):
 
     def checkpoints(self, stage: int, after: int, until: int) -> Iterator[Checkpoint]:
         """Those in (after, until], ascending; ``after`` is one, or 0."""
-        slots = self.plan.physical_length(after, stage)
+        slots = self.plan.num_slots(after, stage)
         length = self._find_next(after)
         while length <= until:
-            first, slots = slots // self.block_size, self.plan.physical_length(length, stage)
+            first, slots = slots // self.block_size, self.plan.num_slots(length, stage)
             last = cdiv(slots, self.block_size) - 1
             key = self._span_ends.get(length) or self[length // self.block_size - 1]
             # The prefix names its last block. Other blocks that it fills add their place.

@@ -11,7 +11,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.coordinator import StagedCoordinator
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES, KV_BLOCKS_NOT_TAKEN
@@ -31,20 +31,20 @@ logger = init_logger(f"vllm.{__name__}")
 class StagedScheduler(Scheduler):
     """Keeps the plans of unfinished requests and never splits a pruned image's span.
 
-    Nor, where the selector reads the question, the prompt of a pruned picture: its last
-    token and all before it must be there when the picture's tokens are chosen.
+    Nor, where the selector reads the question, the prompt of a pruned image: its last
+    token and all before it must be there when the image's tokens are chosen.
 
     Attributes:
-        plans: Request id -> plan, for requests with pruned pictures.
+        plans: Request id -> plan, for requests with pruned images.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = settings_of(self.vllm_config.model_config.hf_config)
+        settings = pruning_settings_of(self.vllm_config.model_config.hf_config)
         self._reads_question = SELECTORS[settings.selector].reads_question
         self.plans: dict[str, RequestPlan] = {}
         self._writes = StepWrites()
-        # Request id -> its pictures that the next step to run is to encode.
+        # Request id -> its images that the next step to run is to encode.
         self._to_encode: dict[str, list[int]] = {}
         self._hash_function = get_hash_fn_by_name(
             self.vllm_config.cache_config.prefix_caching_hash_algo
@@ -87,7 +87,7 @@ class StagedScheduler(Scheduler):
         unpruned = prompt + sum(s.counts.encoder - s.counts.stages[0] for s in plan.spans)
         return sum(
             cdiv(unpruned, manager.block_size)
-            - cdiv(plan.physical_length(prompt, manager.stage), manager.block_size)
+            - cdiv(plan.num_slots(prompt, manager.stage), manager.block_size)
             for manager in self.kv_cache_manager.coordinator.single_type_managers
         )
 
@@ -113,7 +113,7 @@ class StagedScheduler(Scheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         scheduled = super().schedule(*args, **kwargs)
-        self._encode_what_is_counted_on(scheduled)
+        self._reschedule_lost_encoder_inputs(scheduled)
         return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
 
     def _with_image_data(self, scheduled: SchedulerOutput) -> SchedulerOutput:
@@ -133,10 +133,10 @@ class StagedScheduler(Scheduler):
         super()._allocate_encoder_inputs(request, input_ids, *args, **kwargs)
         self._to_encode.setdefault(request.request_id, []).extend(input_ids)
 
-    def _encode_what_is_counted_on(self, scheduled: SchedulerOutput) -> None:
-        """Have the runner encode the pictures of requests preempted in this very step.
+    def _reschedule_lost_encoder_inputs(self, scheduled: SchedulerOutput) -> None:
+        """Have the runner encode the images of requests preempted in this very step.
 
-        vLLM takes such a request out of the step, but goes on believing that its pictures
+        vLLM takes such a request out of the step, but goes on believing that its images
         are in the encoder cache; whoever needs them next would kill the engine.
         """
         for name, input_ids in self._to_encode.items():
@@ -157,7 +157,7 @@ class StagedScheduler(Scheduler):
         hashes = request.block_hashes
         if not isinstance(hashes, PrefixHashes) or not hashes.plan.spans or not self._writes.keys:
             return True
-        # Another request computes its pictures in this very step: in the next one it can
+        # Another request computes its images in this very step: in the next one it can
         # have them as they are. vLLM, which copies nothing, would compute them twice.
         hashes.awaits_copy = False
         if request.num_computed_tokens == 0:
@@ -184,12 +184,12 @@ class StagedScheduler(Scheduler):
     ) -> Any:
         plan = self.plans.get(request.request_id)
         # Tokens below which the request waits for another step.
-        least = 0
+        min_new_tokens = 0
         if plan is not None and self._reads_question:
-            least = request.num_prompt_tokens - num_computed_tokens
-        not_now: Any = [], 0, encoder_compute_budget, [], []
-        if num_new_tokens < least:
-            return not_now
+            min_new_tokens = request.num_prompt_tokens - num_computed_tokens
+        deferred: Any = [], 0, encoder_compute_budget, [], []
+        if num_new_tokens < min_new_tokens:
+            return deferred
         patches = placeholders = 1
         if plan is not None:
             # vLLM's budget is in placeholders, but the encoder computes every patch.
@@ -199,17 +199,17 @@ class StagedScheduler(Scheduler):
             num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
         if plan is not None and encoder_compute_budget >= patches:
-            # A session's pictures may differ in ratio: any one of them must find room.
+            # A session's images may differ in ratio: any one of them must find room.
             budget = max(budget, plan.longest_span)
         inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
         )
         used = (budget - left) * patches // placeholders
         encoder_compute_budget = max(encoder_compute_budget - used, 0)
-        if num_new_tokens < least:
-            # No room for all its pictures: nor may it hold on to those that are there.
+        if num_new_tokens < min_new_tokens:
+            # No room for all its images: nor may it hold on to those that are there.
             self.encoder_cache_manager.free(request)
-            return not_now
+            return deferred
         return inputs, num_new_tokens, encoder_compute_budget, *others
 
 

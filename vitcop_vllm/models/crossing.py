@@ -119,7 +119,7 @@ class Crossing:
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
             prompt_rows=group.prompt_rows[stage - 1],
-            labels=torch.stack([labels[i] for i in group.pictures]) if counts.centres else None,
+            labels=torch.stack([labels[i] for i in group.images]) if counts.centres else None,
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,

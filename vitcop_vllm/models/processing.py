@@ -26,7 +26,7 @@ from vllm.multimodal.processing import PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.cache import LRUCache
 
-from vitcop_vllm.engine.config import settings_of, span_limit_of
+from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
 from vitcop_vllm.models.layout import ImageLayout
@@ -120,7 +120,7 @@ class PrunedProcessingInfo:
 
     @cached_property
     def settings(self) -> PruningSettings:
-        return settings_of(self._config)
+        return pruning_settings_of(self._config)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         """Images only: no other modality is pruned yet."""

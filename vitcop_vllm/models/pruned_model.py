@@ -12,7 +12,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
 from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row, shape_row
@@ -70,7 +70,7 @@ class PrunedModel:
 
     def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
         self._model_config = vllm_config.model_config
-        self.pruning = settings_of(self._model_config.hf_config)
+        self.pruning = pruning_settings_of(self._model_config.hf_config)
         self.selector = SELECTORS[self.pruning.selector]
         self.kernels = kernel_set(self.pruning.kernels)
         self.stage_one = StageOne(

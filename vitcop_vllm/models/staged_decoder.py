@@ -102,8 +102,8 @@ class StagedDecoder:
         Args:
             step: How the step's rows change between stages.
             positions: (T,) or (3, T) rotary positions.
-            inputs_embeds: (T, H) embeddings, pictures merged in.
-            labels: Cluster labels, one (n1,) tensor per clustered picture of the step.
+            inputs_embeds: (T, H) embeddings, images merged in.
+            labels: Cluster labels, one (n1,) tensor per clustered image of the step.
 
         Returns:
             (T, H) hidden states; a dropped token's row repeats its span's last survivor.

@@ -23,13 +23,13 @@ _MIN_SECOND_STAGE = 0.1
 
 
 class Budget(NamedTuple):
-    """Tokens of one picture: K cluster centres (0: no clusters), and n1, n2, n3."""
+    """Tokens of one image: K cluster centres (0: no clusters), and n1, n2, n3."""
 
     centres: int
     stages: tuple[int, int, int]
 
 
-class Asked(NamedTuple):
+class BudgetInputs(NamedTuple):
     """What a budget rule is asked for.
 
     Attributes:
@@ -46,10 +46,10 @@ class Asked(NamedTuple):
     deep: int
 
 
-BudgetRule = Callable[[PruningSettings, Asked], Budget]
+BudgetRule = Callable[[PruningSettings, BudgetInputs], Budget]
 
 
-def three_stages(settings: PruningSettings, asked: Asked) -> Budget:
+def three_stages(settings: PruningSettings, asked: BudgetInputs) -> Budget:
     """ViTCoP's counts (arXiv 2601.17818), with Stage I's fractions from the settings."""
     keep = asked.keep
     encoder_fraction, centre_fraction = _stage_one_fractions(settings.fractions, keep)
@@ -61,19 +61,19 @@ def three_stages(settings: PruningSettings, asked: Asked) -> Budget:
     return Budget(centres, (n1, *_after_stage_one(asked, v, n1)))
 
 
-def both_boundaries(settings: PruningSettings, asked: Asked) -> Budget:
+def both_boundaries(settings: PruningSettings, asked: BudgetInputs) -> Budget:
     """ViTCoP's counts without its Stage I and without clusters: v = 1, n1 = V."""
     n1 = asked.encoder_tokens
     return Budget(0, (n1, *_after_stage_one(asked, 1.0, n1)))
 
 
-def encoder_alone(settings: PruningSettings, asked: Asked) -> Budget:
+def encoder_alone(settings: PruningSettings, asked: BudgetInputs) -> Budget:
     """n1 = n2 = n3 = round(r V): every layer sees the same tokens."""
     n = max(1, round(asked.keep * asked.encoder_tokens))
     return Budget(0, (n, n, n))
 
 
-def shallow_boundary_alone(settings: PruningSettings, asked: Asked) -> Budget:
+def shallow_boundary_alone(settings: PruningSettings, asked: BudgetInputs) -> Budget:
     """n1 = V, n2 = n3 = round((L r - S) / (L - S) V)."""
     v, layers, shallow = asked.encoder_tokens, asked.num_layers, asked.shallow
     n = max(1, round((layers * asked.keep - shallow) / (layers - shallow) * v))
@@ -96,12 +96,12 @@ def _stage_one_fractions(rows: tuple[FractionRow, ...], keep: float) -> tuple[fl
     )
 
 
-def _weight(asked: Asked) -> float:
+def _weight(asked: BudgetInputs) -> float:
     """Layers that Stage II pays for, when Stage III keeps a fifth of its tokens."""
     return (asked.deep - asked.shallow) + (asked.num_layers - asked.deep) / 5
 
 
-def _after_stage_one(asked: Asked, v: float, n1: int) -> tuple[int, int]:
+def _after_stage_one(asked: BudgetInputs, v: float, n1: int) -> tuple[int, int]:
     """n2 and n3 where Stage I keeps n1 tokens, the fraction v."""
     n2 = round((asked.num_layers * asked.keep / v - asked.shallow) / _weight(asked) * n1)
     n3 = round(n2 / 5)
@@ -127,7 +127,7 @@ class Selector:
         encoder: Function that chooses n1 of V patches; ``None`` where all stay.
         shallow: Function that chooses n2 of n1 tokens at the shallow boundary, likewise.
         deep: Function that chooses n3 of n2 tokens at the deep boundary, likewise.
-        reads_question: Whether the choice depends on tokens after the picture. It is then
+        reads_question: Whether the choice depends on tokens after the image. It is then
             no function of the prefix: nothing of it can be cached for another prompt, and
             a prompt is computed in one step.
         reads_embeddings: Whether the choice in the encoder depends on what it makes of the
@@ -191,7 +191,7 @@ def why_uncacheable(settings: PruningSettings) -> str | None:
     """Why no request may reuse a prefix that another computed with these settings, if so."""
     if SELECTORS[settings.selector].reads_question:
         return (
-            f"selector {settings.selector} reads the question, so what survives of a picture "
+            f"selector {settings.selector} reads the question, so what survives of an image "
             "is good for one prompt only"
         )
     if settings.positions == "reference":

@@ -1,6 +1,6 @@
 """Visual Information Clustering: density peaks over patch features, within a radius.
 
-B pictures of equal token count, n tokens, C features, K centres. Shapes depend on
+B images of equal token count, n tokens, C features, K centres. Shapes depend on
 arguments only, and nothing here waits for the device.
 """
 
@@ -88,7 +88,7 @@ def cluster_labels(
 
     Args:
         features: (B, n, C).
-        positions: (B, n, 2), row and column as shares of the picture.
+        positions: (B, n, 2), row and column as shares of the image.
         num_centres: K, from 1 to n.
         density_scale: d_c, in feature distance.
         spatial_radius: Farthest a parent may stand, in the unit of ``positions``.
@@ -97,7 +97,7 @@ def cluster_labels(
         (B, n) int64 in [0, K). A label is the rank of its centre, largest density times
         delta first, equals by index; every label has at least one token.
     """
-    pictures, num_tokens, _ = features.shape
+    images, num_tokens, _ = features.shape
     assert 1 <= num_centres <= num_tokens <= 2**14, (num_centres, num_tokens)
 
     distances = _feature_distances(features)
@@ -112,8 +112,8 @@ def cluster_labels(
     parent = torch.where(delta == torch.inf, centres.gather(1, nearest), parent)
     parent.scatter_(1, centres, centres)
 
-    # Each round doubles how far a token has climbed; no chain is longer than the picture.
+    # Each round doubles how far a token has climbed; no chain is longer than the image.
     for _ in range((num_tokens - 1).bit_length()):
         parent = parent.gather(1, parent)
-    ranks = torch.arange(num_centres, device=features.device).expand(pictures, -1)
+    ranks = torch.arange(num_centres, device=features.device).expand(images, -1)
     return nearest.scatter_(1, centres, ranks).gather(1, parent)

@@ -1,9 +1,9 @@
-"""The counts of a picture travel in its identity.
+"""The counts of an image travel in its identity.
 
-vLLM names a processed picture by a hash: key of the processor cache, of the encoder
-cache and of every KV block the picture touches. We end that name with the picture's
+vLLM names a processed image by a hash: key of the processor cache, of the encoder
+cache and of every KV block the image touches. We end that name with the image's
 counts. So each process that sees a request knows its plan, from data vLLM never strips,
-and two ratios of one picture can never be taken for each other.
+and two ratios of one image can never be taken for each other.
 """
 
 import re
@@ -28,7 +28,7 @@ _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
 
 class Placeholders(Protocol):
-    """Where a picture's tokens stand in the prompt: vLLM's ``PlaceholderRange``."""
+    """Where an image's tokens stand in the prompt: vLLM's ``PlaceholderRange``."""
 
     @property
     def offset(self) -> int: ...
@@ -38,7 +38,7 @@ class Placeholders(Protocol):
 
 
 class Feature(Protocol):
-    """A picture of a request: vLLM's ``MultiModalFeatureSpec``."""
+    """An image of a request: vLLM's ``MultiModalFeatureSpec``."""
 
     @property
     def identifier(self) -> str: ...
@@ -48,16 +48,16 @@ class Feature(Protocol):
 
 
 def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
-    """A picture's hash with its counts at the end."""
+    """An image's hash with its counts at the end."""
     return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
-    """A name that no other picture has, so that nothing known of the picture is reused.
+    """A name that no other image has, so that nothing known of the image is reused.
 
     Args:
         request: Value of ``EXPLAIN_KEY``.
-        number: The picture's in the request.
+        number: The image's in the request.
         size: Width and height in pixels, as it was sent.
         mm_hash: Its hash, with or without counts.
     """
@@ -66,24 +66,24 @@ def explained_identifier(request: str, number: int, size: tuple[int, int], mm_ha
 
 
 def explained_size(identifier: str) -> tuple[int, int] | None:
-    """Width and height of a picture whose choices are to be told; ``None`` for all others."""
+    """Width and height of an image whose choices are to be told; ``None`` for all others."""
     found = _EXPLAINED.match(identifier)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def counts_of_identifier(identifier: str) -> VisualTokenCounts:
-    """The counts a picture's identity ends with.
+    """The counts an image's identity ends with.
 
-    Whatever a client chose as the picture's ``uuid`` stands before the last separator.
+    Whatever a client chose as the image's ``uuid`` stands before the last separator.
 
     Raises:
-        RuntimeError: If there are none: the picture passed another processor than ours.
+        RuntimeError: If there are none: the image passed another processor than ours.
     """
     try:
         return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
     except ValueError as error:
         raise RuntimeError(
-            f"picture {identifier!r} was processed without visual token counts"
+            f"image {identifier!r} was processed without visual token counts"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """How many visual tokens live in each stage, and where a prefix ends physically.
 
 Pure arithmetic: known to the processor, the scheduler and the worker before a forward
-pass, from the picture's token count and the ratio alone. *Which* tokens survive is
+pass, from the image's token count and the ratio alone. *Which* tokens survive is
 decided later, on the device, by ``selectors``.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Self
 
-from vitcop_vllm.pruning.budgets import SELECTORS, Asked
+from vitcop_vllm.pruning.budgets import SELECTORS, BudgetInputs
 from vitcop_vllm.pruning.settings import PruningSettings
 
 NUM_STAGES = 3
@@ -19,7 +19,7 @@ NUM_STAGES = 3
 
 @dataclass(frozen=True)
 class VisualTokenCounts:
-    """Visual tokens of one picture: from the encoder, and alive in each stage.
+    """Visual tokens of one image: from the encoder, and alive in each stage.
 
     Attributes:
         encoder: V, visual tokens the vision encoder computes.
@@ -58,7 +58,7 @@ class VisualTokenCounts:
         return total / num_layers
 
     def encode(self) -> str:
-        """A short text that travels with the picture's identity; see :meth:`decode`."""
+        """A short text that travels with the image's identity; see :meth:`decode`."""
         return ".".join(map(str, (self.encoder, self.centres, *self.stages)))
 
     @classmethod
@@ -74,7 +74,7 @@ def plan_counts(
     num_layers: int,
     encoder_tokens: int,
 ) -> VisualTokenCounts:
-    """Counts per stage for one picture, by the budget rule of the settings' selector.
+    """Counts per stage for one image, by the budget rule of the settings' selector.
 
     For ViTCoP itself (arXiv 2601.17818), with keep fraction r = 1 - ratio, Stage I fraction
     v, boundaries S and D of L layers: n1 = int(v V),
@@ -86,7 +86,7 @@ def plan_counts(
         settings: The operator's settings.
         ratio: Share of visual tokens removed, averaged over layers, in [0, 1).
         num_layers: L, decoder layers.
-        encoder_tokens: V, the picture's visual tokens from the encoder.
+        encoder_tokens: V, the image's visual tokens from the encoder.
 
     Raises:
         ValueError: If the ratio is outside [0, 1) or past what the selector can reach, or V is
@@ -95,7 +95,7 @@ def plan_counts(
     if not 0.0 <= ratio < 1.0:
         raise ValueError(f"pruning ratio {ratio} is outside [0, 1)")
     if encoder_tokens < 1:
-        raise ValueError(f"a picture has at least one visual token, got {encoder_tokens}")
+        raise ValueError(f"an image has at least one visual token, got {encoder_tokens}")
     if ratio == 0.0:
         return VisualTokenCounts.unpruned(encoder_tokens)
     boundaries = settings.boundaries(num_layers)
@@ -104,7 +104,7 @@ def plan_counts(
         raise ValueError(f"selector {settings.selector!r} cannot reach pruning ratio {ratio}")
     keep = 1.0 - ratio
     centres, stages = selector.budget(
-        settings, Asked(keep, encoder_tokens, num_layers, *boundaries)
+        settings, BudgetInputs(keep, encoder_tokens, num_layers, *boundaries)
     )
     if stages[-1] == encoder_tokens:
         return VisualTokenCounts.unpruned(encoder_tokens)
@@ -123,9 +123,9 @@ def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
 def effective_ratio(
     counts: Iterable[VisualTokenCounts], boundaries: tuple[int, int], num_layers: int
 ) -> float | None:
-    """Share of visual tokens removed, averaged over layers and pictures.
+    """Share of visual tokens removed, averaged over layers and images.
 
-    ``None`` for a request without pictures.
+    ``None`` for a request without images.
     """
     encoder = kept = 0.0
     for one in counts:
@@ -136,7 +136,7 @@ def effective_ratio(
 
 @dataclass(frozen=True)
 class VisualSpan:
-    """One picture's placeholders in a prompt: ``stages[0]`` tokens from ``offset``."""
+    """One image's placeholders in a prompt: ``stages[0]`` tokens from ``offset``."""
 
     offset: int
     counts: VisualTokenCounts
@@ -172,7 +172,7 @@ class RequestPlan:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether any picture of the request is pruned, in the encoder or after."""
+        """Whether any image of the request is pruned, in the encoder or after."""
         return any(span.counts.is_pruned for span in self.spans)
 
     @cached_property
@@ -182,7 +182,7 @@ class RequestPlan:
 
     @cached_property
     def patches_per_placeholder(self) -> tuple[int, int]:
-        """V and n1 of the picture that Stage I prunes most."""
+        """V and n1 of the image that Stage I prunes most."""
         most = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
         return most.encoder, most.stages[0]
 
@@ -198,7 +198,7 @@ class RequestPlan:
         """
         return self._dropped[bisect_right(self._ends, num_tokens)]
 
-    def physical_length(self, num_tokens: int, stage: int) -> int:
+    def num_slots(self, num_tokens: int, stage: int) -> int:
         """KV slots that the first ``num_tokens`` tokens take in ``stage``."""
         return num_tokens - self.dropped_tokens(num_tokens)[stage]
 

@@ -97,7 +97,7 @@ def most_salient(saliency: Tensor, count: int) -> Tensor:
 
 
 def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
-    """Where patches stand in the picture, as (row / height, column / width).
+    """Where patches stand in the image, as (row / height, column / width).
 
     Args:
         index: (B, n) patch indices in row-major order.

@@ -1,7 +1,7 @@
 """Stages II and III: what is kept whole, what is merged, what is dropped.
 
-B pictures of equal token counts, K clusters; n1, n2, n3 tokens alive in each stage.
-Counts are a promise: every picture gets exactly the rows asked for, even if its key norms
+B images of equal token counts, K clusters; n1, n2, n3 tokens alive in each stage.
+Counts are a promise: every image gets exactly the rows asked for, even if its key norms
 are not finite. Shapes depend on arguments only, and nothing here waits for the device.
 """
 
@@ -91,13 +91,13 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
         (B, n2, H) in ``hidden``'s dtype.
     """
     wide = hidden.float()
-    pictures, num_groups = selection.merged.shape
-    member = wide.new_zeros(pictures, num_groups + 1, hidden.shape[1])
+    images, num_groups = selection.merged.shape
+    member = wide.new_zeros(images, num_groups + 1, hidden.shape[1])
     member = member.scatter_(1, selection.groups[:, None, :], 1.0)[:, :num_groups]
     means = torch.bmm(member, wide).div_(member.sum(dim=2, keepdim=True))
     # Not gather: on a CPU, looking up whole rows is many times faster than each number.
-    picture = torch.arange(pictures, device=hidden.device)[:, None]
-    rows = wide[picture, selection.index]
+    image = torch.arange(images, device=hidden.device)[:, None]
+    rows = wide[image, selection.index]
     # Each group has a row of its own, so the order of additions is no question.
     rows.scatter_add_(1, selection.merged[:, :, None].expand_as(means), means)
     return rows.to(hidden.dtype)
@@ -188,7 +188,7 @@ def _merge(groups: Tensor, num_groups: int, n2: int) -> StageTwoSelection:
     """Merge the tokens of each group to one row and keep the others whole.
 
     Args:
-        groups: (B, n1) int64 in [0, num_groups], where n2 - num_groups tokens per picture
+        groups: (B, n1) int64 in [0, num_groups], where n2 - num_groups tokens per image
             are in none: these have the last value.
         num_groups: m, groups with at least one token each.
         n2: Rows to return.

@@ -1,6 +1,6 @@
 """Which visual tokens survive: the functions that the table in ``budgets`` names.
 
-All have one interface. They see B pictures (or G spans) of equal token count and return
+All have one interface. They see B images (or G spans) of equal token count and return
 exactly ``count`` indices of each, ascending, whatever the values; equals go to the lower
 index. Arithmetic is float32. Nothing here waits for the device.
 """
@@ -178,9 +178,9 @@ def received_attention(view: EncoderView, count: int) -> Tensor:
 
 
 def random_subset(view: EncoderView, count: int) -> Tensor:
-    """A random subset that depends on the picture alone, not on when or with whom it comes.
+    """A random subset that depends on the image alone, not on when or with whom it comes.
 
-    A picture's seed is the sum over its pixels of hash(bits ^ hash(place)), the key of a
+    An image's seed is the sum over its pixels of hash(bits ^ hash(place)), the key of a
     patch is hash(seed ^ hash(patch)), both modulo 2^32, and the smallest keys stay. With one
     seed no two patches have one key.
     """
@@ -194,7 +194,7 @@ def random_subset(view: EncoderView, count: int) -> Tensor:
 
 
 def even_grid(view: EncoderView, count: int) -> Tensor:
-    """Patches spread evenly over the picture, the same ones in each.
+    """Patches spread evenly over the image, the same ones in each.
 
     They come in the order of ordered dithering (Bayer, 1973): with any count, two aligned
     squares of 2^k patches a side never differ by more than one.
@@ -285,7 +285,7 @@ def least_duplicated(view: BoundaryView, count: int) -> Tensor:
     DART (arXiv 2502.11494): the :data:`NUM_PIVOTS` tokens of largest key, in L1 norm over
     all heads, are pivots. Each in turn keeps, of the tokens that are left, those of smallest
     cosine similarity to it, in the hidden state after the decoder's last norm. Published
-    with four pivots from the question and four from the picture; here all are the picture's,
+    with four pivots from the question and four from the image; here all are the image's,
     so that the choice does not depend on the question. What does not divide by the pivots
     goes one each to the largest.
     """

@@ -38,7 +38,7 @@ Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
 Layer = Annotated[int, Field(ge=1, strict=True)]
 
 
-def explain(error: ValidationError, section: str = CONFIG_KEY) -> str:
+def format_validation_error(error: ValidationError, section: str = CONFIG_KEY) -> str:
     """What is wrong with given settings, as one line that names each in its section."""
     return "; ".join(
         ".".join(map(str, (section, *detail["loc"])))
@@ -115,7 +115,7 @@ class PruningSettings(Frozen):
             ``relative_density_scale``.
         relative_density_scale: d_c as a share of the root-mean-square distance between an
             image's tokens. Distances grow with a model's width and weights; this does not.
-        spatial_radius: Farthest a denser neighbour may lie, in picture heights/widths.
+        spatial_radius: Farthest a denser neighbour may lie, in image heights/widths.
         positions: ``original`` keeps prompt positions in every layer; ``reference``
             renumbers prefill tokens from the deep boundary on, as the published program.
         kernels: Implementation of the functions that choose tokens. ``triton`` launches a few

@@ -104,7 +104,7 @@ class StagedBlockTables(MultiGroupBlockTable):
             if (rows := self.rows.get(stage)) is None:
                 self._compute(places, query_start_loc, positions)
             else:
-                self._compute(places, *rows.place(query_start_loc, positions))
+                self._compute(places, *rows.slot_inputs(query_start_loc, positions))
 
     def _compute(
         self, places: slice, query_start_loc: torch.Tensor, positions: torch.Tensor

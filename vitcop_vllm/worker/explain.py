@@ -1,6 +1,6 @@
-"""What was chosen, for pictures whose name asks that it be told.
+"""What was chosen, for images whose name asks that it be told.
 
-Nothing is kept for other pictures. What is kept waits in the worker until it is asked for, or
+Nothing is kept for other images. What is kept waits in the worker until it is asked for, or
 until newer explanations take its place.
 """
 
@@ -18,7 +18,7 @@ from vitcop_vllm.worker.step import SpanGroup, StagedStep
 
 
 class PatchChoice(NamedTuple):
-    """What Stage I made of one picture.
+    """What Stage I made of one image.
 
     Attributes:
         patches: (n1,) int64, ascending.
@@ -34,9 +34,9 @@ class PatchChoice(NamedTuple):
 
 @dataclass
 class ChoiceRecorder:
-    """Choices by picture name, as lists that can be sent to another process.
+    """Choices by image name, as lists that can be sent to another process.
 
-    A picture's choices are a dictionary with ``patches`` (n1 of V), ``labels``, ``saliency``,
+    An image's choices are a dictionary with ``patches`` (n1 of V), ``labels``, ``saliency``,
     ``shallow`` (n2 of n1), ``merged`` (groups of n1, each with the row it is merged into
     first) and ``deep`` (n3 of n2). What a stage did not choose, because it drops nothing, is
     absent.
@@ -73,7 +73,7 @@ class ChoiceRecorder:
 
     @contextmanager
     def follow_encoder(self, model: Any, names: Sequence[str]) -> Iterator[None]:
-        """Take down what Stage I chooses while ``model`` encodes pictures of these names."""
+        """Take down what Stage I chooses while ``model`` encodes images of these names."""
         if not any(map(explained_size, names)):
             yield
             return
@@ -95,12 +95,12 @@ class ChoiceRecorder:
             return step
 
         def record(group: SpanGroup, stage: int, chosen: Any) -> None:
-            self.record_tokens([names[i] for i in group.pictures], stage, chosen)
+            self.record_tokens([names[i] for i in group.images], stage, chosen)
 
         return replace(step, forward=replace(step.forward, record=record))
 
     def take(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Hand over what is known of these pictures, and forget it."""
+        """Hand over what is known of these images, and forget it."""
         return {name: self._choices.pop(name) for name in names if name in self._choices}
 
     def _of(self, name: str) -> dict[str, Any]:

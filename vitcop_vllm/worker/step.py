@@ -21,14 +21,14 @@ class SpanGroup:
 
     Attributes:
         counts: What all of them keep.
-        pictures: Which of the step's pruned pictures they are, counted in order of rows.
+        images: Which of the step's pruned images they are, counted in order of rows.
         first_rows: (NUM_STAGES, G) int64, first row of each span in each stage.
         prompt_rows: (NUM_STAGES, 2, G) int64, first and last row of the prompt that each span
             is of; of no meaning where the step does not compute the whole prompt.
     """
 
     counts: VisualTokenCounts
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     first_rows: torch.Tensor
     prompt_rows: torch.Tensor
 
@@ -51,7 +51,7 @@ class StagedForward:
         renumbered: (T_1,) int64, rotary positions of stage 1's rows for the deepest
             stage under ``positions: reference``; ``None`` keeps prompt positions.
         images: Identifiers of the pruned images of the step, in row order; what
-            ``SpanGroup.pictures`` numbers.
+            ``SpanGroup.images`` numbers.
         record: Called with what each group chooses: group, stage, choice.
     """
 

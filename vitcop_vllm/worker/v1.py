@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vitcop_vllm.engine.attention import begin_builds
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.worker.block_tables import StagedBlockTables
@@ -31,12 +31,12 @@ class StagedModelRunner(GPUModelRunner):
 
     @cached_property
     def choices(self) -> ChoiceRecorder:
-        """What was chosen for pictures that are to be explained."""
+        """What was chosen for images that are to be explained."""
         return ChoiceRecorder()
 
     @cached_property
     def _planner(self) -> StepPlanner:
-        settings = settings_of(self.model_config.hf_config)
+        settings = pruning_settings_of(self.model_config.hf_config)
         return StepPlanner(self.device, renumber_deep=settings.positions == "reference")
 
     def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vitcop_vllm.engine.attention import begin_builds
-from vitcop_vllm.engine.config import settings_of
+from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.worker.explain import ChoiceRecorder
 from vitcop_vllm.worker.planner import StepPlanner
@@ -31,7 +31,7 @@ class StagedModelState(DefaultModelState):
     """vLLM's state of a model, which tells the stages and the model what a step drops.
 
     Attributes:
-        choices: What was chosen for pictures that are to be explained.
+        choices: What was chosen for images that are to be explained.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class StagedModelState(DefaultModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        settings = settings_of(self.model_config.hf_config)
+        settings = pruning_settings_of(self.model_config.hf_config)
         self.choices = ChoiceRecorder()
         self._planner = StepPlanner(device, renumber_deep=settings.positions == "reference")
         self._step: StagedStep | None = None
-        # Pictures of requests that left since the encoder ran last.
+        # Images of requests that left since the encoder ran last.
         self._left: dict[str, list[MultiModalFeatureSpec]] = {}
         self._stage_tables: dict[int, BlockTables] = {}
 
@@ -73,8 +73,8 @@ class StagedModelState(DefaultModelState):
             self._left[req_id] = left
 
     def execute_mm_encoder(self, scheduled_encoder_inputs: dict[str, list[int]]) -> None:
-        # A request that was preempted in the step that was to encode its pictures is none of
-        # vLLM's any more, but its pictures are counted on; see StagedScheduler.
+        # A request that was preempted in the step that was to encode its images is none of
+        # vLLM's any more, but its images are counted on; see StagedScheduler.
         features = self.encoder_cache.mm_features
         away = scheduled_encoder_inputs.keys() - features.keys()
         features.update((name, self._left[name]) for name in away)
@@ -108,7 +108,7 @@ class StagedModelState(DefaultModelState):
         for stage, rows in step.stages.items() if step else ():
             # vLLM has computed slots for rows that all stages have. By its own means again,
             # into the same place.
-            query_start_loc, positions = rows.place(
+            query_start_loc, positions = rows.slot_inputs(
                 input_batch.query_start_loc[: input_batch.num_reqs + 1],
                 input_batch.positions[: input_batch.num_tokens],
             )

@@ -19,7 +19,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vitcop_vllm.engine.config import settings_of, span_limit_of, step_tokens
+from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of, step_tokens
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
@@ -65,7 +65,7 @@ def _pruned_image(vllm_config: VllmConfig) -> tuple[list[int], MultiModalFeature
     """
     model_config = vllm_config.model_config
     ratio = dummy_ratio(
-        settings_of(model_config.hf_config), model_config.hf_text_config.num_hidden_layers
+        pruning_settings_of(model_config.hf_config), model_config.hf_text_config.num_hidden_layers
     )
     if not ratio or model_config.skip_tokenizer_init:
         return None
@@ -97,7 +97,7 @@ def _blocks_per_request(
     for group in kv_cache.kv_cache_groups:
         spec = group.kv_cache_spec
         assert isinstance(spec, StagedAttentionSpec)
-        slots = plan.physical_length(prompt_tokens, spec.stage) + 1
+        slots = plan.num_slots(prompt_tokens, spec.stage) + 1
         blocks.append(cdiv(slots, spec.block_size))
     return blocks
 

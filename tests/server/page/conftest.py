@@ -45,7 +45,7 @@ def url(browser: Browser, request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """Opened, with its first sample picture."""
+    """Opened, with its first sample image."""
     with opened(browser, url) as page:
         expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         expect(page.locator("#stops li")).to_have_count(4)

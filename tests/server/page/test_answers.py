@@ -49,10 +49,10 @@ def test_questions_are_asked_in_turn_and_share_nothing(page):
     assert order == ["sent 0", "done 0", "sent 0.889", "done 0.889"]
     first, second = bodies
     assert first["cache_salt"] != second["cache_salt"]
-    # Not even the encoder's output: to the server's caches they are two pictures.
-    pictures = [body["messages"][0]["content"][0]["image_url"]["url"] for body in bodies]
-    assert pictures[0][:1000] == pictures[1][:1000]
-    assert pictures[0] != pictures[1]
+    # Not even the encoder's output: to the server's caches they are two images.
+    images = [body["messages"][0]["content"][0]["image_url"]["url"] for body in bodies]
+    assert images[0][:1000] == images[1][:1000]
+    assert images[0] != images[1]
 
 
 def test_cells_drawn_are_the_tokens_that_usage_counts(page):
@@ -83,7 +83,7 @@ def test_cells_drawn_are_the_tokens_that_usage_counts(page):
             assert told == [count, encoder]
 
 
-def test_arrow_keys_on_picture_and_slider_change_the_stage(page):
+def test_arrow_keys_on_image_and_slider_change_the_stage(page):
     ask(page)
     seen = []
     page.locator("#frame").focus()
@@ -179,7 +179,7 @@ def test_what_is_changed_while_asking_is_for_the_next_question(page):
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
-def test_another_picture_has_nothing_of_the_last(page):
+def test_another_image_has_nothing_of_the_last(page):
     ask(page)
     assert drawn(page, ".heat")
     page.route("**/v1/pruning/plan**", lambda route: None)  # never answered

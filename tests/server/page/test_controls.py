@@ -30,7 +30,7 @@ DROP = """([target, text]) => {
 
 
 def alt(page: Page) -> Any:
-    return page.locator("#picture").get_attribute("alt")
+    return page.locator("#image").get_attribute("alt")
 
 
 @pytest.mark.parametrize("how", ["double click", "held key"])
@@ -102,14 +102,14 @@ def test_copied_cells_are_pasted_as_text_where_text_belongs(page: Page) -> None:
     expect(question).to_have_value(COPIED)
     assert alt(page) == before
     page.locator("#frame").press("Control+V")  # no text belongs here
-    expect(page.locator("#picture")).to_have_attribute("alt", "Pasted image")
+    expect(page.locator("#image")).to_have_attribute("alt", "Pasted image")
 
 
 def test_a_copied_image_is_pasted_wherever_the_cursor_is(page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.evaluate(COPY, "")
     page.get_by_role("textbox", name="Question").press("Control+V")
-    expect(page.locator("#picture")).to_have_attribute("alt", "Pasted image")
+    expect(page.locator("#image")).to_have_attribute("alt", "Pasted image")
     expect(page.get_by_role("textbox", name="Question")).to_have_value("What does the sign say?")
 
 

@@ -40,7 +40,7 @@ def asked(browser: Browser, url: str, size: tuple[int, int], **options: Any) -> 
         page.get_by_role("textbox", name="Question").fill("What is it?")
         with page.expect_response("**/v1/pruning/explain") as explained:
             ask(page)
-        (told,) = explained.value.json()["pictures"]
+        (told,) = explained.value.json()["images"]
         yield page, told
 
 
@@ -85,7 +85,7 @@ def test_an_outline_does_not_cross_the_edges_of_the_image(browser: Browser, grid
     with asked(browser, grid_url, (140, 84)) as (page, told):
         stage = told["stages"][1]
         stage["merged"] = [[4, 5]]
-        page.route("**/v1/pruning/explain", lambda route: route.fulfill(json={"pictures": [told]}))
+        page.route("**/v1/pruning/explain", lambda route: route.fulfill(json={"images": [told]}))
         ask(page)
         show(page, 2)
         outline = page.locator("#cells .cluster").get_attribute("d")
@@ -125,7 +125,7 @@ def test_an_image_of_any_shape_fits_its_frame(
 ) -> None:
     viewport = {"width": width, "height": 800}
     with asked(browser, grid_url, size, viewport=viewport) as (page, _):
-        image, frame = (page.locator(part).bounding_box() for part in ("#picture", "#frame"))
+        image, frame = (page.locator(part).bounding_box() for part in ("#image", "#frame"))
         assert image is not None
         assert frame is not None
         assert image["width"] / image["height"] == pytest.approx(size[0] / size[1], rel=0.05)

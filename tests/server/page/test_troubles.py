@@ -1,4 +1,4 @@
-"""Pictures of one's own, markup where text belongs, refusals, and keys."""
+"""Images of one's own, markup where text belongs, refusals, and keys."""
 
 import json
 
@@ -13,7 +13,7 @@ SCRIPT = "<img src=x onerror=alert(1)><b>bold</b>"
 
 
 @pytest.mark.parametrize("how", ["paste", "drop"])
-def test_pictures_are_pasted_and_dropped(page, how):
+def test_images_are_pasted_and_dropped(page, how):
     script = """([how, bytes]) => {
       const data = new DataTransfer();
       data.items.add(new File([new Uint8Array(bytes)], "mine.png", { type: "image/png" }));
@@ -57,7 +57,7 @@ def test_markup_in_an_error_is_text(page, streamed):
 
 
 def test_an_error_of_the_server_is_a_sentence(page):
-    page.get_by_role("textbox", name="Question").fill("<image>")  # the mark of another picture
+    page.get_by_role("textbox", name="Question").fill("<image>")  # the mark of another image
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("The server answered 400: ")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
@@ -70,15 +70,15 @@ def test_an_error_of_the_server_is_a_sentence(page):
     ("content", "sentence"),
     [
         (png(2000, 100), "server.max_aspect_ratio"),
-        (png(6000, 5000), "server.max_picture_pixels"),
-        (b"no picture", "400"),
+        (png(6000, 5000), "server.max_image_pixels"),
+        (b"no image", "400"),
         (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "400"),
     ],
     ids=["thin", "large", "text", "drawing"],
 )
-def test_what_the_server_cannot_read_is_refused_below_the_picture(page, content, sentence):
+def test_what_the_server_cannot_read_is_refused_below_the_image(page, content, sentence):
     upload(page, "mine.png", "image/png", content)
-    expect(page.locator("#picture-section").get_by_role("alert")).to_contain_text(sentence)
+    expect(page.locator("#image-section").get_by_role("alert")).to_contain_text(sentence)
     expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)  # as it was
     choose(page, "snow.png")
     expect(page.locator("#alert")).to_be_hidden()

@@ -17,15 +17,15 @@ def _density_kernel(
     """``clustering._feature_distances`` and ``_densities`` of ROWS tokens.
 
     Args:
-        gram: (n, n) float64, products of a picture's features.
+        gram: (n, n) float64, products of an image's features.
         distances, densities: Where n x n and n float32 go.
         MINUS_SCALE: -1 / d_c^2.
         INDISTINCT: ``clustering.INDISTINCT``.
     """
-    picture = tl.program_id(0).to(tl.int64)
-    gram += picture * n * n
-    distances += picture * n * n
-    densities += picture * n
+    image = tl.program_id(0).to(tl.int64)
+    gram += image * n * n
+    distances += image * n * n
+    densities += image * n
     minus_scale = tl.full([1, 1], MINUS_SCALE, tl.float64)
     indistinct = tl.full([1, 1], INDISTINCT, tl.float64)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -56,16 +56,16 @@ def _parent_kernel(
     """The nearest denser neighbour of ROWS tokens, itself where there is none.
 
     Args:
-        distances, densities, positions: A picture's (n, n), (n,) and (n, 2), float32.
+        distances, densities, positions: An image's (n, n), (n,) and (n, 2), float32.
         parents: Where n int64 go.
         scores: Where n float32 go: density times delta.
         radius: Farthest a parent may stand.
         TIE: ``clustering.TIE``.
     """
-    picture = tl.program_id(0).to(tl.int64)
-    distances += picture * n * n
-    densities += picture * n
-    positions += picture * n * 2
+    image = tl.program_id(0).to(tl.int64)
+    distances += image * n * n
+    densities += image * n
+    positions += image * n * 2
     tie = tl.full([1], TIE, tl.float64)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     here = token < n
@@ -92,8 +92,8 @@ def _parent_kernel(
         # Of equals the first, also between chunks.
         parent = tl.where(nearest < delta, start + which, parent)
         delta = tl.minimum(nearest, delta)
-    tl.store(parents + picture * n + token, parent.to(tl.int64), mask=here)
-    tl.store(scores + picture * n + token, density * delta, mask=here)
+    tl.store(parents + image * n + token, parent.to(tl.int64), mask=here)
+    tl.store(scores + image * n + token, density * delta, mask=here)
 
 
 @triton.jit(do_not_specialize=["n", "num_centres"])
@@ -101,7 +101,7 @@ def _label_kernel(
     distances, scores, parents, centres, labels, n, num_centres, ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Centres of one picture, and every token's label.
+    """Centres of one image, and every token's label.
 
     Args:
         distances, scores: (n, n) and (n,) float32.
@@ -110,12 +110,12 @@ def _label_kernel(
         labels: Where n int64 go.
         ROUNDS: How often paths are doubled.
     """
-    picture = tl.program_id(0).to(tl.int64)
-    distances += picture * n * n
-    scores += picture * n
-    parents += picture * n
-    centres += picture * n
-    labels += picture * n
+    image = tl.program_id(0).to(tl.int64)
+    distances += image * n * n
+    scores += image * n
+    parents += image * n
+    centres += image * n
+    labels += image * n
     token = tl.arange(0, BLOCK)
     here = token < n
     rank = ranks(scores, token, n, True, BLOCK, CHUNK)
@@ -160,17 +160,17 @@ def cluster_labels(
     spatial_radius: float = 0.6,
 ) -> Tensor:
     """``clustering.cluster_labels``."""
-    pictures, n, _ = features.shape
+    images, n, _ = features.shape
     assert 1 <= num_centres <= n, (num_centres, n)
     wide = features.double()
     gram = wide @ wide.mT
-    distances = torch.empty(pictures, n, n, dtype=torch.float32, device=features.device)
-    densities = distances.new_empty(pictures, n)
+    distances = torch.empty(images, n, n, dtype=torch.float32, device=features.device)
+    densities = distances.new_empty(images, n)
     scores = torch.empty_like(densities)
-    parents = torch.empty(pictures, n, dtype=torch.int64, device=features.device)
+    parents = torch.empty(images, n, dtype=torch.int64, device=features.device)
     centres, labels = torch.empty_like(parents), torch.empty_like(parents)
     rows, columns = 16, 64
-    grid = (pictures, triton.cdiv(n, rows))
+    grid = (images, triton.cdiv(n, rows))
     _density_kernel[grid](
         gram, distances, densities, n, -(density_scale**-2), INDISTINCT, rows, columns,
         enable_fp_fusion=False,
@@ -180,7 +180,7 @@ def cluster_labels(
         float(spatial_radius), TIE, rows, columns, enable_fp_fusion=False,
     )  # fmt: skip
     block = block_of(n)
-    _label_kernel[(pictures,)](
+    _label_kernel[(images,)](
         distances, scores, parents, centres, labels, n, num_centres, (n - 1).bit_length(),
         block, chunk_of(block), num_warps=8,
     )  # fmt: skip

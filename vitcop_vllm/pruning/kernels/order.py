@@ -69,10 +69,10 @@ def chunk_of(block: int) -> int:
 
 def first(values: Tensor, count: int, *, descending: bool = False) -> Tensor:
     """The smallest or largest of each row: (B, count) int64, ascending, of (B, n) float32."""
-    pictures, n = values.shape
-    chosen = torch.empty(pictures, count, dtype=torch.int64, device=values.device)
+    images, n = values.shape
+    chosen = torch.empty(images, count, dtype=torch.int64, device=values.device)
     block = block_of(n)
-    _first_kernel[(pictures,)](
+    _first_kernel[(images,)](
         values.float().contiguous(),
         chosen,
         n,

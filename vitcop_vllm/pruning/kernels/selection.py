@@ -84,7 +84,7 @@ def _stage_two_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """``selection.select_stage_two`` of one picture.
+    """``selection.select_stage_two`` of one image.
 
     Args:
         norms, labels: n1 float32 and int64, of each token.
@@ -92,14 +92,14 @@ def _stage_two_kernel(
         keys: CLUSTERS int64 of memory to work in.
         MANY_CLUSTERS: Whether K > n2.
     """
-    picture = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0).to(tl.int64)
     num_groups = tl.minimum(num_centres, n2)
-    norms += picture * n1
-    labels += picture * n1
-    index += picture * n2
-    merged += picture * num_groups
-    groups += picture * n1
-    keys += picture * CLUSTERS
+    norms += image * n1
+    labels += image * n1
+    index += image * n2
+    merged += image * num_groups
+    groups += image * n1
+    keys += image * CLUSTERS
 
     cluster = tl.arange(0, CLUSTERS)
     real = cluster < num_centres
@@ -172,9 +172,9 @@ def _merge_kernel(
     CHUNK: tl.constexpr,
 ):
     """WIDTH columns of one row of ``selection.merge_tokens``: a token, and its group's mean."""
-    picture = tl.program_id(0).to(tl.int64) // n2
-    hidden += picture * n1 * width
-    groups += picture * n1
+    image = tl.program_id(0).to(tl.int64) // n2
+    hidden += image * n1 * width
+    groups += image * n1
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < width
     source = tl.load(index + tl.program_id(0))
@@ -199,16 +199,16 @@ def select_stage_two(
     key_norm: Tensor, labels: Tensor, num_centres: int, n2: int
 ) -> StageTwoSelection:
     """``selection.select_stage_two``."""
-    pictures, n1 = key_norm.shape
+    images, n1 = key_norm.shape
     assert 1 <= n2 <= n1, (n2, n1)
     assert 1 <= num_centres <= n1, (num_centres, n1)
     block, clusters = block_of(n1), block_of(num_centres)
-    index = labels.new_empty(pictures, n2)
-    merged = labels.new_empty(pictures, min(num_centres, n2))
-    groups = labels.new_empty(pictures, n1)
-    keys = labels.new_empty(pictures, clusters)
+    index = labels.new_empty(images, n2)
+    merged = labels.new_empty(images, min(num_centres, n2))
+    groups = labels.new_empty(images, n1)
+    keys = labels.new_empty(images, clusters)
     # Fusing a product into a sum would skip the rounding that decides halves of quotas.
-    _stage_two_kernel[(pictures,)](
+    _stage_two_kernel[(images,)](
         key_norm.float().contiguous(), labels.contiguous(), index, merged, groups, keys,
         n1, n2, num_centres, num_centres > n2, clusters, block, chunk_of(block),
         num_warps=8, enable_fp_fusion=False,
@@ -219,11 +219,11 @@ def select_stage_two(
 def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     """``selection.merge_tokens``; sums have another order, so last places may differ."""
     index, merged, groups = selection
-    pictures, n1, width = hidden.shape
+    images, n1, width = hidden.shape
     n2 = index.shape[1]
-    rows = torch.empty(pictures, n2, width, dtype=hidden.dtype, device=hidden.device)
+    rows = torch.empty(images, n2, width, dtype=hidden.dtype, device=hidden.device)
     columns = min(512, block_of(width))
-    _merge_kernel[(pictures * n2, triton.cdiv(width, columns))](
+    _merge_kernel[(images * n2, triton.cdiv(width, columns))](
         hidden.contiguous(), index, groups, rows, n1, n2, merged.shape[1], width, columns, 16,
         num_warps=4,
     )  # fmt: skip

@@ -43,14 +43,14 @@ def clear_png() -> bytes:
 
 def pixels(page: Page) -> list[tuple[int, ...]]:
     """Of what the page draws on: in the middle of its left half, and of its right half."""
-    script = """(picture) => {
-      const canvas = new OffscreenCanvas(picture.naturalWidth, picture.naturalHeight);
+    script = """(image) => {
+      const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
       const context = canvas.getContext("2d", { willReadFrequently: true });
-      context.drawImage(picture, 0, 0);
+      context.drawImage(image, 0, 0);
       return [0.25, 0.75].map((x) =>
         [...context.getImageData(x * canvas.width, canvas.height / 2, 1, 1).data.slice(0, 3)]);
     }"""
-    return [tuple(colour) for colour in page.locator("#picture").evaluate(script)]
+    return [tuple(colour) for colour in page.locator("#image").evaluate(script)]
 
 
 @pytest.mark.parametrize(
@@ -92,17 +92,17 @@ def test_parts_lie_where_a_turned_image_shows_them(page: Page) -> None:
     assert edges == pytest.approx([132 / 600, 0, 468 / 600, 1], abs=0.005)
 
 
-def test_a_large_picture_comes_back_small_and_keeps_its_size(page: Page) -> None:
+def test_a_large_image_comes_back_small_and_keeps_its_size(page: Page) -> None:
     upload(page, "mine.png", "image/png", encoded(halves(size=(3000, 1500))))
     expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 3000 1500")
-    size = page.locator("#picture").evaluate("(img) => [img.naturalWidth, img.naturalHeight]")
+    size = page.locator("#image").evaluate("(img) => [img.naturalWidth, img.naturalHeight]")
     assert size == [1024, 512]
-    box = page.locator("#picture").bounding_box()
+    box = page.locator("#image").bounding_box()
     assert box is not None
     assert box["width"] == pytest.approx(2 * box["height"], rel=0.01)
 
 
-def test_of_two_pictures_the_one_chosen_last_is_shown(page: Page) -> None:
+def test_of_two_images_the_one_chosen_last_is_shown(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         upload(page, "slow.png", "image/png", png(300, 100))
@@ -116,7 +116,7 @@ def test_of_two_pictures_the_one_chosen_last_is_shown(page: Page) -> None:
     expect(page.locator("#alert")).to_be_hidden()
 
 
-def test_a_question_waits_for_the_picture_that_was_chosen_before(page: Page) -> None:
+def test_a_question_waits_for_the_image_that_was_chosen_before(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         page.locator("#samples [value='snow.png']").click()
@@ -126,11 +126,11 @@ def test_a_question_waits_for_the_picture_that_was_chosen_before(page: Page) -> 
     assert answers(page) == ["SNOW", "SNOW"]
 
 
-def test_no_question_is_asked_about_another_picture_than_the_one_chosen(page: Page) -> None:
+def test_no_question_is_asked_about_another_image_than_the_one_chosen(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
-        upload(page, "mine.png", "image/png", b"no picture")
+        upload(page, "mine.png", "image/png", b"no image")
     page.get_by_role("button", name="Ask", exact=True).click()
     held[0].continue_()
-    expect(page.locator("#picture-section").get_by_role("alert")).to_contain_text("400")
+    expect(page.locator("#image-section").get_by_role("alert")).to_contain_text("400")
     expect(page.locator("#status")).to_be_empty()
