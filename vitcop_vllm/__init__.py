@@ -1,3 +1,3 @@
-"""ViTCoP visual token pruning inside vLLM: a plugin, its method, its measurements."""
+"""ViTCoP visual token pruning inside vLLM: the plugin and its method."""
 
 __version__ = "0.2.0"
