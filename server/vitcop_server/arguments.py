@@ -91,13 +91,9 @@ def make_parser() -> FlexibleArgumentParser:
             f"(--{key}.{example}): {', '.join(settings.model_fields)}.",
         )
     make_arg_parser(parser)
-    # Without it a request's ratio never reaches the image processor. Clients gain nothing by
-    # it: the plugin refuses their own keywords.
     # "auto" would start an embedding model, where no endpoint plugin of ours is attached.
     # Without a timeout a signal cuts off every answer.
-    parser.set_defaults(
-        trust_request_mm_kwargs=True, runner="generate", shutdown_timeout=DRAIN_SECONDS
-    )
+    parser.set_defaults(runner="generate", shutdown_timeout=DRAIN_SECONDS)
     return parser
 
 
@@ -146,8 +142,6 @@ def _refuse_other_servers(
         )
     if args.grpc:
         parser.error("--grpc replaces the HTTP server that reads pruning ratios: leave it out")
-    if not args.trust_request_mm_kwargs:
-        parser.error("pruning ratios need --trust-request-mm-kwargs: do not turn it off")
     if args.runner != "generate":
         parser.error(f"only generating models are pruned: leave out --runner {args.runner}")
 

@@ -13,11 +13,8 @@ from vitcop_server.settings import ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
-"""Keywords of vLLM's image loading and processing.
-
-``--trust-request-mm-kwargs`` must be on for the ratio to pass, and would let any client set
-the rest: image sizes, frame counts, decoders.
-"""
+"""Keywords of vLLM's image loading and processing: image sizes, frame counts, decoders. The ratio
+is one too, and only our handlers set it."""
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 

@@ -46,8 +46,7 @@ _HANDLERS: dict[str, Any] = {
 class PruningEndpointPlugin:
     """Makes vLLM's chat, completion and response routes honour a pruning ratio per request.
 
-    Load it with ``VLLM_PLUGINS=vitcop`` and ``--trust-request-mm-kwargs``, which
-    ``vitcop-serve`` sets by itself.
+    Load it with ``VLLM_PLUGINS=vitcop``, which ``vitcop-serve`` sets by itself.
     """
 
     name = "vitcop"
@@ -79,15 +78,8 @@ class PruningEndpointPlugin:
         """Put our handlers in the place of vLLM's, once those are built.
 
         Raises:
-            ValueError: If ratios could not reach the processor, the model is not ours, or a
-                setting of the server is wrong.
+            ValueError: If the model is not ours, or a setting of the server is wrong.
         """
-        if not args.trust_request_mm_kwargs:
-            raise ValueError(
-                "a request's pruning ratio reaches the image processor only with "
-                "--trust-request-mm-kwargs: add that flag (clients still cannot set "
-                "mm_processor_kwargs themselves)"
-            )
         settings = server_settings(args)
         vllm_config = engine_client.vllm_config
         model = PrunedModel.from_config(

@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from fastapi import Request
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.renderers.online_renderer import OnlineRenderer
 
 from vitcop_server.adoption import adopted
 from vitcop_server.aliases import AliasedModels
@@ -21,10 +22,13 @@ class RatioServing:
     """Accepts a request's ratio; stands before a vLLM serving class.
 
     Attributes:
+        renderer_type: Of the handler's renderer.
         pruned_model: Settings, depth and names.
         is_traced: Whether spans are exported.
     """
 
+    renderer_type: type[OnlineRenderer] = OnlineRenderer
+    online_renderer: Any
     pruned_model: PrunedModel
     is_traced: bool
     models: AliasedModels
@@ -36,6 +40,10 @@ class RatioServing:
         handler: Self = adopted(serving, cls)
         handler.pruned_model = pruned_model
         handler.is_traced = is_traced
+        renderer = handler.online_renderer = adopted(handler.online_renderer, cls.renderer_type)
+        # Processor keywords that reach it are ours: those of clients are refused before. vLLM's own
+        # renderer, which other handlers share, goes on refusing them.
+        renderer.trust_request_mm_kwargs = True
         return handler
 
     def accept_ratio(self, request: Any, raw_request: Request | None) -> float:

@@ -32,7 +32,6 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from vitcop_server.adoption import adopted
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
     PROCESSOR_FIELDS,
@@ -61,12 +60,11 @@ class _PrunedServing(RatioServing):
     """
 
     prompt_field = "messages"
-    online_renderer: Any
+    renderer_type = ImageRenderer
 
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
         handler = super().adopt(serving, pruned_model, is_traced)
-        handler.online_renderer = adopted(handler.online_renderer, ImageRenderer)
         handler.online_renderer.prompt_field = cls.prompt_field
         return handler
 

@@ -21,7 +21,7 @@ def arguments() -> Any:
 
 def test_flags_are_vllms() -> None:
     args = arguments()
-    assert args.trust_request_mm_kwargs
+    assert not args.trust_request_mm_kwargs  # clients cannot set image processing
     settings = PruningSettings.model_validate(args.additional_config[CONFIG_KEY])
     assert (settings.shallow_boundary, settings.deep_boundary) == (2, 22)
     server_settings(args)

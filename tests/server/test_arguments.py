@@ -43,7 +43,7 @@ def test_positional_model_wins(config: str) -> None:
 
 def test_defaults() -> None:
     args = parsed("some/model")
-    assert args.trust_request_mm_kwargs
+    assert not args.trust_request_mm_kwargs
     assert args.additional_config["pruning"]["default_ratio"] == 0.0
 
 
@@ -65,7 +65,6 @@ def test_additional_config_is_kept() -> None:
         (["--pruning.selector", "fast"], "selector: Input should be 'vitcop', 'cls'"),
         (["--pruning.selector", "fastv", "--enable-prefix-caching"], "reads the question"),
         (["--pruning.positions", "reference", "--enable-prefix-caching"], "positions: original"),
-        (["--no-trust-request-mm-kwargs"], "--trust-request-mm-kwargs"),
         (["--runner", "pooling"], "--runner pooling"),
         (["--grpc"], "--grpc"),
         (["--config", "missing.yaml"], "missing.yaml"),

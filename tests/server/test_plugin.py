@@ -30,9 +30,7 @@ from vitcop_server.tokenization import PrunedTokenization
 from vitcop_vllm.pruning.settings import PruningSettings
 
 
-def init(
-    *, trust: bool = True, server: dict[str, Any] | None = None, **hf_config: Any
-) -> SimpleNamespace:
+def init(*, server: dict[str, Any] | None = None, **hf_config: Any) -> SimpleNamespace:
     state = SimpleNamespace(
         openai_serving_chat=bare_handler(OpenAIServingChat),
         openai_serving_chat_batch=bare_handler(OpenAIServingChatBatch),
@@ -62,7 +60,6 @@ def init(
         errored=False,
     )
     args = SimpleNamespace(
-        trust_request_mm_kwargs=trust,
         served_model_name=None,
         model="some/model",
         additional_config={"server": server or {}},
@@ -97,11 +94,6 @@ def test_settings_of_the_server_are_in_force() -> None:
     assert state.pruning_preview.kv_bytes == 2 * 2 * 2 * 16 * 2
     with pytest.raises(ValueError, match=r"server.*'explian'.*'explain'"):
         init(pruning=pruning, server={"explian": True})
-
-
-def test_untrusted_keywords_stop_start_up() -> None:
-    with pytest.raises(ValueError, match="--trust-request-mm-kwargs"):
-        init(trust=False, pruning={})
 
 
 def test_foreign_architecture_stops_start_up() -> None:
