@@ -2,11 +2,11 @@
 
 import pickle
 from dataclasses import replace
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import pytest
-from vllm.v1.core.kv_cache_utils import get_group_id
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 
 from tests.engine.requests import BLOCK, Answer, Ask, generate, generate_in_turn
 from tests.engine.scheduling import engine_core, recorded_steps, start
@@ -166,13 +166,23 @@ def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
 
 
 def blocks_of(pool: Any, group: int) -> list[int]:
-    """Cached blocks of a group, in the order in which their prefixes grow."""
-    blocks = [
-        block
+    """Cached blocks of a group, in the order in which their prefixes grow.
+
+    All blocks of a span are found by the prefix at its end. The keys of all but the last of them
+    end with their place in the request's block table.
+    """
+    found = [
+        (block.block_hash_num_tokens, get_block_hash(block.block_hash), block.block_id)
         for block in pool.blocks
         if block.block_hash is not None and get_group_id(block.block_hash) == group
     ]
-    return [block.block_id for block in sorted(blocks, key=lambda b: b.block_hash_num_tokens)]
+    digest = min(len(key) for _, key, _ in found)
+
+    def order(block: tuple[int, bytes, int]) -> tuple[int, float]:
+        prefix, key, _ = block
+        return prefix, int.from_bytes(key[digest:]) if len(key) > digest else inf
+
+    return [block_id for _, _, block_id in sorted(found, key=order)]
 
 
 def test_vllm_s_counters_tell_the_truth(llm):
