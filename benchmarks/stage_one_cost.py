@@ -1,10 +1,8 @@
 """``python -m benchmarks.stage_one_cost``: what Stage I's functions cost on large images.
 
 Measured, in float32 on random numbers: attention received and clustering of a Qwen2.5-VL image
-of 1k, 4k and 16k visual tokens, and the rate of a matrix product of the decoder's width. Of
-attention received 1,024 queries are measured, and the time is multiplied by what the function
-takes of an image's: it goes through them step by step. Shares are taken within a round: the
-machine may be another one in the next.
+of 1k, 4k and 16k visual tokens, and the rate of a matrix product of the decoder's width. Shares
+are taken within a round: the machine may be another one in the next.
 
 Computed: the unpruned prefill of the same image, as the arithmetic of encoder and decoder at the
 measured rate. Nothing runs faster than that, so shares of it are upper bounds.
@@ -29,7 +27,7 @@ from benchmarks.tables import Table
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.saliency import MAX_QUERIES, attention_received
+from vitcop_vllm.pruning.saliency import attention_received
 from vitcop_vllm.pruning.settings import PruningSettings
 
 SHAPES = {"qwen2.5-vl-7b": QWEN2_5_VL_7B, "qwen2.5-vl-small": SMALL}
@@ -38,9 +36,6 @@ VISUAL_TOKENS = (1024, 4096, 16_384)
 """Of square images."""
 
 RATIO = 2 / 3
-
-MOST_QUERIES = 1024
-"""Of attention received that are measured."""
 
 TEXT = 64
 """Tokens of a prompt beside its image."""
@@ -52,7 +47,6 @@ _TABLE = Table(
         ("kept", "kept", ""),
         ("cluster/s", "clustering_seconds", ".3f"),
         ("received/s", "received_seconds", ".3f"),
-        ("queries", "queries_measured", ""),
         ("Gflop/s", "gflops", ".0f"),
         ("prefill/s", "prefill_seconds", ".1f"),
         ("cluster", "clustering_share", ".2%"),
@@ -86,7 +80,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int) -> dict[str, Any]:
+def measure(shape: QwenShape, visual_tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds of clustering and of attention received, and their shares of a prefill."""
     import torch
 
@@ -98,7 +92,7 @@ def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int
     features = torch.randn(1, kept, shape.vision_hidden, generator=random)
     index = torch.randperm(side * side, generator=random)[:kept].sort().values[None]
     width = (shape.vision_heads, shape.vision_hidden // shape.vision_heads)
-    queries = torch.randn(1, min(side * side, most_queries), *width, generator=random)
+    queries = torch.randn(1, side * side, *width, generator=random)
     keys = torch.randn(1, 4 * side * side, *width, generator=random)
     rows, weight = (
         torch.randn(n, shape.hidden, generator=random) for n in (2048, shape.intermediate)
@@ -117,7 +111,6 @@ def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int
         product = (product + _seconds(lambda: rows @ weight.T)) / 2
         if not number:
             continue  # it filled caches
-        received *= min(side * side, MAX_QUERIES) / queries.shape[1]
         rate = 2 * rows.shape[0] * weight.numel() / product
         prefill = prefill_flops(shape, side * side, TEXT) / rate
         for figure, value in {
@@ -132,7 +125,6 @@ def measure(shape: QwenShape, visual_tokens: int, rounds: int, most_queries: int
     return {
         "visual_tokens": side * side,
         "kept": kept,
-        "queries_measured": queries.shape[1],
         **summary(figures, ["clustering_share", "received_share"]),
     }
 
@@ -144,12 +136,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-7b")
     parser.add_argument("--rounds", type=int, default=5, help="medians are over these")
     parser.add_argument("--visual-tokens", type=int, nargs="+", default=VISUAL_TOKENS, metavar="V")
-    parser.add_argument("--queries", type=int, default=MOST_QUERIES, help="at most so many")
     arguments = parser.parse_args(argv)
     import torch
 
     rows = [
-        measure(SHAPES[arguments.shape], tokens, arguments.rounds, arguments.queries)
+        measure(SHAPES[arguments.shape], tokens, arguments.rounds)
         for tokens in arguments.visual_tokens
     ]
     print(*_TABLE.lines(rows), sep="\n")

@@ -28,13 +28,14 @@ def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
     return scores.softmax(dim=-1).sum(dim=1)[:, 1:]
 
 
-MAX_SCORES = 1 << 25
-"""Attention scores that :func:`attention_received` holds at once: 128 MiB in float32."""
+MAX_SCORES = 1 << 22
+"""Attention scores that :func:`attention_received` holds at once: 16 MiB in float32, which caches
+hold."""
 
 
-MAX_QUERIES = 4096
+MAX_QUERIES = 512
 """Queries that attention received is averaged over. Of more, so many stand for all: the cost of an
-image then grows as its tokens, and not as their square."""
+image then grows as its tokens, and not as their square. docs/results.md compares samples."""
 
 
 def _spread(num_queries: int, device: torch.device) -> Tensor:
