@@ -61,7 +61,7 @@ def test_signals_are_the_model_s_own(path):
     expected = tower.attentions[-2][0, :, 0, 1:].mean(dim=0).numpy()
     assert rank_correlation(saliency, expected) == pytest.approx(1.0, abs=1e-4)
     of_all = tower.attentions[-2][0, :, :, 1:].mean(dim=(0, 1)).numpy()
-    assert rank_correlation(received, of_all) == pytest.approx(1.0, abs=1e-4)
+    assert rank_correlation(received, of_all) > 0.998  # 512 of the 577 queries stand for all
     begin = len(signals.processor.tokenizer("<s>USER: ", add_special_tokens=False).input_ids)
     for layer, attention in enumerate(whole.attentions):
         visual = slice(begin, begin + tokens)
