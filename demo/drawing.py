@@ -244,7 +244,7 @@ def patches_of(shown: Shown, cells: int) -> Mask:
 
 
 _PARTS = 12
-"""Rows and columns that an image of any size is told apart in."""
+"""Rows and columns into which an image of any size is divided, as places to learn."""
 
 TARGETS = {
     "shape": len(SHAPES) + 1,

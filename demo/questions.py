@@ -279,8 +279,8 @@ SINGLE: dict[str, Ask] = {
 }
 FAMILIES = (*SINGLE, "dialogue", "two pictures")
 EXAMINED = tuple(family for family in FAMILIES if family != "description")
-"""What exams ask. Descriptions are learnt for what they teach about everything in an image;
-right as a whole only if fifteen words are, they would say little about any."""
+"""Kinds of question in exams. Descriptions are for training only: a description is right only if
+all of its fifteen words are, so a wrong one does not say what the model got wrong."""
 
 _KIND = {"odd one out": "odd", "text": "sign"}
 

@@ -1,4 +1,4 @@
-"""Scenes have room for what they show, and images show it where they say."""
+"""Objects of a scene do not overlap, and its image shows each where the scene says."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import serving
 
 LITTLE_MEMORY = ("--kv-cache-memory-bytes", "512M", "--mm-processor-cache-gb", "0.1")
-"""For a server of the demo model that lives beside others. vLLM fills its KV cache with zeros."""
+"""For a server that runs beside others. vLLM fills all of its KV cache with zeros at start-up."""
 
 TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),

@@ -18,7 +18,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from tests.server.process import engine_of, running_server
+from tests.server.process import LITTLE_MEMORY, engine_of, running_server
 from tests.server.sample_images import chat_body
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -33,10 +33,9 @@ QUEUE = 16
 def starved(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
     """A server whose KV cache holds two of the longest requests."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "768"]
-    memory = ["--kv-cache-memory-bytes", "256M", "--mm-processor-cache-gb", "0.1"]
     blocks = ["--num-gpu-blocks-override", "400", "--max-num-seqs", "16"]
     queue = ["--max-num-queued-reqs", str(QUEUE)]
-    with running_server(str(checkpoint), *options, *memory, *blocks, *queue) as server:
+    with running_server(str(checkpoint), *options, *LITTLE_MEMORY, *blocks, *queue) as server:
         yield server
 
 

@@ -130,7 +130,7 @@ class StageLengths:
     def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`StageRows.place`.
+        """See :meth:`StageRows.slot_inputs`.
 
         Args:
             query_start_loc: (R + 1,) int32, first row of each request.

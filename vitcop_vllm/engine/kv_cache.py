@@ -94,8 +94,8 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        physical = self.num_slots(request_id, num_tokens)
-        return super().allocate_new_blocks(request_id, physical, num_tokens_main_model)
+        slots = self.num_slots(request_id, num_tokens)
+        return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
     def passes_checkpoint(self, request: Request, num_tokens: int) -> bool:
         """Whether among the request's first ``num_tokens`` there is something new to cache."""

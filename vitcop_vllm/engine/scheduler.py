@@ -207,7 +207,7 @@ class StagedScheduler(Scheduler):
         used = (budget - left) * patches // placeholders
         encoder_compute_budget = max(encoder_compute_budget - used, 0)
         if num_new_tokens < min_new_tokens:
-            # No room for all its images: nor may it hold on to those that are there.
+            # Not all of its images fit: those that are cached must not take room from others.
             self.encoder_cache_manager.free(request)
             return deferred
         return inputs, num_new_tokens, encoder_compute_budget, *others
