@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-SUPPORTED_VLLM = "0.32"
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""Minor versions. Their releases differ in nothing that we use."""
 
 
 def installed_vllm_version() -> str:
@@ -31,13 +32,13 @@ def register() -> None:
     from vitcop_vllm.engine.families import FAMILIES
 
     found = installed_vllm_version()
-    if not found.startswith(f"{SUPPORTED_VLLM}."):
+    if ".".join(found.split(".")[:2]) not in SUPPORTED_VLLM:
         logger.error(
-            "ViTCoP was tested with vLLM %s.* and found %s: images are NOT pruned. "
+            "This release of ViTCoP supports vLLM %s and found %s: images are NOT pruned. "
             "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
-            SUPPORTED_VLLM,
+            " and ".join(SUPPORTED_VLLM),
             found,
-            SUPPORTED_VLLM,
+            SUPPORTED_VLLM[-1],
         )
         return
     for architecture, family in FAMILIES.items():

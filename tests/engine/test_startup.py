@@ -270,12 +270,13 @@ def test_a_hook_of_vllm_s_own_runs_first(checkpoint, monkeypatch):
     assert calls == ["model", "engine"]
 
 
-def test_another_vllm_is_not_touched(monkeypatch, caplog):
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3", "1.0", "unknown"])
+def test_another_vllm_is_not_touched(version, monkeypatch, caplog):
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vitcop_vllm import plugin
 
-    monkeypatch.setattr(plugin, "installed_vllm_version", lambda: "0.33.1")
+    monkeypatch.setattr(plugin, "installed_vllm_version", lambda: version)
     monkeypatch.delitem(MODELS_CONFIG_MAP, "LlavaForConditionalGeneration", raising=False)
     with caplog.at_level("ERROR", logger="vllm"):
         plugin.register()

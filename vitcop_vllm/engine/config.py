@@ -102,7 +102,7 @@ def _engine_checks(vllm_config: "VllmConfig") -> Checks:
     from vllm import envs
     from vllm.config import CompilationMode
     from vllm.utils.platform_utils import is_uva_available
-    from vllm.utils.torch_utils import kv_cache_uses_per_token_head_scales
+    from vllm.v1.kv_cache_interface import kv_cache_uses_per_token_head_scales
 
     v2 = _asks_for_v2()
     model_config = vllm_config.model_config
