@@ -23,6 +23,11 @@ def installed_vllm_version() -> str:
     return "unknown"
 
 
+def is_supported(vllm_version: str) -> bool:
+    """Whether this release of ours was made for a version of vLLM, such as ``0.32.1+cpu``."""
+    return ".".join(vllm_version.split(".")[:2]) in SUPPORTED_VLLM
+
+
 def register() -> None:
     """Register the pruned architectures and their start-up checks with vLLM."""
     from vllm.model_executor.models import ModelRegistry
@@ -32,7 +37,7 @@ def register() -> None:
     from vitcop_vllm.engine.families import FAMILIES
 
     found = installed_vllm_version()
-    if ".".join(found.split(".")[:2]) not in SUPPORTED_VLLM:
+    if not is_supported(found):
         logger.error(
             "This release of ViTCoP supports vLLM %s and found %s: images are NOT pruned. "
             "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
