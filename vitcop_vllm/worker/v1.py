@@ -44,8 +44,7 @@ class StagedModelRunner(GPUModelRunner):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         stages = [spec.stage for spec in specs if isinstance(spec, StagedAttentionSpec)]
         assert len(stages) == len(specs)
-        batch = self.input_batch
-        batch.block_table = StagedBlockTables.adopt(batch.block_table, stages)
+        StagedBlockTables.adopt(self.input_batch.block_table, stages)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         corrections = super()._update_states(scheduler_output)
