@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer may import from those before it.
 LAYERS = [
+    "vitcop_vllm.adoption",
     "vitcop_vllm.pruning.settings",
     "vitcop_vllm.pruning.budgets",
     "vitcop_vllm.pruning.plan",
@@ -91,7 +92,10 @@ def test_nobody_needs_triton_to_be_imported():
 
 
 def test_what_the_server_sees_loads_without_torch():
-    loads = "import sys, vitcop_vllm.pruning.identity; sys.exit('torch' in sys.modules)"
+    loads = (
+        "import sys, vitcop_vllm.adoption, vitcop_vllm.pruning.identity;"
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", loads], cwd=ROOT, check=True)
 
 
@@ -102,6 +106,7 @@ def test_the_server_sees_settings_and_plan_only(module, path):
         if name.startswith("vitcop_vllm"):
             assert name in {
                 "vitcop_vllm",
+                "vitcop_vllm.adoption",
                 "vitcop_vllm.pruning.settings",
                 "vitcop_vllm.pruning.budgets",
                 "vitcop_vllm.pruning.plan",

@@ -80,7 +80,7 @@ def explained(llm: Any) -> dict[str, Any]:
     prompt = EXPLAINED.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = "one"
     (feature,) = recorded_features(llm, prompt)
-    (told,) = llm.collective_rpc("take_choices", args=([feature],))
+    (told,) = llm.collective_rpc("take_selections", args=([feature],))
     return dict(told[feature])
 
 

@@ -7,6 +7,7 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vitcop_vllm.adoption import adopt_with
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 
 
@@ -31,8 +32,7 @@ class StagedCoordinator(KVCacheCoordinator):
     @classmethod
     def adopt(cls, coordinator: Any) -> None:
         """Make a coordinator that vLLM has made, with prefix caching or without, one of these."""
-        base = type(coordinator)
-        coordinator.__class__ = type(f"Staged{base.__name__}", (cls, base), {})
+        adopt_with(coordinator, cls)
         managers: dict[int, list[StagedKVCacheManager]] = {}
         for manager in coordinator.single_type_managers:
             managers.setdefault(manager.stage, []).append(manager)

@@ -14,6 +14,7 @@ from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
 
@@ -69,6 +70,7 @@ class Crossing:
         positions: torch.Tensor,
         layer: LayerBefore,
         labels: Sequence[torch.Tensor],
+        sink: SelectionSink | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows that enter ``stage``: positions, hidden states and residual.
 
@@ -78,14 +80,15 @@ class Crossing:
             positions: (T,) or (3, T) rotary positions in the stage before.
             layer: The last layer of the stage before.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+            sink: Records what is selected; ``None`` records nothing.
         """
         source = step.sources[stage].clone()
         merged = []
         with SELECTION_SECONDS.labels(stage + 1).time():
             for group in step.groups:
                 rows, chosen, stream = self.select_rows(group, stage, layer, labels)
-                if step.record is not None and chosen is not None:
-                    step.record(group, stage, chosen)
+                if sink is not None and chosen is not None:
+                    sink.record_tokens([step.images[i] for i in group.images], stage, chosen)
                 destination = group.rows(stage)
                 source[destination] = rows
                 if stream is not None:

@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
-from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row, shape_row
+from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,
@@ -29,7 +29,7 @@ from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
 from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import EncoderView
-from vitcop_vllm.worker.explain import PatchChoice
+from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
 ImageInputs = Mapping[str, torch.Tensor]
@@ -46,12 +46,13 @@ class PrunedModel:
 
     Attributes:
         published_density_scale: d_c of the clustering that is published for the family.
-        patch_choices: What Stage I made of each image encoded since this was made a list;
-            ``None`` keeps nothing.
+        sink: Records what Stage I selects; ``None`` records nothing. Set while vLLM's runner
+            encodes images that are to be explained: it offers no argument of
+            ``embed_multimodal`` to pass the sink in.
     """
 
     published_density_scale: float | None = None
-    patch_choices: list[PatchChoice | None] | None = None
+    sink: SelectionSink | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -114,28 +115,37 @@ class PrunedModel:
         rows: Any = kwargs.pop(COUNTS_FIELD, None)
         if rows is None:  # embeddings that a client computed: of unpruned images
             embeddings = self._embed_whole(kwargs)
-            self._keep_choices([None] * len(embeddings))
+            self._record_none(len(embeddings))
             return embeddings
         images = [shape_of_row(row) for row in rows.tolist()]
         if self.selector.encoder is None or not any(shape.counts.is_pruned for shape in images):
             if not self._encoder_ran:
                 self._profile_encoder(images, kwargs)
-            self._keep_choices([None] * len(images))
+            self._record_none(len(images))
             return self._embed_whole(kwargs)
         self._encoder_ran = True
-        inputs: Any = kwargs
-        return [
-            embedding
-            for first, end in self._batches(images)
-            for embedding in self._embed_pruned(
-                self.slice_images(inputs, first, end), images[first:end]
-            )
-        ]
+        return self._embed_in_batches(kwargs, images, self.sink)
+
+    def _record_none(self, num_images: int) -> None:
+        """Report images of which Stage I selects nothing."""
+        if self.sink is not None:
+            self.sink.record_patches([None] * num_images)
 
     def _embed_whole(self, kwargs: Mapping[str, Any]) -> MultiModalEmbeddings:
         this: Any = super()
         embeddings: MultiModalEmbeddings = this.embed_multimodal(**kwargs)
         return embeddings
+
+    def _embed_in_batches(
+        self, kwargs: Any, images: Sequence[ImageShape], sink: SelectionSink | None
+    ) -> list[torch.Tensor]:
+        return [
+            embedding
+            for first, end in self._batches(images)
+            for embedding in self._embed_pruned(
+                self.slice_images(kwargs, first, end), images[first:end], sink
+            )
+        ]
 
     def _batches(self, images: Sequence[ImageShape]) -> list[tuple[int, int]]:
         """Ranges of images to encode at once.
@@ -155,16 +165,18 @@ class PrunedModel:
     def _profile_encoder(self, images: Sequence[ImageShape], kwargs: Mapping[str, Any]) -> None:
         """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
         self._encoder_ran = True
-        rows = []
+        if self.selector.encoder is None:
+            return
+        pruned = []
         for _, height, width in images:
             counts = dummy_counts(self.pruning, self._num_layers, height * width)
             if counts is None:
                 return
-            rows.append(shape_row(ImageShape(counts, height, width)))
-        self.embed_multimodal(**kwargs, **{COUNTS_FIELD: torch.tensor(rows)})
+            pruned.append(ImageShape(counts, height, width))
+        self._embed_in_batches(kwargs, pruned, None)
 
     def _embed_pruned(
-        self, inputs: ImageInputs, images: Sequence[ImageShape]
+        self, inputs: ImageInputs, images: Sequence[ImageShape], sink: SelectionSink | None = None
     ) -> list[torch.Tensor]:
         """Encode images together, and run Stage I on those of one shape together.
 
@@ -184,18 +196,18 @@ class PrunedModel:
         else:
             embedded = self.encode_kept(inputs, groups, keep)
         embeddings: list[torch.Tensor] = [torch.empty(0)] * len(images)
-        choices: list[PatchChoice | None] = [None] * len(images)
+        selections: list[PatchSelection | None] = [None] * len(images)
         for shape, numbers in groups.items():
             of_shape = embedded[shape]
             if (tokens := kept.get(shape)) is not None:
                 of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.columns)
-                if self.patch_choices is not None:
-                    explained = self.stage_one.explain(tokens)
-                    for number, choice in zip(numbers, explained, strict=True):
-                        choices[number] = choice
+                if sink is not None:
+                    for number, selection in zip(numbers, tokens.of_images(), strict=True):
+                        selections[number] = selection
             for number, embedding in zip(numbers, of_shape, strict=True):
                 embeddings[number] = embedding
-        self._keep_choices(choices)
+        if sink is not None:
+            sink.record_patches(selections)
         return embeddings
 
     def _embed_then_keep(
@@ -216,10 +228,6 @@ class PrunedModel:
         for shape, kept in keep(view_of).items():
             of_shape[shape] = gather_rows(of_shape[shape], kept.index)
         return of_shape
-
-    def _keep_choices(self, choices: Sequence[PatchChoice | None]) -> None:
-        if self.patch_choices is not None:
-            self.patch_choices += choices
 
     # The decoder.
 
@@ -253,9 +261,13 @@ class PrunedModel:
         inputs_embeds: torch.Tensor | None = None,
         *,
         step: StagedForward | None = None,
+        sink: SelectionSink | None = None,
         **kwargs: object,
     ) -> Any:
-        """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
+        """vLLM's forward, or the staged one where ``step`` drops rows between stages.
+
+        ``sink`` records what the staged one selects.
+        """
         if (places := self._places) is not None:
             # In place: compiled code may read the positions where the runner keeps them. The
             # runner writes all of them again before its next step.
@@ -275,6 +287,7 @@ class PrunedModel:
                 positions[..., :num_rows],
                 inputs_embeds[:num_rows],
                 self._labels,
+                sink,
             )
 
     def _profile_stages(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ index. Arithmetic is float32. Nothing here waits for the device.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -57,6 +57,8 @@ class EncoderView:
     mean_over_ranks: Callable[[Tensor], Tensor]
     concat_over_ranks: Callable[[Tensor], Tensor]
     kernels: KernelSet
+    # Not cached_property: in Python 3.11 it has one lock for all views, and ranks wait for others.
+    _saliency: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of_embeddings(cls, embeddings: Tensor, grid: tuple[int, int], kernels: KernelSet) -> Self:
@@ -77,12 +79,23 @@ class EncoderView:
         )
 
     def attention_of_cls(self) -> Tensor:
-        """(B, V) float32: attention of [CLS], summed over heads."""
+        """(B, V) float32: attention of [CLS], summed over heads. Computed once."""
         assert self.cls_query is not None, "this encoder has no [CLS]"
-        return self.mean_over_ranks(cls_saliency(self.cls_query, self.keys, self.scale))
+        if "cls" not in self._saliency:
+            saliency = cls_saliency(self.cls_query, self.keys, self.scale)
+            self._saliency["cls"] = self.mean_over_ranks(saliency)
+        return self._saliency["cls"]
 
     def attention_received(self) -> Tensor:
-        """(B, V) float32: attention of all queries, averaged over a token's patches."""
+        """(B, V) float32: attention of all queries, averaged over a token's patches.
+
+        Computed once.
+        """
+        if "received" not in self._saliency:
+            self._saliency["received"] = self._attention_received()
+        return self._saliency["received"]
+
+    def _attention_received(self) -> Tensor:
         received = attention_received(self.queries(), self.keys, self.scale)
         per_patch = received[:, self.cls_query is not None :]
         num_tokens = self.grid[0] * self.grid[1]
@@ -131,7 +144,10 @@ def select_patches(selector: Selector, view: EncoderView, count: int) -> Tensor:
 
 
 def saliency_of(selector: Selector, view: EncoderView) -> Tensor | None:
-    """(B, V) float32 that Stage I ranks tokens by; ``None`` if the selector ranks by none."""
+    """(B, V) float32 that Stage I ranks tokens by; ``None`` if the selector ranks by none.
+
+    Costs nothing after :func:`select_patches`: ``view`` keeps what it has computed.
+    """
     source = selector.saliency_source(has_cls=view.cls_query is not None)
     if source is None:
         return None

@@ -5,9 +5,8 @@ follow from the requests' plans by arithmetic, on the host, before anything is c
 Which rows survive is decided on the device and never needed here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -52,7 +51,6 @@ class StagedForward:
             stage under ``positions: reference``; ``None`` keeps prompt positions.
         images: Identifiers of the pruned images of the step, in row order; what
             ``SpanGroup.images`` numbers.
-        record: Called with what each group chooses: group, stage, choice.
     """
 
     groups: tuple[SpanGroup, ...]
@@ -60,7 +58,6 @@ class StagedForward:
     outputs: torch.Tensor
     renumbered: torch.Tensor | None
     images: tuple[str, ...] = ()
-    record: Callable[[SpanGroup, int, Any], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.worker.block_tables import StagedBlockTables
-from vitcop_vllm.worker.explain import ChoiceRecorder
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.planner import StepPlanner
 from vitcop_vllm.worker.step import StagedStep
 
@@ -30,9 +30,9 @@ class StagedModelRunner(GPUModelRunner):
     step: StagedStep | None = None
 
     @cached_property
-    def choices(self) -> ChoiceRecorder:
-        """What was chosen for images that are to be explained."""
-        return ChoiceRecorder()
+    def sink(self) -> SelectionSink:
+        """Records selections for images that are to be explained."""
+        return SelectionSink()
 
     @cached_property
     def _planner(self) -> StepPlanner:
@@ -44,8 +44,7 @@ class StagedModelRunner(GPUModelRunner):
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         stages = [spec.stage for spec in specs if isinstance(spec, StagedAttentionSpec)]
         assert len(stages) == len(specs)
-        batch = self.input_batch
-        batch.block_table = StagedBlockTables.adopt(batch.block_table, stages)
+        StagedBlockTables.adopt(self.input_batch.block_table, stages)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         corrections = super()._update_states(scheduler_output)
@@ -61,7 +60,7 @@ class StagedModelRunner(GPUModelRunner):
         names = self.input_batch.req_ids
         starts = self.input_batch.num_computed_tokens_cpu[: len(names)]
         counts = np.fromiter(map(num_scheduled_tokens.__getitem__, names), np.int64, len(names))
-        return self.choices.follow(self._planner.plan_step(names, starts, starts + counts))
+        return self._planner.plan_step(names, starts, starts + counts)
 
     def _prepare_inputs(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         # Before super, which computes the slots.
@@ -83,13 +82,13 @@ class StagedModelRunner(GPUModelRunner):
         if self.step is None or self.step.forward is None:
             return super()._model_forward(*args, **kwargs)
         # The model itself: vLLM's graph wrappers around it would replay an unstaged forward.
-        return self.get_model()(*args, **kwargs, step=self.step.forward)
+        return self.get_model()(*args, **kwargs, step=self.step.forward, sink=self.sink)
 
     def _execute_mm_encoder(self, scheduler_output: SchedulerOutput) -> list[torch.Tensor]:
         if isinstance(scheduler_output, StagedSchedulerOutput):
             self._complete_features(scheduler_output)
         names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
-        with self.choices.follow_encoder(self.get_model(), names):
+        with self.sink.attached_to(self.get_model(), names):
             return super()._execute_mm_encoder(scheduler_output)
 
     def _complete_features(self, scheduler_output: StagedSchedulerOutput) -> None:

@@ -22,7 +22,7 @@ from vllm.v1.worker.utils import AttentionGroup
 from vitcop_vllm.engine.attention import begin_builds
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.worker.explain import ChoiceRecorder
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.planner import StepPlanner
 from vitcop_vllm.worker.step import StagedStep
 
@@ -31,7 +31,7 @@ class StagedModelState(DefaultModelState):
     """vLLM's state of a model, which tells the stages and the model what a step drops.
 
     Attributes:
-        choices: What was chosen for images that are to be explained.
+        sink: Records selections for images that are to be explained.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class StagedModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         settings = pruning_settings_of(self.model_config.hf_config)
-        self.choices = ChoiceRecorder()
+        self.sink = SelectionSink()
         self._planner = StepPlanner(device, renumber_deep=settings.positions == "reference")
         self._step: StagedStep | None = None
         # Images of requests that left since the encoder ran last.
@@ -80,7 +80,7 @@ class StagedModelState(DefaultModelState):
         features.update((name, self._left[name]) for name in away)
         self._left.clear()
         names, _ = self.encoder_runner.prepare_mm_inputs(scheduled_encoder_inputs)
-        with self.choices.follow_encoder(self.model, names):
+        with self.sink.attached_to(self.model, names):
             super().execute_mm_encoder(scheduled_encoder_inputs)
         for name in away:
             self.encoder_cache.remove_request(name)
@@ -89,7 +89,7 @@ class StagedModelState(DefaultModelState):
         # Batches of warm-ups and captures have requests that were never added.
         starts = batch.num_computed_tokens_np[: batch.num_reqs]
         ends = starts + batch.num_scheduled_tokens[: batch.num_reqs]
-        return self.choices.follow(self._planner.plan_step(batch.req_ids, starts, ends))
+        return self._planner.plan_step(batch.req_ids, starts, ends)
 
     def prepare_attn(
         self,
@@ -130,7 +130,7 @@ class StagedModelState(DefaultModelState):
         step, self._step = self._step, None
         if step is None or step.forward is None:
             return inputs
-        return {**inputs, "step": step.forward}
+        return {**inputs, "step": step.forward, "sink": self.sink}
 
 
 def _tables_of_stage(tables: BlockTables, stages: Sequence[int], stage: int) -> BlockTables:
