@@ -28,12 +28,12 @@ from vllm.multimodal.media import (
     MediaWithBytes,
 )
 
-from vitcop_server.adoption import adopted
 from vitcop_server.data_urls import decode_base64, split_data_url
 from vitcop_server.errors import RequestError
 from vitcop_server.formats import describe_unreadable
 from vitcop_server.pixels import to_eight_bits
 from vitcop_server.settings import ServerSettings
+from vitcop_vllm.adoption import adopt_copy
 
 CONNECTOR_NAME = "vitcop"
 
@@ -160,7 +160,7 @@ class GuardedImageIO(ImageMediaIO):
     @classmethod
     def adopt(cls, media_io: ImageMediaIO, limits: ImageLimits) -> Self:
         """``media_io`` with limits. What else vLLM gave it, such as budgets, it keeps."""
-        guarded: Self = adopted(media_io, cls)
+        guarded: Self = adopt_copy(media_io, cls)
         guarded._limits = limits
         return guarded
 
