@@ -13,7 +13,7 @@ from yaml import YAMLError
 from vitcop_server.compat import make_arg_parser, validate_parsed_serve_args
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
-from vitcop_vllm.pruning.budgets import why_uncacheable
+from vitcop_vllm.pruning.plan import why_uncacheable
 from vitcop_vllm.pruning.settings import (
     CONFIG_KEY,
     Frozen,

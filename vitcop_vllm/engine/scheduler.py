@@ -21,9 +21,9 @@ from vitcop_vllm.engine.prefix_cache import (
     PrefixHashes,
     StepWrites,
 )
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.identity import CountsMismatchError, plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
+from vitcop_vllm.pruning.selectors import selector_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -41,7 +41,7 @@ class StagedScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = pruning_settings_of(self.vllm_config.model_config.hf_config)
-        self._reads_question = SELECTORS[settings.selector].reads_question
+        self._reads_question = selector_of(settings.selector).reads_question
         self.plans: dict[str, RequestPlan] = {}
         self._writes = StepWrites()
         # Whether a request with pruned images waits for more room than the step has left.
