@@ -19,7 +19,7 @@ class Model:
 def sink_of(llm) -> SelectionSink:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     # Model runner V2 is vLLM's own, and has an adapter beside it.
-    return getattr(runner, "model_state", runner).sink
+    return getattr(runner, "model_state", runner).step_adapter.sink
 
 
 def test_old_explanations_make_room():

@@ -158,7 +158,7 @@ def main(checkpoint: str, path: str) -> None:
     assert isinstance(runner, GPUModelRunner)
     state = runner.model_state
     assert runner.model._stages_ran  # at start-up, which leaves nothing of it
-    assert not state._planner._slots
+    assert not state.step_adapter.planner._slots
     assert not state.encoder_cache.encoder_outputs
     assert runner.model.kernels is TRITON
     seen = see(llm)

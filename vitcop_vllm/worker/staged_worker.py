@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vitcop_vllm.worker.explain import SelectionSink
+from vitcop_vllm.worker.adapter import StepAdapter
 from vitcop_vllm.worker.warm_up import run_staged_step
 
 
@@ -22,8 +22,9 @@ class StagedWorker:
         return times
 
     def take_selections(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """See :meth:`SelectionSink.take`; called by name, through vLLM's ``collective_rpc``."""
+        """See :meth:`.SelectionSink.take`; called by name, through vLLM's ``collective_rpc``."""
         runner = self.model_runner
-        adapter = runner.model_state if self.use_v2_model_runner else runner
-        sink: SelectionSink = adapter.sink
-        return sink.take(names)
+        adapter: StepAdapter = (
+            runner.model_state if self.use_v2_model_runner else runner
+        ).step_adapter
+        return adapter.sink.take(names)
