@@ -42,7 +42,7 @@ def step_of(counts: VisualTokenCounts, device: torch.device = CPU, **options: An
         ScheduledRequest(plan, 0, PROMPT + 3, PROMPT),
         ScheduledRequest(None, 0, 4, 4),
     ]
-    step = build_step(requests, device, **options)
+    step = build_step(requests, device, find_prompts=True, **options)
     assert step is not None
     assert step.forward is not None
     return step.forward

@@ -8,6 +8,7 @@ import pytest
 
 from tests.worker.steps import CPU
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings
 from vitcop_vllm.worker import adapter
 from vitcop_vllm.worker.adapter import StepAdapter
 
@@ -17,8 +18,8 @@ PROMPT = 12
 
 @pytest.fixture
 def step_adapter(monkeypatch) -> StepAdapter:
-    monkeypatch.setattr(adapter, "pruning_settings_of", lambda config: config)
-    model_config: Any = SimpleNamespace(hf_config=SimpleNamespace(positions="original"))
+    monkeypatch.setattr(adapter, "pruning_settings_of", lambda config: PruningSettings())
+    model_config: Any = SimpleNamespace(hf_config=None)
     made = StepAdapter(model_config, CPU)
     made.planner.track("pruned", RequestPlan((VisualSpan(2, COUNTS),)), PROMPT, ["abc"])
     return made

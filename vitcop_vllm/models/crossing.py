@@ -121,7 +121,7 @@ class Crossing:
             scale=layer.scale,
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
-            prompt_rows=group.prompt_rows[stage - 1],
+            prompt_rows=None if group.prompt_rows is None else group.prompt_rows[stage - 1],
             labels=torch.stack([labels[i] for i in group.images]) if counts.centres else None,
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),

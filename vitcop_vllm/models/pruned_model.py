@@ -308,7 +308,12 @@ class PrunedModel:
         counts = dummy_counts(self.pruning, self._num_layers, encoder_tokens)
         if counts is None:
             return
-        dummy = dummy_step(counts, most_rows, inputs_embeds.device)
+        dummy = dummy_step(
+            counts,
+            most_rows,
+            inputs_embeds.device,
+            find_prompts=self.selector.reads_question,
+        )
         if dummy is None:
             return
         step, self._labels = dummy

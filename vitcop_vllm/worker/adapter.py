@@ -11,6 +11,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vitcop_vllm.engine.attention import StageLengths, StageRows, begin_builds
 from vitcop_vllm.engine.config import pruning_settings_of
+from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.planner import StepPlanner
 from vitcop_vllm.worker.step import StagedStep
@@ -30,7 +31,11 @@ class StepAdapter:
 
     def __init__(self, model_config: ModelConfig, device: torch.device) -> None:
         settings = pruning_settings_of(model_config.hf_config)
-        self.planner = StepPlanner(device, renumber_deep=settings.positions == "reference")
+        self.planner = StepPlanner(
+            device,
+            renumber_deep=settings.positions == "reference",
+            find_prompts=selector_of(settings.selector).reads_question,
+        )
         self.sink = SelectionSink()
         self._step: StagedStep | None = None
 

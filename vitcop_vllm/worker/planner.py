@@ -75,19 +75,19 @@ class _StageRows(NamedTuple):
         )
 
 
-class _SpanRows(NamedTuple):
-    """First row of a span, first and last row of its prompt, in one stage."""
-
-    first: int
-    prompt_first: int
-    prompt_last: int
-
-
 class _Span(NamedTuple):
-    """A span that loses tokens after Stage I; ``number`` counts the step's pruned images."""
+    """A span that loses tokens after Stage I.
+
+    Attributes:
+        number: Of its image among the step's pruned images.
+        first_rows: Its first row in each stage.
+        prompt_rows: First and last row of its prompt in each stage; empty if no selector reads
+            them.
+    """
 
     number: int
-    rows: list[_SpanRows]
+    first_rows: list[int]
+    prompt_rows: list[tuple[int, int]]
 
 
 class StepPlanner:
@@ -96,11 +96,15 @@ class StepPlanner:
     Args:
         device: Where a step's tensors are needed.
         renumber_deep: Whether ``positions: reference`` is set.
+        find_prompts: Whether the selector reads the question, and so the rows of a prompt.
     """
 
-    def __init__(self, device: torch.device, *, renumber_deep: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, *, renumber_deep: bool = False, find_prompts: bool = False
+    ) -> None:
         self._device = device
         self._renumber_deep = renumber_deep
+        self._find_prompts = find_prompts
         # Requests that prune nothing have no slot of their own and share slot 0.
         self._slots: dict[str, int] = {}
         self._requests: dict[int, _Request] = {}
@@ -254,19 +258,26 @@ class StepPlanner:
         images: list[str] = []
         for row in changed.tolist():
             plan, prompt_tokens, names = self._requests[int(slots[row])]
-            dropped = plan.dropped_tokens(prompt_tokens)
             for i, span in enumerate(plan.spans):
                 if not starts[row] <= span.offset < ends[row]:
                     continue
                 if any(span.counts.dropped):
-                    gone = plan.dropped_tokens(span.offset)
-                    places = []
-                    for stage, stage_rows in enumerate(rows):
-                        prompt = int(stage_rows.first[row] - stage_rows.starts[row])
-                        last = prompt + prompt_tokens - dropped[stage] - 1
-                        first = prompt + span.offset - gone[stage]
-                        places.append(_SpanRows(first, prompt, last))
-                    found.setdefault(span.counts, []).append(_Span(len(images), places))
+                    # Row of the prompt's first token in each stage, if the step computed it.
+                    begins = [int(stage.first[row] - stage.starts[row]) for stage in rows]
+                    dropped = plan.dropped_tokens(span.offset)
+                    first_rows = [
+                        begin + span.offset - missing
+                        for begin, missing in zip(begins, dropped, strict=True)
+                    ]
+                    prompts: list[tuple[int, int]] = []
+                    if self._find_prompts:
+                        dropped = plan.dropped_tokens(prompt_tokens)
+                        prompts = [
+                            (begin, begin + prompt_tokens - missing - 1)
+                            for begin, missing in zip(begins, dropped, strict=True)
+                        ]
+                    span_found = _Span(len(images), first_rows, prompts)
+                    found.setdefault(span.counts, []).append(span_found)
                 if span.counts.is_pruned:
                     images.append(names[i] if names else "")
         return found, images
@@ -284,16 +295,20 @@ class StepPlanner:
             kept = np.ones(int(rows[stage - 1].first[-1]), dtype=np.bool_)
             for counts, spans in found.items():
                 for span in spans:
-                    begin = span.rows[stage - 1].first
+                    begin = span.first_rows[stage - 1]
                     kept[begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
             sources[stage] = self._to_device(np.flatnonzero(kept))
             outputs = (np.cumsum(kept) - 1)[outputs]
         groups = []
         for counts, spans in found.items():
-            places = np.array([span.rows for span in spans], dtype=np.int64)  # (G, stages, 3)
-            placed = self._to_device(places.transpose(1, 2, 0).copy())
+            first_rows = np.array([span.first_rows for span in spans], dtype=np.int64).T
+            prompt_rows = None
+            if self._find_prompts:
+                prompts = np.array([span.prompt_rows for span in spans], dtype=np.int64)
+                prompt_rows = self._to_device(prompts.transpose(1, 2, 0).copy())
             numbers = tuple(span.number for span in spans)
-            groups.append(SpanGroup(counts, numbers, placed[:, 0], placed[:, 1:]))
+            placed = self._to_device(first_rows.copy())
+            groups.append(SpanGroup(counts, numbers, placed, prompt_rows))
         return StagedForward(
             groups=tuple(groups),
             sources=sources,
