@@ -27,7 +27,7 @@ from evaluation.exam import ExamError, Example, digest, from_demo, read_folder
 from evaluation.plots import plot
 from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
 from evaluation.scoring import SCORERS, check_answers
-from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES
 
 RATIOS = ("0", "1/3", "2/3", "7/9", "8/9", "17/18")
 ALL = "all"
@@ -194,7 +194,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     server.add_argument(
         "--selectors",
         nargs="+",
-        choices=[*SELECTORS, ALL],
+        choices=[*SELECTOR_NAMES, ALL],
         help="start our own server with each of these; vitcop by default",
     )
     server.add_argument("--config", type=Path, default=Path("configs/demo-cpu.yaml"))
@@ -228,7 +228,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     chosen = arguments.selectors or ["vitcop"]
-    arguments.selectors = list(SELECTORS) if ALL in chosen else list(dict.fromkeys(chosen))
+    arguments.selectors = list(SELECTOR_NAMES) if ALL in chosen else list(dict.fromkeys(chosen))
     return arguments
 
 

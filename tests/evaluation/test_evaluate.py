@@ -13,8 +13,8 @@ from evaluation.client import UNPRUNED, Ratio, data_url
 from evaluation.evaluate import RATIOS, main, parse_arguments
 from evaluation.scoring import normalise
 from tests.engine.requests import sample_image
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

@@ -9,10 +9,10 @@ from torch import nn
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.pruning import oracle
+from tests.pruning.every_selector import SELECTORS
 from tests.worker.steps import ScheduledRequest, build_step
 from vitcop_vllm.models import crossing
 from vitcop_vllm.models.crossing import Crossing, LayerBefore
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.identity import explained_identifier
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
@@ -63,7 +63,7 @@ def crossing_of(selector: str, device: torch.device = CPU) -> Crossing:
     """With a norm of random weight."""
     norm = nn.Module()
     norm.weight = torch.rand(HIDDEN, device=device)
-    return Crossing(SELECTORS[selector], TORCH, norm)  # type: ignore[index]
+    return Crossing(SELECTORS[selector], TORCH, norm)
 
 
 def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
@@ -109,7 +109,7 @@ def test_where_nothing_is_lost_nothing_is_chosen(selector):
 
 def test_a_selector_cannot_drop_where_it_has_no_function():
     (group,) = step_of(VisualTokenCounts(V, 0, (V, 5, 3))).groups
-    with pytest.raises(AssertionError, match="no token may be lost before stage 2"):
+    with pytest.raises(AssertionError, match="drops no token at boundary 2"):
         crossing_of("fastv").select_rows(group, 2, layer_before(), [])
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pruning.every_selector import SELECTORS
 from tests.pruning.test_selectors import IN_ENCODER, images
 from vitcop_vllm.models.stage_one import ImageShape, StageOne
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings

@@ -10,10 +10,10 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.models.tensor_parallel import mean_over_ranks
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.selection import StageTwoSelection
-from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
+from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.pruning.views import BoundaryView
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
@@ -127,7 +127,7 @@ class Crossing:
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,
         )
-        chosen = select_tokens(self.selector, stage, view, counts.stages[stage])
+        chosen = self.selector.select_at(stage, view, counts.stages[stage])
         if not isinstance(chosen, StageTwoSelection):
             return SelectedRows(before.gather(1, chosen), chosen, None)
         stream = self.kernels.merge_tokens(view.hidden(), chosen)

@@ -26,9 +26,9 @@ from vitcop_vllm.models.stage_one import (
     group_by_shape,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import kernel_set
-from vitcop_vllm.pruning.selectors import EncoderView
+from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.views import EncoderView
 from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
@@ -72,14 +72,14 @@ class PrunedModel:
     def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
         self._model_config = vllm_config.model_config
         self.pruning = pruning_settings_of(self._model_config.hf_config)
-        self.selector = SELECTORS[self.pruning.selector]
+        self.selector = selector_of(self.pruning.selector)
         self.kernels = kernel_set(self.pruning.kernels)
         self.stage_one = StageOne(
             self.selector, self.pruning, self.kernels, self.published_density_scale
         )
         self.columns = Columns(
             hidden_size,
-            labels=self.selector.shallow == "cluster_merging",
+            labels=self.selector.clusters,
             # Where a token lies in its image decides its rotary position.
             places=self._model_config.uses_mrope,
         )
@@ -118,7 +118,7 @@ class PrunedModel:
             self._record_none(len(embeddings))
             return embeddings
         images = [shape_of_row(row) for row in rows.tolist()]
-        if self.selector.encoder is None or not any(shape.counts.is_pruned for shape in images):
+        if not self.selector.prunes_encoder or not any(shape.counts.is_pruned for shape in images):
             if not self._encoder_ran:
                 self._profile_encoder(images, kwargs)
             self._record_none(len(images))
@@ -165,7 +165,7 @@ class PrunedModel:
     def _profile_encoder(self, images: Sequence[ImageShape], kwargs: Mapping[str, Any]) -> None:
         """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
         self._encoder_ran = True
-        if self.selector.encoder is None:
+        if not self.selector.prunes_encoder:
             return
         pruned = []
         for _, height, width in images:

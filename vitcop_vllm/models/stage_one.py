@@ -8,12 +8,12 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.selectors import EncoderView, saliency_of, select_patches
+from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.views import EncoderView
 from vitcop_vllm.worker.explain import PatchSelection
 
 
@@ -117,9 +117,8 @@ class StageOne:
                 if not shape.counts.is_pruned:
                     continue
                 view = view_of(shape, numbers)
-                index = select_patches(self.selector, view, shape.counts.stages[0])
+                index, saliency = self.selector.select_in_encoder(view, shape.counts.stages[0])
                 labels = self._labels(view, index, shape) if shape.counts.centres else None
-                saliency = saliency_of(self.selector, view)
                 kept[shape] = KeptTokens(index, labels, saliency)
         return kept
 

@@ -11,8 +11,8 @@ from vllm.config import VllmConfig
 from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.models.crossing import Crossing, LayerBefore
 from vitcop_vllm.models.stages import FirstStage, LastStage, MiddleStage, layers_by_stage
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 

@@ -19,7 +19,8 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of, step_tokens
+from vitcop_vllm.engine.checks import step_tokens
+from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
 from vitcop_vllm.engine.kv_cache import stages_of_groups
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
