@@ -238,7 +238,9 @@ class PrunedModel:
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # Runs right before forward, with the images of the same step in order of rows.
+        # Runs right before forward, with the images of the same step in order of rows. vLLM's
+        # Qwen2_5_VLForConditionalGeneration carries positions in the same way with EVS:
+        # _postprocess_image_embeds_evs appends them, recompute_mrope_positions splits them off.
         self._labels, self._places = [], None
         if multimodal_embeddings is not None:
             multimodal_embeddings, self._labels, places = self.columns.split(
@@ -279,6 +281,13 @@ class PrunedModel:
             this: Any = super()
             return this.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert inputs_embeds is not None
+        if self.columns.labels:
+            # Stage I clusters every pruned image, also one that loses nothing in later stages.
+            # SpanGroup.images numbers them, so with another count labels are another image's.
+            assert len(self._labels) == len(step.images), (
+                f"the step has {len(step.images)} pruned images, and the embeddings carry cluster "
+                f"labels of {len(self._labels)}"
+            )
         self._stages_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs():
