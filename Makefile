@@ -59,8 +59,8 @@ bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=-
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
-soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
-	$(BIN)/python -m benchmarks.soak $(ARGS)
+soak: $(STAMP) ## Hammer a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
+	$(BIN)/python -m pytest tests/soak -n 0 -s --timeout 0 --model llava --requests 10000 $(ARGS)
 
 gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
