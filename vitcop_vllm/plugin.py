@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 logger = logging.getLogger(f"vllm.{__name__}")
 
 SUPPORTED_VLLM = ("0.32", "0.33")
-"""Minor versions. Their releases differ in nothing that we use."""
+"""Minor versions that the tests run with."""
 
 
 def installed_vllm_version() -> str:

@@ -1,4 +1,4 @@
-"""Crossing a boundary: which rows enter the next stage, and what they hold."""
+"""Crossing a boundary: which rows enter the next stage, and with which hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,7 +111,7 @@ class Crossing:
         counts = group.counts
         before = group.rows(stage - 1)
         if counts.stages[stage] == counts.stages[stage - 1]:
-            # Many selectors drop nothing here, and mild ratios drop nothing in Stage III.
+            # Some selectors drop nothing at this boundary, and mild ratios nothing in Stage III.
             return SelectedRows(before, None, None)
         ranks = get_tensor_model_parallel_world_size()
         view = BoundaryView(

@@ -1,8 +1,8 @@
-"""Plans each step for the stages. A decode step costs a few array operations, however many
-requests it has.
+"""Plans each step for the stages. A decode step costs a few array operations, for any number of
+requests.
 
-A request's dropped tokens change only when a visual span ends, so they are kept in arrays, and
-only rows whose step passes an end are looked at one by one.
+The number of a request's dropped tokens changes only when a visual span ends. So arrays hold these
+numbers, and a loop visits only the requests whose step passes the end of a span.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,7 +105,7 @@ class StepPlanner:
         self._device = device
         self._renumber_deep = renumber_deep
         self._find_prompts = find_prompts
-        # Requests that prune nothing have no slot of their own and share slot 0.
+        # Requests that prune nothing share slot 0.
         self._slots: dict[str, int] = {}
         self._requests: dict[int, _Request] = {}
         self._free: list[int] = []
@@ -113,7 +113,7 @@ class StepPlanner:
         self._until[0] = _FOREVER
 
     def _allocate(self, num_slots: int) -> None:
-        # Of each slot: tokens dropped in each stage by a prefix of at least `since` and fewer
+        # Per slot: tokens dropped in each stage, valid for prefixes of at least `since` and fewer
         # than `until` tokens.
         self._missing = np.zeros((NUM_STAGES, num_slots), dtype=np.int64)
         self._since = np.zeros(num_slots, dtype=np.int64)
@@ -121,7 +121,7 @@ class StepPlanner:
         self._prompt_tokens = np.zeros(num_slots, dtype=np.int64)
 
     def add(self, name: str, features: Iterable[Feature], prompt_tokens: int) -> None:
-        """Take up a request; a name that is known gets these images instead.
+        """Add a request, or replace the images of a known one.
 
         Args:
             name: The request's id.
@@ -146,11 +146,11 @@ class StepPlanner:
         slot = self._free.pop() if self._free else self._new_slot()
         self._slots[name] = slot
         self._requests[slot] = _Request(plan, prompt_tokens, images)
-        self._until[slot] = 0  # nothing is known of it yet
+        self._until[slot] = 0  # the first step looks the numbers up
         self._prompt_tokens[slot] = prompt_tokens
 
     def remove(self, name: str) -> None:
-        """Forget a request; unknown names are fine."""
+        """Remove a request; ignores unknown names."""
         if slot := self._slots.pop(name, 0):
             del self._requests[slot]
             self._free.append(slot)
@@ -212,7 +212,7 @@ class StepPlanner:
         )
 
     def _look_up(self, slot: int, num_tokens: int) -> tuple[int, int, int]:
-        """Tokens dropped by a prefix, kept for as long as they hold."""
+        """Tokens that a prefix drops per stage; stored until the next span ends."""
         plan = self._requests[slot].plan
         missing = plan.dropped_tokens(num_tokens)
         next_end = plan.next_span_end(num_tokens)
