@@ -227,7 +227,7 @@ def test_an_engine_started_earlier_in_this_process_has_settled_the_runner(
 ):
     envs.enable_envs_cache()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    with pytest.raises(ValueError, match="V1 was asked for, and something in"):
+    with pytest.raises(ValueError, match="use model runner V1, and something in"):
         config_of(checkpoint)
     envs.disable_envs_cache()
     assert not config_of(checkpoint).use_v2_model_runner

@@ -1,7 +1,7 @@
-"""Start-up: settle vLLM's configuration for pruning, or refuse with a sentence.
+"""Start-up: change vLLM's configuration for pruning, or refuse it with a sentence.
 
-vLLM calls :class:`PrunedModelConfig` while it builds its configuration, before platform,
-workers and scheduler are chosen. Selecting a pruned architecture is thus all a user does.
+vLLM calls :class:`PrunedModelConfig` while it builds its configuration, before it chooses workers
+and scheduler. So a user only chooses a model whose architecture is pruned.
 """
 
 import os
@@ -30,7 +30,7 @@ from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, format_val
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import CacheConfig, ModelConfig, VllmConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -45,7 +45,7 @@ WORKERS = {
 }
 
 SPAN_LIMIT_KEY = "pruning_span_limit"
-"""Where start-up puts how many tokens of a pruned image a step can hold, in hf_config."""
+"""Attribute of hf_config: most tokens of a pruned image in a step."""
 
 
 def pruning_settings_of(hf_config: "PretrainedConfig") -> PruningSettings:
@@ -74,101 +74,127 @@ def _read_settings(vllm_config: "VllmConfig") -> PruningSettings:
 
 
 VLLM_HOOKS: dict[str, type[VerifyAndUpdateConfig]] = {}
-"""Architecture -> the hook that vLLM itself has for it; ours calls it first."""
+"""Architecture -> vLLM's own hook for it, which ours calls first."""
 
 
 class PrunedModelConfig(VerifyAndUpdateConfig):
-    """vLLM's hook per architecture, for all pruned ones."""
+    """The hook that vLLM calls for each pruned architecture."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: "ModelConfig") -> None:
-        if (theirs := VLLM_HOOKS.get(model_config.architecture)) is not None:
-            theirs.verify_and_update_model_config(model_config)
+        if (hook := VLLM_HOOKS.get(model_config.architecture)) is not None:
+            hook.verify_and_update_model_config(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: "VllmConfig") -> None:
-        """Refuse what cannot work, then choose block size, runner, worker, scheduler.
+        """Refuse what cannot work, then choose block size, worker, scheduler and model runner.
 
         Raises:
             ValueError: Naming every obstacle and what to change.
         """
-        from vllm.platforms import current_platform
-
         settings = _read_settings(vllm_config)
-        model_config = vllm_config.model_config
-        cache_config = vllm_config.cache_config
-        architecture = model_config.architecture
-        if (theirs := VLLM_HOOKS.get(architecture)) is not None:
-            theirs.verify_and_update_config(vllm_config)
-        if current_platform.is_cpu() and not cache_config.user_specified_block_size:
-            cache_config.block_size = CPU_BLOCK_SIZE
-            cache_config.user_specified_block_size = True
-        num_layers = model_config.hf_text_config.num_hidden_layers
-        boundaries = settings.boundaries(num_layers)
+        architecture = vllm_config.model_config.architecture
+        if (hook := VLLM_HOOKS.get(architecture)) is not None:
+            hook.verify_and_update_config(vllm_config)
+        _choose_block_size(vllm_config.cache_config)
         family = FAMILIES[architecture]
-        start_up = StartUp(
-            vllm_config,
-            settings,
-            selector_of(settings.selector),
-            has_cls=family.has_cls,
-            decoders=family.decoders,
-        )
+        selector = selector_of(settings.selector)
+        start_up = StartUp(vllm_config, settings, selector, family.has_cls, family.decoders)
         checks = (*ENGINE_CHECKS, DECODER_CHECK, *family.checks, *SETTINGS_CHECKS)
         if obstacles := find_obstacles(checks, start_up):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(obstacles)
             )
-        # ROCm also calls its devices "cuda".
-        device = "rocm" if current_platform.is_rocm() else current_platform.device_type
-        worker = WORKERS.get(device)
-        if worker is None:
-            raise ValueError(
-                f"visual token pruning runs on CPUs and NVIDIA GPUs, not on {device}; serve with "
-                "stock vLLM there (VLLM_PLUGINS='')"
-            )
-        if current_platform.is_cuda():
-            choose_backend(vllm_config)
-
-        # The processor sees the model's configuration and nothing else of vLLM's.
-        setattr(model_config.hf_config, CONFIG_KEY, settings.model_dump(mode="json"))
-        if cache_config.enable_prefix_caching and (reason := why_uncacheable(settings)):
-            # Whether it was asked for or is vLLM's default, nobody can tell any more. Our
-            # server still can, and refuses.
-            logger.warning("Prefix caching is off: %s.", reason)
-            cache_config.enable_prefix_caching = False
-        # A pruned image's tokens are selected together, so a step computes all of them.
-        setattr(model_config.hf_config, SPAN_LIMIT_KEY, start_up.span_limit)
+        _choose_device_parts(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        vllm_config.parallel_config.worker_cls = worker
-        # vLLM's key for compiled code is made of this. It sees neither our attention layers
-        # nor hf_config, and would take a pruned model's code for the stock one's.
-        vllm_config.additional_config = {
-            **vllm_config.additional_config,
-            CONFIG_KEY: settings.model_dump(mode="json"),
-            "vitcop_vllm": __version__,
-        }
-        asked_for_v2 = asks_for_v2()
-        if asked_for_v2:
-            # vLLM would choose breakable graphs for batch invariance, after this.
-            os.environ.setdefault(BREAKABLE_VARIABLE, "0")
-        else:
-            # Read wherever vLLM asks which runner it has; child processes inherit it, and so
-            # does any other engine that this process starts later.
-            os.environ[V2_VARIABLE] = "0"
-        if vllm_config.use_v2_model_runner != asked_for_v2:
-            raise ValueError(
-                f"model runner {'V2' if asked_for_v2 else 'V1'} was asked for, and something in "
-                "this configuration, or an engine started earlier in this process, asks for the "
-                f"other: set {V2_VARIABLE}={int(not asked_for_v2)}"
-            )
+        _turn_caching_off(vllm_config.cache_config, settings)
+        _pass_settings_on(vllm_config, settings, start_up.span_limit)
+        _choose_model_runner(vllm_config)
         logger.info(
             "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "
             "%g by default, at most %g; %s positions; prefix caching %s.",
             settings.selector,
-            *boundaries,
-            num_layers,
+            *start_up.boundaries,
+            start_up.text.num_hidden_layers,
             settings.default_ratio,
             settings.max_pruning_ratio,
             settings.positions,
-            "on" if cache_config.enable_prefix_caching else "off",
+            "on" if vllm_config.cache_config.enable_prefix_caching else "off",
+        )
+
+
+def _choose_block_size(cache_config: "CacheConfig") -> None:
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and not cache_config.user_specified_block_size:
+        cache_config.block_size = CPU_BLOCK_SIZE
+        cache_config.user_specified_block_size = True
+
+
+def _choose_device_parts(vllm_config: "VllmConfig") -> None:
+    """Worker, and attention backend of a GPU.
+
+    Raises:
+        ValueError: If there is none for this device.
+    """
+    from vllm.platforms import current_platform
+
+    # ROCm also calls its devices "cuda".
+    device = "rocm" if current_platform.is_rocm() else current_platform.device_type
+    if device not in WORKERS:
+        raise ValueError(
+            f"visual token pruning runs on CPUs and NVIDIA GPUs, not on {device}; serve with "
+            "stock vLLM there (VLLM_PLUGINS='')"
+        )
+    if current_platform.is_cuda():
+        choose_backend(vllm_config)
+    vllm_config.parallel_config.worker_cls = WORKERS[device]
+
+
+def _turn_caching_off(cache_config: "CacheConfig", settings: PruningSettings) -> None:
+    """Turn prefix caching off where it would be wrong."""
+    if cache_config.enable_prefix_caching and (reason := why_uncacheable(settings)):
+        # Here nothing tells vLLM's default from an operator's flag. Our server still knows the
+        # flag, and refuses it.
+        logger.warning("Prefix caching is off: %s.", reason)
+        cache_config.enable_prefix_caching = False
+
+
+def _pass_settings_on(
+    vllm_config: "VllmConfig", settings: PruningSettings, span_limit: int
+) -> None:
+    """Put the settings where processor, model and compile cache read them."""
+    values = settings.model_dump(mode="json")
+    # The processor gets the model's configuration and nothing else of vLLM's.
+    hf_config = vllm_config.model_config.hf_config
+    setattr(hf_config, CONFIG_KEY, values)
+    setattr(hf_config, SPAN_LIMIT_KEY, span_limit)
+    # Part of vLLM's key for compiled code. The key contains neither our attention layers nor
+    # hf_config, so vLLM would load the stock model's code.
+    vllm_config.additional_config = {
+        **vllm_config.additional_config,
+        CONFIG_KEY: values,
+        "vitcop_vllm": __version__,
+    }
+
+
+def _choose_model_runner(vllm_config: "VllmConfig") -> None:
+    """Model runner V1, unless the operator set V2.
+
+    Raises:
+        ValueError: If vLLM takes the other one.
+    """
+    wants_v2 = asks_for_v2()
+    if wants_v2:
+        # For batch invariance vLLM would choose breakable graphs later.
+        os.environ.setdefault(BREAKABLE_VARIABLE, "0")
+    else:
+        # vLLM reads the variable in several places. Child processes inherit it, and so does any
+        # engine that this process starts later.
+        os.environ[V2_VARIABLE] = "0"
+    if vllm_config.use_v2_model_runner != wants_v2:
+        raise ValueError(
+            f"pruning would use model runner {'V2' if wants_v2 else 'V1'}, and something in this "
+            "configuration, or an engine started earlier in this process, chose the other: set "
+            f"{V2_VARIABLE}={int(not wants_v2)}"
         )

@@ -32,7 +32,7 @@ class StagedCoordinator(KVCacheCoordinator):
 
     @classmethod
     def adopt(cls, coordinator: Any) -> None:
-        """Make ``coordinator`` an instance of this class and of its own; prefix caching on or off."""
+        """Make ``coordinator`` an instance of this class, whether or not it caches prefixes."""
         adopt_with(coordinator, cls)
         managers: dict[int, list[StagedKVCacheManager]] = {}
         for manager in coordinator.single_type_managers:
