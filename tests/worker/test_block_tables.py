@@ -7,7 +7,7 @@ from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from tests.device_guard import CUDA, no_host_sync
-from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.engine.attention import DecodeView, PrefillView
 from vitcop_vllm.worker import block_tables
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 
@@ -51,7 +51,7 @@ def stage_rows(spans):
     first, positions = rows_of(spans)
     lengths = torch.tensor([end for _, end in spans], dtype=torch.int32)
     longest = max(end - start for start, end in spans)
-    return StageRows(
+    return PrefillView(
         first, first, lengths, lengths, positions, len(positions), longest, int(lengths.max())
     )
 
@@ -147,6 +147,6 @@ def test_slots_do_not_make_the_host_wait_for_the_gpu(alike):
     positions = torch.arange(6, device=CUDA)
     shorter = torch.ones(2, dtype=torch.int32, device=CUDA)
     if not alike:
-        rows = StageRows(first, shorter, shorter, shorter, positions[:4], 4, 3, 7)
-        tables.rows = {1: rows, 2: StageLengths(shorter, shorter, 7)}
+        rows = PrefillView(first, shorter, shorter, shorter, positions[:4], 4, 3, 7)
+        tables.rows = {1: rows, 2: DecodeView(shorter, shorter, 7)}
     tables.compute_slot_mapping(2, first, positions)

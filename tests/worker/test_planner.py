@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.worker.steps import ScheduledRequest, build_step
-from vitcop_vllm.engine.attention import StageLengths
+from vitcop_vllm.engine.attention import DecodeView
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.planner import StepPlanner
 
@@ -97,7 +97,7 @@ def test_decode_steps_look_at_no_request_by_itself():
         assert step is not None
         assert step.forward is None
         lengths = step.stages[2]
-        assert isinstance(lengths, StageLengths)
+        assert isinstance(lengths, DecodeView)
         assert lengths.missing.tolist() == [4] * 40
 
 
