@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
-from tests.engine.requests import Answer, Ask, sample_image
+from tests.engine.requests import Answer, RequestSpec, sample_image
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -352,18 +352,18 @@ class DenseLlava(DenseModel):
 
 
 def assert_equals_oracle(
-    model: DenseModel, ask: Ask, answer: Answer, settings: PruningSettings | None = None
+    model: DenseModel, spec: RequestSpec, answer: Answer, settings: PruningSettings | None = None
 ) -> None:
     """Tokens, unless sampled, and log-probabilities, each given the tokens before it."""
-    assert ask.ratio is not None
+    assert spec.ratio is not None
     layers = model.config.text_config.num_hidden_layers
-    images = [sample_image(seed) for seed in ask.images]
+    images = [sample_image(seed) for seed in spec.images]
     logits = model.logits(
         answer.prompt + answer.tokens[:-1],
         images,
         [
             plan_counts(
-                settings or PruningSettings(), ask.ratio, layers, model.visual_tokens(image)
+                settings or PruningSettings(), spec.ratio, layers, model.visual_tokens(image)
             )
             for image in images
         ],
@@ -371,6 +371,6 @@ def assert_equals_oracle(
     )
     expected = logits.log_softmax(-1)
     for step, (token, entries) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
-        assert ask.sampling or token == int(expected[step].argmax())
+        assert spec.sampling or token == int(expected[step].argmax())
         for other, logprob in entries.items():
             assert logprob == pytest.approx(float(expected[step, other]), abs=1e-3)

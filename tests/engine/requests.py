@@ -59,7 +59,7 @@ if Path("/dev/nvidiactl").exists():
 
 
 @dataclass(frozen=True)
-class Ask:
+class RequestSpec:
     """A request. ``images`` are seeds; ``ratio`` None sends no ratio at all."""
 
     text: str
@@ -86,7 +86,7 @@ class Ask:
             prompt["mm_processor_kwargs"] = {"pruning_ratio": self.ratio}
         return prompt
 
-    def params(self) -> Any:
+    def sampling_params(self) -> Any:
         from vllm import SamplingParams
 
         options = {"temperature": 0.0, **self.sampling}
@@ -123,13 +123,13 @@ def model_type(engine: Any) -> str:
     return str(engine.model_config.hf_config.model_type)
 
 
-def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer]:
+def generate(llm: "LLM", specs: list[RequestSpec], *, reuse: bool = False) -> list[Answer]:
     """All at once, in one continuous batch; nothing asked before is reused without ``reuse``."""
     if not reuse:
         assert llm.reset_prefix_cache()
     outputs = llm.generate(
-        [ask.prompt(model_type(llm)) for ask in asks],
-        [ask.params() for ask in asks],
+        [spec.prompt(model_type(llm)) for spec in specs],
+        [spec.sampling_params() for spec in specs],
         use_tqdm=False,
     )
     return [
@@ -146,31 +146,31 @@ def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer
     ]
 
 
-def generate_in_turn(llm: "LLM", asks: list[Ask]) -> list[Answer]:
+def generate_in_turn(llm: "LLM", specs: list[RequestSpec]) -> list[Answer]:
     """One after the other; each reuses what it can of those before."""
     assert llm.reset_prefix_cache()
-    return [generate(llm, [ask], reuse=True)[0] for ask in asks]
+    return [generate(llm, [spec], reuse=True)[0] for spec in specs]
 
 
 def generate_in_process(
     checkpoint: Path,
-    asks: list[Ask],
+    specs: list[RequestSpec],
     *,
     env: dict[str, str] | None = None,
-    in_turn: list[Ask] | None = None,
+    in_turn: list[RequestSpec] | None = None,
     **options: Any,
 ) -> list[Answer]:
     """Answers of an engine in a process of its own, started with ``options``.
 
-    ``asks`` are sent at once and then those ``in_turn``, one after the other.
+    ``specs`` are sent at once and then those ``in_turn``, one after the other.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
         job = {
             "checkpoint": str(checkpoint),
-            "asks": [asdict(ask) for ask in asks],
+            "specs": [asdict(spec) for spec in specs],
             "options": {**ENGINE_OPTIONS, **options},
             "answers": answers.name,
-            "in_turn": [asdict(ask) for ask in in_turn or ()],
+            "in_turn": [asdict(spec) for spec in in_turn or ()],
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -207,8 +207,8 @@ def _main() -> None:
 
     llm = LLM(job["checkpoint"], **job["options"])
     together, in_turn = (
-        [Ask(**{**ask, "images": tuple(ask["images"])}) for ask in job[key]]
-        for key in ("asks", "in_turn")
+        [RequestSpec(**{**spec, "images": tuple(spec["images"])}) for spec in job[key]]
+        for key in ("specs", "in_turn")
     )
     answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
     Path(job["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))

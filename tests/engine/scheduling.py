@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from tests.engine.requests import Ask, model_type
+from tests.engine.requests import RequestSpec, model_type
 from vitcop_vllm.engine.scheduler import create_scheduler
 
 
@@ -22,10 +22,10 @@ def free_blocks(scheduler: Any) -> int:
     return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
 
-def start(engine: Any, name: str, ask: Ask) -> None:
+def start(engine: Any, name: str, spec: RequestSpec) -> None:
     """Give a request to an engine that is driven step by step."""
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
-    engine.add_request(name, prompt, ask.params())
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt(model_type(engine))])
+    engine.add_request(name, prompt, spec.sampling_params())
 
 
 def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = None) -> Any:
@@ -53,19 +53,19 @@ def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Sche
     return steps
 
 
-def new_request(llm: LLM, name: str, ask: Ask, **options: Any) -> Request:
+def new_request(llm: LLM, name: str, spec: RequestSpec, **options: Any) -> Request:
     """A request as the engine gives it to its scheduler."""
     engine = llm.llm_engine
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt(model_type(engine))])
     request = engine.input_processor.process_inputs(
-        name, prompt, ask.params(), supported_tasks=("generate",), **options
+        name, prompt, spec.sampling_params(), supported_tasks=("generate",), **options
     )
     return engine_core(llm).preprocess_add_request(request)[0]
 
 
-def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:
+def add_request(llm: LLM, scheduler: Any, name: str, spec: RequestSpec, **options: Any) -> None:
     """Give a request to a scheduler as the engine would."""
-    scheduler.add_request(new_request(llm, name, ask, **options))
+    scheduler.add_request(new_request(llm, name, spec, **options))
 
 
 def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:

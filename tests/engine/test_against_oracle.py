@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from tests.engine.dense_oracle import DenseLlava, assert_equals_oracle
-from tests.engine.requests import IMAGE_TOKEN, Ask, generate, generate_in_process, sample_image
-from tests.families.test_against_oracle import ASKS, RATIOS
+from tests.engine.requests import (
+    IMAGE_TOKEN,
+    RequestSpec,
+    generate,
+    generate_in_process,
+    sample_image,
+)
+from tests.families.test_against_oracle import RATIOS, REQUESTS
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -20,35 +26,35 @@ def counts_at(ratio: float, settings: PruningSettings | None = None) -> VisualTo
 
 
 @pytest.fixture(scope="module")
-def pruned_asks() -> list[Ask]:
-    return [replace(ask, ratio=ratio) for ratio in RATIOS for ask in ASKS]
+def pruned_specs() -> list[RequestSpec]:
+    return [replace(spec, ratio=ratio) for ratio in RATIOS for spec in REQUESTS]
 
 
-def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_asks):
+def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_specs):
     settings = {"positions": "reference", "default_ratio": 7 / 9}
     # The last one names no ratio and gets the default.
-    asks = [*pruned_asks, replace(ASKS[0], ratio=None)]
-    answers = generate_in_process(checkpoint, asks, additional_config={"pruning": settings})
+    specs = [*pruned_specs, replace(REQUESTS[0], ratio=None)]
+    answers = generate_in_process(checkpoint, specs, additional_config={"pruning": settings})
     oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
-    for ask, answer in zip(asks, answers, strict=True):
-        assert_equals_oracle(oracle, replace(ask, ratio=ask.ratio or 7 / 9), answer)
+    for spec, answer in zip(specs, answers, strict=True):
+        assert_equals_oracle(oracle, replace(spec, ratio=spec.ratio or 7 / 9), answer)
 
 
-def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_asks):
+def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_specs):
     settings = PruningSettings(shallow_boundary=2, deep_boundary=5)
     answers = generate_in_process(
         checkpoint,
-        pruned_asks,
+        pruned_specs,
         additional_config={"pruning": settings.model_dump(mode="json")},
     )
     oracle = DenseLlava(checkpoint, settings.boundaries(TINY.layers))
-    for ask, answer in zip(pruned_asks, answers, strict=True):
-        assert_equals_oracle(oracle, ask, answer, settings)
+    for spec, answer in zip(pruned_specs, answers, strict=True):
+        assert_equals_oracle(oracle, spec, answer, settings)
 
 
 def test_reference_positions_differ_from_original_ones(checkpoint):
     """Else the two modes would not test each other."""
-    ask = replace(ASKS[0], ratio=8 / 9)
+    spec = replace(REQUESTS[0], ratio=8 / 9)
     tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
     one, other = (
         DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
@@ -56,7 +62,7 @@ def test_reference_positions_differ_from_original_ones(checkpoint):
         )
         for mode in (False, True)
     )
-    assert ask.images == (1,)
+    assert spec.images == (1,)
     assert not torch.allclose(one, other, atol=1e-2)
 
 
@@ -67,7 +73,13 @@ def test_the_encoder_ends_with_what_stage_one_keeps(llm):
     mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
     hook = mlp.fc1.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1]))
     try:
-        generate(llm, [Ask("What is this?", (71, 72), 8 / 9, 1), Ask("And this?", (73,), 0.0, 1)])
+        generate(
+            llm,
+            [
+                RequestSpec("What is this?", (71, 72), 8 / 9, 1),
+                RequestSpec("And this?", (73,), 0.0, 1),
+            ],
+        )
     finally:
         hook.remove()
     stays = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder

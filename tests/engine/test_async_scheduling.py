@@ -14,17 +14,17 @@ import pytest
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import BLOCK, Ask
+from tests.engine.requests import BLOCK, RequestSpec
 from tests.engine.scheduling import add_request, free_blocks, new_scheduler, result_of
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.scheduler import StagedAsyncScheduler
 
-ASKS = [
-    Ask("How many?", (1,), 8 / 9, max_tokens=40),
-    Ask("x" * 50, (2, 3), 2 / 3, max_tokens=25),
-    Ask("unpruned", (4,), 0.0, max_tokens=33),
-    Ask("no image " * 40, max_tokens=12),
-    Ask("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
+REQUESTS = [
+    RequestSpec("How many?", (1,), 8 / 9, max_tokens=40),
+    RequestSpec("x" * 50, (2, 3), 2 / 3, max_tokens=25),
+    RequestSpec("unpruned", (4,), 0.0, max_tokens=33),
+    RequestSpec("no image " * 40, max_tokens=12),
+    RequestSpec("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
 ]
 
 
@@ -80,8 +80,8 @@ def run(scheduler, *, abort: str | None = None) -> int:
 def test_plans_hold_with_steps_in_flight(scheduler, add, abort):
     assert isinstance(scheduler, StagedAsyncScheduler)
     before = free_blocks(scheduler)
-    for i, ask in enumerate(ASKS):
-        add(str(i), ask)
+    for i, spec in enumerate(REQUESTS):
+        add(str(i), spec)
     assert set(scheduler.plans) == {"0", "1", "4"}
     assert run(scheduler, abort=abort) >= 33
     assert free_blocks(scheduler) == before
@@ -101,7 +101,7 @@ def test_preemption_keeps_the_plan(scheduler, add):
 
     scheduler._preempt_request = recorded
     for i in range(4):
-        add(str(i), Ask("z" * 20, (i,), 2 / 3, max_tokens=120))
+        add(str(i), RequestSpec("z" * 20, (i,), 2 / 3, max_tokens=120))
     run(scheduler)
     pool.free_blocks(taken)
     assert preempted

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask
+from tests.engine.requests import RequestSpec
 from tests.engine.scheduling import add_request, free_blocks, new_scheduler, one_step
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
@@ -51,9 +51,9 @@ def add(llm, scheduler):
 
 def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     before = free_blocks(scheduler)
-    add("text", Ask("x" * 500, max_tokens=3))
-    add("read", Ask("y" * 40, (1,), 0.8, max_tokens=2))
-    add("unpruned", Ask("z" * 40, (2,), 0.0, max_tokens=2))
+    add("text", RequestSpec("x" * 500, max_tokens=3))
+    add("read", RequestSpec("y" * 40, (1,), 0.8, max_tokens=2))
+    add("unpruned", RequestSpec("z" * 40, (2,), 0.0, max_tokens=2))
     prompts = {name: request.num_prompt_tokens for name, request in scheduler.requests.items()}
     assert prompts["text"] + prompts["read"] > BUDGET
     first, second = one_step(scheduler), one_step(scheduler)
@@ -67,11 +67,11 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
 
 
 def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add):
-    add("one", Ask("a", (2,), 0.8, max_tokens=1))
+    add("one", RequestSpec("a", (2,), 0.8, max_tokens=1))
     one_step(scheduler)
     manager = scheduler.encoder_cache_manager
     assert manager.freeable, "its image is still there, and nobody's"
-    add("two", Ask("b", (2, 3), 0.8, max_tokens=2))
+    add("two", RequestSpec("b", (2, 3), 0.8, max_tokens=2))
     request = scheduler.requests["two"]
     # Not enough for the second image: vLLM would begin with the first, and the text.
     granted = scheduler._try_schedule_encoder_inputs(request, 0, request.num_tokens, 100)
@@ -85,7 +85,7 @@ def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add)
 
 
 def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
-    add("read", Ask("question", (1,), 0.8))
+    add("read", RequestSpec("question", (1,), 0.8))
     request = scheduler.requests["read"]
     length = request.num_prompt_tokens
     for tokens in range(1, length):
@@ -100,13 +100,13 @@ def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
 def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
     """It has another last token, by which images of earlier turns are chosen again."""
     before = free_blocks(scheduler)
-    add("talk", Ask("one", (1,), 0.8, max_tokens=3), resumable=True)
+    add("talk", RequestSpec("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]
     for _ in range(4):
         one_step(scheduler)
     computed = request.num_computed_tokens
     assert computed > 0
-    add("talk", Ask("two", (2,), 0.8, max_tokens=3), resumable=True)
+    add("talk", RequestSpec("two", (2,), 0.8, max_tokens=3), resumable=True)
     assert one_step(scheduler) == {"talk": (0, request.num_prompt_tokens)}
     assert request.num_prompt_tokens > computed + 256
     assert len(scheduler.plans["talk"].spans) == 2

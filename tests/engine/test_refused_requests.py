@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask, generate
+from tests.engine.requests import RequestSpec, generate
 from tests.engine.scheduling import (
     add_request,
     engine_core,
@@ -21,8 +21,8 @@ from vitcop_vllm.models.llava_processor import PrunedLlavaMultiModalProcessor
 from vitcop_vllm.models.processing import MisprocessedImageError
 from vitcop_vllm.pruning.identity import counts_of_identifier, tag_identifier
 
-GOOD = Ask("What is it?", (11,), 8 / 9)
-BAD = Ask("What is it?", (12,), 8 / 9)
+GOOD = RequestSpec("What is it?", (11,), 8 / 9)
+BAD = RequestSpec("What is it?", (12,), 8 / 9)
 
 
 def forge(identifier: str) -> str:
@@ -49,7 +49,7 @@ def logged(caplog):
 
 
 def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
-    """In the process that asks, before the engine has the request."""
+    """The error is raised in the client process, before the engine gets the request."""
     (expected,) = generate(llm, [GOOD])
     before = mismatches("processor")
     get_hashes = PrunedLlavaMultiModalProcessor._get_mm_hashes
@@ -60,7 +60,7 @@ def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
     with monkeypatch.context() as patch:
         patch.setattr(PrunedLlavaMultiModalProcessor, "_get_mm_hashes", forged)
         with pytest.raises(MisprocessedImageError, match="placeholders in the prompt") as caught:
-            llm.generate([BAD.prompt()], [BAD.params()], use_tqdm=False)
+            llm.generate([BAD.prompt()], [BAD.sampling_params()], use_tqdm=False)
     assert caught.value.http_status == 503
     assert mismatches("processor") == before + 1
     assert "placeholders in the prompt" in logged.text
@@ -78,19 +78,21 @@ def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged
     assert llm.reset_prefix_cache()
     before = mismatches("scheduler")
 
-    def render(name, ask):
-        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    def render(name, spec):
+        (prompt,) = engine.renderer.render_cmpl([spec.prompt()])
         return engine.input_processor.process_inputs(
-            name, prompt, ask.params(), supported_tasks=("generate",)
+            name, prompt, spec.sampling_params(), supported_tasks=("generate",)
         )
 
     bad = render("bad", BAD)
     (feature,) = bad.mm_features
     feature.identifier = identifier or forge(feature.identifier)
-    engine.add_request("running", render("running", GOOD), GOOD.params())
+    engine.add_request("running", render("running", GOOD), GOOD.sampling_params())
     assert not any(output.finished for output in engine.step())
-    engine.add_request("bad", bad, BAD.params())
-    engine.add_request("waiting", render("waiting", replace(GOOD, text="And now?")), GOOD.params())
+    engine.add_request("bad", bad, BAD.sampling_params())
+    engine.add_request(
+        "waiting", render("waiting", replace(GOOD, text="And now?")), GOOD.sampling_params()
+    )
     answers = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -110,14 +112,14 @@ def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged
 def test_an_image_that_another_processor_named_is_not_pruned(llm):
     """A prompt may be processed elsewhere: its identifiers end with no counts."""
     engine = llm.llm_engine
-    ask = Ask("What is it?", (1301,), 0.0)
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    spec = RequestSpec("What is it?", (1301,), 0.0)
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt()])
     prompt["mm_hashes"]["image"] = ["who@knows"]
-    engine.add_request("other", prompt, ask.params())
+    engine.add_request("other", prompt, spec.sampling_params())
     while engine.has_unfinished_requests():
         outputs = engine.step()
     engine.reset_mm_cache()
-    (expected,) = generate(llm, [ask])
+    (expected,) = generate(llm, [spec])
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.requests import Ask, generate
+from tests.engine.requests import RequestSpec, generate
 from tests.engine.test_against_oracle import counts_at
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -41,7 +41,7 @@ def rows(llm) -> Any:
 
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
 def test_rows_of_every_layer(llm, rows, ratio):
-    (answer,) = generate(llm, [Ask("what is this?", (1,), ratio, max_tokens=1)])
+    (answer,) = generate(llm, [RequestSpec("what is this?", (1,), ratio, max_tokens=1)])
     shallow, deep = PruningSettings().boundaries(TINY.layers)
     n1, n2, n3 = counts_at(ratio).stages
     text = len(answer.prompt) - n1

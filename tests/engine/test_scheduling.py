@@ -5,7 +5,7 @@ from copy import copy
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask, generate
+from tests.engine.requests import RequestSpec, generate
 from tests.engine.scheduling import add_request, new_scheduler, one_step
 from vitcop_vllm.engine.scheduler import StagedScheduler
 
@@ -32,11 +32,11 @@ def chunks(llm, monkeypatch):
 
 
 def test_no_chunk_cuts_a_span(llm, chunks):
-    asks = [
-        Ask("x" * (17 * i), tuple(range(i, i + 1 + i % 3)), ratio, max_tokens=6)
+    specs = [
+        RequestSpec("x" * (17 * i), tuple(range(i, i + 1 + i % 3)), ratio, max_tokens=6)
         for i, ratio in enumerate([0.5, 2 / 3, 0.3, 8 / 9, 0.5, 7 / 9, 0.4, 2 / 3])
     ]
-    generate(llm, asks)
+    generate(llm, specs)
     split = 0
     for plan, start, end, prompt in chunks:
         split += 0 < start < prompt
@@ -52,8 +52,8 @@ def test_an_unpruned_image_may_be_computed_in_parts(llm):
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.max_num_scheduled_tokens = 200  # an image has 256
     scheduler = new_scheduler(llm, config)
-    add_request(llm, scheduler, "whole", Ask("one", (91,), 0.0, max_tokens=1))
-    add_request(llm, scheduler, "pruned", Ask("two", (92,), 0.5, max_tokens=1))
+    add_request(llm, scheduler, "whole", RequestSpec("one", (91,), 0.0, max_tokens=1))
+    add_request(llm, scheduler, "pruned", RequestSpec("two", (92,), 0.5, max_tokens=1))
     (span,) = scheduler.plans["pruned"].spans
     steps = [one_step(scheduler) for _ in range(3)]
     assert steps[0] == {"whole": (0, 200)}
@@ -67,10 +67,14 @@ def test_a_session_s_unpruned_image_finds_room_beside_one_pruned_to_little(llm):
     config.scheduler_config.max_num_scheduled_tokens = 400
     config.scheduler_config.max_num_encoder_input_tokens = 400
     scheduler = new_scheduler(llm, config)
-    add_request(llm, scheduler, "talk", Ask("one", (91,), 0.94, max_tokens=2), resumable=True)
+    add_request(
+        llm, scheduler, "talk", RequestSpec("one", (91,), 0.94, max_tokens=2), resumable=True
+    )
     for _ in range(3):
         one_step(scheduler)
-    add_request(llm, scheduler, "talk", Ask("two", (92,), 0.0, max_tokens=2), resumable=True)
+    add_request(
+        llm, scheduler, "talk", RequestSpec("two", (92,), 0.0, max_tokens=2), resumable=True
+    )
     request = scheduler.requests["talk"]
     patches, placeholders = scheduler.plans["talk"].patches_per_placeholder
     assert 400 * placeholders // patches < scheduler.plans["talk"].longest_span

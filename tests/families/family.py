@@ -53,7 +53,7 @@ class Family:
 
     @property
     def offset(self) -> int:
-        """Where the first placeholder of an Ask stands in its prompt."""
+        """Prompt position of the first placeholder of a :class:`RequestSpec`."""
         return len("USER: ") + (self.opening != self.placeholder)
 
     def oracle_class(self) -> "type[DenseModel]":

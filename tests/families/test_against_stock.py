@@ -26,8 +26,8 @@ def test_tokens_differ_between_requests(stock):
 
 
 def test_the_unpruned_dense_oracle_is_stock_vllm(oracle, stock):
-    for ask, answer in zip(TOGETHER, stock, strict=True):
-        assert_equals_oracle(oracle, replace(ask, ratio=0.0), answer)
+    for spec, answer in zip(TOGETHER, stock, strict=True):
+        assert_equals_oracle(oracle, replace(spec, ratio=0.0), answer)
 
 
 def test_plugin_is_absent_from_the_stock_engine(family, stock_of):

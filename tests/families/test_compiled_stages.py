@@ -10,18 +10,18 @@ import pytest
 from vllm import LLM
 from vllm.config import CompilationMode
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.requests import ENGINE_OPTIONS, RequestSpec, generate
 from tests.engine.scheduling import engine_core
 from tests.families.family import Family
 
 pytestmark = pytest.mark.slow
 
-ASKS = [
-    Ask("two of three stages", (1,), 8 / 9),
-    Ask("first or second?", (2, 3), 2 / 3, max_tokens=12),
-    Ask("nothing dropped after the encoder", (4,), 0.3),
-    Ask("unpruned", (5,), 0.0),
-    Ask("no image, " * 20),
+REQUESTS = [
+    RequestSpec("two of three stages", (1,), 8 / 9),
+    RequestSpec("first or second?", (2, 3), 2 / 3, max_tokens=12),
+    RequestSpec("nothing dropped after the encoder", (4,), 0.3),
+    RequestSpec("unpruned", (5,), 0.0),
+    RequestSpec("no image, " * 20),
 ]
 
 
@@ -47,7 +47,7 @@ def compiled(family, compiled_of):
 
 
 def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):
-    for ours, theirs in zip(generate(compiled, ASKS), generate(llm, ASKS), strict=True):
+    for ours, theirs in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
         assert ours.tokens == theirs.tokens
         assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
 

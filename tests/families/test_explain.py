@@ -5,27 +5,27 @@ from typing import Any
 import pytest
 
 from tests.engine.dense_oracle import DenseModel
-from tests.engine.requests import Ask, generate, model_type, sample_image
+from tests.engine.requests import RequestSpec, generate, model_type, sample_image
 from tests.worker.test_explain import recorder_of
 
-ASKS = [
-    Ask("Which?", (3, 101, 4), 8 / 9, max_tokens=2),
-    Ask("What is this?", (1,), 2 / 3, max_tokens=2),
-    Ask("What is this?", (1,), 0.2, max_tokens=2),
-    Ask("What is this?", (1,), 0.0, max_tokens=2),
+REQUESTS = [
+    RequestSpec("Which?", (3, 101, 4), 8 / 9, max_tokens=2),
+    RequestSpec("What is this?", (1,), 2 / 3, max_tokens=2),
+    RequestSpec("What is this?", (1,), 0.2, max_tokens=2),
+    RequestSpec("What is this?", (1,), 0.0, max_tokens=2),
 ]
 
 
 class Witness(DenseModel):
     """Before an oracle's class: writes down what that chooses."""
 
-    def choices(self, family: Any, ask: Ask, prompt: list[int]) -> list[list[list[int]]]:
+    def choices(self, family: Any, spec: RequestSpec, prompt: list[int]) -> list[list[list[int]]]:
         """For each image, patches alive in each stage."""
         self.patches: list[list[int]] = []
         self.alive: list[dict[int, list[int]]] = []
-        assert ask.ratio is not None
-        counts = [family.counts(ask.ratio, seed) for seed in ask.images]
-        self.logits(prompt, [sample_image(seed) for seed in ask.images], counts, len(prompt))
+        assert spec.ratio is not None
+        counts = [family.counts(spec.ratio, seed) for seed in spec.images]
+        self.logits(prompt, [sample_image(seed) for seed in spec.images], counts, len(prompt))
         placeholders = iter(i for i, token in enumerate(prompt) if token == self.image_token)
         told = []
         for number, patches in enumerate(self.patches):
@@ -58,12 +58,12 @@ def witness(family, checkpoint):
     return type("WitnessOf", (Witness, family.oracle_class()), {})(checkpoint, family.boundaries)
 
 
-def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Prompt and choices of a request that asks to be explained, at the same answer."""
-    prompt = ask.prompt(model_type(llm))
+def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """Prompt and recorded selections of an explained request; its answer is that of a plain one."""
+    prompt = spec.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = request
-    (output,) = llm.generate([prompt], [ask.params()], use_tqdm=False)
-    (plain,) = generate(llm, [ask])
+    (output,) = llm.generate([prompt], [spec.sampling_params()], use_tqdm=False)
+    (plain,) = generate(llm, [spec])
     assert list(output.outputs[0].token_ids) == plain.tokens
     assert list(output.prompt_token_ids) == plain.prompt
     kept = recorder_of(llm)._choices
@@ -73,14 +73,14 @@ def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, An
     return plain.prompt, [told[name] for name in names]
 
 
-@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: f"{len(ask.images)}@{ask.ratio:.2f}")
-def test_choices_are_the_oracle_s(family, llm, witness, ask):
-    prompt, told = explained(llm, ask, "one")
-    expected = witness.choices(family, ask, prompt)
-    if ask.ratio == 0:
+@pytest.mark.parametrize("spec", REQUESTS, ids=lambda spec: f"{len(spec.images)}@{spec.ratio:.2f}")
+def test_choices_are_the_oracle_s(family, llm, witness, spec):
+    prompt, told = explained(llm, spec, "one")
+    expected = witness.choices(family, spec, prompt)
+    if spec.ratio == 0:
         assert told == []
         return
-    for mine, seed, stages in zip(told, ask.images, expected, strict=True):
+    for mine, seed, stages in zip(told, spec.images, expected, strict=True):
         patches = mine["patches"]
         shallow = [patches[i] for i in mine.get("shallow", range(len(patches)))]
         deep = [shallow[i] for i in mine["deep"]]
@@ -93,18 +93,18 @@ def test_choices_are_the_oracle_s(family, llm, witness, ask):
 
 
 def test_the_same_image_twice_is_told_twice(llm):
-    ask = Ask("Which?", (1, 1), 8 / 9, max_tokens=1)
-    _, (first, second) = explained(llm, ask, "two")
+    spec = RequestSpec("Which?", (1, 1), 8 / 9, max_tokens=1)
+    _, (first, second) = explained(llm, spec, "two")
     assert first["patches"] == second["patches"]
 
 
 def test_every_token_that_stays_or_is_merged_is_told_once(llm):
-    _, (told,) = explained(llm, ASKS[1], "three")
+    _, (told,) = explained(llm, REQUESTS[1], "three")
     merged = [member for group in told["merged"] for member in group]
     whole = set(told["shallow"]) - {group[0] for group in told["merged"]}
     assert sorted([*merged, *whole]) == list(range(len(told["patches"])))
 
 
 def test_nothing_is_kept_of_images_that_nobody_asked_about(llm):
-    generate(llm, ASKS)
+    generate(llm, REQUESTS)
     assert not recorder_of(llm)._choices

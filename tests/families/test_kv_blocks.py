@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 
-from tests.engine.requests import BLOCK, Ask, generate
+from tests.engine.requests import BLOCK, RequestSpec, generate
 from tests.engine.scheduling import free_blocks, start
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
@@ -45,9 +45,9 @@ def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
     return held
 
 
-def needed_blocks(family, scheduler, ask: Ask, tokens: int) -> int:
+def needed_blocks(family, scheduler, spec: RequestSpec, tokens: int) -> int:
     """What the plan says of a request's first ``tokens``, its images among them."""
-    plans = [family.counts(ask.ratio or 0.0, image) for image in ask.images]
+    plans = [family.counts(spec.ratio or 0.0, image) for image in spec.images]
     return sum(
         ceil((tokens - sum(plan.dropped[group.kv_cache_spec.stage] for plan in plans)) / BLOCK)
         for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
@@ -78,7 +78,7 @@ def test_a_running_request_holds_what_the_plan_says_in_every_stage(
     family, engine, scheduler, ratio, images
 ):
     plans = [family.counts(ratio, image) for image in images]
-    start(engine, "r", Ask("How many?", images, ratio, max_tokens=40))
+    start(engine, "r", RequestSpec("How many?", images, ratio, max_tokens=40))
     seen = 0
     while engine.has_unfinished_requests():
         (request,) = scheduler.requests.values()
@@ -93,7 +93,7 @@ def test_a_running_request_holds_what_the_plan_says_in_every_stage(
 
 
 def test_a_text_request_holds_the_same_in_every_stage(engine, scheduler):
-    start(engine, "r", Ask("words " * 30, max_tokens=5))
+    start(engine, "r", RequestSpec("words " * 30, max_tokens=5))
     for _ in range(2):
         engine.step()
     (held,) = held_blocks(scheduler).values()
@@ -114,8 +114,8 @@ def test_layers_of_a_stage_share_groups_of_that_stage(family, scheduler):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
 def test_an_aborted_request_gives_its_blocks_back(engine, steps):
-    start(engine, "gone", Ask("How many?", (1, 2), 8 / 9, max_tokens=50))
-    start(engine, "stays", Ask("How many?", (3,), 2 / 3, max_tokens=8))
+    start(engine, "gone", RequestSpec("How many?", (1, 2), 8 / 9, max_tokens=50))
+    start(engine, "stays", RequestSpec("How many?", (3,), 2 / 3, max_tokens=8))
     for _ in range(steps):
         engine.step()
     engine.abort_request(["gone"])
@@ -123,15 +123,17 @@ def test_an_aborted_request_gives_its_blocks_back(engine, steps):
 
 
 def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler):
-    asks = [
-        Ask("Count the " + "very " * i + "small things.", (i, 104 + i % 3), ratio, max_tokens=60)
+    specs = [
+        RequestSpec(
+            "Count the " + "very " * i + "small things.", (i, 104 + i % 3), ratio, max_tokens=60
+        )
         for i, ratio in enumerate([8 / 9, 2 / 3, 7 / 9, 8 / 9], start=1)
     ]
-    answers = [generate(llm, [ask])[0] for ask in asks]
+    answers = [generate(llm, [spec])[0] for spec in specs]
     alone = [answer.tokens for answer in answers]
     needed = [
-        needed_blocks(family, scheduler, ask, len(answer.prompt) + ask.max_tokens)
-        for ask, answer in zip(asks, answers, strict=True)
+        needed_blocks(family, scheduler, spec, len(answer.prompt) + spec.max_tokens)
+        for spec, answer in zip(specs, answers, strict=True)
     ]
     preemptions = 0
     preempt = scheduler._preempt_request
@@ -144,7 +146,7 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
     scheduler._preempt_request = counted
     try:
         with only_blocks(scheduler, max(max(needed), sum(needed) // 2)):
-            together = [answer.tokens for answer in generate(llm, asks, reuse=True)]
+            together = [answer.tokens for answer in generate(llm, specs, reuse=True)]
     finally:
         del scheduler._preempt_request
     assert preemptions > 0
@@ -155,14 +157,14 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
 def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler, ratio):
     """The memory of dropped tokens is never taken, so others can take it."""
     budget, answer = 200, 30
-    ask = Ask("What?", (106,), ratio, max_tokens=answer)
-    start(engine, "probe", ask)
+    spec = RequestSpec("What?", (106,), ratio, max_tokens=answer)
+    start(engine, "probe", spec)
     (request,) = scheduler.requests.values()
-    fit = budget // needed_blocks(family, scheduler, ask, request.num_prompt_tokens + answer)
+    fit = budget // needed_blocks(family, scheduler, spec, request.num_prompt_tokens + answer)
     assert fit >= (6 if ratio else 2)
     with only_blocks(scheduler, budget):
         for i in range(11):
-            start(engine, f"r{i}", ask)
+            start(engine, f"r{i}", spec)
         most = 0
         while engine.has_unfinished_requests():
             engine.step()

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from tests.worker.v2_engine import ASKS, Seen, see
+from tests.worker.v2_engine import REQUESTS, Seen, see
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_model_runner_v2_answers_as_v1(v1, v2, what):
 
 def test_the_same_is_answered_in_every_way(v2):
     assert v2.preempted == v2.from_graphs == v2.together
-    assert [len(answer) for answer in v2.together] == [ask.max_tokens for ask in ASKS]
-    assert len({str(answer) for answer in v2.together}) == len(ASKS)
+    assert [len(answer) for answer in v2.together] == [spec.max_tokens for spec in REQUESTS]
+    assert len({str(answer) for answer in v2.together}) == len(REQUESTS)
 
 
 def test_images_are_reused_and_graphs_are_run(v2):

@@ -2,24 +2,24 @@
 
 import pytest
 
-from tests.engine.requests import Ask, generate, generate_in_process
+from tests.engine.requests import RequestSpec, generate, generate_in_process
 
-ASKS = [
-    Ask("What is this?", (1,), 8 / 9),
-    Ask("Which is larger, first or second?", (2, 3), 2 / 3),
-    Ask("unpruned", (4,), 0.0),
-    Ask("no image"),
+REQUESTS = [
+    RequestSpec("What is this?", (1,), 8 / 9),
+    RequestSpec("Which is larger, first or second?", (2, 3), 2 / 3),
+    RequestSpec("unpruned", (4,), 0.0),
+    RequestSpec("no image"),
 ]
 
 
 def test_two_ranks_answer_what_one_rank_answers(llm, checkpoint):
     two = generate_in_process(
         checkpoint,
-        ASKS,
+        REQUESTS,
         tensor_parallel_size=2,
         env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
     )
-    one = generate(llm, ASKS)
+    one = generate(llm, REQUESTS)
     assert [answer.tokens for answer in two] == [answer.tokens for answer in one]
     for ours, theirs in zip(two, one, strict=True):
         # Sums over ranks round differently; another choice of tokens would not hide in it.

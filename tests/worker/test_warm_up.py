@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.forward_context import set_forward_context
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.requests import ENGINE_OPTIONS, RequestSpec, generate
 from tests.engine.scheduling import engine_core
 from vitcop_vllm.pruning.plan import NUM_STAGES
 from vitcop_vllm.worker.warm_up import run_staged_step
@@ -42,8 +42,8 @@ def test_start_up_ran_the_encoder_and_the_stages(worker):
 
 
 def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, staged):
-    ask = Ask("What is it?", (1,), 8 / 9)
-    before = generate(llm, [ask])
+    spec = RequestSpec("What is it?", (1,), 8 / 9)
+    before = generate(llm, [spec])
     staged.clear()
     runner, scheduler = worker.model_runner, engine_core(llm).scheduler
     encoded, free = set(runner.encoder_cache), scheduler.kv_cache_manager.block_pool
@@ -59,7 +59,7 @@ def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, s
     assert not any(name.startswith("warm-up") for name in runner.requests)
     assert set(runner.encoder_cache) == encoded
     assert free.get_num_free_blocks() == num_free
-    assert generate(llm, [ask])[0].tokens == before[0].tokens
+    assert generate(llm, [spec])[0].tokens == before[0].tokens
 
 
 def test_blocks_of_all_requests_lie_inside_the_cache_and_none_is_shared(worker, monkeypatch):

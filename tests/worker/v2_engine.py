@@ -14,22 +14,28 @@ from typing import Any
 
 import pytest
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate, generate_in_turn, model_type
+from tests.engine.requests import (
+    ENGINE_OPTIONS,
+    RequestSpec,
+    generate,
+    generate_in_turn,
+    model_type,
+)
 
-ASKS = [
-    Ask("short", (1,), 8 / 9, max_tokens=3),
-    Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
-    Ask("first or second?", (2, 3), 7 / 9, max_tokens=6),
-    Ask("unpruned", (4,), 0.0, max_tokens=4),
-    Ask("no image, " * 40, max_tokens=7),
+REQUESTS = [
+    RequestSpec("short", (1,), 8 / 9, max_tokens=3),
+    RequestSpec("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
+    RequestSpec("first or second?", (2, 3), 7 / 9, max_tokens=6),
+    RequestSpec("unpruned", (4,), 0.0, max_tokens=4),
+    RequestSpec("no image, " * 40, max_tokens=7),
 ]
 
 TURNS = [
-    Ask("What is it?", (5, 6), 8 / 9, max_tokens=2),
-    Ask("And how many are there?", (5, 6), 8 / 9, max_tokens=3),
+    RequestSpec("What is it?", (5, 6), 8 / 9, max_tokens=2),
+    RequestSpec("And how many are there?", (5, 6), 8 / 9, max_tokens=3),
 ]
 
-EXPLAINED = Ask("What is this?", (7,), 2 / 3, max_tokens=2)
+EXPLAINED = RequestSpec("What is this?", (7,), 2 / 3, max_tokens=2)
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Seen:
     """What an engine answers, in ways that model runners have code of their own for.
 
     Attributes:
-        together: Tokens of ``ASKS``, in one batch.
+        together: Tokens of ``REQUESTS``, in one batch.
         preempted: The same, where all requests are preempted after some steps.
         from_graphs: The same, where decode steps are run from graphs.
         graphs: Sizes of the graphs that ran.
@@ -60,10 +66,10 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 
 
 def preempted(llm: Any, after: int) -> list[list[int]]:
-    """Answers to ``ASKS`` of requests that lose their blocks after that many steps."""
+    """Answers to ``REQUESTS`` of requests that lose their blocks after that many steps."""
     engine = llm.llm_engine
-    for number, ask in enumerate(ASKS):
-        engine.add_request(str(number), ask.prompt(model_type(llm)), ask.params())
+    for number, spec in enumerate(REQUESTS):
+        engine.add_request(str(number), spec.prompt(model_type(llm)), spec.sampling_params())
     answers = {}
     steps = 0
     while engine.has_unfinished_requests():
@@ -73,7 +79,7 @@ def preempted(llm: Any, after: int) -> list[list[int]]:
         steps += 1
         if steps == after:
             assert engine.reset_prefix_cache(reset_running_requests=True)
-    return [answers[str(number)] for number in range(len(ASKS))]
+    return [answers[str(number)] for number in range(len(REQUESTS))]
 
 
 def explained(llm: Any) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def recorded_features(llm: Any, prompt: dict[str, Any]) -> list[str]:
             add_request(request)
 
         monkeypatch.setattr(scheduler, "add_request", recording)
-        llm.generate([prompt], [EXPLAINED.params()], use_tqdm=False)
+        llm.generate([prompt], [EXPLAINED.sampling_params()], use_tqdm=False)
     return names
 
 
@@ -104,7 +110,7 @@ def see(llm: Any) -> Seen:
     """Everything that is to be compared, of an engine with either runner."""
     turns = generate_in_turn(llm, TURNS)
     seen = Seen(
-        together=tokens(generate(llm, ASKS)),
+        together=tokens(generate(llm, REQUESTS)),
         preempted=preempted(llm, after=5),
         from_graphs=[],
         graphs=[],
@@ -116,7 +122,7 @@ def see(llm: Any) -> Seen:
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen.graphs = capture_decode_graphs(llm, monkeypatch)
-        seen.from_graphs = tokens(generate(llm, ASKS))
+        seen.from_graphs = tokens(generate(llm, REQUESTS))
     return seen
 
 
@@ -129,7 +135,7 @@ def encode_for_a_request_that_left(llm: Any) -> None:
 
     state = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
     scheduler = new_scheduler(llm, llm.llm_engine.vllm_config)
-    add_request(llm, scheduler, "gone", Ask("Q", (41, 42), 8 / 9))
+    add_request(llm, scheduler, "gone", RequestSpec("Q", (41, 42), 8 / 9))
     features = scheduler.requests["gone"].mm_features
     cache = state.encoder_cache
     cache.add_request("gone", features)
