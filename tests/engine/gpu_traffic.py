@@ -1,7 +1,7 @@
-"""A program: mixed traffic on a GPU, as a server has it, on an engine with a tiny model.
+"""A program that sends mixed traffic to a tiny model's engine on a GPU.
 
-Ratios are mixed, prompts are chunked, requests preempted, prefixes reused. With
-``VLLM_GPU_SYNC_CHECK=error`` any wait of the host for the GPU ends it with an error.
+Ratios are mixed, prompts chunked, requests preempted and prefixes reused. With
+``VLLM_GPU_SYNC_CHECK=error`` it fails if the host waits for the GPU.
 """
 
 import argparse
@@ -14,10 +14,10 @@ ROUNDS = 4
 
 
 def describe_device() -> None:
-    """Print what there is.
+    """Print the GPU and the versions of CUDA, torch and vLLM.
 
     Raises:
-        SystemExit: If it is no NVIDIA GPU.
+        SystemExit: If there is no NVIDIA GPU.
     """
     import torch
     import vllm
@@ -33,7 +33,7 @@ def describe_device() -> None:
 
 
 def check(llm: Any) -> None:
-    """Send rounds of requests; every block must come back and every count must be the plan's."""
+    """Send rounds of requests. Afterwards every KV block must be free again."""
     from tests.engine.requests import RequestSpec, generate
     from tests.engine.scheduling import engine_core
 
@@ -83,8 +83,7 @@ def main() -> None:
             max_num_batched_tokens=600,  # prompts are chunked
             max_num_seqs=16,
             limit_mm_per_prompt={"image": 4},
-            # Small enough that requests are preempted.
-            kv_cache_memory_bytes=8 << 20,
+            kv_cache_memory_bytes=8 << 20,  # requests are preempted
             additional_config={"pruning": {"kernels": options.kernels}},
         )
         check(llm)

@@ -1,4 +1,4 @@
-"""LLaVA with other settings equals a dense forward in plain PyTorch with the same settings."""
+"""With settings other than the defaults, pruned LLaVA equals the dense oracle."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def pruned_specs() -> list[RequestSpec]:
 
 def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_specs):
     settings = {"positions": "reference", "default_ratio": 7 / 9}
-    # The last one names no ratio and gets the default.
+    # The last request sends no ratio and gets the default.
     specs = [*pruned_specs, replace(REQUESTS[0], ratio=None)]
     answers = generate_in_process(checkpoint, specs, additional_config={"pruning": settings})
     oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
@@ -53,7 +53,7 @@ def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_specs):
 
 
 def test_reference_positions_differ_from_original_ones(checkpoint):
-    """Else the two modes would not test each other."""
+    """If both modes gave equal logits, the tests above could not tell them apart."""
     spec = replace(REQUESTS[0], ratio=8 / 9)
     tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
     one, other = (
@@ -66,8 +66,8 @@ def test_reference_positions_differ_from_original_ones(checkpoint):
     assert not torch.allclose(one, other, atol=1e-2)
 
 
-def test_the_encoder_ends_with_what_stage_one_keeps(llm):
-    """Two images pruned and one whole: nothing is computed for patches that go."""
+def test_the_encoder_s_last_mlp_computes_kept_patches_only(llm):
+    """Two images are pruned and one is not."""
     (model,) = llm.collective_rpc("get_model")
     rows: list[torch.Size] = []
     mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
@@ -82,6 +82,6 @@ def test_the_encoder_ends_with_what_stage_one_keeps(llm):
         )
     finally:
         hook.remove()
-    stays = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
-    # vLLM's own way, which a whole image takes when none beside it is pruned, computes [CLS].
-    assert sum(shape.numel() for shape in rows) in (stays, stays + 1)
+    kept = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
+    # If the unpruned image is encoded by itself, vLLM's own code also computes its [CLS].
+    assert sum(shape.numel() for shape in rows) in (kept, kept + 1)

@@ -1,7 +1,7 @@
-"""The asynchronous scheduler, which GPUs use and the CPU platform turns off.
+"""The asynchronous scheduler, which vLLM uses on GPUs and disables on CPUs.
 
-Driven without a worker: each step is scheduled before the result of the one before it is in.
-What must hold is the accounting.
+The tests drive it without a worker: they schedule each step before the previous step's result
+arrives, and check blocks and plans.
 """
 
 from collections import deque
@@ -42,7 +42,7 @@ def add(llm, scheduler):
 
 
 def check(scheduler, scheduled) -> None:
-    """No span is cut, and every stage holds the blocks of its physical length."""
+    """No chunk ends inside a span, and every stage holds the blocks of its slots."""
     for name in scheduled.num_scheduled_tokens:
         request = scheduler.requests[name]
         plan = scheduler.plans.get(name)
@@ -58,7 +58,7 @@ def check(scheduler, scheduled) -> None:
 
 
 def run(scheduler, *, abort: str | None = None) -> int:
-    """Two steps in flight until nothing is left; returns how many steps there were."""
+    """Run all requests with two steps in flight. Returns the number of steps."""
     in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
     steps = 0
     while scheduler.has_unfinished_requests() or in_flight:
@@ -77,7 +77,7 @@ def run(scheduler, *, abort: str | None = None) -> int:
 
 
 @pytest.mark.parametrize("abort", [None, "0", "1"])
-def test_plans_hold_with_steps_in_flight(scheduler, add, abort):
+def test_blocks_follow_the_plans_with_two_steps_in_flight(scheduler, add, abort):
     assert isinstance(scheduler, StagedAsyncScheduler)
     before = free_blocks(scheduler)
     for i, spec in enumerate(REQUESTS):
@@ -88,7 +88,7 @@ def test_plans_hold_with_steps_in_flight(scheduler, add, abort):
     assert not scheduler.plans
 
 
-def test_preemption_keeps_the_plan(scheduler, add):
+def test_a_preempted_request_keeps_its_plan(scheduler, add):
     pool = scheduler.kv_cache_manager.block_pool
     before = free_blocks(scheduler)
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - 110)

@@ -1,4 +1,4 @@
-"""What people use vLLM for beside greedy answers, with pruned images."""
+"""Other features of vLLM than greedy decoding, with pruned images."""
 
 import re
 from typing import Any
@@ -63,7 +63,7 @@ def test_stop_strings(llm):
 
 
 def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm, checkpoint):
-    """Placeholders have entries too, which mean nothing: there is no telling a next patch."""
+    """Entries of placeholders are not compared: they predict visual tokens and mean nothing."""
     output = generate_one(llm, prompt_logprobs=2)
     prompt = list(output.prompt_token_ids)
     assert len(output.prompt_logprobs) == len(prompt)
@@ -72,13 +72,13 @@ def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm,
     logits = oracle.logits(prompt, [sample_image(1)], [COUNTS], after)
     expected = logits.log_softmax(-1)
     for i, token in enumerate(prompt[after:]):
-        told = output.prompt_logprobs[after + i]
-        assert token in told
-        for other, entry in told.items():
+        entries = output.prompt_logprobs[after + i]
+        assert token in entries
+        for other, entry in entries.items():
             assert entry.logprob == pytest.approx(float(expected[i, other]), abs=1e-3)
 
 
-def test_the_longest_prompt_and_answer_that_fit(llm):
+def test_a_prompt_of_the_maximum_length_is_answered_and_a_longer_one_refused(llm):
     room = llm.llm_engine.model_config.max_model_len
     empty = len(generate_one(llm, spec=RequestSpec("", (1,), 8 / 9)).prompt_token_ids)
     fits = RequestSpec("x" * (room - empty - 1), (1,), 8 / 9)
@@ -89,21 +89,22 @@ def test_the_longest_prompt_and_answer_that_fit(llm):
     assert generate_one(llm).outputs[0].token_ids
 
 
-def test_images_too_many_for_stock_vllm_fit_when_pruned(llm):
-    """The length of a prompt is what it has after Stage I."""
+def test_a_prompt_too_long_unpruned_fits_when_pruned(llm):
+    """vLLM checks the prompt's length after Stage I."""
     text = "x" * 1100
-    four = (51, 52, 53, 54)  # vLLM believes that the engine has images of refused requests
+    # Images of no other test: vLLM takes images of a refused request for cached ones.
+    four = (51, 52, 53, 54)
     with pytest.raises(VLLMValidationError, match="maximum model length"):
         generate_one(llm, spec=RequestSpec(text, four, 0.0))
     assert generate_one(llm, spec=RequestSpec(text, four, 8 / 9)).outputs[0].token_ids
 
 
 def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
-    """Sixteen images keep 76 tokens each, but the encoder computes 256 patches of each."""
+    """Each of 16 images keeps 76 tokens, but the encoder computes its 256 patches."""
     scheduler = engine_core(llm).scheduler
     steps = recorded_steps(scheduler, monkeypatch)
     llm.llm_engine.reset_encoder_cache()
-    # Four requests of four images, none of them known.
+    # Four requests of four new images.
     specs = [RequestSpec("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
     generate(llm, specs)
     encoded = [sum(map(len, step.scheduled_encoder_inputs.values())) for step in steps]
@@ -114,7 +115,7 @@ def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
 
 @pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
-    reason="vLLM's FP8 kernels for CPUs want AVX-512 or AMX",
+    reason="vLLM's FP8 kernels for CPUs need AVX-512 or AMX",
 )
 def test_an_fp8_kv_cache(checkpoint):
     specs = [

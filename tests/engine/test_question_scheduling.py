@@ -1,6 +1,6 @@
-"""Selectors that read the question: their prompts are computed whole or not yet.
+"""Scheduling for a selector that reads the question: one step must hold the whole prompt.
 
-Driven without a worker, like the asynchronous scheduler.
+The tests drive the scheduler without a worker.
 """
 
 from copy import copy
@@ -20,7 +20,7 @@ SETTINGS = PruningSettings(selector="fastv", max_pruning_ratio=0.875)
 
 @pytest.fixture
 def info(llm):
-    """The processor's settings are what a request's counts come from."""
+    """Replaces the processor's settings, from which a request's counts are computed."""
     info = llm.llm_engine.renderer.mm_processor.info
     before = info.settings
     vars(info)["settings"] = SETTINGS
@@ -57,7 +57,7 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     prompts = {name: request.num_prompt_tokens for name, request in scheduler.requests.items()}
     assert prompts["text"] + prompts["read"] > BUDGET
     first, second = one_step(scheduler), one_step(scheduler)
-    # In order of arrival: nobody overtakes the prompt that waits.
+    # The scheduler keeps the order of arrival: no later prompt overtakes the waiting one.
     assert first == {"text": (0, prompts["text"])}
     assert second["read"] == (0, prompts["read"])
     assert second["unpruned"] == (0, prompts["unpruned"])
@@ -66,14 +66,14 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     assert free_blocks(scheduler) == before
 
 
-def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add):
+def test_a_waiting_prompt_holds_no_image_in_the_encoder_cache(scheduler, add):
     add("one", RequestSpec("a", (2,), 0.8, max_tokens=1))
     one_step(scheduler)
     manager = scheduler.encoder_cache_manager
-    assert manager.freeable, "its image is still there, and nobody's"
+    assert manager.freeable, "the image is cached, and no request refers to it"
     add("two", RequestSpec("b", (2, 3), 0.8, max_tokens=2))
     request = scheduler.requests["two"]
-    # Not enough for the second image: vLLM would begin with the first, and the text.
+    # The budget does not hold the second image. vLLM would schedule the first one and the text.
     granted = scheduler._try_schedule_encoder_inputs(request, 0, request.num_tokens, 100)
     assert granted == ([], 0, 100, [], [])
     assert manager.freeable
@@ -84,21 +84,21 @@ def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add)
     assert not scheduler.has_unfinished_requests()
 
 
-def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
+def test_no_step_computes_a_part_of_the_prompt(scheduler, add):
     add("read", RequestSpec("question", (1,), 0.8))
     request = scheduler.requests["read"]
     length = request.num_prompt_tokens
     for tokens in range(1, length):
         assert scheduler._try_schedule_encoder_inputs(request, 0, tokens, 700)[1] == 0
     assert scheduler._try_schedule_encoder_inputs(request, 0, length, 700)[1] == length
-    # Resumed: answer tokens may follow in the same step, or some of them.
+    # A resumed request computes its answer tokens too, in the same step or in a later one.
     assert scheduler._try_schedule_encoder_inputs(request, 0, length + 5, 700)[1] == length + 5
     assert scheduler._try_schedule_encoder_inputs(request, length, 1, 700)[1] == 1
     scheduler.finish_requests("read", RequestStatus.FINISHED_ABORTED)
 
 
 def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
-    """It has another last token, by which images of earlier turns are chosen again."""
+    """The prompt's last token is a new one, and it selects the tokens of all images."""
     before = free_blocks(scheduler)
     add("talk", RequestSpec("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]

@@ -1,4 +1,4 @@
-"""A request whose images contradict its prompt fails alone; the engine and all others go on."""
+"""A request whose counts contradict its prompt fails; the engine and other requests go on."""
 
 import logging
 from dataclasses import replace
@@ -26,7 +26,7 @@ BAD = RequestSpec("What is it?", (12,), 8 / 9)
 
 
 def forge(identifier: str) -> str:
-    """An identifier whose counts are possible, but not those of the prompt."""
+    """An identifier with valid counts that differ from the prompt's."""
     counts = counts_of_identifier(identifier)
     n1, n2, n3 = counts.stages
     return tag_identifier("f0", replace(counts, stages=(n1 - 1, min(n2, n1 - 1), n3)))
@@ -38,7 +38,7 @@ def mismatches(found_by: str) -> float:
 
 @pytest.fixture
 def logged(caplog):
-    """What our modules log: vLLM's loggers do not pass it on."""
+    """Captures our modules' logs; vLLM's parent logger does not propagate them."""
     names = ("engine.scheduler", "models.llava_processor")
     loggers = [logging.getLogger(f"vllm.vitcop_vllm.{name}") for name in names]
     for logger in loggers:
@@ -48,7 +48,7 @@ def logged(caplog):
         logger.removeHandler(caplog.handler)
 
 
-def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
+def test_wrong_counts_from_the_processor_raise(llm, monkeypatch, logged):
     """The error is raised in the client process, before the engine gets the request."""
     (expected,) = generate(llm, [GOOD])
     before = mismatches("processor")
@@ -71,8 +71,8 @@ def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
 @pytest.mark.parametrize(
     "identifier", [None, "f00d@5.1.9.9.9"], ids=["contradictory", "impossible"]
 )
-def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged, identifier):
-    """Beside others: one that runs, one that waits."""
+def test_a_forged_request_in_the_engine_ends_with_an_error(llm, logged, identifier):
+    """A running and a waiting request still get their answers."""
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
     expected = generate(llm, [GOOD, replace(GOOD, text="And now?")])
     assert llm.reset_prefix_cache()
@@ -109,8 +109,8 @@ def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged
     assert llm.reset_prefix_cache()  # no block is held
 
 
-def test_an_image_that_another_processor_named_is_not_pruned(llm):
-    """A prompt may be processed elsewhere: its identifiers end with no counts."""
+def test_an_image_whose_identifier_has_no_counts_is_not_pruned(llm):
+    """A prompt processed elsewhere has such identifiers."""
     engine = llm.llm_engine
     spec = RequestSpec("What is it?", (1301,), 0.0)
     (prompt,) = engine.renderer.render_cmpl([spec.prompt()])

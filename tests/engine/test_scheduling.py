@@ -1,4 +1,4 @@
-"""Prompts are chunked; a pruned image's span never is."""
+"""The scheduler splits prompts into chunks, but never inside the span of a pruned image."""
 
 from copy import copy
 
@@ -12,7 +12,7 @@ from vitcop_vllm.engine.scheduler import StagedScheduler
 
 @pytest.fixture
 def chunks(llm, monkeypatch):
-    """(request's plan, tokens before, tokens after) of every chunk scheduled."""
+    """(plan, tokens before, tokens after, prompt tokens) of every scheduled chunk."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert isinstance(scheduler, StagedScheduler)
     seen = []
@@ -43,11 +43,10 @@ def test_no_chunk_cuts_a_span(llm, chunks):
         for span in plan.spans if plan else ():
             assert not start < span.end <= prompt or start <= span.offset
             assert not span.offset < end < span.end
-    assert split > 0, "no prompt was chunked: nothing was tested"
+    assert split > 0, "no prompt was chunked"
 
 
-def test_an_unpruned_image_may_be_computed_in_parts(llm):
-    """As in vLLM, and beside a pruned one, which may not."""
+def test_an_unpruned_image_is_computed_in_chunks_beside_a_pruned_one(llm):
     config = copy(llm.llm_engine.vllm_config)
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.max_num_scheduled_tokens = 200  # an image has 256
@@ -57,11 +56,13 @@ def test_an_unpruned_image_may_be_computed_in_parts(llm):
     (span,) = scheduler.plans["pruned"].spans
     steps = [one_step(scheduler) for _ in range(3)]
     assert steps[0] == {"whole": (0, 200)}
-    assert steps[1]["pruned"] == (0, span.offset), "less than the pruned image was left"
+    assert steps[1]["pruned"] == (0, span.offset), (
+        "the pruned image fitted into the rest of the step"
+    )
     assert steps[2]["pruned"][1] >= span.end
 
 
-def test_a_session_s_unpruned_image_finds_room_beside_one_pruned_to_little(llm):
+def test_an_unpruned_image_of_a_session_is_scheduled_after_a_strongly_pruned_one(llm):
     config = copy(llm.llm_engine.vllm_config)
     config.scheduler_config = copy(config.scheduler_config)
     config.scheduler_config.max_num_scheduled_tokens = 400

@@ -1,4 +1,4 @@
-"""What is asked of stock vLLM, all of it in one process per family."""
+"""Requests sent to stock vLLM, in one child process per family."""
 
 from tests.engine.requests import RequestSpec
 
@@ -22,7 +22,7 @@ IN_TURN = [
     for images in ((1,), (2, 3))
     for text in ("What is it?", "And where was that, please?", "Name it.")
 ]
-"""Questions of which each shares its images and what stands before them with two others."""
+"""Requests in groups of three that share their images and the text before them."""
 
-PRUNED_IN_VAIN = RequestSpec("Q", (1,), 8 / 9)
-"""Has a ratio, which stock vLLM does not know."""
+WITH_RATIO = RequestSpec("Q", (1,), 8 / 9)
+"""A request with a ratio, which stock vLLM ignores."""

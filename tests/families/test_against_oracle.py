@@ -1,4 +1,4 @@
-"""Pruned requests equal a dense forward in plain PyTorch with the same stages."""
+"""Answers to pruned requests equal the dense oracle's."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from tests.engine.requests import Answer, RequestSpec, generate, model_type, sam
 from tests.engine.scheduling import engine_core
 
 RATIOS = (2 / 3, 7 / 9, 8 / 9, 0.2)
-"""At the last, which is mild, Stage II merges nothing and Stage III drops the rest."""
+"""At 0.2, Stages I and III drop tokens and Stage II merges nothing."""
 
 REQUESTS = [
     RequestSpec("What is this?", (1,)),
@@ -44,7 +44,7 @@ def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(family, llm
 
 
 def test_a_prompt_may_end_with_its_image(family, llm, oracle):
-    """The answer then begins from the last survivor."""
+    """The first answer token then comes from the image's last kept token."""
     from vllm import SamplingParams
 
     (output,) = llm.generate(
@@ -67,7 +67,7 @@ def test_a_prompt_may_end_with_its_image(family, llm, oracle):
 
 @pytest.mark.parametrize("edge", ["begins", "ends", "is cut"])
 def test_a_step_may_end_where_a_span_does(family, llm, oracle, monkeypatch, edge):
-    """One that would end inside a span ends in front of it."""
+    """A step that would end inside a span ends before it."""
     scheduler = engine_core(llm).scheduler
     budget = scheduler.max_num_scheduled_tokens
     kept = family.kept(2 / 3, 105)

@@ -1,7 +1,7 @@
-"""Stages that vLLM's compiler has traced give what the same layers give one by one.
+"""Compiled stages give the same answers as uncompiled ones.
 
-Dynamo and vLLM's dispatch are the real ones; of the code they make nothing is generated in
-C++, which would take minutes.
+The tests use the real Dynamo and vLLM's dispatch. The ``eager`` backend skips the generation of
+C++ code, which would take minutes.
 """
 
 from functools import cache
@@ -27,7 +27,10 @@ REQUESTS = [
 
 @pytest.fixture(scope="session")
 def compiled_of(checkpoint_of):
-    """Kept to the end: with one would go the process groups of every engine in this process."""
+    """Family -> its engine with compiled stages.
+
+    Engines live until the session ends: deleting one destroys the process groups of all engines.
+    """
 
     @cache
     def compiled_of(family: Family) -> LLM:

@@ -1,4 +1,4 @@
-"""What is told of an image's patches is what the dense oracle chooses."""
+"""Recorded selections of an image's patches equal the dense oracle's."""
 
 from typing import Any
 
@@ -17,34 +17,34 @@ REQUESTS = [
 
 
 class Witness(DenseModel):
-    """Before an oracle's class: writes down what that chooses."""
+    """Mix-in for an oracle's class; records the oracle's selections."""
 
     def choices(self, family: Any, spec: RequestSpec, prompt: list[int]) -> list[list[list[int]]]:
-        """For each image, patches alive in each stage."""
+        """For each image and stage, the kept patches."""
         self.patches: list[list[int]] = []
         self.alive: list[dict[int, list[int]]] = []
         assert spec.ratio is not None
         counts = [family.counts(spec.ratio, seed) for seed in spec.images]
         self.logits(prompt, [sample_image(seed) for seed in spec.images], counts, len(prompt))
         placeholders = iter(i for i, token in enumerate(prompt) if token == self.image_token)
-        told = []
+        choices = []
         for number, patches in enumerate(self.patches):
             patch_at = {next(placeholders): patch for patch in patches}
             later = [[patch_at[position] for position in alive[number]] for alive in self.alive]
-            told.append([patches, *later])
-        return told
+            choices.append([patches, *later])
+        return choices
 
     def choose_patches(self, *args: Any) -> list[int]:
         self.patches.append(super().choose_patches(*args))  # type: ignore[misc]
         return self.patches[-1]
 
     def merge(self, *args):
-        return self._written_down(super().merge(*args))
+        return self._record(super().merge(*args))
 
     def drop(self, *args):
-        return self._written_down(super().drop(*args))
+        return self._record(super().drop(*args))
 
-    def _written_down(self, outcome):
+    def _record(self, outcome):
         alive: dict[int, list[int]] = {}
         for row in outcome[1]:
             if row.image is not None:
@@ -68,43 +68,42 @@ def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dic
     assert list(output.prompt_token_ids) == plain.prompt
     kept = recorder_of(llm)._choices
     names = [name for name in kept if name.startswith(f"explain:{request}:")]
-    (told,) = llm.collective_rpc("take_choices", args=(names,))
-    assert not kept, "what was asked for is forgotten"
-    return plain.prompt, [told[name] for name in names]
+    (taken,) = llm.collective_rpc("take_choices", args=(names,))
+    assert not kept, "taken selections are removed from the recorder"
+    return plain.prompt, [taken[name] for name in names]
 
 
 @pytest.mark.parametrize("spec", REQUESTS, ids=lambda spec: f"{len(spec.images)}@{spec.ratio:.2f}")
-def test_choices_are_the_oracle_s(family, llm, witness, spec):
-    prompt, told = explained(llm, spec, "one")
+def test_recorded_choices_equal_the_oracle_s(family, llm, witness, spec):
+    prompt, recorded = explained(llm, spec, "one")
     expected = witness.choices(family, spec, prompt)
     if spec.ratio == 0:
-        assert told == []
+        assert recorded == []
         return
-    for mine, seed, stages in zip(told, spec.images, expected, strict=True):
-        patches = mine["patches"]
-        shallow = [patches[i] for i in mine.get("shallow", range(len(patches)))]
-        deep = [shallow[i] for i in mine["deep"]]
+    for choice, seed, stages in zip(recorded, spec.images, expected, strict=True):
+        patches = choice["patches"]
+        shallow = [patches[i] for i in choice.get("shallow", range(len(patches)))]
+        deep = [shallow[i] for i in choice["deep"]]
         assert [patches, shallow, deep] == stages
-        whole = range(family.kept(0.0, seed))
-        assert len(mine["saliency"]) == len(whole)
-        assert set(patches) == set(
-            sorted(whole, key=lambda p: -mine["saliency"][p])[: len(patches)]
-        )
+        saliency = choice["saliency"]
+        assert len(saliency) == family.kept(0.0, seed)
+        ranking = sorted(range(len(saliency)), key=lambda p: -saliency[p])
+        assert set(patches) == set(ranking[: len(patches)])
 
 
-def test_the_same_image_twice_is_told_twice(llm):
+def test_an_image_sent_twice_is_recorded_twice(llm):
     spec = RequestSpec("Which?", (1, 1), 8 / 9, max_tokens=1)
     _, (first, second) = explained(llm, spec, "two")
     assert first["patches"] == second["patches"]
 
 
-def test_every_token_that_stays_or_is_merged_is_told_once(llm):
-    _, (told,) = explained(llm, REQUESTS[1], "three")
-    merged = [member for group in told["merged"] for member in group]
-    whole = set(told["shallow"]) - {group[0] for group in told["merged"]}
-    assert sorted([*merged, *whole]) == list(range(len(told["patches"])))
+def test_every_kept_or_merged_token_is_recorded_once(llm):
+    _, (choice,) = explained(llm, REQUESTS[1], "three")
+    merged = [member for group in choice["merged"] for member in group]
+    whole = set(choice["shallow"]) - {group[0] for group in choice["merged"]}
+    assert sorted([*merged, *whole]) == list(range(len(choice["patches"])))
 
 
-def test_nothing_is_kept_of_images_that_nobody_asked_about(llm):
+def test_requests_without_an_explanation_record_nothing(llm):
     generate(llm, REQUESTS)
     assert not recorder_of(llm)._choices

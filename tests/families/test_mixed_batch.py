@@ -1,4 +1,4 @@
-"""What a request gets does not depend on its company."""
+"""A request's answer does not depend on other requests of the batch."""
 
 import random
 
@@ -38,7 +38,7 @@ def test_order_and_repetition_do_not_matter(llm, alone):
 
 
 def test_ratios_change_the_answer(llm):
-    """Else the above would hold for an engine that ignores ratios."""
+    """An engine that ignores ratios would pass the tests above."""
     answers = generate(llm, [RequestSpec("What?", (1,), ratio) for ratio in (0.0, 0.5, 8 / 9)])
     assert len({str(answer.logprobs) for answer in answers}) == 3
     assert len({len(answer.prompt) for answer in answers}) == 3

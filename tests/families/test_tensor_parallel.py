@@ -1,4 +1,4 @@
-"""Two ranks choose the same tokens as one, and answer the same."""
+"""Two tensor-parallel ranks select the same tokens and give the same answers as one rank."""
 
 import pytest
 
@@ -12,7 +12,7 @@ REQUESTS = [
 ]
 
 
-def test_two_ranks_answer_what_one_rank_answers(llm, checkpoint):
+def test_two_ranks_give_the_answers_of_one_rank(llm, checkpoint):
     two = generate_in_process(
         checkpoint,
         REQUESTS,
@@ -22,5 +22,5 @@ def test_two_ranks_answer_what_one_rank_answers(llm, checkpoint):
     one = generate(llm, REQUESTS)
     assert [answer.tokens for answer in two] == [answer.tokens for answer in one]
     for ours, theirs in zip(two, one, strict=True):
-        # Sums over ranks round differently; another choice of tokens would not hide in it.
+        # Sums over ranks round differently. Another selection would change the values by more.
         assert ours.logprobs == [pytest.approx(step, abs=1e-3) for step in theirs.logprobs]

@@ -1,4 +1,4 @@
-"""Choices are kept until they are asked for; what they are, tests/families shows."""
+"""The recorder keeps selections until they are taken. tests/families checks their content."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from vitcop_vllm.worker.explain import ChoiceRecorder, PatchChoice
 
 def recorder_of(llm) -> ChoiceRecorder:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    # Model runner V2 is vLLM's own, and has an adapter beside it.
+    # Model runner V2 is vLLM's own; its model state holds the recorder.
     return getattr(runner, "model_state", runner).choices
 
 
-def test_old_explanations_make_room():
+def test_the_recorder_drops_the_oldest_images_when_full():
     recorder = ChoiceRecorder()
     choice = PatchChoice(torch.arange(3), None, None)
     for number in range(MOST_EXPLAINED + 2):
@@ -24,23 +24,23 @@ def test_old_explanations_make_room():
     assert recorder.take(["image 2"]) == {"image 2": {"patches": [0, 1, 2]}}
 
 
-def test_groups_begin_with_the_row_that_stands_for_them():
+def test_a_merged_group_begins_with_its_output_row():
     norms = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 9.0]])
     labels = torch.tensor([[0, 0, 0, 1, 1, 1]])
     recorder = ChoiceRecorder()
     recorder.record_tokens(
         ["a", None], 1, select_stage_two(norms.expand(2, -1), labels.expand(2, -1), 2, 4)
     )
-    told = recorder.take(["a"])["a"]
-    assert len(told["shallow"]) == 4
-    assert all(group[0] in told["shallow"] for group in told["merged"])
-    assert sorted({i for group in told["merged"] for i in group} | set(told["shallow"])) == [
+    choice = recorder.take(["a"])["a"]
+    assert len(choice["shallow"]) == 4
+    assert all(group[0] in choice["shallow"] for group in choice["merged"])
+    assert sorted({i for group in choice["merged"] for i in group} | set(choice["shallow"])) == [
         *range(6)
     ]
 
 
-def test_what_is_seen_of_a_image_is_what_the_processor_shows(llm):
-    """A ramp of colours goes in, and its corners come out."""
+def test_the_layout_s_box_is_the_part_that_the_processor_crops(llm):
+    """The image is a colour ramp, so a pixel's colour gives its position in the original."""
     info = llm.llm_engine.renderer.mm_processor.info
     processor = info.get_hf_processor().image_processor
     side = processor.crop_size["height"]
@@ -59,8 +59,8 @@ def test_what_is_seen_of_a_image_is_what_the_processor_shows(llm):
         assert pixels[1, -1, 0] == pytest.approx(bottom / height, abs=tolerance)
 
 
-def test_embeddings_that_a_client_computed_have_no_choices(llm):
-    """But are encoded in the same step as images that are to be explained."""
+def test_client_embeddings_have_no_patch_choices(llm):
+    """They may share a step with images that record choices."""
     (model,) = llm.collective_rpc("get_model")
     width = model.config.text_config.hidden_size
     model.patch_choices = []

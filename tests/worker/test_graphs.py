@@ -1,4 +1,4 @@
-"""Decode steps from full CUDA graphs, in vLLM's real model runner V1."""
+"""Decode steps from simulated full CUDA graphs, in vLLM's real model runner V1."""
 
 from tests.engine.requests import RequestSpec, generate
 from tests.worker.graphs import capture_decode_graphs
@@ -12,10 +12,10 @@ REQUESTS = [
 ]
 
 
-def test_decode_steps_from_graphs_answer_as_without(llm, monkeypatch):
+def test_graphs_do_not_change_answers(llm, monkeypatch):
     alone = [generate(llm, [spec])[0].tokens for spec in REQUESTS]
     replayed = capture_decode_graphs(llm, monkeypatch)
     assert [answer.tokens for answer in generate(llm, REQUESTS)] == alone
-    # Some graphs were larger than the batches that they ran for.
+    # Some batches were padded to the size of their graph.
     assert set(replayed) == {2, 4, 8}
     assert len(replayed) >= max(spec.max_tokens for spec in REQUESTS) // 2
