@@ -1,4 +1,4 @@
-"""The table of selectors, and the counts its rules give."""
+"""The table of selectors, and the counts of their budgets."""
 
 from typing import get_args
 
@@ -31,7 +31,7 @@ def reachable(chosen: PruningSettings, ratio: float, num_layers: int) -> float:
     return min(ratio, limit)
 
 
-def test_the_table_holds_what_the_settings_name():
+def test_the_table_has_a_row_for_every_selector_name():
     assert tuple(SELECTORS) == NAMES
     with pytest.raises(ValidationError, match="selector"):
         PruningSettings.model_validate({"selector": "none"})
@@ -46,7 +46,7 @@ def test_every_function_of_a_row_exists(name):
         assert getattr(selectors, function).__doc__
 
 
-def test_no_function_is_left_without_a_row():
+def test_every_selector_function_is_used_by_a_row():
     used = {f for row in SELECTORS.values() for f in (row.encoder, row.shallow, row.deep)}
     for name, value in vars(selectors).items():
         takes = getattr(value, "__annotations__", {})
@@ -90,18 +90,20 @@ def test_ratio_zero_prunes_nothing(name):
 
 @settings(max_examples=400)
 @given(names, ratios, layers, tokens)
-def test_layer_average_is_as_asked(name, ratio, num_layers, encoder_tokens):
+def test_layer_average_matches_the_ratio(name, ratio, num_layers, encoder_tokens):
     chosen = settings_of(name)
     ratio = reachable(chosen, ratio, num_layers)
     counts = plan_counts(chosen, ratio, num_layers, encoder_tokens)
     if 1 in counts.stages:
-        return  # one token is the least there can be, whatever was asked
+        return  # a stage keeps at least one token, so the average may be larger
     average = counts.layer_average(chosen.boundaries(num_layers), num_layers)
     assert abs(average - (1 - ratio) * encoder_tokens) <= 2
 
 
 @given(names, ratios, layers, tokens)
-def test_tokens_are_lost_only_where_a_function_chooses_them(name, ratio, num_layers, tokens):
+def test_a_stage_drops_tokens_only_if_the_selector_has_a_function_for_it(
+    name, ratio, num_layers, tokens
+):
     chosen, row = settings_of(name), SELECTORS[name]
     counts = plan_counts(chosen, reachable(chosen, ratio, num_layers), num_layers, tokens)
     n1, n2, n3 = counts.stages
@@ -128,6 +130,6 @@ def test_the_encoder_reaches_every_ratio(name):
     assert plan_counts(settings_of(name), 0.999, 32, 576).stages[-1] == 1
 
 
-def test_a_row_says_what_it_needs_and_no_more():
+def test_optional_fields_of_a_row_have_defaults():
     row = Selector(SELECTORS["cls"].budget, encoder="cls_attention")
     assert row == SELECTORS["cls"]
