@@ -89,13 +89,13 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 @pytest.mark.slow
 def test_stock_vllm_and_transformers_give_the_same_answers(demo_url):
     examples = exam(2, EXAM_SEED)
-    ours = ask(demo_url, examples)
+    served = ask(demo_url, examples)
     with running_server("--model", str(DEMO_MODEL), *TINY_OPTIONS, stock=True) as (url, _):
         stock = ask(url, examples)
-    assert ours == stock
-    assert ours == ask_transformers(examples)
+    assert served == stock
+    assert served == ask_transformers(examples)
     # If all answers were equal, the comparisons above would prove nothing.
-    assert len({answer for answers in ours for answer in answers}) > 10
+    assert len({answer for answers in served for answer in answers}) > 10
 
 
 def test_the_model_has_at_most_25_mb():

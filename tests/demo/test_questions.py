@@ -4,14 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from PIL import Image
 
 from demo.questions import EXAMINED, SINGLE, compose, exam
 from demo.world import SIDE, Scene, Thing
-
-
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
 
 
 def thing(shape: str, colour: str, x: float, y: float, size: str = "small") -> Thing:
@@ -22,7 +19,7 @@ def questions_about(scene: Scene, family: str, tries: int = 60) -> dict[str, str
     """Question -> answer, for the questions of a family from several seeds."""
     found: dict[str, str] = {}
     for i in range(tries):
-        turn = SINGLE[family](scene, rng(i))
+        turn = SINGLE[family](scene, default_rng(i))
         if turn is not None:
             assert found.setdefault(turn.question, turn.answer) == turn.answer
     return found
@@ -99,7 +96,7 @@ def test_a_seed_fixes_an_exam_and_every_examined_family_occurs():
     [("existence", {"yes", "no"}), ("relation", {"left", "right", "above", "below"})],
 )
 def test_all_answers_are_about_equally_frequent(family, answers):
-    counts = Counter(compose(family, rng(6, i))[1][0].answer for i in range(200))
+    counts = Counter(compose(family, default_rng((6, i)))[1][0].answer for i in range(200))
     assert set(counts) == answers
     fair = 200 / len(answers)
     assert all(0.65 * fair < count < 1.35 * fair for count in counts.values())

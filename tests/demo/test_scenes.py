@@ -2,19 +2,16 @@
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 
 from demo.drawing import draw, patch_targets, sign_box
 from demo.scenes import make_scene
 from demo.world import ALPHABET, COLOURS, PATCH, SIDE, Scene, Thing
 
 
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def test_the_odd_one_out_differs_from_the_others_and_the_others_are_equal():
     for i in range(40):
-        scene = make_scene(rng(3, i), kind="odd")
+        scene = make_scene(default_rng((3, i)), kind="odd")
         assert scene.odd is not None
         others = {t.name for t in scene.things if t is not scene.odd}
         assert len(others) == 1
@@ -24,7 +21,7 @@ def test_the_odd_one_out_differs_from_the_others_and_the_others_are_equal():
 @pytest.mark.parametrize("side", [168, SIDE])
 def test_things_do_not_overlap_and_lie_inside_the_image(side):
     for i in range(60):
-        scene = make_scene(rng(4, i), side)
+        scene = make_scene(default_rng((4, i)), side)
         boxes = [
             (t.x - t.radius, t.y - t.radius, t.x + t.radius, t.y + t.radius) for t in scene.things
         ]
@@ -53,7 +50,7 @@ def test_a_scene_is_drawn_as_described():
 
 def test_letter_targets_mark_patches_where_the_sign_is_drawn():
     for i in range(30):
-        scene = make_scene(rng(5, i), kind="sign")
+        scene = make_scene(default_rng((5, i)), kind="sign")
         bare = Scene(scene.side, scene.things, None, scene.ground, scene.seed)
         changed = (np.asarray(draw(scene)) != np.asarray(draw(bare))).any(axis=2)
         grid = patch_targets(scene)["letter"] > 0

@@ -24,8 +24,8 @@ NAMES = sorted(
 
 
 def test_dashboard_shows_every_metric_of_the_plugin() -> None:
-    ours = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
-    assert ours == {
+    shown = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
+    assert shown == {
         "vitcop_requests",
         "vitcop_visual_tokens_kept",
         "vitcop_visual_tokens_dropped",

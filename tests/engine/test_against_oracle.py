@@ -13,16 +13,10 @@ from tests.engine.requests import (
     generate_in_process,
     sample_image,
 )
+from tests.families.family import LLAVA
 from tests.families.test_against_oracle import RATIOS, REQUESTS
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
-
-BOUNDARIES = PruningSettings().boundaries(TINY.layers)
-
-
-def counts_at(ratio: float, settings: PruningSettings | None = None) -> VisualTokenCounts:
-    return plan_counts(settings or PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +29,7 @@ def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_specs):
     # The last request sends no ratio and gets the default.
     specs = [*pruned_specs, replace(REQUESTS[0], ratio=None)]
     answers = generate_in_process(checkpoint, specs, additional_config={"pruning": settings})
-    oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
+    oracle = DenseLlava(checkpoint, LLAVA.boundaries, renumber_deep=True)
     for spec, answer in zip(specs, answers, strict=True):
         assert_equals_oracle(oracle, replace(spec, ratio=spec.ratio or 7 / 9), answer)
 
@@ -54,16 +48,15 @@ def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_specs):
 
 def test_reference_positions_differ_from_original_ones(checkpoint):
     """If both modes gave equal logits, the tests above could not tell them apart."""
-    spec = replace(REQUESTS[0], ratio=8 / 9)
-    tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
-    one, other = (
-        DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
-            tokens, [sample_image(1)], [counts_at(8 / 9)], len(tokens)
+    counts = LLAVA.counts(8 / 9, image=1)
+    tokens = [1] + [IMAGE_TOKEN] * counts.stages[0] + [50, 51, 52]
+    original, reference = (
+        DenseLlava(checkpoint, LLAVA.boundaries, renumber_deep=mode).logits(
+            tokens, [sample_image(1)], [counts], len(tokens)
         )
         for mode in (False, True)
     )
-    assert spec.images == (1,)
-    assert not torch.allclose(one, other, atol=1e-2)
+    assert not torch.allclose(original, reference, atol=1e-2)
 
 
 def test_the_encoder_s_last_mlp_computes_kept_patches_only(llm):
@@ -82,6 +75,6 @@ def test_the_encoder_s_last_mlp_computes_kept_patches_only(llm):
         )
     finally:
         hook.remove()
-    kept = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
+    kept = LLAVA.kept(8 / 9, 71, 72) + LLAVA.kept(0.0, 73)
     # If the unpruned image is encoded by itself, vLLM's own code also computes its [CLS].
     assert sum(shape.numel() for shape in rows) in (kept, kept + 1)

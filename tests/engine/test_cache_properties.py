@@ -36,16 +36,12 @@ from vllm.v1.request import Request, RequestStatus
 from tests.engine.fake_worker import FakeWorker
 from tests.engine.requests import BLOCK, IMAGE_TOKEN
 from tests.engine.scheduling import engine_core, new_scheduler
-from vitcop_vllm.demo.checkpoint import TINY
+from tests.families.family import LLAVA
 from vitcop_vllm.pruning.identity import tag_identifier
-from vitcop_vllm.pruning.plan import RequestPlan, plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.plan import RequestPlan
 
 RATIOS = [0.0, 0.2, 2 / 3, 8 / 9, 17 / 18]
-COUNTS = {
-    ratio: plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
-    for ratio in RATIOS
-}
+COUNTS = {ratio: LLAVA.counts(ratio, image=1) for ratio in RATIOS}
 """Plans for the tiny model. They need few blocks, so in a small pool requests compete."""
 
 texts = st.integers(0, 2).flatmap(

@@ -20,12 +20,11 @@ from tests.engine.requests import (
     sample_image,
 )
 from tests.engine.scheduling import engine_core, recorded_steps
+from tests.families.family import LLAVA
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.plan import plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings
 
 REQUEST = RequestSpec("What is it?", (1,), 8 / 9)
-COUNTS = plan_counts(PruningSettings(), 8 / 9, TINY.layers, TINY.visual_tokens)
+COUNTS = LLAVA.counts(8 / 9, image=1)
 
 
 def generate_one(llm, *, spec: RequestSpec = REQUEST, **sampling):
@@ -68,7 +67,7 @@ def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm,
     prompt = list(output.prompt_token_ids)
     assert len(output.prompt_logprobs) == len(prompt)
     after = len(prompt) - prompt[::-1].index(IMAGE_TOKEN)
-    oracle = DenseLlava(checkpoint, PruningSettings().boundaries(TINY.layers))
+    oracle = DenseLlava(checkpoint, LLAVA.boundaries)
     logits = oracle.logits(prompt, [sample_image(1)], [COUNTS], after)
     expected = logits.log_softmax(-1)
     for i, token in enumerate(prompt[after:]):
@@ -124,11 +123,11 @@ def test_an_fp8_kv_cache(checkpoint):
         for text in ("Which?", "Name one.")
     ]
     options: dict[str, Any] = {"kv_cache_dtype": "fp8"}
-    ours = generate_in_process(checkpoint, [], in_turn=specs, **options)
+    reusing = generate_in_process(checkpoint, [], in_turn=specs, **options)
     computed = generate_in_process(checkpoint, specs, enable_prefix_caching=False, **options)
     stock = generate_in_process(checkpoint, specs[:2], env=NO_PLUGIN, **{**STOCK, **options})
-    assert [answer.reused > 0 for answer in ours] == [False, True, False, True]
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in computed]
-    assert [answer.tokens for answer in ours[:2]] == [answer.tokens for answer in stock]
+    assert [answer.reused > 0 for answer in reusing] == [False, True, False, True]
+    assert [answer.tokens for answer in reusing] == [answer.tokens for answer in computed]
+    assert [answer.tokens for answer in reusing[:2]] == [answer.tokens for answer in stock]
     full = generate_in_process(checkpoint, specs)
     assert [answer.logprobs for answer in full] != [answer.logprobs for answer in computed]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.engine.requests import RequestSpec, generate
-from tests.engine.test_against_oracle import counts_at
+from tests.families.family import LLAVA
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -43,7 +43,7 @@ def rows(llm) -> Any:
 def test_every_layer_computes_the_rows_of_the_plan(llm, rows, ratio):
     (answer,) = generate(llm, [RequestSpec("what is this?", (1,), ratio, max_tokens=1)])
     shallow, deep = PruningSettings().boundaries(TINY.layers)
-    n1, n2, n3 = counts_at(ratio).stages
+    n1, n2, n3 = LLAVA.counts(ratio, image=1).stages
     text = len(answer.prompt) - n1
     computed = {part: [rows[part, i] for i in range(TINY.layers)] for part in ("qkv", "mlp")}
     stages = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)

@@ -10,14 +10,14 @@ from tests.families.stock import TOGETHER, WITH_RATIO
 
 
 def test_ratio_zero_gives_the_tokens_of_stock_vllm(llm, stock):
-    ours = generate(llm, TOGETHER)
-    assert [answer.prompt for answer in ours] == [answer.prompt for answer in stock]
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in stock]
+    answers = generate(llm, TOGETHER)
+    assert [answer.prompt for answer in answers] == [answer.prompt for answer in stock]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in stock]
 
 
 def test_ratio_zero_gives_the_log_probabilities_of_stock_vllm(llm, stock):
-    for ours, theirs in zip(generate(llm, TOGETHER), stock, strict=True):
-        assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
+    for answer, expected in zip(generate(llm, TOGETHER), stock, strict=True):
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 
 
 def test_tokens_differ_between_requests(stock):

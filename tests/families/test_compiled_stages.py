@@ -50,9 +50,9 @@ def compiled(family, compiled_of):
 
 
 def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):
-    for ours, theirs in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
-        assert ours.tokens == theirs.tokens
-        assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
+    for answer, expected in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
+        assert answer.tokens == expected.tokens
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 
 
 def test_every_stage_is_compiled_at_start(llm, compiled):

@@ -258,8 +258,8 @@ def test_a_repeated_prefix_computes_at_most_as_many_tokens_as_in_stock_vllm(
     llm, stock_in_turn, ratio
 ):
     """The requests' system texts place block boundaries differently relative to the images."""
-    ours = generate_with_cache(llm, [replace(spec, ratio=ratio) for spec in IN_TURN])
-    left = [len(answer.prompt) - answer.reused for answer in ours]
+    answers = generate_with_cache(llm, [replace(spec, ratio=ratio) for spec in IN_TURN])
+    left = [len(answer.prompt) - answer.reused for answer in answers]
     stock = [len(answer.prompt) - answer.reused for answer in stock_in_turn]
     assert sum(answer.reused > BLOCK for answer in stock_in_turn) == 20
-    assert all(our <= their for our, their in zip(left, stock, strict=True))
+    assert all(n <= limit for n, limit in zip(left, stock, strict=True))

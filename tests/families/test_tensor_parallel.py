@@ -21,6 +21,6 @@ def test_two_ranks_give_the_answers_of_one_rank(llm, checkpoint):
     )
     one = generate(llm, REQUESTS)
     assert [answer.tokens for answer in two] == [answer.tokens for answer in one]
-    for ours, theirs in zip(two, one, strict=True):
+    for answer, expected in zip(two, one, strict=True):
         # Sums over ranks round differently. Another selection would change the values by more.
-        assert ours.logprobs == [pytest.approx(step, abs=1e-3) for step in theirs.logprobs]
+        assert answer.logprobs == [pytest.approx(step, abs=1e-3) for step in expected.logprobs]

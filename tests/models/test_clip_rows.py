@@ -1,6 +1,7 @@
 """The vision tower's last layer computes kept rows only. No engine runs."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,6 @@ WHOLE = ImageShape(VisualTokenCounts.unpruned(V), 2, 3)
 
 
 class Attention(nn.Module):
-    """Attention like vLLM's, whose projections return (output, bias)."""
-
     def __init__(self, backend: AttentionBackendEnum) -> None:
         super().__init__()
         self.qkv_proj = Projection(WIDTH, 3 * WIDTH)
@@ -50,13 +49,11 @@ class Mixing(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
 
-class Projection(nn.Module):
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, out)
+class Projection(nn.Linear):
+    """Returns (output, bias), like vLLM's parallel linear layers."""
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.linear(hidden), None
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return super().forward(hidden), None
 
 
 class Layer(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from tests.device_guard import CUDA, no_host_sync
+from tests.models.test_clip_rows import Projection
 from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
 from vitcop_vllm.pruning.budgets import SELECTORS
@@ -17,11 +18,6 @@ from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
 
 HEADS, HEAD_SIZE, WIDTH, HIDDEN, PATCHES = 2, 4, 8, 12, 4
 GRIDS = [(1, 6, 10), (1, 8, 4), (1, 6, 10)]  # patches: 15, 8 and 15 visual tokens
-
-
-class Projection(nn.Linear):
-    def forward(self, hidden: torch.Tensor) -> Any:
-        return super().forward(hidden), None
 
 
 class Mixing(nn.Module):

@@ -46,16 +46,16 @@ def test_stages_compute_the_same_as_the_layers(selector, boundaries):
     torch.manual_seed(0)
     layers = [Layer() for _ in range(4)]
     positions, hidden = torch.arange(5.0), torch.randn(5, 8)
-    ours: Any
-    theirs: Any
+    staged: Any
+    unstaged: Any
     stages = layers_by_stage(layers, boundaries, SELECTORS[selector])
-    ours, theirs = (hidden, None), (hidden, None)
+    staged, unstaged = (hidden, None), (hidden, None)
     for layer in layers:
-        theirs = layer(positions, *theirs)
+        unstaged = layer(positions, *unstaged)
     for layer in chain(*stages):
-        ours = layer(positions, *ours)
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
+        staged = layer(positions, *staged)
+    assert torch.equal(staged[0], unstaged[0])
+    assert torch.equal(staged[1], unstaged[1])
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def test_all_ranks_keep_the_same_rows(selector, counts, communicator):
     first, second = communicator.run(
         lambda half: cross(1, *args, half, labels_of()), *((half,) for half in halves)
     )
-    for ours, theirs in zip(first, second, strict=True):
-        assert torch.equal(ours, theirs)
+    for value, other_value in zip(first, second, strict=True):
+        assert torch.equal(value, other_value)
     communicator.world_size = 1
-    for ours, alone in zip(first, cross(1, *args, layer, labels_of()), strict=True):
-        torch.testing.assert_close(ours, alone)
+    for value, alone in zip(first, cross(1, *args, layer, labels_of()), strict=True):
+        torch.testing.assert_close(value, alone)

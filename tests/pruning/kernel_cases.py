@@ -58,9 +58,9 @@ def test_stage_two_selections_are_equal(n1, num_centres, n2):
     args = (norms, torch.stack(labels).to(DEVICE), num_centres, n2)
     wanted = select_stage_two(*args)
     got = TRITON.select_stage_two(*args)
-    for field, ours, theirs in zip(wanted._fields, got, wanted, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs), field
+    for field, result, expected in zip(wanted._fields, got, wanted, strict=True):
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected), field
 
 
 @pytest.mark.parametrize("step", [1.0, -1.0], ids=["ascending", "descending"])

@@ -144,6 +144,6 @@ def test_images_too_large_for_one_program_use_torch():
     }
     assert set(arguments) == set(KernelSet._fields)
     for name, given in arguments.items():
-        ours, theirs = getattr(TRITON, name)(*given), getattr(TORCH, name)(*given)
-        for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        results, expected = getattr(TRITON, name)(*given), getattr(TORCH, name)(*given)
+        for one, other in zip(tree_leaves(results), tree_leaves(expected), strict=True):
             assert torch.equal(one, other), name

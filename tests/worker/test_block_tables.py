@@ -96,9 +96,9 @@ def test_row_operations_equal_vllm_s(tables):
         each.append_row(tuple([group] for group in range(len(STAGES))), 4)
         each.clear_row(2)
         each.commit_block_table(6)
-    for ours, theirs in zip(tables.block_tables, plain.block_tables, strict=True):
-        np.testing.assert_array_equal(ours.block_table.np, theirs.block_table.np)
-        assert torch.equal(ours.get_device_tensor(6), theirs.get_device_tensor(6))
+    for actual, expected in zip(tables.block_tables, plain.block_tables, strict=True):
+        np.testing.assert_array_equal(actual.block_table.np, expected.block_table.np)
+        assert torch.equal(actual.get_device_tensor(6), expected.get_device_tensor(6))
 
 
 def test_unequal_blocks_are_refused():

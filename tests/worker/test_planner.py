@@ -16,23 +16,23 @@ from vitcop_vllm.worker.planner import StepPlanner
 CPU = torch.device("cpu")
 
 
-def assert_same(ours, expected):
+def assert_same(actual, expected):
     if isinstance(expected, torch.Tensor):
-        assert ours.tolist() == expected.tolist()
-        assert ours.dtype == expected.dtype
+        assert actual.tolist() == expected.tolist()
+        assert actual.dtype == expected.dtype
     elif is_dataclass(expected):
         for field in fields(expected):
-            assert_same(getattr(ours, field.name), getattr(expected, field.name))
+            assert_same(getattr(actual, field.name), getattr(expected, field.name))
     elif isinstance(expected, dict):
-        assert ours.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            assert_same(ours[key], value)
+            assert_same(actual[key], value)
     elif isinstance(expected, tuple):
-        assert len(ours) == len(expected)
-        for one, other in zip(ours, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_same(one, other)
     else:
-        assert ours == expected
+        assert actual == expected
 
 
 @st.composite
@@ -80,8 +80,8 @@ def test_earlier_steps_do_not_change_a_plan(data, renumber_deep):
             alive[name] = plan, prompt, end
         starts = np.array([request.start for request in batch], dtype=np.int32)
         ends = np.array([request.end for request in batch], dtype=np.int32)
-        ours = planner.plan_step(rows, starts, ends)
-        assert_same(ours, build_step(batch, renumber_deep=renumber_deep))
+        actual = planner.plan_step(rows, starts, ends)
+        assert_same(actual, build_step(batch, renumber_deep=renumber_deep))
 
 
 def test_decode_steps_do_not_loop_over_requests():

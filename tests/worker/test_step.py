@@ -137,8 +137,8 @@ def test_groups_hold_the_rows_of_their_prompts(batch):
                 ids = [(r, p) for r in whole for p in rows_of(r, stage)]
                 first, last = group.prompt_rows[stage, :, member].tolist()
                 request = requests[image]
-                mine = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
-                assert [p for _, p in ids[first : last + 1]] == mine
+                positions = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
+                assert [p for _, p in ids[first : last + 1]] == positions
                 assert all(r is request for r, _ in ids[first : last + 1])
 
 
