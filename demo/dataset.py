@@ -79,7 +79,7 @@ class Encoder:
         return ids, labels
 
     def subjects(self, turn: Turn) -> Iterator[tuple[int, Shown]]:
-        """Index of an answer's token, and the subject of its last character."""
+        """Yields (index of an answer's token, subject of its last character)."""
         end = -1  # the token's end in the answer's characters; the text begins with a space
         for i, token in enumerate(self.ids(f" {turn.answer}")):
             end += len(self.tokenizer.convert_ids_to_tokens(token))
@@ -107,7 +107,7 @@ Conversation = tuple[str, tuple[Turn, ...]]
 """A family of questions, and the turns."""
 
 
-def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
+def _conversations_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
     """Conversations about an image, possibly repeated; families that need a sign, an odd one
     out or a description come first."""
     for name in ("odd one out", "text", "description"):
@@ -125,7 +125,7 @@ def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
             yield str(name), (turn,)
 
 
-def _compare(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
+def _comparisons(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
     for _ in range(40):
         turn = questions.ask_comparison(pair, rng)
         if turn is not None:
@@ -210,7 +210,7 @@ def _make_sequences(
     if shape.background_first:
         every = np.arange(patches)[None]
         scenes = [scene for group in groups for scene in group]
-        draws += np.stack([~_where(scene.shown, [scene], every) for scene in scenes])
+        draws += np.stack([~_shows(scene.shown, [scene], every) for scene in scenes])
     order = np.argsort(draws, axis=1)
     kept = np.sort(order[:, :keep], axis=1)
     place = np.take_along_axis(np.argsort(order, axis=1), kept, axis=1)
@@ -222,7 +222,7 @@ def _make_sequences(
         sequence = _Sequence(prefix, length)
         added = set()
         for family, turns in (
-            _ask_about(group[0], rng) if per_sequence == 1 else _compare(group, rng)
+            _conversations_about(group[0], rng) if per_sequence == 1 else _comparisons(group, rng)
         ):
             ids, labels = encoder.conversation(turns)
             if turns not in added and sequence.fits(ids):
@@ -234,7 +234,7 @@ def _make_sequences(
             wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
             wanted += [(end + i, SUBJECT_HEAD, (shown,)) for i, shown in encoder.subjects(turn)]
             for token, head, shown in wanted:
-                where = _where(shown, group, kept_of_group)
+                where = _shows(shown, group, kept_of_group)
                 if where.any():
                     looks.append((number, token, head))
                     looked.append(where)
@@ -252,7 +252,7 @@ def _make_sequences(
     )
 
 
-def _where(
+def _shows(
     shown: Sequence[Shown], group: Sequence[Scene], kept: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """(kept visual tokens of the group,) bool: tokens that show one of ``shown``."""

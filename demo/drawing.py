@@ -280,6 +280,6 @@ def patch_targets(scene: Scene) -> dict[str, Grid]:
             grids["place"][inside] = i + 1
     row, column = np.indices((cells, cells)) * _PARTS // cells + 1
     shown = (grids["shape"] > 0) | (grids["letter"] > 0)
-    # Background has no row and column, so attention that includes background adds no wrong ones.
+    # Background has no row and no column, so attention to background adds no wrong values.
     grids["row"][shown], grids["column"][shown] = row[shown], column[shown]
     return grids

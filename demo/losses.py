@@ -65,7 +65,7 @@ def _mask(segments: Tensor, deep: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def answers(
+def answer_loss(
     model: Any, features: Tensor, sequences: Sequences, image: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy of the answers' tokens, and the fraction of right answers by family.
@@ -90,11 +90,11 @@ def answers(
     in_answer = sequences.labels[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][in_answer]).float()
     wanted = sequences.labels[:, 1:][in_answer]
-    right = _exact(sequences, logits.argmax(-1) == wanted, in_answer)
+    right = _accuracies(sequences, logits.argmax(-1) == wanted, in_answer)
     return F.cross_entropy(logits, wanted), right
 
 
-def looking(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tensor]:
+def attention_losses(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tensor]:
     """Losses of the watched layer's attention: -log(total attention to the tokens to look at).
 
     ``look`` is the mean over prompts' last tokens, ``tell`` over tokens before one with a
@@ -113,7 +113,7 @@ def looking(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tens
     return {name: part.mean() for name, part in parts.items() if len(part)}
 
 
-def _exact(sequences: Sequences, right: Tensor, in_answer: Tensor) -> dict[str, Tensor]:
+def _accuracies(sequences: Sequences, right: Tensor, in_answer: Tensor) -> dict[str, Tensor]:
     """Family -> fraction of conversations whose answers greedy decoding gives exactly.
 
     ``in_answer`` (S, T - 1) marks tokens of answers, ``right`` those that are predicted right.

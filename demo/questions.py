@@ -153,7 +153,8 @@ def ask_existence(scene: Scene, rng: Rng) -> Turn | None:
     wanted = bool(shown) and rng.random() < 0.5
     while True:
         colour, shape = choice(rng, COLOUR_NAMES), choice(rng, SHAPES)
-        if scene.things and rng.random() < 0.6:  # a thing with the colour or the shape is harder
+        # A question with answer "no" is harder if some thing has its colour or its shape.
+        if scene.things and rng.random() < 0.6:
             thing = choice(rng, scene.things)
             colour, shape = (thing.colour, shape) if rng.random() < 0.5 else (colour, thing.shape)
         name = choice(rng, shown) if wanted else kind.format(colour=colour, shape=shape)

@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from demo.batch import Batch, BatchShape
 from demo.dataset import Batches
-from demo.losses import Heads, answers, looking
+from demo.losses import Heads, answer_loss, attention_losses
 from demo.optimiser import Optimiser
 from demo.questions import corpus
 from vitcop_vllm.demo.checkpoint import DEMO, FEATURE_LAYER, LlavaShape, save_config, save_weights
@@ -141,6 +141,7 @@ class Run:
         self.seconds = 0.0
         self.stopping = False
         inner: Any = model.model
+        # ``attention_losses`` trains the attention of this layer.
         self.watched = inner.language_model.layers[shape.layers // 4]
         self.watched.self_attn.is_watched = True
         _, deep = PruningSettings().boundaries(shape.layers)
@@ -179,12 +180,14 @@ class Run:
         tower_loss = sum(parts.values())
         if batch.sequences is None:
             return tower_loss, parts
-        loss, right = answers(self.model, states[FEATURE_LAYER][:, 1:], batch.sequences, self.image)
+        loss, right = answer_loss(
+            self.model, states[FEATURE_LAYER][:, 1:], batch.sequences, self.image
+        )
         parts = {f"patch {name}": part for name, part in parts.items()}
         parts |= {"answer": loss, **right}
         if len(batch.sequences.looks):
             weights = self.watched.self_attn.weights
-            looks = looking(weights, batch.sequences, self.image)
+            looks = attention_losses(weights, batch.sequences, self.image)
             parts |= looks
             loss = loss + 0.3 * sum(looks.values())
         return loss + 0.5 * tower_loss, parts

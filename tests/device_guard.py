@@ -84,8 +84,8 @@ def no_host_sync() -> Iterator[None]:
     """Lets the code inside use ``cuda``, and raises if the host would wait for the GPU.
 
     Raises:
-        HostSyncError: If an operation moves a tensor to the host, copies one to the GPU with
-            blocking, or mixes tensors of host and GPU.
+        HostSyncError: If an operation moves a tensor to the host, blocks until a copy to the GPU
+            is done, or mixes tensors of host and GPU.
         DataDependentOutputException: If the host reads a value on the GPU.
         DynamicOutputShapeException: If a shape depends on values on the GPU.
     """

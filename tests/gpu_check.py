@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TAIL_CHARACTERS = 4000
-"""Printed length of a check's output, from its end."""
+"""Characters of a check's output to print, from its end."""
 
 ENGINE_TESTS = (
     "tests/families/test_against_oracle.py",

@@ -1,4 +1,5 @@
-"""Imports point one way; the pruning package does not import vLLM, the server not torch."""
+"""Imports point one way. The pruning package does not import vLLM; the server does not import
+torch."""
 
 import ast
 import subprocess
@@ -114,7 +115,7 @@ def test_the_server_imports_only_the_pure_modules(module, path):
 
 
 @pytest.mark.parametrize("package", ["vitcop_vllm", "server"])
-def test_installed_packages_import_no_package_that_is_not_installed(package):
+def test_installed_packages_import_only_installed_packages(package):
     not_installed = {"tests", "benchmarks", "evaluation", "demo"}
     for _, path in modules(package):
         assert not_installed.isdisjoint(name.split(".")[0] for name in imports(path))

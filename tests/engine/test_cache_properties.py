@@ -268,7 +268,7 @@ def test_every_slot_holds_its_request_s_prefix(llm):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    # The traffic had enough of each event.
+    # Enough of each event occurred.
     assert seen["copies"] > 500
     assert seen["preemptions"] > 100
     assert seen["read and wrote"] > 10

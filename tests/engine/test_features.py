@@ -61,7 +61,7 @@ def test_stop_strings(llm):
     assert answer.text == text[: text.index(stop)]
 
 
-def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm, checkpoint):
+def test_log_probabilities_of_a_prompt_s_text_equal_the_dense_oracle(llm, checkpoint):
     """Entries of placeholders are not compared: they predict visual tokens and mean nothing."""
     output = generate_one(llm, prompt_logprobs=2)
     prompt = list(output.prompt_token_ids)

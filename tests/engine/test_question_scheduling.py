@@ -98,7 +98,7 @@ def test_no_step_computes_a_part_of_the_prompt(scheduler, add):
 
 
 def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
-    """The prompt's last token is a new one, and it selects the tokens of all images."""
+    """The prompt has a new last token, which selects the tokens of all images."""
     before = free_blocks(scheduler)
     add("talk", RequestSpec("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]

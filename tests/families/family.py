@@ -67,7 +67,7 @@ class Family:
         return plan_counts(PruningSettings(), ratio, self.layers, rows * columns)
 
     def kept(self, ratio: float, *images: int) -> int:
-        """Number of tokens that Stage I keeps of these images: their placeholders."""
+        """Number of tokens that Stage I keeps of these images, each with a placeholder."""
         return sum(self.counts(ratio, image).stages[0] for image in images)
 
 

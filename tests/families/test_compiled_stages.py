@@ -49,7 +49,7 @@ def compiled(family, compiled_of):
     return compiled_of(family)
 
 
-def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):
+def test_compiled_stages_give_the_answers_of_uncompiled_ones(llm, compiled):
     for answer, expected in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
         assert answer.tokens == expected.tokens
         assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]

@@ -59,7 +59,10 @@ def witness(family, checkpoint):
 
 
 def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Prompt and recorded selections of an explained request; its answer is that of a plain one."""
+    """Prompt and recorded selections of an explained request.
+
+    Checks that the explanation does not change the answer.
+    """
     prompt = spec.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = request
     (output,) = llm.generate([prompt], [spec.sampling_params()], use_tqdm=False)

@@ -26,7 +26,7 @@ def alone(llm):
     return [generate(llm, [spec])[0].tokens for spec in REQUESTS]
 
 
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone(llm, alone):
+def test_a_mixed_batch_gives_the_same_tokens_as_single_requests(llm, alone):
     assert [answer.tokens for answer in generate(llm, REQUESTS)] == alone
 
 

@@ -32,7 +32,7 @@ def v2(checkpoint, tmp_path_factory) -> Results:
 
 
 @pytest.mark.parametrize("what", [name for name in Results.__annotations__ if name != "graphs"])
-def test_model_runner_v2_answers_as_v1(v1, v2, what):
+def test_model_runner_v2_gives_the_results_of_v1(v1, v2, what):
     assert asdict(v2)[what] == asdict(v1)[what]
 
 

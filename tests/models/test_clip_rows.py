@@ -132,7 +132,7 @@ def test_kept_rows_equal_those_of_the_whole_layer(layer, hidden, groups):
 
 
 @torch.inference_mode()
-def test_only_attention_with_fewer_queries_than_keys_skips_queries(layer, hidden):
+def test_attention_skips_dropped_queries_if_the_backend_allows_it(layer, hidden):
     rows = kept_rows({PRUNED: [0, 1]}, KEPT, torch.device("cpu"))
     queries: list[int] = []
     layer.self_attn.attn.register_forward_hook(

@@ -90,7 +90,7 @@ def test_dart_keeps_the_oracle_s_rows():
     assert stream is None
     for member, offset in enumerate(IMAGES):
         visual = slice(FIRST_ROW + offset, FIRST_ROW + offset + V)
-        # Cosines ignore length, so the oracle skips the norm's division.
+        # A cosine ignores length, so this test leaves out the norm's division.
         states = ((layer.hidden + layer.residual)[visual] * dart.norm.weight).numpy()
         kept = oracle.least_duplicated(layer.key[visual].numpy(), states, KEPT)
         assert rows[member].tolist() == [FIRST_ROW + offset + i for i in kept]

@@ -129,7 +129,8 @@ def collect_results(llm: Any) -> Results:
 def encode_for_a_removed_request(llm: Any) -> None:
     """A request preempted in the step that encodes its images still gets them encoded.
 
-    The scheduler takes them for encoded, but V2 removes the request before it runs the encoder.
+    V2 removes the request before it runs the encoder, but the scheduler expects its images to be
+    encoded.
     """
     from tests.engine.scheduling import add_request, new_scheduler
 

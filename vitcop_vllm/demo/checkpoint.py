@@ -19,7 +19,7 @@ DEMO_NAME = "demo"
 """Name of the demo model on the command line and in configurations."""
 
 DEMO_MODEL = Path(__file__).parent / "model"
-"""The demo model's folder, trained by ``demo.train``."""
+"""Folder of the demo model, which ``demo.train`` trained."""
 
 FEATURE_LAYER = -2
 """Index of the vision tower's hidden states that LLaVA-1.5 reads."""
@@ -91,7 +91,7 @@ DEMO = LlavaShape(
     heads=3,
     kv_heads=3,
     intermediate=384,
-    # Heads are narrow. A larger base leaves more of their width nearly free of position.
+    # Heads are narrow. With a larger base, fewer of their channels depend on position.
     rope_theta=500_000.0,
 )
 """The demo model: large enough to answer, small enough for a package."""
