@@ -17,8 +17,8 @@ few units in the last place of the float32 features themselves.
 TIE = 2.0**-38
 """Density subtracted per index, so that no two tokens are equally dense.
 
-Densities lie in [1, n], where float32 values are at least 2^-23 apart. So with up to 2^14 tokens the
-order of unequal densities does not change, and float64 represents the difference.
+Densities lie in [1, n], where float32 values are at least 2^-23 apart. So with up to 2^14 tokens
+the order of unequal densities does not change, and float64 represents the difference.
 """
 
 
