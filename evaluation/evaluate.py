@@ -21,10 +21,10 @@ import openai
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.conditions import processor_name
+from benchmarks.plots import plot_accuracy as plot
 from benchmarks.serving import ServerError, running_server, server_arguments
 from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
 from evaluation.exam import ExamError, Example, digest, from_demo, read_folder
-from evaluation.plots import plot
 from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
 from evaluation.scoring import SCORERS, check_answers
 from vitcop_vllm.pruning.budgets import SELECTORS
