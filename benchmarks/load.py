@@ -69,16 +69,18 @@ def measure_load(
     """
     turns, seeds = Turns(), count(seed)
     rows: list[Row] = []
-    for server in filter(None, (stock, ours)):  # caches, allocators and lazy kernels
-        serve(server, Traffic(8, answer_tokens, 4), next(seeds))
+    warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
+    serve(ours, warm_up, next(seeds), ratios=ratios_of(ratios[-1]))
+    if stock is not None:
+        serve(stock, warm_up, next(seeds))
     for number, rate in (*((n, None) for n in clients), *((max(clients), r) for r in rates)):
         traffic = Traffic(requests or REQUESTS_PER_CLIENT * number, answer_tokens, number)
         conditions: Row = {"clients": number, "requests": traffic.requests}
         ideals: dict[str, float] = {}
         if rate is not None:
-            ideals = {row["ratio"]: row["ideal"] for row in rows if row["clients"] == number}
-            served = next(row for row in rows if row["clients"] == number)
-            arrivals = rate * served["stock_requests_per_second"]
+            waiting = [row for row in rows if row["clients"] == number and "rate" not in row]
+            ideals = {row["ratio"]: row["ideal"] for row in waiting}
+            arrivals = rate * waiting[0]["stock_requests_per_second"]
             conditions |= {"rate": rate, "arrivals_per_second": arrivals}
             traffic = Traffic(traffic.requests, answer_tokens, rate=arrivals)
         measured: list[dict[str, Row]] = []

@@ -33,7 +33,7 @@ def render(folder: Path = DOCS / "results") -> str:
             return _conditions(document["conditions"])
         return _goals(document) if name == "goals" else markdown(document[name])
 
-    return _PLACE.sub(part, (folder / "template.md").read_text())
+    return _PLACE.sub(part, (folder / "template.txt").read_text())
 
 
 def _conditions(conditions: Mapping[str, Any]) -> str:

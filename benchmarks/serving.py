@@ -22,7 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from vitcop_vllm.demo.checkpoint import resolve
-from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import (
     CONFIG_KEY,
     PruningSettings,
@@ -49,12 +49,12 @@ def server_arguments(selector: SelectorName, config: Path) -> list[str]:
     Raises:
         ServerError: If the file cannot be read as far as the selector needs it.
     """
-    row = SELECTORS[selector]
+    row = selector_of(selector)
     chosen: dict[str, Any] = {"selector": selector}
     batch = []
     try:
         options = yaml.safe_load(config.read_text())
-        if row.encoder is None:
+        if not row.prunes_encoder:
             # Every visual token passes the first layers: it cannot go as far as others.
             settings = PruningSettings(**options.get(CONFIG_KEY) or {})
             layers = _decoder_layers(options["model"])

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import mimetypes
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,7 +11,7 @@ from typing import Any, Self
 
 import openai
 
-from evaluation.exam import Example, ImageFile, read_image
+from evaluation.exam import Example
 from evaluation.scoring import Scorer
 from vitcop_vllm.pruning.settings import RATIO_HEADER
 
@@ -64,62 +63,52 @@ UNPRUNED = Ratio("0", Fraction(0))
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One answer of the server.
+class Usage:
+    """What a server reports of a request's visual tokens.
 
     Attributes:
-        score: Of this turn, from 0 to 1.
-        seconds: From sending the request to having the whole answer.
-        ratio: Share of visual tokens removed, as the server reports it; None if it does not.
-        encoder: Visual tokens from the encoder, as reported.
-        stages: Visual tokens kept in each stage, as reported.
+        ratio: Share of visual tokens removed, averaged over layers.
+        encoder: Visual tokens from the encoder.
+        stages: Visual tokens kept in each stage.
     """
 
-    text: str
-    score: float
-    seconds: float
-    ratio: float | None
-    encoder: int | None
-    stages: tuple[int, ...] | None
+    ratio: float
+    encoder: int
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What asking one example came to.
+class Reply:
+    """The answer to one turn; ``usage`` is None if the server reports none."""
 
-    Attributes:
-        replies: To each turn; empty if asking failed.
-        error: What went wrong, else None.
-        refused: Whether it is the pruning ratio that the server refused.
-    """
+    text: str
+    is_right: bool
+    usage: Usage | None
 
-    replies: tuple[Reply, ...] = ()
-    error: str | None = None
-    refused: bool = False
+
+Outcome = list[Reply] | str
+"""Replies to each turn of an example, or the error."""
 
 
 class RatioRefusedError(Exception):
-    """The server does not go as far as the ratio asked for; says why in its own words."""
+    """The server refuses the pruning ratio; has the server's own words."""
 
 
 class NotPrunedError(Exception):
-    """The server took a ratio and reports no pruning: it does not know what was asked."""
+    """The server answered a request with a ratio, but reports no pruning."""
 
 
+@dataclass(frozen=True)
 class Examiner:
     """Asks one model on one server.
 
-    What a repetition may mend (timeouts, 429, 5xx, lost connections) OpenAI's client repeats
-    twice; a refusal it does not.
+    OpenAI's client repeats a request twice after timeouts, 429, 5xx and lost connections.
     """
 
-    def __init__(
-        self, client: openai.AsyncOpenAI, model: str, scorer: Scorer, max_tokens: int
-    ) -> None:
-        self._client = client
-        self._model = model
-        self._scorer = scorer
-        self._max_tokens = max_tokens
+    client: openai.AsyncOpenAI
+    model: str
+    scorer: Scorer
+    max_tokens: int
 
     async def ask_all(
         self,
@@ -134,28 +123,24 @@ class Examiner:
             on_answer: Called after each example.
 
         Raises:
-            RatioRefusedError: If the server refuses the ratio; found out with one example.
+            RatioRefusedError: If the server refuses the ratio of the first example.
         """
         free = asyncio.Semaphore(concurrency)
 
         async def ask(example: Example) -> Outcome:
             async with free:
-                outcome = await self._outcome(example, ratio)
+                outcome: Outcome
+                try:
+                    outcome = await self._converse(example, ratio)
+                except (openai.OpenAIError, NotPrunedError, OSError) as error:
+                    if example is examples[0] and getattr(error, "param", None) == RATIO_HEADER:
+                        raise RatioRefusedError(sentence(error)) from None
+                    outcome = sentence(error)
                 on_answer()
                 return outcome
 
         first = await ask(examples[0])
-        if first.refused:
-            raise RatioRefusedError(first.error)
         return [first, *await asyncio.gather(*map(ask, examples[1:]))]
-
-    async def _outcome(self, example: Example, ratio: Ratio) -> Outcome:
-        try:
-            return Outcome(replies=tuple(await self._converse(example, ratio)))
-        except openai.BadRequestError as error:
-            return Outcome(error=sentence(error), refused=error.param == RATIO_HEADER)
-        except (openai.OpenAIError, NotPrunedError, OSError) as error:
-            return Outcome(error=sentence(error))
 
     async def _converse(self, example: Example, ratio: Ratio) -> list[Reply]:
         """Ask turn after turn; the model sees its own earlier answers, right or wrong."""
@@ -168,46 +153,42 @@ class Examiner:
             content.append({"type": "text", "text": turn.question})
             messages.append({"role": "user", "content": content})
             content = []
-            start = time.perf_counter()
-            answer = await self._client.chat.completions.create(
-                model=self._model,
+            answer = await self.client.chat.completions.create(
+                model=self.model,
                 messages=messages,
                 temperature=0,
-                max_tokens=self._max_tokens,
+                max_tokens=self.max_tokens,
                 extra_headers={} if ratio.decimal is None else {RATIO_HEADER: ratio.decimal},
             )
-            seconds = time.perf_counter() - start
             text = answer.choices[0].message.content or ""
-            score = self._scorer(text, turn.answers)
-            replies.append(Reply(text, score, seconds, *reported_pruning(answer.usage, ratio)))
+            usage = reported_usage(answer.usage, ratio)
+            replies.append(Reply(text, self.scorer(text, turn.answers), usage))
             messages.append({"role": "assistant", "content": text})
         return replies
 
 
-def reported_pruning(
-    usage: Any, ratio: Ratio
-) -> tuple[float | None, int | None, tuple[int, ...] | None]:
-    """Effective ratio, encoder tokens and tokens per stage from an answer's usage.
+def reported_usage(usage: Any, ratio: Ratio) -> Usage | None:
+    """What an answer's ``usage`` reports of visual tokens.
 
     Raises:
-        NotPrunedError: If a ratio was sent and there is none of it. Servers drop headers they do
-            not know, and every ratio would look as good as 0.
+        NotPrunedError: If a ratio was sent and nothing is reported. Servers drop headers that
+            they do not know, and every ratio would look as good as 0.
     """
     tokens = getattr(usage, "visual_tokens", None)
     if tokens is not None:
-        return usage.pruning_ratio, tokens["encoder"], tuple(tokens["stages"])
+        return Usage(usage.pruning_ratio, tokens["encoder"], tuple(tokens["stages"]))
     if ratio.value is not None:
         raise NotPrunedError(
-            f"the server answered, but its usage says nothing of visual_tokens: it does not know "
+            f"the server answered, but its usage has no visual_tokens: it does not know "
             f"{RATIO_HEADER}; ask with --ratios {NO_RATIO}"
         )
-    return None, None, None
+    return None
 
 
-def data_url(image: ImageFile) -> str:
-    """The encoded image as an URL that carries it."""
-    kind = mimetypes.guess_type(image)[0] if isinstance(image, Path) else None
-    return f"data:{kind or 'image/png'};base64,{base64.b64encode(read_image(image)).decode()}"
+def data_url(image: Path) -> str:
+    """An encoded image as a URL that contains it."""
+    kind = mimetypes.guess_type(image)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
 def sentence(error: Exception) -> str:

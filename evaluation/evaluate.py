@@ -13,70 +13,57 @@ import os
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import openai
+from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.conditions import processor_name
 from benchmarks.plots import plot_accuracy as plot
 from benchmarks.serving import ServerError, running_server, server_arguments
 from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
-from evaluation.exam import ExamError, Example, digest, from_demo, read_folder
-from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, merge, tables
-from evaluation.scoring import SCORERS, check_answers
-from vitcop_vllm.pruning.budgets import SELECTORS
+from evaluation.exam import ExamError, Example, digest, read_exam, write_exam
+from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, tables
+from evaluation.scoring import SCORERS
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES
 
 RATIOS = ("0", "1/3", "2/3", "7/9", "8/9", "17/18")
 ALL = "all"
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where examples come from, and the scorer they are meant for."""
-
-    examples: Callable[[argparse.Namespace], list[Example]]
-    scorer: str
-
-
-def _generated_exam(arguments: argparse.Namespace) -> list[Example]:
-    from demo.questions import exam
-
-    return from_demo(exam(arguments.per_family, arguments.seed))
-
-
-def _folder_exam(arguments: argparse.Namespace) -> list[Example]:
-    return read_folder(arguments.data)
-
-
-TASKS = {
-    "demo": Task(_generated_exam, "exact"),
-    "folder": Task(_folder_exam, "exact"),
-}
-
-
 class Evaluation:
-    """An exam, and what has been measured with it so far."""
+    """An exam, and the cells measured so far; ``--out`` may hold cells of an earlier run."""
 
     def __init__(self, arguments: argparse.Namespace, examples: list[Example]) -> None:
         self._arguments = arguments
         self._examples = examples
-        self._scorer = arguments.scorer or TASKS[arguments.task].scorer
-        check_answers(examples, self._scorer)
         self._ratios: dict[str, Ratio] = {ratio.label: ratio for ratio in arguments.ratios}
-        servers = 1 if arguments.url else len(arguments.selectors)
-        pruned = [ratio for ratio in self._ratios.values() if ratio != UNPRUNED]
-        cells = servers * len(pruned) + (UNPRUNED in self._ratios.values())
-        self.bar = tqdm(total=len(examples) * cells, desc="examples")
-        self.document = Document(conditions={})
+        out = arguments.out
+        self.document = Document.read(out) if out is not None and out.exists() else Document()
+        self.document.add_conditions(
+            exam=digest(examples),
+            examples=Counter(example.family for example in examples),
+            scorer=arguments.scorer,
+            max_tokens=arguments.max_tokens,
+            config=None if arguments.url else arguments.config.name,
+        )
+        self.bar = tqdm(desc="examples", total=0)
+
+    def missing(self, selector: str) -> list[tuple[str, Ratio]]:
+        """Selectors and ratios of the cells that are still to be measured."""
+        wanted = [
+            (UNPRUNED_NAME if ratio == UNPRUNED else selector, ratio)
+            for ratio in self._ratios.values()
+        ]
+        return [(name, one) for name, one in wanted if not self.document.cell(name, one.label)]
 
     async def measure(self, url: str, label: str | None) -> None:
-        """Ask everything that the server at ``url`` can add.
+        """Measure the missing cells that the server at ``url`` can add.
 
         Args:
-            label: What to call its selector; None calls it by its model.
+            label: Name of its selector in tables; None names the server's model there.
 
         Raises:
             ServerError: If it answers nothing.
@@ -90,13 +77,12 @@ class Evaluation:
                     model = (await client.models.list()).data[0].id
                 except (openai.OpenAIError, IndexError) as error:
                     raise ServerError(f"{url} lists no model: {sentence(error)}") from None
-            if not self.document.conditions:
-                self.document.conditions = self._conditions(url, model)
-            examiner = Examiner(client, model, SCORERS[self._scorer], arguments.max_tokens)
-            for ratio in self._ratios.values():
-                selector = UNPRUNED_NAME if ratio == UNPRUNED else label or model
-                if self.document.cell(selector, ratio.label) is None:
-                    await self._measure_cell(examiner, selector, ratio)
+            self.document.add_conditions(model=model, vllm=_version(url))
+            examiner = Examiner(client, model, SCORERS[arguments.scorer], arguments.max_tokens)
+            missing = self.missing(label or model)
+            self.bar.total += len(missing) * len(self._examples)
+            for selector, ratio in missing:
+                await self._measure_cell(examiner, selector, ratio)
 
     async def _measure_cell(self, examiner: Examiner, selector: str, ratio: Ratio) -> None:
         self.bar.set_postfix_str(f"{selector} at {ratio.label}")
@@ -106,40 +92,18 @@ class Evaluation:
             )
         except RatioRefusedError as refusal:
             cell = Cell(selector=selector, ratio=ratio.label, refusal=str(refusal))
-            self.bar.update(len(self._examples) - 1)
+            self.bar.update(len(self._examples))
         else:
             cell = Cell.of(selector, ratio, self._examples, outcomes)
         self.document.results.append(cell)
-        # A long run that is interrupted leaves what it has, to be merged with the rest.
-        if self._arguments.out:
+        if self._arguments.out:  # An interrupted run leaves its cells to the next one.
             self.document.write(self._arguments.out)
         if cell.refusal is None and not any(map(any, cell.scores.values())):
             raise ServerError(f"not one answer at ratio {ratio.label}: {next(iter(cell.errors))}")
 
-    def _conditions(self, url: str, model: str) -> dict[str, object]:
-        arguments = self._arguments
-        generated = arguments.task == "demo"
-        return {
-            "task": arguments.task,
-            "exam": digest(self._examples),
-            "examples": Counter(example.family for example in self._examples),
-            "per_family": arguments.per_family if generated else None,
-            "seed": arguments.seed if generated else None,
-            "scorer": self._scorer,
-            "model": model,
-            "vllm": _version(url),
-            "max_tokens": arguments.max_tokens,
-            "concurrency": arguments.concurrency,
-            # Of a server elsewhere we know neither.
-            "config": None if arguments.url else arguments.config.name,
-            "machine": None
-            if arguments.url
-            else {"processor": processor_name(), "cpus": os.cpu_count()},
-        }
-
 
 def _version(url: str) -> str | None:
-    """vLLM's version, from the route it has for that; None of other servers."""
+    """vLLM's version, from its own route; None for other servers."""
     try:
         address = url.rstrip("/").removesuffix("/v1") + "/version"
         with urllib.request.urlopen(address, timeout=10) as answer:
@@ -149,36 +113,49 @@ def _version(url: str) -> str | None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[Document, list[str]]:
-    """Measure, as ``arguments`` say: the document, and sentences on servers that failed."""
-    examples = TASKS[arguments.task].examples(arguments)
-    evaluation = Evaluation(arguments, examples)
-    failures = []
-    with evaluation.bar:
-        if arguments.url:
-            try:
-                asyncio.run(evaluation.measure(arguments.url, arguments.label))
-            except ServerError as error:
-                failures.append(str(error))
-            return evaluation.document, failures
-        for selector in arguments.selectors:
-            evaluation.bar.set_postfix_str(f"starting the server with {selector}")
-            try:
-                options = server_arguments(selector, arguments.config)
-                with running_server(*options) as (url, _):
-                    asyncio.run(evaluation.measure(f"{url}/v1", selector))
-            except ServerError as error:
-                failures.append(f"{selector}: {error}")
-    return evaluation.document, failures
+    """Measure as ``arguments`` say.
+
+    Returns:
+        The document, and a sentence for each server that failed.
+
+    Raises:
+        ExamError: If the exam cannot be asked.
+        ReportError: If an earlier run's document has other conditions.
+    """
+    with TemporaryDirectory() as scratch:
+        folder = arguments.data
+        if folder is None:
+            from demo.questions import exam
+
+            folder = Path(scratch)
+            write_exam(folder, exam(arguments.per_family, arguments.seed))
+        evaluation = Evaluation(arguments, read_exam(folder))
+        failures = []
+        with evaluation.bar:
+            if arguments.url:
+                try:
+                    asyncio.run(evaluation.measure(arguments.url, arguments.label))
+                except ServerError as error:
+                    failures.append(str(error))
+                return evaluation.document, failures
+            for selector in filter(evaluation.missing, arguments.selectors):
+                evaluation.bar.set_postfix_str(f"starting the server with {selector}")
+                try:
+                    options = server_arguments(selector, arguments.config)
+                    with running_server(*options) as (url, _):
+                        asyncio.run(evaluation.measure(f"{url}/v1", selector))
+                except ServerError as error:
+                    failures.append(f"{selector}: {error}")
+        return evaluation.document, failures
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make eval", description=__doc__)
-    exam = parser.add_argument_group("what to ask")
-    exam.add_argument("--task", choices=TASKS, help="demo, or folder if --data is given")
-    exam.add_argument("--data", type=Path, metavar="DIR", help="folder with *.jsonl and images")
-    exam.add_argument("--per-family", type=int, default=100, help="examples generated of a kind")
-    exam.add_argument("--seed", type=int, default=0, help="of the generated exam")
-    exam.add_argument("--scorer", choices=SCORERS, help="the task's own by default: exact")
+    exam = parser.add_argument_group("exam")
+    exam.add_argument("--data", type=Path, metavar="DIR", help="an exam's folder (default: demo)")
+    exam.add_argument("--per-family", type=int, default=100, help="conversations of a kind, demo")
+    exam.add_argument("--seed", type=int, default=0, help="of the demo exam")
+    exam.add_argument("--scorer", choices=SCORERS, default="exact", help="when an answer is right")
     exam.add_argument(
         "--ratios",
         nargs="+",
@@ -187,39 +164,33 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="R",
         help="fractions or decimals; none sends no ratio, for servers that know of none",
     )
-    server = parser.add_argument_group("whom to ask")
+    server = parser.add_argument_group("server")
     server.add_argument("--url", help="a running server, as in http://host:8000/v1")
     server.add_argument("--model", help="the first that the server lists by default")
     server.add_argument("--label", help="selector that the server at --url runs with, for tables")
     server.add_argument(
         "--selectors",
         nargs="+",
-        choices=[*SELECTORS, ALL],
+        choices=[*SELECTOR_NAMES, ALL],
         help="start our own server with each of these; vitcop by default",
     )
     server.add_argument("--config", type=Path, default=Path("configs/demo-cpu.yaml"))
-    server.add_argument("--concurrency", type=int, default=8, help="examples asked at a time")
+    server.add_argument("--concurrency", type=int, default=8, help="examples at a time")
     server.add_argument("--max-tokens", type=int, default=32, help="of an answer")
     results = parser.add_argument_group("results")
-    results.add_argument("--out", type=Path, metavar="FILE.json", help="write the document there")
-    results.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over ratio")
     results.add_argument(
-        "--merge",
-        nargs="+",
+        "--out",
         type=Path,
         metavar="FILE.json",
-        help="ask nothing: tables and plot of documents written before",
+        help="write the document there; if the file exists, go on with what it lacks",
     )
+    results.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over ratio")
     arguments = parser.parse_args(argv)
-    if arguments.task is None:
-        arguments.task = "demo" if arguments.data is None else "folder"
-    if (arguments.task == "folder") != (arguments.data is not None):
-        parser.error("--task folder and --data belong together")
     if arguments.url and arguments.selectors:
         parser.error("--selectors starts servers: with --url, say with --label what it runs with")
     if arguments.label and not arguments.url:
         parser.error("--label names what the server at --url runs with")
-    if not (arguments.url or arguments.merge or arguments.config.is_file()):
+    if not (arguments.url or arguments.config.is_file()):
         parser.error(f"--config: there is no file {arguments.config}")
     for path in (arguments.out, arguments.plot):
         if path is not None and not path.parent.is_dir():
@@ -228,7 +199,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     chosen = arguments.selectors or ["vitcop"]
-    arguments.selectors = list(SELECTORS) if ALL in chosen else list(dict.fromkeys(chosen))
+    arguments.selectors = list(SELECTOR_NAMES) if ALL in chosen else list(dict.fromkeys(chosen))
     return arguments
 
 
@@ -242,19 +213,15 @@ def _ratio(text: str) -> Ratio:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print, and return the exit status."""
     arguments = parse_arguments(argv)
-    failures: list[str] = []
-    notes: list[str] = []
     try:
-        if arguments.merge:
-            document, notes = merge(arguments.merge)
-        else:
-            document, failures = run(arguments)
-        for line in (*notes, *failures):
+        document, failures = run(arguments)
+        for line in failures:
             print(line, file=sys.stderr)
         if document.results:
-            if arguments.out:
-                document.write(arguments.out)
-            print(tables(document))
+            # As wide as its tables, wherever it prints to.
+            console = Console(width=1000, markup=False, emoji=False, highlight=False)
+            for part in tables(document):
+                console.print(part)
             print(json.dumps(document.summary()), flush=True)
             if arguments.plot:
                 plot(document, arguments.plot)

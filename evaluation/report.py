@@ -1,20 +1,22 @@
-"""Measured cells, what they come to, and the document and tables that tell it.
+"""Measured cells, their accuracies, and the document and tables that show them.
 
-A cell is one exam at one ratio with one selector. A document keeps every score in it, so that
-documents of shorter runs can be merged and their differences still be paired.
+A cell is one exam at one ratio with one selector. A document has every score in it, so that a
+run that goes on with it can still pair each example with its score at ratio 0.
 """
 
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, Self
 
 from pydantic import BaseModel, ValidationError
+from rich import box
+from rich.table import Table
 
-from evaluation.client import UNPRUNED, Outcome, Ratio, Reply
+from evaluation.client import UNPRUNED, Outcome, Ratio, Usage
 from evaluation.exam import Example
 from evaluation.intervals import (
     Interval,
@@ -26,15 +28,12 @@ from evaluation.intervals import (
 UNPRUNED_NAME = "unpruned"
 """Selector of the cell at ratio 0, where there is nothing to select: it serves all of them."""
 
-_SAME_EXAM = ("task", "exam", "scorer", "model", "max_tokens")
-"""Conditions that documents must share for their figures to stand side by side."""
-
 Figures = dict[str, dict[str, Any]]
 """Per family, and for "mean", the unweighted mean of families."""
 
 
 class ReportError(ValueError):
-    """Documents that cannot be read, or not be merged."""
+    """A document that cannot be read, or that a run cannot go on with."""
 
 
 class Cell(BaseModel):
@@ -42,16 +41,15 @@ class Cell(BaseModel):
 
     Attributes:
         selector: Which tokens are kept, by name; ``UNPRUNED_NAME`` at ratio 0.
-        ratio: Label of the ratio asked for.
-        scores: Per family and example, in the exam's order, the score of each turn; None where
-            asking failed.
-        effective_ratio: Share of visual tokens removed as the server reports it; like all
+        ratio: Label of the requested ratio.
+        scores: Per family and example, in the exam's order, 0 or 1 for each turn; None where
+            the example failed.
+        effective_ratio: Share of visual tokens removed as the server reports it; like the two
             that follow, a mean over requests.
         visual_tokens: Visual tokens kept, averaged over layers.
         stages: Visual tokens kept in each stage.
-        latency_s, latency_p50_s: Mean and median seconds a request took.
         errors: How often each error came.
-        refusal: Why the server does not do this ratio, else None.
+        refusal: Why the server refuses this ratio, else None.
     """
 
     selector: str
@@ -60,8 +58,6 @@ class Cell(BaseModel):
     effective_ratio: float | None = None
     visual_tokens: float | None = None
     stages: list[float] | None = None
-    latency_s: float | None = None
-    latency_p50_s: float | None = None
     errors: dict[str, int] = {}
     refusal: str | None = None
 
@@ -69,26 +65,23 @@ class Cell(BaseModel):
     def of(
         cls, selector: str, ratio: Ratio, examples: Sequence[Example], outcomes: Sequence[Outcome]
     ) -> Self:
-        scores = defaultdict(list)
+        scores: dict[str, list[list[float] | None]] = defaultdict(list)
+        errors: Counter[str] = Counter()
+        usages = []
         for example, outcome in zip(examples, outcomes, strict=True):
-            turns = [reply.score for reply in outcome.replies]
-            scores[example.family].append(turns or None)
-        replies = [reply for outcome in outcomes for reply in outcome.replies]
-        seconds = [reply.seconds for reply in replies]
-        errors = Counter(outcome.error for outcome in outcomes if outcome.error is not None)
+            if isinstance(outcome, str):
+                errors[outcome] += 1
+                scores[example.family].append(None)
+                continue
+            scores[example.family].append([float(reply.is_right) for reply in outcome])
+            usages += [reply.usage for reply in outcome if reply.usage is not None]
         return cls(
-            selector=selector,
-            ratio=ratio.label,
-            scores=scores,
-            **_pruning(replies),
-            latency_s=fmean(seconds) if seconds else None,
-            latency_p50_s=median(seconds) if seconds else None,
-            errors=dict(errors),
+            selector=selector, ratio=ratio.label, scores=scores, errors=errors, **_means(usages)
         )
 
     @property
     def order(self) -> float:
-        """Ratios in ascending order; without one, after them."""
+        """Sort key: ratios in ascending order, then the cell without a ratio."""
         value = Ratio.parse(self.ratio).value
         return math.inf if value is None else float(value)
 
@@ -97,19 +90,13 @@ class Cell(BaseModel):
         return self.ratio == UNPRUNED.label
 
 
-def _pruning(replies: Sequence[Reply]) -> dict[str, Any]:
-    """Means of what the server reports; nothing where some reply reports nothing."""
-    told = [
-        (reply.ratio, reply.encoder, reply.stages)
-        for reply in replies
-        if reply.ratio is not None and reply.encoder is not None and reply.stages is not None
-    ]
-    if not told or len(told) < len(replies):
+def _means(usages: Sequence[Usage]) -> dict[str, Any]:
+    if not usages:
         return {}
     return {
-        "effective_ratio": fmean(ratio for ratio, _, _ in told),
-        "visual_tokens": fmean(encoder * (1 - ratio) for ratio, encoder, _ in told),
-        "stages": [fmean(kept) for kept in zip(*(stages for _, _, stages in told), strict=True)],
+        "effective_ratio": fmean(usage.ratio for usage in usages),
+        "visual_tokens": fmean(usage.encoder * (1 - usage.ratio) for usage in usages),
+        "stages": [fmean(kept) for kept in zip(*(usage.stages for usage in usages), strict=True)],
     }
 
 
@@ -164,8 +151,19 @@ def _with_mean(figures: Figures, cell: Cell, name: str) -> Figures:
 class Document(BaseModel):
     """Everything measured, and under which conditions."""
 
-    conditions: dict[str, Any]
+    conditions: dict[str, Any] = {}
     results: list[Cell] = []
+
+    def add_conditions(self, **conditions: Any) -> None:
+        """Note conditions of this run.
+
+        Raises:
+            ReportError: If an earlier run, which this one goes on with, had others.
+        """
+        for key, value in conditions.items():
+            known = self.conditions.setdefault(key, value)
+            if known != value:
+                raise ReportError(f"the earlier run had {key} {known!r}, this one has {value!r}")
 
     def cell(self, selector: str, ratio: str) -> Cell | None:
         found = (one for one in self.results if (one.selector, one.ratio) == (selector, ratio))
@@ -179,18 +177,15 @@ class Document(BaseModel):
 
     @property
     def selectors(self) -> dict[str, list[Cell]]:
-        """Per selector its cells by ratio, the common one at ratio 0 included."""
-        names = dict.fromkeys(
-            cell.selector for cell in self.results if not cell.is_baseline
-        ) or dict.fromkeys([UNPRUNED_NAME])
+        """Per selector its cells by ratio; each has the common cell at ratio 0."""
+        pruned = [cell for cell in self.results if not cell.is_baseline]
         common = [] if self.baseline is None else [self.baseline]
         return {
             name: sorted(
-                common
-                + [one for one in self.results if one.selector == name and not one.is_baseline],
+                [*common, *(cell for cell in pruned if cell.selector == name)],
                 key=lambda cell: cell.order,
             )
-            for name in names
+            for name in dict.fromkeys(cell.selector for cell in pruned or self.results)
         }
 
     @property
@@ -203,7 +198,7 @@ class Document(BaseModel):
         return sum((Counter(cell.errors) for cell in self.results), Counter())
 
     def summary(self) -> dict[str, Any]:
-        """The document for other programs, with the figures that people are shown."""
+        """The document for other programs, with accuracies and differences."""
         results = []
         for cell in self.results:
             figures: dict[str, Any] = {"accuracy": accuracies(cell)}
@@ -222,80 +217,53 @@ class Document(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What :meth:`write` wrote.
+        """What :meth:`write` wrote, without the cells in which a request failed.
 
         Raises:
             ReportError: If the file holds no such document.
         """
         try:
-            return cls.model_validate_json(path.read_text())
+            document = cls.model_validate_json(path.read_text())
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise ReportError(f"{path}: not a document of this program: {error}") from None
+        document.results = [cell for cell in document.results if not cell.errors]
+        return document
 
 
-def merge(paths: Sequence[Path]) -> tuple[Document, list[str]]:
-    """One document of several, and notes about what had to be decided.
-
-    Raises:
-        ReportError: If they are about different exams, or measured the same twice.
-    """
-    documents = {path: Document.read(path) for path in paths}
-    first_path, first = next(iter(documents.items()))
-    merged = Document(conditions={})
-    notes = []
-    for path, document in documents.items():
-        for key in _SAME_EXAM:
-            ours, theirs = first.conditions.get(key), document.conditions.get(key)
-            if ours != theirs:
-                raise ReportError(f"{path} has {key} {theirs!r}, but {first_path} has {ours!r}")
-        for cell in document.results:
-            known = merged.cell(cell.selector, cell.ratio)
-            if known is None:
-                merged.results.append(cell)
-            elif not cell.is_baseline:
-                raise ReportError(
-                    f"{path} has {cell.selector} at {cell.ratio}, as a file before it"
-                )
-            elif known.scores != cell.scores:
-                notes.append(f"{path} was scored differently at ratio 0; the first file's counts")
-    for key in first.conditions:
-        values = [document.conditions.get(key) for document in documents.values()]
-        same = all(value == values[0] for value in values)
-        merged.conditions[key] = values[0] if same else values
-    return merged, notes
+def tables(document: Document) -> Iterator[Table | str]:
+    """Per selector a table, and below it the reasons of refusals and failures."""
+    for name, cells in document.selectors.items():
+        yield _table(name, cells, document)
+        yield from dict.fromkeys(f"- {cell.refusal}" for cell in cells if cell.refusal is not None)
+        yield from (
+            f"! {count} x {error}" for cell in cells for error, count in cell.errors.items()
+        )
 
 
-def tables(document: Document) -> str:
-    """The same figures for people: one table per selector."""
-    return "\n\n".join(_table(name, cells, document) for name, cells in document.selectors.items())
-
-
-def _table(name: str, cells: Sequence[Cell], document: Document) -> str:
+def _table(name: str, cells: Sequence[Cell], document: Document) -> Table:
     baseline = document.baseline
     accuracy = [accuracies(cell) for cell in cells]
     difference = [
         {} if baseline is None or cell.is_baseline else differences(cell, baseline)
         for cell in cells
     ]
-    rows = [[name, *(cell.ratio + ("!" if cell.errors else "") for cell in cells)]]
-    for family in (*document.families, "mean"):
-        rows.append([family, *(_percent(one.get(family), "accuracy", "") for one in accuracy)])
-    if any(difference):
-        rows.append(["less ratio 0", *("" for _ in cells)])
-        for family in (*document.families, "mean"):
-            rows.append(
-                [family, *(_percent(one.get(family), "difference", "+") for one in difference)]
-            )
-    rows += [
-        ["per request", *("" for _ in cells)],
-        ["effective ratio", *(_number(cell.effective_ratio, ".3f") for cell in cells)],
-        ["visual tokens", *(_number(cell.visual_tokens, ".1f") for cell in cells)],
-        ["in each stage", *(_stages(cell) for cell in cells)],
-        ["latency p50/s", *(_number(cell.latency_p50_s, ".2f") for cell in cells)],
-    ]
-    refusals = dict.fromkeys(f"- {cell.refusal}" for cell in cells if cell.refusal is not None)
-    failures = [f"! {count} x {error}" for cell in cells for error, count in cell.errors.items()]
-    return "\n".join([*_aligned(rows), *refusals, *dict.fromkeys(failures)])
+    table = Table(name, box=box.SIMPLE_HEAD)
+    for cell in cells:
+        table.add_column(cell.ratio + ("!" if cell.errors else ""), justify="right")
+    for title, figures, key, sign in (
+        ("accuracy / %", accuracy, "accuracy", ""),
+        ("less ratio 0", difference, "difference", "+"),
+    ):
+        if any(figures):
+            table.add_row(title)
+            for family in (*document.families, "mean"):
+                table.add_row(family, *(_percent(one.get(family), key, sign) for one in figures))
+            table.add_section()
+    table.add_row("effective ratio", *(_number(cell.effective_ratio, ".3f") for cell in cells))
+    table.add_row("visual tokens", *(_number(cell.visual_tokens, ".1f") for cell in cells))
+    stages = ("/".join(f"{kept:.0f}" for kept in cell.stages or ()) or "-" for cell in cells)
+    table.add_row("in each stage", *stages)
+    return table
 
 
 def _percent(figure: dict[str, Any] | None, name: str, sign: str) -> str:
@@ -307,14 +275,3 @@ def _percent(figure: dict[str, Any] | None, name: str, sign: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _stages(cell: Cell) -> str:
-    return "-" if cell.stages is None else "/".join(f"{kept:.0f}" for kept in cell.stages)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for name, *texts in rows:
-        columns = [f"{text:>{width}}" for text, width in zip(texts, widths[1:], strict=True)]
-        yield "  ".join([f"{name:<{widths[0]}}", *columns]).rstrip()

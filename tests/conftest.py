@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("soak", "tests/soak")
+    group.addoption("--model", choices=("llava", "qwen2.5-vl"), help="soak this one; default: both")
+    group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")
+    group.addoption("--seed", type=int, default=0, help="of a soak's requests")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keep a parallel worker, and what it starts, on its share of the cores.
 
@@ -41,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
 
 
-ENGINES = ("engine/", "families/", "worker/", "benchmarks/test_bench.py", "benchmarks/test_soak.py")
+ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
 """Where engines in the tests' own process are used, or processes that end with a test."""
 
 SERVERS = (

@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
-SUPPORTED_VLLM = "0.32"
+SUPPORTED_VLLM = ("0.32", "0.33")
+"""Minor versions that the tests run with."""
 
 
 def installed_vllm_version() -> str:
@@ -22,6 +23,11 @@ def installed_vllm_version() -> str:
     return "unknown"
 
 
+def is_supported(vllm_version: str) -> bool:
+    """Whether this release of ours was made for a version of vLLM, such as ``0.32.1+cpu``."""
+    return ".".join(vllm_version.split(".")[:2]) in SUPPORTED_VLLM
+
+
 def register() -> None:
     """Register the pruned architectures and their start-up checks with vLLM."""
     from vllm.model_executor.models import ModelRegistry
@@ -31,13 +37,13 @@ def register() -> None:
     from vitcop_vllm.engine.families import FAMILIES
 
     found = installed_vllm_version()
-    if not found.startswith(f"{SUPPORTED_VLLM}."):
+    if not is_supported(found):
         logger.error(
-            "ViTCoP was tested with vLLM %s.* and found %s: images are NOT pruned. "
+            "This release of ViTCoP supports vLLM %s and found %s: images are NOT pruned. "
             "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
-            SUPPORTED_VLLM,
+            " and ".join(SUPPORTED_VLLM),
             found,
-            SUPPORTED_VLLM,
+            SUPPORTED_VLLM[-1],
         )
         return
     for architecture, family in FAMILIES.items():

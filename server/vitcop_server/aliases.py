@@ -5,10 +5,10 @@ from typing import Any, Self
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-from vitcop_server.adoption import adopt_in_place
 from vitcop_server.errors import RequestError
 from vitcop_server.ratio import ratio_text
 from vitcop_server.route_rules import MODEL_KEY
+from vitcop_vllm.adoption import adopt
 from vitcop_vllm.pruning.settings import PruningSettings
 
 _SEPARATOR = "@"
@@ -53,7 +53,7 @@ class AliasedModels(OpenAIServingModels):
             settings: The range of ratios.
             aliases: Ratios for which names are listed.
         """
-        listing: Self = adopt_in_place(models, cls)
+        listing: Self = adopt(models, cls)
         listing.settings = settings
         listing.aliases = aliases
         return listing

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
+from vitcop_server.compat import make_arg_parser, validate_parsed_serve_args
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
-from vitcop_vllm.pruning.budgets import why_uncacheable
+from vitcop_vllm.pruning.plan import why_uncacheable
 from vitcop_vllm.pruning.settings import (
     CONFIG_KEY,
     Frozen,

@@ -14,31 +14,31 @@ from vitcop_server.preview import Preview
 from vitcop_vllm.pruning.identity import counts_of_identifier, explained_size
 
 
-class LostChoicesError(RuntimeError):
-    """Newer explanations took the place of one before it was asked for."""
+class LostSelectionsError(RuntimeError):
+    """Newer records replaced that of an image before the server took it."""
 
 
-def explain_image(preview: Preview, identifier: str, choices: Mapping[str, Any]) -> dict[str, Any]:
+def explain_image(preview: Preview, identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
     """What ``/v1/pruning/explain`` tells of one image.
 
     Args:
         preview: Of the served model.
         identifier: The image's, which tells its size and counts.
-        choices: What a worker recorded; see ``vitcop_vllm.worker.explain``.
+        record: What a worker recorded of the image; see ``vitcop_vllm.worker.explain``.
 
     Raises:
-        LostChoicesError: If the worker no longer knows all of it.
+        LostSelectionsError: If the worker no longer knows all of it.
     """
     size, counts = explained_size(identifier), counts_of_identifier(identifier)
     assert size is not None
-    parts = choices.get("patches") or range(counts.encoder)
-    stages, merged = _stages(parts, choices)
+    parts = record.get("patches") or range(counts.encoder)
+    stages, merged = _stages(parts, record)
     if tuple(map(len, stages)) != counts.stages:
-        raise LostChoicesError(identifier)
-    labels = choices.get("labels")
+        raise LostSelectionsError(identifier)
+    labels = record.get("labels")
     return {
         **preview.image_fields(*size, counts),
-        "saliency": choices.get("saliency"),
+        "saliency": record.get("saliency"),
         "clusters": None if labels is None else _scatter(labels, parts, counts.encoder),
         "stages": [
             {**layers, "kept": _bitset(kept, counts.encoder), "merged": groups}
@@ -50,13 +50,13 @@ def explain_image(preview: Preview, identifier: str, choices: Mapping[str, Any])
 
 
 def _stages(
-    parts: Sequence[int], choices: Mapping[str, Any]
+    parts: Sequence[int], record: Mapping[str, Any]
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
     """Per stage the parts where its tokens sit, and groups of parts in one token."""
     first = list(parts)
-    second = [first[i] for i in choices.get("shallow", range(len(first)))]
-    third = [second[i] for i in choices.get("deep", range(len(second)))]
-    groups = [[first[i] for i in group] for group in choices.get("merged", ()) if len(group) > 1]
+    second = [first[i] for i in record.get("shallow", range(len(first)))]
+    third = [second[i] for i in record.get("deep", range(len(second)))]
+    groups = [[first[i] for i in group] for group in record.get("merged", ()) if len(group) > 1]
     deep = set(third)
     return [first, second, third], [[], groups, [group for group in groups if group[0] in deep]]
 
@@ -76,9 +76,12 @@ def _scatter(labels: Sequence[int], parts: Sequence[int], count: int) -> list[in
     return of_part
 
 
-def merge_answers(answers: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """What any worker knows: one of an engine's, and of several engines the one that served."""
-    told: dict[str, dict[str, Any]] = {}
+def merge_records(answers: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Records by image name, from the answers of all workers of all engines.
+
+    One worker of an engine answers for all of them, the others with ``None``.
+    """
+    records: dict[str, dict[str, Any]] = {}
     for answer in answers:
-        told.update(answer or {})
-    return told
+        records.update(answer or {})
+    return records

@@ -21,7 +21,7 @@ from typing import Any, Self
 from vllm.multimodal.cache import BaseMultiModalProcessorCache, MultiModalProcessorOnlyCache
 from vllm.v1.engine.core_client import AsyncMPClient
 
-from vitcop_server.adoption import mix_in_place
+from vitcop_vllm.adoption import adopt_with
 
 
 class SendOrderCache(BaseMultiModalProcessorCache):
@@ -37,7 +37,7 @@ class SendOrderCache(BaseMultiModalProcessorCache):
     @classmethod
     def adopt(cls, cache: Any, model_config: Any) -> Self:
         """``cache``, which vLLM built, as an instance of this class and of its own."""
-        adopted: Self = mix_in_place(cache, cls)
+        adopted: Self = adopt_with(cache, cls)
         adopted._rendered = MultiModalProcessorOnlyCache(model_config)
         adopted._held = {}
         return adopted
@@ -93,7 +93,7 @@ class SendOrderClient(AsyncMPClient):
     @classmethod
     def adopt(cls, client: Any, images: SendOrderCache) -> None:
         """Make ``client``, which vLLM built, an instance of this class and of its own."""
-        mix_in_place(client, cls)._images = images
+        adopt_with(client, cls)._images = images
 
     async def add_request_async(self, request: Any) -> None:
         # There is no await between this and the send: two requests cannot change places.

@@ -36,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _share_metrics(os.environ)
     # vLLM reads its environment when imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
     from vitcop_server.arguments import make_parser, parse
+    from vitcop_server.compat import cli_env_setup
 
     cli_env_setup()
     args = parse(make_parser(), sys.argv[1:] if argv is None else argv, dict(os.environ))

@@ -33,6 +33,7 @@ from vitcop_server.errors import RequestError
 from vitcop_server.formats import describe_unreadable
 from vitcop_server.pixels import to_eight_bits
 from vitcop_server.settings import ServerSettings
+from vitcop_vllm.adoption import adopt_copy
 
 CONNECTOR_NAME = "vitcop"
 
@@ -147,17 +148,21 @@ class GuardedConnector(MediaConnector):
     def _guarded(self, media_io: MediaIO) -> MediaIO:
         if not isinstance(media_io, ImageMediaIO):
             return media_io
-        return GuardedImageIO(self._limits, image_mode=media_io.image_mode, **media_io.kwargs)
+        return GuardedImageIO.adopt(media_io, self._limits)
 
 
 class GuardedImageIO(ImageMediaIO):
     """vLLM's image reader, with size limits and correct colours. Use one instance per image."""
 
     _file: ImageFile
+    _limits: ImageLimits
 
-    def __init__(self, limits: ImageLimits, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._limits = limits
+    @classmethod
+    def adopt(cls, media_io: ImageMediaIO, limits: ImageLimits) -> Self:
+        """``media_io`` with limits. What else vLLM gave it, such as budgets, it keeps."""
+        guarded: Self = adopt_copy(media_io, cls)
+        guarded._limits = limits
+        return guarded
 
     def load_base64(self, media_type: str, data: str) -> MediaWithBytes[Image.Image]:
         return self.load_bytes(decode_base64(data))

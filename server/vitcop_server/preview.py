@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitcop_server.usage import PrunedModel
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
+from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -40,7 +40,7 @@ class Preview:
     @property
     def saliency_source(self) -> str | None:
         """What Stage I ranks visual tokens by; see ``Selector.saliency_source``."""
-        selector = SELECTORS[self.model.settings.selector]
+        selector = selector_of(self.model.settings.selector)
         return selector.saliency_source(has_cls=self.info.has_cls)
 
     def input_size(self) -> tuple[int, int]:

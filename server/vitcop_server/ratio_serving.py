@@ -7,7 +7,6 @@ from fastapi import Request
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.renderers.online_renderer import OnlineRenderer
 
-from vitcop_server.adoption import adopted
 from vitcop_server.aliases import AliasedModels
 from vitcop_server.errors import RequestError
 from vitcop_server.metrics import RATIO_ERRORS
@@ -15,6 +14,7 @@ from vitcop_server.middleware import STATE_KEY
 from vitcop_server.ratio import accepted_ratio
 from vitcop_server.route_rules import MODEL_KEY
 from vitcop_server.usage import PrunedModel
+from vitcop_vllm.adoption import adopt_copy
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 
@@ -37,10 +37,10 @@ class RatioServing:
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
         """``serving`` as an instance of its own subclass."""
-        handler: Self = adopted(serving, cls)
+        handler: Self = adopt_copy(serving, cls)
         handler.pruned_model = pruned_model
         handler.is_traced = is_traced
-        renderer = handler.online_renderer = adopted(handler.online_renderer, cls.renderer_type)
+        renderer = handler.online_renderer = adopt_copy(handler.online_renderer, cls.renderer_type)
         # Processor keywords that reach it are ours: those of clients are refused before. vLLM's own
         # renderer, which other handlers share, goes on refusing them.
         renderer.trust_request_mm_kwargs = True

@@ -11,7 +11,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from vitcop_server.errors import RequestError, error_body
-from vitcop_server.explain import LostChoicesError, explain_image, merge_answers
+from vitcop_server.explain import LostSelectionsError, explain_image, merge_records
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
@@ -116,17 +116,17 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
     answer = await state.openai_serving_chat.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), answer.error.code)
-    told = merge_answers(
-        await state.engine_client.collective_rpc("take_choices", args=(explained.names,))
+    records = merge_records(
+        await state.engine_client.collective_rpc("take_selections", args=(explained.names,))
         if explained.names
         else ()
     )
     try:
         images = [
-            explain_image(state.pruning_preview, name, told.get(name, {}))
+            explain_image(state.pruning_preview, name, records.get(name, {}))
             for name in explained.names
         ]
-    except LostChoicesError:
+    except LostSelectionsError:
         sentence = (
             f"more than {MOST_EXPLAINED} images are being explained at once, and this one's "
             "explanation is lost: send fewer at a time"

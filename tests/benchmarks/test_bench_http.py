@@ -69,7 +69,7 @@ def test_a_running_server(demo_url, capsys):
     assert bench_http.main(["--url", demo_url, *options]) == 0
     before = served()
     assert bench_http.main(["--url", demo_url, *options, "--seed", "5"]) == 0
-    assert served() == before + 4  # those that warm up are not pruned
+    assert served() == before + 8 + 4  # to warm up, and the run
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     [row] = document["load"]
     assert (row["clients"], row["ratio"], row["requests"]) == (2, "8/9", 4)
@@ -81,7 +81,7 @@ def test_a_running_server(demo_url, capsys):
 def test_requests_that_fail_are_told(demo_url, capsys):
     options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
     assert bench_http.main(["--url", demo_url, *options]) == 1
-    assert "4 of 4 requests failed" in capsys.readouterr().err
+    assert "8 of 8 requests failed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ def test_no_table_of_figures_is_typed_by_hand():
 
 
 def template() -> str:
-    return (DOCS / "results" / "template.md").read_text()
+    return (DOCS / "results" / "template.txt").read_text()
 
 
 def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
@@ -43,7 +43,7 @@ def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
     }
     (tmp_path / "run.json").write_text(json.dumps(document))
     places = "\n".join(f"{{{{ run {name} }}}}" for name in ("conditions", "goals", "prefill"))
-    (tmp_path / "template.md").write_text(places)
+    (tmp_path / "template.txt").write_text(places)
     page = render(tmp_path)
     assert "- Command: `make bench`\n- Machine: 2 cores of p; vllm 0.32.0\n" in page
     assert "- Model: m; weights: random, float32\n- Rounds: 7\n" in page
@@ -54,6 +54,6 @@ def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
 @pytest.mark.parametrize(("text", "error"), [("{{ run x }}", KeyError), ("{{ no x }}", OSError)])
 def test_what_was_not_measured_is_not_shown(text, error, tmp_path):
     (tmp_path / "run.json").write_text('{"conditions": {}}')
-    (tmp_path / "template.md").write_text(text)
+    (tmp_path / "template.txt").write_text(text)
     with pytest.raises(error):
         render(tmp_path)

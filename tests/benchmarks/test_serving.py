@@ -110,8 +110,9 @@ def test_a_server_serves_and_is_gone(config):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_stop_the_server_too(config, number, status):
     Image.new("RGB", (32, 32)).save(config.parent / "a.png")
-    line = {"image": "a.png", "question": "What?", "answer": "That."}
-    (config.parent / "exam.jsonl").write_text(json.dumps(line))
+    turn = {"question": "What?", "answers": ["That."]}
+    line = {"images_file_names": ["a.png"], "family": "one", "turns": [turn]}
+    (config.parent / "metadata.jsonl").write_text(json.dumps(line))
     arguments = ["--config", str(config), "--data", str(config.parent)]
     harness = subprocess.Popen(
         [sys.executable, "-m", "evaluation.evaluate", *arguments],

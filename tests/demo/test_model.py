@@ -11,9 +11,9 @@ import torch
 from demo.questions import Example, exam
 from evaluation import evaluate
 from evaluation.client import NO_RATIO, Examiner, Outcome, Ratio
-from evaluation.exam import from_demo
+from evaluation.exam import read_exam, write_exam
 from evaluation.report import accuracies
-from evaluation.scoring import SCORERS
+from evaluation.scoring import exact
 from tests.server.process import TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
@@ -42,18 +42,20 @@ def test_two_thirds_fewer_visual_tokens_cost_three_points_at_most(accuracy):
     assert accuracy["2/3"] >= accuracy["0"] - 0.03
 
 
-def ask(url: str, examples: list[Example]) -> list[list[str]]:
-    """Answers to each example's turns; no ratio is asked for, so that stock vLLM can answer."""
+def ask(url: str, folder: Path) -> list[list[str]]:
+    """Answers to each turn of an exam; no ratio is sent, so that stock vLLM can answer."""
 
     async def replies() -> list[Outcome]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
             model = (await client.models.list()).data[0].id
-            examiner = Examiner(client, model, SCORERS["exact"], max_tokens=32)
-            return await examiner.ask_all(from_demo(examples), Ratio.parse(NO_RATIO), 1, int)
+            examiner = Examiner(client, model, exact, max_tokens=32)
+            return await examiner.ask_all(read_exam(folder), Ratio.parse(NO_RATIO), 1, int)
 
-    outcomes = asyncio.run(replies())
-    assert not [outcome.error for outcome in outcomes if outcome.error]
-    return [[reply.text for reply in outcome.replies] for outcome in outcomes]
+    answers = []
+    for outcome in asyncio.run(replies()):
+        assert not isinstance(outcome, str), outcome
+        answers.append([reply.text for reply in outcome])
+    return answers
 
 
 def ask_transformers(examples: list[Example]) -> list[list[str]]:
@@ -87,11 +89,12 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_stock_vllm_and_transformers_give_the_same_answers(demo_url):
+def test_stock_vllm_and_transformers_give_the_same_answers(demo_url, tmp_path):
     examples = exam(2, EXAM_SEED)
-    ours = ask(demo_url, examples)
+    write_exam(tmp_path, examples)
+    ours = ask(demo_url, tmp_path)
     with running_server("--model", str(DEMO_MODEL), *TINY_OPTIONS, stock=True) as (url, _):
-        stock = ask(url, examples)
+        stock = ask(url, tmp_path)
     assert ours == stock
     assert ours == ask_transformers(examples)
     # Else the comparisons above would compare nothing.

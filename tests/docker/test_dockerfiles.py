@@ -10,8 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.docker.files import DOCKER, ROOT
+from vitcop_vllm.plugin import is_supported
 
 FILES = ("Dockerfile", "Dockerfile.cpu")
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -36,11 +38,23 @@ def test_images_are_pinned(file: str) -> None:
         assert re.match(r"[\w./-]+:v?\d+\.\d+\.\d+\S*( AS \w+)?$", image), image
 
 
-def test_vllm_is_the_one_that_the_plugin_is_made_for() -> None:
+def test_the_gpu_image_has_the_vllm_of_the_gpu_requirements() -> None:
+    (version,) = re.findall(r"^vllm==(\S+)", (ROOT / "requirements/gpu.txt").read_text(), re.M)
+    assert arguments("Dockerfile", "FROM")[-1] == f"vllm/vllm-openai:v{version}"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (wanted,) = extras["optional-dependencies"]["gpu"]
-    minor = wanted.removeprefix("vllm==").removesuffix("*")
-    assert arguments("Dockerfile", "FROM")[-1].startswith(f"vllm/vllm-openai:v{minor}")
+    assert Requirement(wanted).specifier.contains(version)
+    assert is_supported(version)
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu"])
+def test_an_extra_installs_no_vllm_that_the_plugin_refuses(extra: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    allowed = Requirement(extras["optional-dependencies"][extra][0]).specifier
+    versions = [f"0.{minor}.{patch}" for minor in range(60) for patch in (0, 3)]
+    installed = [version for version in versions if allowed.contains(version)]
+    assert installed
+    assert all(map(is_supported, installed))
 
 
 @each_file

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, RequestOutput
 
 IMAGE_TOKEN = 3
 """A placeholder, in the vocabulary of the LLaVA checkpoints that tests make."""
@@ -35,6 +35,20 @@ SIZES = {
     104: (140, 532),
     105: (560, 392),
     106: (420, 532),
+    # The soak's: photographs, as they are or scaled down to the model's limit,
+    201: (448, 448),
+    202: (500, 400),
+    203: (336, 392),
+    204: (900, 700),
+    205: (640, 1100),
+    206: (1400, 500),
+    # images scaled up to its other limit, and thin ones: one or two visual tokens across.
+    207: (20, 20),
+    208: (56, 56),
+    209: (1200, 40),
+    210: (40, 700),
+    211: (28, 560),
+    212: (900, 60),
 }
 """Width and height of images whose size their seed does not draw."""
 
@@ -60,7 +74,10 @@ if Path("/dev/nvidiactl").exists():
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. ``images`` are seeds; ``ratio`` None sends no ratio at all."""
+    """A request. ``images`` are seeds; ``ratio`` None sends no ratio at all.
+
+    ``priority`` is for engines that are driven step by step; smaller comes first.
+    """
 
     text: str
     images: tuple[int, ...] = ()
@@ -69,6 +86,7 @@ class Ask:
     sampling: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     cache_salt: str | None = None
+    priority: int = 0
 
     def prompt(self, model_type: str = "llava") -> dict[str, Any]:
         prompt: dict[str, Any] = {
@@ -106,6 +124,19 @@ class Answer:
     reused: int = field(default=0, compare=False)
 
 
+def answer_of(output: "RequestOutput") -> Answer:
+    """The answer in the output of a finished request."""
+    return Answer(
+        list(output.prompt_token_ids or ()),
+        list(output.outputs[0].token_ids),
+        [
+            {token: entry.logprob for token, entry in step.items()}
+            for step in output.outputs[0].logprobs or ()
+        ],
+        output.num_cached_tokens or 0,
+    )
+
+
 def sample_image(seed: int) -> Image.Image:
     """An image with smooth regions and detail; size depends on the seed."""
     rng = np.random.default_rng(seed)
@@ -132,18 +163,7 @@ def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer
         [ask.params() for ask in asks],
         use_tqdm=False,
     )
-    return [
-        Answer(
-            list(output.prompt_token_ids or ()),
-            list(output.outputs[0].token_ids),
-            [
-                {token: entry.logprob for token, entry in step.items()}
-                for step in output.outputs[0].logprobs or ()
-            ],
-            output.num_cached_tokens or 0,
-        )
-        for output in outputs
-    ]
+    return [answer_of(output) for output in outputs]
 
 
 def generate_in_turn(llm: "LLM", asks: list[Ask]) -> list[Answer]:

@@ -25,7 +25,7 @@ def free_blocks(scheduler: Any) -> int:
 def start(engine: Any, name: str, ask: Ask) -> None:
     """Give a request to an engine that is driven step by step."""
     (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
-    engine.add_request(name, prompt, ask.params())
+    engine.add_request(name, prompt, ask.params(), priority=ask.priority)
 
 
 def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = None) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -17,15 +17,15 @@ from tests.engine.requests import (
     sample_image,
 )
 from tests.engine.scheduling import free_blocks, start
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.models.staged_decoder import StagedDecoder
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
-from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, SelectorName
+from vitcop_vllm.pruning.settings import CONFIG_KEY, SELECTOR_NAMES, PruningSettings, SelectorName
 
 SHALLOW, _ = BOUNDARIES = PruningSettings().boundaries(TINY.layers)
 LIMIT = 1 - SHALLOW / TINY.layers
-OTHERS = [name for name in get_args(SelectorName) if name != "vitcop"]
+OTHERS = [name for name in SELECTOR_NAMES if name != "vitcop"]
 READERS = [name for name in OTHERS if SELECTORS[name].reads_question]
 
 # A prompt of four images is all that a step can hold.

@@ -2,19 +2,22 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from vllm import envs
 
+from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
     SPAN_LIMIT_KEY,
     VLLM_HOOKS,
     PrunedModelConfig,
-    _round_down,
     logger,
     pruning_settings_of,
     span_limit_of,
 )
+from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.settings import PruningSettings
 
 
 def config_of(checkpoint, **options):
@@ -106,7 +109,10 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
         ({"additional_config": {"pruning": {"default_ratio": 1.0}}}, "default_ratio"),
         ({"additional_config": {"pruning": [1]}}, "mapping"),
-        ({"additional_config": {"pruning": {"selector": "fast"}}}, "selector: Input should be"),
+        (
+            {"additional_config": {"pruning": {"selector": "fast"}}},
+            "selector: no selector is called 'fast'; choose cls, dart",
+        ),
         ({"additional_config": {"pruning": {"kernels": "triton"}}}, "set kernels to auto or torch"),
         ({"additional_config": {"pruning": {"kernels": "cuda"}}}, "kernels: Input should be"),
         (
@@ -162,7 +168,12 @@ def test_a_ratio_named_by_a_refusal_is_accepted_with_it(checkpoint):
 
 
 def test_ratios_in_refusals_are_rounded_down():
-    assert _round_down(1 - 2 / 24) == 0.9166
+    text = SimpleNamespace(num_hidden_layers=24)
+    vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
+    settings = PruningSettings(selector="key_norm")
+    start_up = StartUp(vllm_config, settings, selector_of("key_norm"), True, ())
+    assert start_up.boundaries[0] == 2
+    assert start_up.max_ratio == 0.9166
 
 
 @pytest.mark.parametrize("asked", [True, False, None])
@@ -192,7 +203,8 @@ def v2(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")  # to be put back as it was
     monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
-    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    for module in ("vllm.config.vllm", "vllm.triton_utils"):
+        monkeypatch.setattr(f"{module}.HAS_TRITON", True)
 
 
 def test_model_runner_v2_is_for_those_who_ask(checkpoint, v2, monkeypatch):
@@ -215,15 +227,15 @@ def test_an_engine_started_earlier_in_this_process_has_settled_the_runner(
 ):
     envs.enable_envs_cache()
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    with pytest.raises(ValueError, match="V1 was asked for, and something in"):
+    with pytest.raises(ValueError, match="use model runner V1, and something in"):
         config_of(checkpoint)
     envs.disable_envs_cache()
     assert not config_of(checkpoint).use_v2_model_runner
 
 
 def test_model_runner_v2_needs_triton(checkpoint, v2, monkeypatch):
-    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", False)
-    with pytest.raises(ValueError, match="Model Runner V2 requires Triton"):
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r"V2 needs Triton.*unset VLLM_USE_V2_MODEL_RUNNER"):
         config_of(checkpoint)
 
 
@@ -270,12 +282,13 @@ def test_a_hook_of_vllm_s_own_runs_first(checkpoint, monkeypatch):
     assert calls == ["model", "engine"]
 
 
-def test_another_vllm_is_not_touched(monkeypatch, caplog):
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3", "1.0", "unknown"])
+def test_another_vllm_is_not_touched(version, monkeypatch, caplog):
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vitcop_vllm import plugin
 
-    monkeypatch.setattr(plugin, "installed_vllm_version", lambda: "0.33.1")
+    monkeypatch.setattr(plugin, "installed_vllm_version", lambda: version)
     monkeypatch.delitem(MODELS_CONFIG_MAP, "LlavaForConditionalGeneration", raising=False)
     with caplog.at_level("ERROR", logger="vllm"):
         plugin.register()

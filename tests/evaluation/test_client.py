@@ -1,11 +1,11 @@
-"""Ratios as people write them, and what a server's usage says of them."""
+"""Ratios as people write them, and what a server's usage reports of them."""
 
 from fractions import Fraction
 
 import pytest
 from openai.types import CompletionUsage
 
-from evaluation.client import UNPRUNED, NotPrunedError, Ratio, reported_pruning
+from evaluation.client import UNPRUNED, NotPrunedError, Ratio, Usage, reported_usage
 
 
 @pytest.mark.parametrize(
@@ -43,16 +43,16 @@ def usage(**fields: object) -> CompletionUsage:
     return CompletionUsage.model_validate({**counts, **fields})
 
 
-def test_reported_pruning():
-    told = usage(pruning_ratio=0.7, visual_tokens={"encoder": 576, "stages": [172, 76, 15]})
-    assert reported_pruning(told, Ratio.parse("2/3")) == (0.7, 576, (172, 76, 15))
+def test_reported_usage():
+    reported = usage(pruning_ratio=0.7, visual_tokens={"encoder": 576, "stages": [172, 76, 15]})
+    assert reported_usage(reported, Ratio.parse("2/3")) == Usage(0.7, 576, (172, 76, 15))
 
 
 @pytest.mark.parametrize(
-    "said", [usage(), usage(pruning_ratio=None, visual_tokens=None), None], ids=str
+    "reported", [usage(), usage(pruning_ratio=None, visual_tokens=None), None], ids=str
 )
-def test_servers_that_know_no_ratio(said):
-    assert reported_pruning(said, Ratio.parse("none")) == (None, None, None)
+def test_servers_that_know_no_ratio(reported):
+    assert reported_usage(reported, Ratio.parse("none")) is None
     for ratio in (UNPRUNED, Ratio.parse("1/2")):
         with pytest.raises(NotPrunedError, match="--ratios none"):
-            reported_pruning(said, ratio)
+            reported_usage(reported, ratio)

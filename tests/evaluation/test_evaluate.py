@@ -11,10 +11,11 @@ import pytest
 
 from evaluation.client import UNPRUNED, Ratio, data_url
 from evaluation.evaluate import RATIOS, main, parse_arguments
+from evaluation.exam import METADATA
 from evaluation.scoring import normalise
 from tests.engine.requests import sample_image
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -23,14 +24,13 @@ MAX_TOKENS = 12
 
 def test_defaults():
     arguments = parse_arguments([])
-    assert (arguments.task, arguments.selectors) == ("demo", ["vitcop"])
+    assert (arguments.data, arguments.selectors) == (None, ["vitcop"])
     assert [ratio.label for ratio in arguments.ratios] == list(RATIOS)
     assert arguments.ratios[0] == UNPRUNED
 
 
 def test_arguments():
-    arguments = parse_arguments(["--data", "x", "--ratios", "0", "16/18", "none"])
-    assert arguments.task == "folder"
+    arguments = parse_arguments(["--ratios", "0", "16/18", "none"])
     assert arguments.ratios == [UNPRUNED, Ratio.parse("8/9"), Ratio.parse("none")]
     assert parse_arguments(["--selectors", "cls", "all"]).selectors == list(SELECTORS)
     assert parse_arguments(["--selectors", "cls", "cls"]).selectors == ["cls"]
@@ -40,8 +40,6 @@ def test_arguments():
     ("argv", "words"),
     [
         (["--ratios", "1"], "a ratio is a fraction"),
-        (["--task", "folder"], "--task folder and --data belong together"),
-        (["--task", "demo", "--data", "x"], "belong together"),
         (["--url", "http://x/v1", "--selectors", "cls"], "--label what it runs with"),
         (["--label", "cls"], "--label names"),
         (["--concurrency", "0"], "--concurrency must be at least 1"),
@@ -58,11 +56,11 @@ def test_bad_arguments(argv, words, capsys):
 
 
 def test_faults_of_an_exam_come_before_any_request(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / METADATA).write_text("{}\n")
     # Nobody listens at this port.
     assert main(["--url", "http://127.0.0.1:9/v1", "--data", str(tmp_path)]) == 2
     told = capsys.readouterr()
-    assert told.err.strip() == f"{tmp_path}/a.jsonl:1: either 'image' or 'images' is needed"
+    assert told.err.startswith(f"{tmp_path / METADATA}:1: images_file_names: Field required")
     assert told.out == ""
 
 
@@ -101,7 +99,7 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         return made.choices[0].message.content or ""
 
-    def ask(messages: list[Any], images: Sequence[str] = ()) -> dict[str, str]:
+    def ask(messages: list[Any], images: Sequence[str] = ()) -> dict[str, Any]:
         """A question that the model answers with some text; random models often do not."""
         urls: list[Any] = [
             {"type": "image_url", "image_url": {"url": data_url(folder / name)}} for name in images
@@ -115,21 +113,23 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     {"role": "user", "content": content},
                     {"role": "assistant", "content": right},
                 ]
-                return {"question": question, "answer": right}
+                return {"question": question, "answers": ["no", right]}
         raise AssertionError("this model answers nothing")
 
     names = [f"{seed}.png" for seed in range(4)]
     for seed, name in enumerate(names):
         sample_image(seed).save(folder / name)
-    lines: list[dict[str, Any]] = []
-    for name in names:
-        asked = ask([], [name])
-        lines.append({**asked, "image": name, "answer": ["no", asked["answer"]], "family": "one"})
-    lines.append({**ask([], names[2:]), "images": names[2:], "family": "two"})
     talk: list[Any] = []
-    turns = [ask(talk, names[:1]), ask(talk)]
-    lines.append({"image": names[0], "turns": turns, "family": "talk"})
-    (folder / "exam.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = [
+        *(("one", [name], [ask([], [name])]) for name in names),
+        ("two", names[2:], [ask([], names[2:])]),
+        ("talk", names[:1], [ask(talk, names[:1]), ask(talk)]),
+    ]
+    lines = [
+        {"images_file_names": images, "family": family, "turns": turns}
+        for family, images, turns in asked
+    ]
+    (folder / METADATA).write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
@@ -182,7 +182,7 @@ def test_against_the_server(evaluate, tmp_path):
 
     refused = run.cell("0.99")
     assert "decimal number from 0 to 0.95" in refused["refusal"]
-    lines = run.out.splitlines()
+    lines = [line.strip() for line in run.out.splitlines() if line.strip()]
     assert lines[0].split() == ["vitcop", *ratios]
     [mean_line] = [line for line in lines if line.startswith("mean")][:1]
     assert mean_line.endswith(" -")
@@ -196,14 +196,18 @@ def test_against_the_server(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_split_runs_merge_to_the_whole(evaluate, tmp_path, capsys):
-    files = [tmp_path / "1.json", tmp_path / "2.json"]
-    for file, ratio in zip(files, ("0", "8/9"), strict=True):
-        assert evaluate("--ratios", ratio, "--label", "vitcop", "--out", str(file)).status == 0
-    assert main(["--merge", *map(str, files)]) == 0
-    merged = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [cell["ratio"] for cell in merged["results"]] == ["0", "8/9"]
-    assert "difference" in merged["results"][1]
+def test_a_run_goes_on_with_an_earlier_one(evaluate, tmp_path):
+    out = ("--label", "vitcop", "--out", str(tmp_path / "out.json"))
+    assert evaluate("--ratios", "0", *out).status == 0
+    run = evaluate("--ratios", "0", "8/9", *out)
+    assert "6/6" in run.err, "ratio 0 is not asked again"
+    assert [cell["ratio"] for cell in run.document["results"]] == ["0", "8/9"]
+    assert "difference" in run.cell("8/9")
+    other = evaluate("--ratios", "0", "--max-tokens", "3", *out)
+    assert (other.status, other.err.strip().splitlines()[-1]) == (
+        2,
+        f"the earlier run had max_tokens {MAX_TOKENS}, this one has 3",
+    )
 
 
 @pytest.mark.slow
@@ -227,12 +231,12 @@ def test_failures_are_loud(evaluate):
 
 @pytest.mark.slow
 def test_one_failure_does_not_spoil_the_rest(evaluate, exam, tmp_path):
-    lines = (exam / "exam.jsonl").read_text().splitlines()
-    # More than the model's 2048 tokens.
-    long = {**json.loads(lines[1]), "question": "What is it? " * 400}
+    lines = (exam / METADATA).read_text().splitlines()
+    long = json.loads(lines[1])
+    long["turns"][0]["question"] = "What is it? " * 400  # More than the model's 2048 tokens.
     for name in exam.glob("*.png"):
         (tmp_path / name.name).write_bytes(name.read_bytes())
-    (tmp_path / "exam.jsonl").write_text("\n".join([lines[0], json.dumps(long)]))
+    (tmp_path / METADATA).write_text("\n".join([lines[0], json.dumps(long)]))
     run = evaluate("--data", str(tmp_path), "--ratios", "0")
     assert run.status == 1
     assert run.cell("0")["scores"] == {"one": [[1.0], None]}
@@ -242,8 +246,9 @@ def test_one_failure_does_not_spoil_the_rest(evaluate, exam, tmp_path):
 
 def test_no_server(tmp_path, capsys):
     sample_image(0).save(tmp_path / "0.png")
-    line = {"image": "0.png", "question": "What?", "answer": "That."}
-    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    turn = {"question": "What?", "answers": ["That."]}
+    line = {"images_file_names": ["0.png"], "family": "one", "turns": [turn]}
+    (tmp_path / METADATA).write_text(json.dumps(line))
     # Nobody listens at this port.
     assert main(["--url", "http://127.0.0.1:9/v1", "--data", str(tmp_path)]) == 1
     told = capsys.readouterr()

@@ -1,7 +1,8 @@
-"""Question folders, and the generated exam, as examples."""
+"""Exams in folders, written and read."""
 
-import io
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from PIL import Image
 
 from demo import questions
+from evaluation import exam
 from evaluation.client import data_url
-from evaluation.exam import ExamError, Example, Turn, digest, from_demo, read_folder
+from evaluation.exam import METADATA, ExamError, Example, Turn, digest, read_exam, write_exam
 
 
 @pytest.fixture
@@ -20,115 +22,111 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(folder: Path, *lines: Any, name: str = "exam.jsonl") -> None:
+def write(folder: Path, *lines: Any) -> None:
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    (folder / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (folder / METADATA).write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
-def test_all_forms_of_a_line(folder):
-    write(
-        folder,
-        {"image": "a.png", "question": "Q1", "answer": "A1"},
-        "",
-        {"images": ["a.png", "b.jpg"], "question": "Q2", "answer": ["A2", "a2"], "family": "two"},
-        name="b.jsonl",
-    )
-    turns = [{"question": "Q3", "answer": "A3"}, {"question": "Q4", "answer": ["A4"]}]
-    write(folder, {"image": "b.jpg", "turns": turns}, name="a.jsonl")
+TURN = {"question": "Q", "answers": ["A"]}
+GOOD = {"images_file_names": ["a.png"], "family": "f", "turns": [TURN]}
+
+
+def test_conversations_and_several_images(folder):
+    turns = [TURN, {"question": "Q2", "answers": ["A2", "a2"]}]
+    write(folder, GOOD, {**GOOD, "images_file_names": ["a.png", "b.jpg"], "turns": turns})
     a, b = folder / "a.png", folder / "b.jpg"
-    assert read_folder(folder) == [
-        Example("a", (b,), (Turn("Q3", ("A3",)), Turn("Q4", ("A4",)))),
-        Example("b", (a,), (Turn("Q1", ("A1",)),)),
-        Example("two", (a, b), (Turn("Q2", ("A2", "a2")),)),
+    turn = Turn(question="Q", answers=("A",))
+    assert read_exam(folder) == [
+        Example(images=(a,), family="f", turns=(turn,)),
+        Example(images=(a, b), family="f", turns=(turn, Turn(question="Q2", answers=("A2", "a2")))),
     ]
-
-
-GOOD = {"image": "a.png", "question": "Q", "answer": "A"}
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("{", "not JSON: .* at column"),
-        ("[1]", "must be a JSON object, not list"),
-        ({**GOOD, "anwser": "A"}, "unknown key 'anwser'; known: answer, family"),
-        ({**GOOD, "images": ["a.png"]}, "either 'image' or 'images'"),
-        ({"question": "Q", "answer": "A"}, "either 'image' or 'images'"),
-        ({**GOOD, "image": "c.png"}, r"no image .*c\.png"),
-        ({**GOOD, "image": "exam.jsonl"}, "cannot be read as an image"),
-        ({**GOOD, "image": ["a.png"]}, "'image' must be a text"),
-        ({"images": [], "question": "Q", "answer": "A"}, "'images' must be a list"),
-        ({"images": "a.png", "question": "Q", "answer": "A"}, "'images' must be a list"),
-        ({**GOOD, "question": " "}, "'question' must be a text"),
-        ({**GOOD, "question": 3}, "'question' must be a text"),
-        ({"image": "a.png", "question": "Q"}, "'answer' must be a text"),
-        ({**GOOD, "answer": 3}, "'answer' must be a text"),
-        ({**GOOD, "answer": []}, "'answer' must be a text"),
-        ({**GOOD, "answer": ["A", ""]}, "'answer' must be a text"),
-        ({**GOOD, "family": 1}, "'family' must be a text"),
+        ("{", ": Invalid JSON"),
+        ("[1]", "should be an object"),
+        ({**GOOD, "anwser": "A"}, "anwser: Extra inputs"),
+        ({"family": "f", "turns": [TURN]}, "images_file_names: Field required"),
+        ({**GOOD, "images_file_names": ["c.png"]}, r"No such file.*c\.png"),
+        ({**GOOD, "images_file_names": [METADATA]}, "cannot identify image file"),
+        ({**GOOD, "images_file_names": []}, "at least 1 item"),
+        ({**GOOD, "images_file_names": "a.png"}, "valid array"),
+        ({**GOOD, "family": 1}, "family: "),
         ({**GOOD, "family": "mean"}, "cannot be called 'mean'"),
-        ({**GOOD, "turns": []}, "either 'question' and 'answer' or 'turns'"),
-        ({"image": "a.png", "turns": []}, "'turns' must be a list"),
-        ({"image": "a.png", "answer": "A", "turns": [{}]}, "'answer' belongs into each"),
-        ({"image": "a.png", "turns": ["Q"]}, "must be a JSON object, not str"),
-        ({"image": "a.png", "turns": [{"question": "Q", "image": "a.png"}]}, "unknown key 'image'"),
-        ({"image": "a.png", "turns": [{"question": "Q"}]}, "'answer' must be a text"),
+        ({**GOOD, "turns": []}, "at least 1 item"),
+        ({**GOOD, "turns": [{**TURN, "question": ""}]}, "turns.0.question: "),
+        ({**GOOD, "turns": [{"question": "Q"}]}, "turns.0.answers: Field required"),
+        ({**GOOD, "turns": [{**TURN, "answers": []}]}, "at least 1 item"),
+        ({**GOOD, "turns": [{**TURN, "answers": ["A", "..."]}]}, "'...' has no word"),
     ],
 )
-def test_faults_are_told_with_their_line(folder, line, fault):
+def test_faults_come_with_their_line(folder, line, fault):
     write(folder, GOOD, line)
-    with pytest.raises(ExamError, match=rf"^\S*exam\.jsonl:2: .*{fault}"):
-        read_folder(folder)
+    with pytest.raises(ExamError, match=rf"^\S*{re.escape(METADATA)}:2: .*{fault}"):
+        read_exam(folder)
 
 
-def test_every_fault_is_told(folder):
+def test_every_fault_is_reported(folder):
     write(folder, "{", GOOD, {})
-    write(folder, {"image": 3}, name="other.jsonl")
-    (folder / "third.jsonl").write_bytes(b'{"image": "\xff"}\n')
     with pytest.raises(ExamError) as error:
-        read_folder(folder)
-    places = [line.split(": ")[0] for line in str(error.value).splitlines()]
-    assert [Path(place).name for place in places] == [
-        "exam.jsonl:1",
-        "exam.jsonl:3",
-        "other.jsonl:1",
-        "third.jsonl:1",
-    ]
-    assert str(error.value).endswith("not UTF-8")
+        read_exam(folder)
+    places = {line.split(": ")[0] for line in str(error.value).splitlines()}
+    assert places == {f"{folder / METADATA}:{number}" for number in (1, 3)}
 
 
 def test_nothing_to_read(tmp_path):
-    with pytest.raises(ExamError, match=r"no \*\.jsonl"):
-        read_folder(tmp_path)
-    write(tmp_path, "")
+    with pytest.raises(ExamError, match="No such file"):
+        read_exam(tmp_path)
+    (tmp_path / METADATA).touch()
     with pytest.raises(ExamError, match="empty"):
-        read_folder(tmp_path)
+        read_exam(tmp_path)
 
 
-def test_generated_exam_is_encoded_without_loss():
+def test_a_generated_exam_is_written_without_loss(tmp_path):
     image = Image.radial_gradient("L").convert("RGB")
-    [example] = from_demo([questions.Example("f", (image,), (questions.Turn("Q", "A"),))])
-    assert (example.family, example.turns) == ("f", (Turn("Q", ("A",)),))
-    [encoded] = example.images
-    assert isinstance(encoded, bytes)
-    assert Image.open(io.BytesIO(encoded)).tobytes() == image.tobytes()
+    turns = (questions.Turn("Q", "A"), questions.Turn("Q2", "A2"))
+    write_exam(tmp_path / "new", [questions.Example("f", (image, image), turns)])
+    [example] = read_exam(tmp_path / "new")
+    assert example.family == "f"
+    assert [(turn.question, turn.answers) for turn in example.turns] == [
+        ("Q", ("A",)),
+        ("Q2", ("A2",)),
+    ]
+    assert [Image.open(path).tobytes() for path in example.images] == [image.tobytes()] * 2
+    with pytest.raises(ExamError, match="not empty"):
+        write_exam(tmp_path / "new", [])
 
 
-def test_data_urls_tell_the_kind_of_image(folder):
-    assert data_url(b"\x00").startswith("data:image/png;base64,AA")
+def test_the_program_writes_the_exam_that_eval_asks(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["exam", str(tmp_path / "exam"), "--per-family", "1", "--seed", "3"]
+    )
+    exam.main()
+    written = [(one.family, one.turns[0].question) for one in read_exam(tmp_path / "exam")]
+    assert written == [(one.family, one.turns[0].question) for one in questions.exam(1, 3)]
+
+
+def test_data_urls_name_the_kind_of_image(folder):
+    assert data_url(folder / "a.png").startswith("data:image/png;base64,iVBOR")
     assert data_url(folder / "b.jpg").startswith("data:image/jpeg;base64,/9j/")
 
 
 def test_digest_sees_everything(folder):
-    turn = Turn("Q", ("A",))
+    def example(image: str = "a.png", family: str = "f", answer: str = "A", turns: int = 1) -> Any:
+        turn = Turn(question="Q", answers=(answer,))
+        return Example(images=(folder / image,), family=family, turns=(turn,) * turns)
+
     exams = [
-        [Example("f", (folder / "a.png",), (turn,))],
-        [Example("g", (folder / "a.png",), (turn,))],
-        [Example("f", (folder / "b.jpg",), (turn,))],
-        [Example("f", (folder / "a.png",), (Turn("Q", ("B",)),))],
-        [Example("f", (folder / "a.png",), (turn, turn))],
-        [Example("f", (folder / "a.png",), (turn,))] * 2,
+        [example()],
+        [example(family="g")],
+        [example("b.jpg")],
+        [example(answer="B")],
+        [example(turns=2)],
+        [example()] * 2,
     ]
-    assert len({digest(exam) for exam in exams}) == len(exams)
-    # Where an image lies does not matter, what is in it does.
-    assert digest(exams[0]) == digest([Example("f", ((folder / "a.png").read_bytes(),), (turn,))])
+    assert len({digest(one) for one in exams}) == len(exams)
+    # The name of an image does not matter, its content does.
+    (folder / "c.png").write_bytes((folder / "a.png").read_bytes())
+    assert digest([example("c.png")]) == digest(exams[0])

@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.dense_oracle import DenseModel
 from tests.engine.requests import Ask, generate, model_type, sample_image
-from tests.worker.test_explain import recorder_of
+from tests.worker.test_explain import sink_of
 
 ASKS = [
     Ask("Which?", (3, 101, 4), 8 / 9, max_tokens=2),
@@ -59,16 +59,16 @@ def witness(family, checkpoint):
 
 
 def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Prompt and choices of a request that asks to be explained, at the same answer."""
+    """Prompt and records of a request that asks to be explained, at the same answer."""
     prompt = ask.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = request
     (output,) = llm.generate([prompt], [ask.params()], use_tqdm=False)
     (plain,) = generate(llm, [ask])
     assert list(output.outputs[0].token_ids) == plain.tokens
     assert list(output.prompt_token_ids) == plain.prompt
-    kept = recorder_of(llm)._choices
+    kept = sink_of(llm)._records
     names = [name for name in kept if name.startswith(f"explain:{request}:")]
-    (told,) = llm.collective_rpc("take_choices", args=(names,))
+    (told,) = llm.collective_rpc("take_selections", args=(names,))
     assert not kept, "what was asked for is forgotten"
     return plain.prompt, [told[name] for name in names]
 
@@ -107,4 +107,4 @@ def test_every_token_that_stays_or_is_merged_is_told_once(llm):
 
 def test_nothing_is_kept_of_images_that_nobody_asked_about(llm):
     generate(llm, ASKS)
-    assert not recorder_of(llm)._choices
+    assert not sink_of(llm)._records

@@ -83,13 +83,12 @@ def hidden() -> torch.Tensor:
 
 
 def kept(*index: list[int]) -> KeptTokens:
-    view: object = None
-    return KeptTokens(view, torch.tensor(index), None)  # type: ignore[arg-type]
+    return KeptTokens(torch.tensor(index), None, None)
 
 
 def kept_on(device: torch.device, shape: ImageShape, images: int) -> KeptTokens:
     index = torch.arange(shape.counts.stages[0], device=device).expand(images, -1)
-    return KeptTokens(None, index, None)  # type: ignore[arg-type]
+    return KeptTokens(index, None, None)
 
 
 GROUPS = group_by_shape([PRUNED, WHOLE, MILDER, PRUNED])

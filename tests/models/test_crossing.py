@@ -9,12 +9,14 @@ from torch import nn
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.pruning import oracle
+from tests.pruning.every_selector import SELECTORS
 from tests.worker.steps import ScheduledRequest, build_step
 from vitcop_vllm.models import crossing
 from vitcop_vllm.models.crossing import Crossing, LayerBefore
-from vitcop_vllm.pruning.budgets import SELECTORS
+from vitcop_vllm.pruning.identity import explained_identifier
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
 V, KEPT, DEEP = 20, 13, 5
@@ -40,7 +42,7 @@ def step_of(counts: VisualTokenCounts, device: torch.device = CPU, **options: An
         ScheduledRequest(plan, 0, PROMPT + 3, PROMPT),
         ScheduledRequest(None, 0, 4, 4),
     ]
-    step = build_step(requests, device, **options)
+    step = build_step(requests, device, find_prompts=True, **options)
     assert step is not None
     assert step.forward is not None
     return step.forward
@@ -61,7 +63,7 @@ def crossing_of(selector: str, device: torch.device = CPU) -> Crossing:
     """With a norm of random weight."""
     norm = nn.Module()
     norm.weight = torch.rand(HIDDEN, device=device)
-    return Crossing(SELECTORS[selector], TORCH, norm)  # type: ignore[index]
+    return Crossing(SELECTORS[selector], TORCH, norm)
 
 
 def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
@@ -107,7 +109,7 @@ def test_where_nothing_is_lost_nothing_is_chosen(selector):
 
 def test_a_selector_cannot_drop_where_it_has_no_function():
     (group,) = step_of(VisualTokenCounts(V, 0, (V, 5, 3))).groups
-    with pytest.raises(AssertionError, match="no token may be lost before stage 2"):
+    with pytest.raises(AssertionError, match="drops no token at boundary 2"):
         crossing_of("fastv").select_rows(group, 2, layer_before(), [])
 
 
@@ -164,14 +166,13 @@ def test_no_selector_makes_the_host_wait_for_the_gpu(selector, counts, renumber_
     assert (step.renumbered is not None) is renumber_deep
 
 
-def test_choices_are_recorded_where_they_are_wanted():
-    seen = []
-    step = replace(
-        step_of(DROPPED_AT_ONCE), record=lambda group, stage, chosen: seen.append((stage, chosen))
-    )
-    cross, positions = crossing_of("dart"), torch.arange(ROWS)
-    rows = cross(1, step, positions, layer_before(), [])
-    cross(2, step, rows[0], layer_before(rows[0].shape[0]), [])
-    ((stage, chosen),) = seen
-    assert stage == 1
-    assert chosen.shape == (2, KEPT)
+def test_a_sink_gets_what_is_selected_and_of_which_image():
+    name = explained_identifier("request", 1, (64, 48), "abc")
+    step = replace(step_of(DROPPED_AT_ONCE), images=("other", name))
+    (group,), layer, cross = step.groups, layer_before(), crossing_of("dart")
+    sink = SelectionSink()
+    rows = cross(1, step, torch.arange(ROWS), layer, [], sink)
+    cross(2, step, rows[0], layer_before(rows[0].shape[0]), [], sink)
+    _, chosen, _ = cross.select_rows(group, 1, layer, [])
+    assert isinstance(chosen, torch.Tensor)
+    assert sink.take(["other", name]) == {name: {"shallow": chosen[1].tolist()}}

@@ -1,7 +1,7 @@
 """LLaVA's encoder without an engine: a tower of one layer."""
 
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.models.test_clip_rows import WIDTH, Layer
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.llava import PrunedLlavaForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, PruningSettings, SelectorName
 
 SIDE = 6
 V = SIDE * SIDE
@@ -64,7 +64,7 @@ def images_of(selector: SelectorName) -> list[ImageShape]:
 
 @no_host_sync()
 @torch.inference_mode()
-@pytest.mark.parametrize("selector", [s for s in get_args(SelectorName) if SELECTORS[s].encoder])
+@pytest.mark.parametrize("selector", [s for s in SELECTOR_NAMES if SELECTORS[s].prunes_encoder])
 def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
     with torch.device(CUDA):
         llava = OneLayerLlava(selector)

@@ -1,7 +1,7 @@
 """Qwen2.5-VL's encoder without an engine: a tower of one block."""
 
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from tests.device_guard import CUDA, no_host_sync
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, PruningSettings, SelectorName
 
 HEADS, HEAD_SIZE, WIDTH, HIDDEN, PATCHES = 2, 4, 8, 12, 4
 GRIDS = [(1, 6, 10), (1, 8, 4), (1, 6, 10)]  # patches: 15, 8 and 15 visual tokens
@@ -155,8 +155,8 @@ def inputs_on(device: torch.device) -> dict[str, torch.Tensor]:
 
 ENCODER_SELECTORS = [
     name
-    for name in get_args(SelectorName)
-    if SELECTORS[name].encoder and SELECTORS[name].encoder != "cls_attention"
+    for name in SELECTOR_NAMES
+    if SELECTORS[name].prunes_encoder and not SELECTORS[name].needs_cls
 ]
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.stages import layers_by_stage
-from vitcop_vllm.pruning.budgets import SELECTORS
 
 
 class Layer(nn.Module):

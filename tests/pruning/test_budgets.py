@@ -1,20 +1,21 @@
 """The table of selectors, and the counts its rules give."""
 
-from typing import get_args
+import subprocess
+import sys
+from importlib import import_module
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vitcop_vllm.pruning import selectors
-from vitcop_vllm.pruning.budgets import SELECTORS, Selector
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, PruningSettings, SelectorName
 
-NAMES: tuple[SelectorName, ...] = get_args(SelectorName)
-IN_ENCODER = [name for name in NAMES if SELECTORS[name].encoder]
-IN_DECODER = [name for name in NAMES if not SELECTORS[name].encoder]
+NAMES = SELECTOR_NAMES
+IN_ENCODER = [name for name in NAMES if SELECTORS[name].prunes_encoder]
+IN_DECODER = [name for name in NAMES if not SELECTORS[name].prunes_encoder]
 
 names = st.sampled_from(NAMES)
 layers = st.integers(4, 80)
@@ -31,27 +32,32 @@ def reachable(chosen: PruningSettings, ratio: float, num_layers: int) -> float:
     return min(ratio, limit)
 
 
-def test_the_table_holds_what_the_settings_name():
-    assert tuple(SELECTORS) == NAMES
-    with pytest.raises(ValidationError, match="selector"):
+def test_an_unknown_selector_is_refused_with_the_known_names():
+    with pytest.raises(ValidationError, match="no selector is called 'none'; choose cls, dart"):
         PruningSettings.model_validate({"selector": "none"})
 
 
+def test_a_selector_is_a_file_without_torch():
+    """The server plans with selectors, and must not load torch for that."""
+    loads = (
+        "import sys; from vitcop_vllm.pruning.selectors import selector_of; "
+        "from vitcop_vllm.pruning.settings import SELECTOR_NAMES; "
+        "print(*[selector_of(name) is selector_of(name) for name in SELECTOR_NAMES]); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", loads], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * len(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_function_of_a_row_exists(name):
+def test_a_selector_says_what_it_is_and_selects_something(name):
+    module = import_module(f"vitcop_vllm.pruning.selectors.{name}")
+    assert module.__doc__
     row = SELECTORS[name]
-    places = [row.encoder, row.shallow, row.deep]
-    assert any(places)
-    for function in filter(None, places):
-        assert getattr(selectors, function).__doc__
-
-
-def test_no_function_is_left_without_a_row():
-    used = {f for row in SELECTORS.values() for f in (row.encoder, row.shallow, row.deep)}
-    for name, value in vars(selectors).items():
-        takes = getattr(value, "__annotations__", {})
-        if "view" in takes and "selector" not in takes and not name.startswith("_"):
-            assert name in used
+    assert row is module.SELECTOR
+    assert row.prunes_encoder or row.shallow or row.deep
+    assert not (row.saliency and row.encoder), "saliency alone decides"
 
 
 def test_only_fastv_reads_the_question():
@@ -105,7 +111,7 @@ def test_tokens_are_lost_only_where_a_function_chooses_them(name, ratio, num_lay
     chosen, row = settings_of(name), SELECTORS[name]
     counts = plan_counts(chosen, reachable(chosen, ratio, num_layers), num_layers, tokens)
     n1, n2, n3 = counts.stages
-    assert row.encoder or n1 == counts.encoder
+    assert row.prunes_encoder or n1 == counts.encoder
     assert row.shallow or n2 == n1
     assert row.deep or n3 == n2
     assert counts.centres == 0 or name == "vitcop"
@@ -126,8 +132,3 @@ def test_the_layers_before_the_shallow_boundary_limit_the_ratio(name, num_layers
 @pytest.mark.parametrize("name", IN_ENCODER)
 def test_the_encoder_reaches_every_ratio(name):
     assert plan_counts(settings_of(name), 0.999, 32, 576).stages[-1] == 1
-
-
-def test_a_row_says_what_it_needs_and_no_more():
-    row = Selector(SELECTORS["cls"].budget, encoder="cls_attention")
-    assert row == SELECTORS["cls"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.device_guard import no_host_sync
+from tests.pruning.every_selector import SELECTORS
 from tests.pruning.test_clustering import clumps
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
@@ -18,12 +18,7 @@ from vitcop_vllm.pruning.selection import (
     select_stage_three,
     select_stage_two,
 )
-from vitcop_vllm.pruning.selectors import (
-    BoundaryView,
-    EncoderView,
-    select_patches,
-    select_tokens,
-)
+from vitcop_vllm.pruning.views import BoundaryView, EncoderView
 
 
 @no_host_sync()
@@ -58,7 +53,7 @@ def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
 
 
 @no_host_sync()
-@pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.encoder])
+@pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.prunes_encoder])
 def test_choosing_patches_stays_on_the_device(name):
     ones = partial(torch.ones, device="cuda", dtype=torch.bfloat16)
     view = EncoderView(
@@ -74,7 +69,7 @@ def test_choosing_patches_stays_on_the_device(name):
         concat_over_ranks=lambda x: x,
         kernels=TORCH,
     )
-    assert select_patches(SELECTORS[name], view, 64).shape == (2, 64)
+    assert SELECTORS[name].select_in_encoder(view, 64)[0].shape == (2, 64)
 
 
 @no_host_sync()
@@ -94,7 +89,7 @@ def test_choosing_tokens_stays_on_the_device(name):
         mean_over_ranks=lambda x: x,
         kernels=TORCH,
     )
-    chosen = select_tokens(SELECTORS[name], 1, view, 77)
+    chosen = SELECTORS[name].select_at(1, view, 77)
     index = chosen.index if isinstance(chosen, StageTwoSelection) else chosen
     assert index.shape == (2, 77)
 
@@ -138,10 +133,10 @@ def everything(query, keys, features):
     )
     others = []
     for row in SELECTORS.values():
-        if row.encoder:
-            others.append(select_patches(row, patches, 11))
+        if row.prunes_encoder:
+            others.append(row.select_in_encoder(patches, 11)[0])
         if row.shallow:
-            chosen = select_tokens(row, 1, tokens, 11)
+            chosen = row.select_at(1, tokens, 11)
             others += chosen if isinstance(chosen, StageTwoSelection) else [chosen]
     saliency = cls_saliency(query, keys, 0.3)
     index = most_salient(saliency, 40)

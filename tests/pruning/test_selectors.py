@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,20 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pruning import oracle
-from vitcop_vllm.pruning.budgets import SELECTORS
+from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.selection import StageTwoSelection
-from vitcop_vllm.pruning.selectors import (
-    NUM_PIVOTS,
-    BoundaryView,
-    EncoderView,
-    select_patches,
-    select_tokens,
-)
-from vitcop_vllm.pruning.settings import SelectorName
+from vitcop_vllm.pruning.selectors.dart import NUM_PIVOTS
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName
+from vitcop_vllm.pruning.views import BoundaryView, EncoderView
 
-NAMES: tuple[SelectorName, ...] = get_args(SelectorName)
-IN_ENCODER = [name for name in NAMES if SELECTORS[name].encoder]
+NAMES = SELECTOR_NAMES
+IN_ENCODER = [name for name in NAMES if SELECTORS[name].prunes_encoder]
 AT_SHALLOW = [name for name in NAMES if SELECTORS[name].shallow]
 AT_DEEP = [name for name in NAMES if SELECTORS[name].deep]
 
@@ -86,6 +81,11 @@ def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
     )
 
 
+def prompts_of(view: BoundaryView) -> torch.Tensor:
+    assert view.prompt_rows is not None
+    return view.prompt_rows
+
+
 def one_span(view: BoundaryView, i: int) -> BoundaryView:
     stream = view.hidden()[i : i + 1]
     assert view.labels is not None
@@ -93,13 +93,13 @@ def one_span(view: BoundaryView, i: int) -> BoundaryView:
         view,
         rows=view.rows[i : i + 1],
         hidden=lambda: stream,
-        prompt_rows=view.prompt_rows[:, i : i + 1],
+        prompt_rows=prompts_of(view)[:, i : i + 1],
         labels=view.labels[i : i + 1],
     )
 
 
 def chosen_tokens(name: SelectorName, stage: int, view: BoundaryView, count: int) -> torch.Tensor:
-    chosen = select_tokens(SELECTORS[name], stage, view, count)
+    chosen = SELECTORS[name].select_at(stage, view, count)
     return chosen.index if isinstance(chosen, StageTwoSelection) else chosen
 
 
@@ -129,7 +129,7 @@ def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[i
             labels = view.labels[i].tolist()
             return [at for at, _ in oracle.stage_two(norms, labels, view.num_centres, count)]
         case "fastv":
-            first, last = view.prompt_rows[:, i].tolist()
+            first, last = prompts_of(view)[:, i].tolist()
             visual = [row - first for row in rows]
             context = view.keys[first : last + 1].numpy()
             query = view.queries[last].numpy()
@@ -148,7 +148,7 @@ def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[i
 @pytest.mark.parametrize("grid", [(5, 7), (7, 5), (1, 35)])
 def test_patches_are_the_oracle_s(name, grid, count):
     view = images(grid=grid, seed=count)
-    got = select_patches(SELECTORS[name], view, count)
+    got = SELECTORS[name].select_in_encoder(view, count)[0]
     assert got.dtype == torch.int64
     assert got.tolist() == [expected_patches(name, view, i, count) for i in range(3)]
 
@@ -174,9 +174,9 @@ def test_tokens_at_the_deep_boundary_are_those_of_smallest_keys(name, count):
 @pytest.mark.parametrize("name", IN_ENCODER)
 def test_a_image_gets_alone_what_it_gets_in_a_batch(name):
     view = images(batch=4)
-    batch = select_patches(SELECTORS[name], view, 11)
+    batch = SELECTORS[name].select_in_encoder(view, 11)[0]
     for i in range(4):
-        alone = select_patches(SELECTORS[name], one_image(view, i), 11)
+        alone = SELECTORS[name].select_in_encoder(one_image(view, i), 11)[0]
         assert torch.equal(batch[i : i + 1], alone)
 
 
@@ -199,7 +199,7 @@ def exactly(count: int, got: torch.Tensor, total: int) -> None:
 def test_patches_are_exactly_as_many_as_planned(name, height, width, data):
     count = data.draw(st.integers(1, height * width))
     view = images(batch=2, grid=(height, width))
-    exactly(count, select_patches(SELECTORS[name], view, count), height * width)
+    exactly(count, SELECTORS[name].select_in_encoder(view, count)[0], height * width)
 
 
 @given(st.sampled_from(AT_SHALLOW), st.integers(7, 40), st.data())
@@ -217,7 +217,9 @@ def test_counts_hold_whatever_the_values(bad, count):
     spoilt[2] = bad
     keys = torch.full_like(view.keys, bad)
     for name in IN_ENCODER:
-        got = select_patches(SELECTORS[name], replace(view, keys=keys, embed=lambda: spoilt), count)
+        got = SELECTORS[name].select_in_encoder(
+            replace(view, keys=keys, embed=lambda: spoilt), count
+        )[0]
         exactly(count, got, 35)
     tokens = step()
     stream = torch.full_like(tokens.hidden(), bad)
@@ -233,8 +235,8 @@ def test_equals_go_to_the_lower_index(count):
     view = images()
     embeddings = torch.eye(16)[torch.arange(35) % 5].expand(3, -1, -1)
     equal = replace(view, keys=torch.ones_like(view.keys), embed=lambda: embeddings)
-    assert select_patches(SELECTORS["cls"], equal, count)[0].tolist() == list(range(count))
-    diverse = select_patches(SELECTORS["divprune"], equal, count)
+    assert SELECTORS["cls"].select_in_encoder(equal, count)[0][0].tolist() == list(range(count))
+    diverse = SELECTORS["divprune"].select_in_encoder(equal, count)[0]
     assert diverse[0].tolist() == oracle.max_min_diversity(embeddings[0].numpy(), count)
     assert diverse[0].tolist() == list(range(count))
     tokens = step()
@@ -261,7 +263,7 @@ def test_half_precision_is_computed_in_float32():
         embed=lambda: embeddings.float(),
     )
     for name in ("cls", "received", "divprune"):
-        a, b = (select_patches(SELECTORS[name], v, 12) for v in (half, wide))
+        a, b = (SELECTORS[name].select_in_encoder(v, 12)[0] for v in (half, wide))
         assert torch.equal(a, b)
     tokens = step()
     stream = tokens.hidden().half()
@@ -293,8 +295,8 @@ def test_a_random_subset_is_the_image_s_own(dtype):
     # Strides are no property of the image.
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     pixels[4, 2, 9, 13] = pixels[4, 2, 9, 13] + 1  # the last of all
-    got = select_patches(SELECTORS["random"], replace(view, pixels=pixels), 100)
-    again = select_patches(SELECTORS["random"], replace(view, pixels=strided), 100)
+    got = SELECTORS["random"].select_in_encoder(replace(view, pixels=pixels), 100)[0]
+    again = SELECTORS["random"].select_in_encoder(replace(view, pixels=strided), 100)[0]
     assert torch.equal(got[:4], again[:4])
     assert torch.equal(got[0], got[3])
     assert torch.equal(got[1], got[2])
@@ -305,7 +307,7 @@ def test_a_random_subset_is_the_image_s_own(dtype):
 def test_random_subsets_prefer_no_patch_and_no_pair():
     generator = torch.Generator().manual_seed(0)
     view = replace(images(grid=(6, 6)), pixels=torch.rand(4000, 3, 4, 4, generator=generator))
-    got = select_patches(SELECTORS["random"], view, 12)
+    got = SELECTORS["random"].select_in_encoder(view, 12)[0]
     chosen = torch.zeros(4000, 36).scatter(1, got, 1.0)
     share = chosen.mean(dim=0)  # a third, with a standard deviation of 0.0075
     assert ((share - 1 / 3).abs() < 0.04).all()
@@ -318,7 +320,7 @@ def test_the_grid_is_even_for_every_count(grid):
     height, width = grid
     view = images(batch=1, grid=grid)
     for count in range(1, height * width + 1):
-        index = select_patches(SELECTORS["grid"], view, count)
+        index = SELECTORS["grid"].select_in_encoder(view, count)[0]
         chosen = torch.zeros(height * width).scatter(0, index[0], 1.0).view(1, 1, height, width)
         for side in (2, 4, 8):
             held = torch.nn.functional.avg_pool2d(chosen, side) * side * side
@@ -330,7 +332,7 @@ def test_the_first_diverse_token_is_the_loneliest():
     angles = torch.tensor([0.0, 10.0, 90.0, 160.0, 170.0]).deg2rad()
     embeddings = torch.stack((angles.cos(), angles.sin()), dim=1)[None]
     view = replace(images(batch=1, grid=(1, 5)), embed=lambda: embeddings)
-    chosen = [select_patches(SELECTORS["divprune"], view, n)[0].tolist() for n in (1, 2, 3)]
+    chosen = [SELECTORS["divprune"].select_in_encoder(view, n)[0][0].tolist() for n in (1, 2, 3)]
     assert chosen == [[2], [0, 2], [0, 2, 4]]
 
 
@@ -338,7 +340,7 @@ def test_lengths_are_no_diversity():
     view = images()
     scaled = view.embed() * torch.rand(3, 35, 1).add(0.1)
     a, b = (
-        select_patches(SELECTORS["divprune"], replace(view, embed=embed), 9)
+        SELECTORS["divprune"].select_in_encoder(replace(view, embed=embed), 9)[0]
         for embed in (view.embed, lambda: scaled)
     )
     assert torch.equal(a, b)
@@ -349,24 +351,24 @@ def test_attention_is_of_the_prompt_s_last_token_alone():
     before = chosen_tokens("fastv", 1, view, 9)
     queries, keys = view.queries.clone(), view.keys.clone()
     others = torch.ones(len(queries), dtype=torch.bool)
-    others[view.prompt_rows[1]] = False
+    others[prompts_of(view)[1]] = False
     queries[others] = torch.randn(int(others.sum()), 4, 8)
     outside = torch.ones(len(keys), dtype=torch.bool)
-    for first, last in view.prompt_rows.T.tolist():
+    for first, last in prompts_of(view).T.tolist():
         outside[first : last + 1] = False
     assert outside.sum() > 8
     keys[outside] = 1e3
     assert torch.equal(
         chosen_tokens("fastv", 1, replace(view, queries=queries, keys=keys), 9), before
     )
-    queries[view.prompt_rows[1]] = torch.randn(3, 4, 8)
+    queries[prompts_of(view)[1]] = torch.randn(3, 4, 8)
     assert not torch.equal(chosen_tokens("fastv", 1, replace(view, queries=queries), 9), before)
 
 
 def test_text_that_takes_all_of_a_head_s_attention_takes_its_vote():
     """Why the softmax is over the whole context: heads do not weigh the same."""
     view = one_span(step(), 0)
-    first, last = view.prompt_rows[:, 0].tolist()
+    first, last = prompts_of(view)[:, 0].tolist()
     keys, queries = torch.zeros_like(view.keys), torch.zeros_like(view.queries)
     queries[last] = 1.0
     keys[view.rows[0, 4], 0] = 2.0  # KV head 0 looks at visual token 4,
@@ -395,13 +397,17 @@ def test_pivots_are_the_largest_keys_and_keep_what_is_unlike_them():
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
     row = SELECTORS[name]
-    view: Any = images() if row.encoder else step()
-    heads = ("cls_query", "keys") if row.encoder else ("queries", "keys")
+    view: Any = images() if row.prunes_encoder else step()
+    heads = ("cls_query", "keys") if row.prunes_encoder else ("queries", "keys")
     held: dict[int, torch.Tensor] = {}
     together = Barrier(2)
 
     def choose(view: Any) -> torch.Tensor:
-        return select_patches(row, view, 11) if row.encoder else chosen_tokens(name, 1, view, 11)
+        return (
+            row.select_in_encoder(view, 11)[0]
+            if row.prunes_encoder
+            else chosen_tokens(name, 1, view, 11)
+        )
 
     def on_rank(rank: int) -> torch.Tensor:
         def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -410,7 +416,7 @@ def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
             return (held[0] + held[1]) / 2
 
         mine = {field: getattr(view, field).chunk(2, dim=-2)[rank] for field in heads}
-        if row.encoder:
+        if row.prunes_encoder:
             mine["queries"] = lambda: view.queries().chunk(2, dim=-2)[rank]
         return choose(replace(view, **mine, mean_over_ranks=mean_over_ranks))
 
@@ -438,7 +444,7 @@ def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, stage)
         chosen = chosen_tokens(name, stage, early, 9)
         assert torch.equal(chosen, chosen_tokens(name, stage, step(), 9))
     elif name == "vitcop":  # chooses by keys too, but merges
-        assert isinstance(select_tokens(SELECTORS[name], stage, early, 9), StageTwoSelection)
+        assert isinstance(SELECTORS[name].select_at(stage, early, 9), StageTwoSelection)
     else:
         with pytest.raises(LookupError):
             chosen_tokens(name, stage, early, 9)

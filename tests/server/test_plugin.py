@@ -111,5 +111,6 @@ def test_metrics_that_will_be_missing_are_told(
     app = FastAPI()
     app.state.args = SimpleNamespace(additional_config={}, middleware=[])
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    PruningEndpointPlugin().attach_router(app)
+    with caplog.at_level("WARNING", logger="vllm"):
+        PruningEndpointPlugin().attach_router(app)
     assert ("PROMETHEUS_MULTIPROC_DIR" in caplog.text) == (folder is None)

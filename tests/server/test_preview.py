@@ -103,7 +103,7 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
     """3 rows of 5: V is no multiple of a byte's bits."""
     counts = VisualTokenCounts(15, 2, (6, 3, 2))
     name = explained_identifier("request", 0, (140, 84), tag_identifier("abc", counts))
-    choices = {
+    record = {
         "patches": [0, 4, 5, 9, 12, 14],
         "labels": [0, 0, 1, 1, 0, 1],
         "saliency": [i / 15 for i in range(15)],
@@ -111,7 +111,7 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
         "merged": [[0, 1], [3, 2]],
         "deep": [1, 2],
     }
-    told = explain_image(grid_preview(), name, choices)
+    told = explain_image(grid_preview(), name, record)
     assert told["grid"] == {"rows": 3, "columns": 5}
     assert told["saliency_source"] == "received"
     assert [kept(stage, 15) for stage in told["stages"]] == [

@@ -36,9 +36,10 @@ def build_step(
     device: torch.device = CPU,
     *,
     renumber_deep: bool = False,
+    find_prompts: bool = False,
 ) -> StagedStep | None:
     """The step of requests that were never planned before."""
-    planner = StepPlanner(device, renumber_deep=renumber_deep)
+    planner = StepPlanner(device, renumber_deep=renumber_deep, find_prompts=find_prompts)
     names = [str(number) for number in range(len(requests))]
     for name, request in zip(names, requests, strict=True):
         planner.track(name, request.plan, request.prompt_tokens)

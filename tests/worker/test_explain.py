@@ -1,37 +1,74 @@
-"""Choices are kept until they are asked for; what they are, tests/families shows."""
+"""Selections are kept until the server takes them; what they are, tests/families shows."""
 
 import pytest
 import torch
 from PIL import Image
 
-from vitcop_vllm.pruning.identity import MOST_EXPLAINED
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_identifier
 from vitcop_vllm.pruning.selection import select_stage_two
-from vitcop_vllm.worker.explain import ChoiceRecorder, PatchChoice
+from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
+
+NAMES = [explained_identifier("request", n, (64, 48), "abc") for n in range(MOST_EXPLAINED + 2)]
+SELECTION = PatchSelection(torch.arange(3), None, None)
 
 
-def recorder_of(llm) -> ChoiceRecorder:
+class Model:
+    sink: SelectionSink | None = None
+
+
+def sink_of(llm) -> SelectionSink:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     # Model runner V2 is vLLM's own, and has an adapter beside it.
-    return getattr(runner, "model_state", runner).choices
+    return getattr(runner, "model_state", runner).step_adapter.sink
 
 
 def test_old_explanations_make_room():
-    recorder = ChoiceRecorder()
-    choice = PatchChoice(torch.arange(3), None, None)
-    for number in range(MOST_EXPLAINED + 2):
-        recorder.record_patches(f"image {number}", choice)
-    assert not recorder.take(["image 0", "image 1"])
-    assert recorder.take(["image 2"]) == {"image 2": {"patches": [0, 1, 2]}}
+    sink = SelectionSink()
+    for name in NAMES:
+        with sink.attached_to(Model(), [name]):
+            sink.record_patches([SELECTION])
+    assert not sink.take(NAMES[:2])
+    assert sink.take(NAMES[2:3]) == {NAMES[2]: {"patches": [0, 1, 2]}}
+
+
+def test_selections_belong_to_images_in_the_order_in_which_they_are_encoded():
+    sink, model = SelectionSink(), Model()
+    with sink.attached_to(model, ["abc", NAMES[0], NAMES[1], "abd", NAMES[2]]):
+        assert model.sink is sink
+        sink.record_patches([SELECTION, None])
+        sink.record_patches([SELECTION._replace(patches=torch.arange(2)), SELECTION, SELECTION])
+    assert model.sink is None
+    assert {name: told["patches"] for name, told in sink._records.items()} == {
+        NAMES[1]: [0, 1],
+        NAMES[2]: [0, 1, 2],
+    }
+
+
+def test_where_no_image_is_to_be_explained_the_model_has_no_sink():
+    sink, model = SelectionSink(), Model()
+    with sink.attached_to(model, ["abc"]):
+        assert model.sink is None
+
+
+def test_an_image_that_is_not_encoded_is_no_other_run_s():
+    sink, model = SelectionSink(), Model()
+    with pytest.raises(AssertionError, match="not encoded"), sink.attached_to(model, NAMES[:2]):
+        sink.record_patches([None])
+    assert model.sink is None
+    with sink.attached_to(model, NAMES[3:4]):
+        sink.record_patches([SELECTION])
+    assert [*sink._records] == NAMES[3:4]
 
 
 def test_groups_begin_with_the_row_that_stands_for_them():
     norms = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 9.0]])
     labels = torch.tensor([[0, 0, 0, 1, 1, 1]])
-    recorder = ChoiceRecorder()
-    recorder.record_tokens(
-        ["a", None], 1, select_stage_two(norms.expand(2, -1), labels.expand(2, -1), 2, 4)
+    sink = SelectionSink()
+    sink.record_tokens(
+        [NAMES[0], "abc"], 1, select_stage_two(norms.expand(2, -1), labels.expand(2, -1), 2, 4)
     )
-    told = recorder.take(["a"])["a"]
+    told = sink._records.pop(NAMES[0])
+    assert not sink._records
     assert len(told["shallow"]) == 4
     assert all(group[0] in told["shallow"] for group in told["merged"])
     assert sorted({i for group in told["merged"] for i in group} | set(told["shallow"])) == [
@@ -59,13 +96,23 @@ def test_what_is_seen_of_a_image_is_what_the_processor_shows(llm):
         assert pixels[1, -1, 0] == pytest.approx(bottom / height, abs=tolerance)
 
 
-def test_embeddings_that_a_client_computed_have_no_choices(llm):
+def test_embeddings_that_a_client_computed_have_no_selections(llm):
     """But are encoded in the same step as images that are to be explained."""
     (model,) = llm.collective_rpc("get_model")
     width = model.config.text_config.hidden_size
-    model.patch_choices = []
-    try:
-        embeddings = model.embed_multimodal(image_embeds=torch.zeros(2, 256, width))
-        assert model.patch_choices == [None] * len(embeddings) == [None, None]
-    finally:
-        model.patch_choices = None
+    sink = SelectionSink()
+    with sink.attached_to(model, NAMES[:2]):
+        assert len(model.embed_multimodal(image_embeds=torch.zeros(2, 256, width))) == 2
+    assert not sink._records
+
+
+def test_encoding_dummy_images_records_nothing(llm, monkeypatch):
+    """The first unpruned image has them encoded if vLLM was started without memory profiling."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    model = runner.get_model()
+    monkeypatch.setattr(model, "_encoder_ran", False)
+    sink = SelectionSink()
+    with torch.inference_mode(), sink.attached_to(model, NAMES[:1]):
+        model.embed_multimodal(**runner._get_mm_dummy_batch("image", 1))
+    assert model._encoder_ran
+    assert not sink._records

@@ -124,7 +124,10 @@ def test_groups_name_the_rows_of_their_spans(batch):
 def test_groups_name_the_rows_of_their_prompts(batch):
     """Where the step computes the whole prompt, as selectors that read the question need."""
     whole = [r._replace(start=0, end=max(r.end, r.prompt_tokens)) for r in batch]
-    forward = forward_of(whole)
+    plain = forward_of(whole)
+    assert plain is None or all(group.prompt_rows is None for group in plain.groups)
+    step = build_step(whole, find_prompts=True)
+    forward = step.forward if step else None
     requests = [
         request
         for request in whole
@@ -132,6 +135,7 @@ def test_groups_name_the_rows_of_their_prompts(batch):
         if span.counts.is_pruned
     ]
     for group in forward.groups if forward else ():
+        assert group.prompt_rows is not None
         for member, image in enumerate(group.images):
             for stage in range(3):
                 ids = [(r, p) for r in whole for p in rows_of(r, stage)]

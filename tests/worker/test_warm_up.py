@@ -27,9 +27,9 @@ def staged(worker, monkeypatch):
     model = worker.model_runner.get_model()
     decoder, calls = model.staged_decoder, []
 
-    def recording(step, positions, inputs_embeds, labels):
+    def recording(step, positions, inputs_embeds, *args):
         calls.append((step, inputs_embeds.shape[0]))
-        return decoder(step, positions, inputs_embeds, labels)
+        return decoder(step, positions, inputs_embeds, *args)
 
     monkeypatch.setattr(model, "staged_decoder", recording)
     return calls
@@ -104,9 +104,9 @@ def test_vllm_s_memory_profile_encodes_pruned_images_too(worker, monkeypatch):
     calls = []
     embed_pruned = model._embed_pruned
 
-    def recording(pixels, images):
+    def recording(pixels, images, sink):
         calls.append(images)
-        return embed_pruned(pixels, images)
+        return embed_pruned(pixels, images, sink)
 
     monkeypatch.setattr(model, "_embed_pruned", recording)
     model._encoder_ran = False

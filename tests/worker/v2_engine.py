@@ -80,7 +80,7 @@ def explained(llm: Any) -> dict[str, Any]:
     prompt = EXPLAINED.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = "one"
     (feature,) = recorded_features(llm, prompt)
-    (told,) = llm.collective_rpc("take_choices", args=([feature],))
+    (told,) = llm.collective_rpc("take_selections", args=([feature],))
     return dict(told[feature])
 
 
@@ -158,7 +158,7 @@ def main(checkpoint: str, path: str) -> None:
     assert isinstance(runner, GPUModelRunner)
     state = runner.model_state
     assert runner.model._stages_ran  # at start-up, which leaves nothing of it
-    assert not state._planner._slots
+    assert not state.step_adapter.planner._slots
     assert not state.encoder_cache.encoder_outputs
     assert runner.model.kernels is TRITON
     seen = see(llm)

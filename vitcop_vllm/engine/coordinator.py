@@ -1,4 +1,4 @@
-"""vLLM's coordinator of KV cache groups, asking one group of each stage where all agree."""
+"""vLLM's coordinator of KV cache groups, which reads one group of each stage instead of all."""
 
 from typing import Any, NamedTuple
 
@@ -7,22 +7,24 @@ from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vitcop_vllm.adoption import adopt_with
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 
 
 class _Stage(NamedTuple):
-    """Groups of one stage: the manager of the first, which speaks for all, and their number."""
+    """Groups of one stage: their number, and the manager of the first, equal to the others."""
 
     manager: StagedKVCacheManager
     num_groups: int
 
 
 class StagedCoordinator(KVCacheCoordinator):
-    """Answers for a stage at a time what vLLM asks of each group.
+    """Computes per stage what vLLM computes per group.
 
-    A stage's layers are spread over groups of equal size, 12 to 16 in all. Groups of a stage
-    hold the same tokens, so as many blocks, cached up to the same checkpoint. In most steps a
-    running request needs no block and passes no checkpoint, which three managers can tell.
+    vLLM spreads the layers of a stage over groups of equal size, 12 to 16 in all. The groups of a
+    stage hold the same tokens, in equally many blocks, cached up to the same checkpoint. In most
+    steps a running request needs no block and passes no checkpoint: three managers are enough to
+    see that.
     """
 
     _stages: tuple[_Stage, ...]
@@ -30,9 +32,8 @@ class StagedCoordinator(KVCacheCoordinator):
 
     @classmethod
     def adopt(cls, coordinator: Any) -> None:
-        """Make a coordinator that vLLM has made, with prefix caching or without, one of these."""
-        base = type(coordinator)
-        coordinator.__class__ = type(f"Staged{base.__name__}", (cls, base), {})
+        """Make ``coordinator`` an instance of this class, whether or not it caches prefixes."""
+        adopt_with(coordinator, cls)
         managers: dict[int, list[StagedKVCacheManager]] = {}
         for manager in coordinator.single_type_managers:
             managers.setdefault(manager.stage, []).append(manager)
@@ -48,9 +49,9 @@ class StagedCoordinator(KVCacheCoordinator):
         return missing
 
     def _missing_blocks(self, request_id: str, num_tokens: int) -> int | None:
-        """Blocks that ``num_tokens`` need, of all groups, beyond those that the request has.
+        """Blocks of all groups that ``num_tokens`` need and the request does not have yet.
 
-        ``None`` if it has none yet: prefix hits then count too, which it cannot have later.
+        ``None`` for a request without blocks: then prefix hits count too, and vLLM counts them.
         """
         missing = 0
         for manager, num_groups in self._stages:
@@ -75,4 +76,4 @@ class StagedCoordinator(KVCacheCoordinator):
             super().cache_blocks(request, num_computed_tokens)
 
     def remove_skipped_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: every token alive in a stage is attended to."""
+        """Remove nothing: attention reads every token that is alive in a stage."""

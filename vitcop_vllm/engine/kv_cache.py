@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 from vllm.v1.request import Request
 
@@ -227,3 +227,16 @@ class StagedAttentionSpec(AttentionSpec):
             isinstance(spec, StagedAttentionSpec) and spec.stage == self.stage
             for spec in kv_cache_specs.values()
         )
+
+
+def stages_of_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """(G,) stage of each KV cache group.
+
+    Raises:
+        AssertionError: If a group's layers are not staged.
+    """
+    stages = []
+    for group in kv_cache_config.kv_cache_groups:
+        assert isinstance(group.kv_cache_spec, StagedAttentionSpec), group.kv_cache_spec
+        stages.append(group.kv_cache_spec.stage)
+    return stages

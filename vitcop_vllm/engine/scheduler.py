@@ -9,7 +9,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.coordinator import StagedCoordinator
@@ -21,9 +21,9 @@ from vitcop_vllm.engine.prefix_cache import (
     PrefixHashes,
     StepWrites,
 )
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.identity import CountsMismatchError, plan_request
 from vitcop_vllm.pruning.plan import RequestPlan
+from vitcop_vllm.pruning.selectors import selector_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -41,9 +41,11 @@ class StagedScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = pruning_settings_of(self.vllm_config.model_config.hf_config)
-        self._reads_question = SELECTORS[settings.selector].reads_question
+        self._reads_question = selector_of(settings.selector).reads_question
         self.plans: dict[str, RequestPlan] = {}
         self._writes = StepWrites()
+        # Whether a request with pruned images waits for more room than the step has left.
+        self._holds_back = False
         # Request id -> its images that the next step to run is to encode.
         self._to_encode: dict[str, list[int]] = {}
         self._hash_function = get_hash_fn_by_name(
@@ -112,6 +114,7 @@ class StagedScheduler(Scheduler):
         self.plans.pop(request.request_id, None)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        self._holds_back = False
         scheduled = super().schedule(*args, **kwargs)
         self._reschedule_lost_encoder_inputs(scheduled)
         return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
@@ -150,7 +153,8 @@ class StagedScheduler(Scheduler):
             self._to_encode.clear()
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        if request.request_id in self.encoder_cache_mismatch_reqs:
+        # vLLM 0.33 goes on to later requests, whose prompts could fill every next step too.
+        if self._holds_back or request.request_id in self.encoder_cache_mismatch_reqs:
             return False
         if not super()._handle_blocked_waiting_request(request):
             return False
@@ -174,7 +178,22 @@ class StagedScheduler(Scheduler):
         super()._preempt_request(request, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
+        self, request: Request, num_computed_tokens: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        plan = self.plans.get(request.request_id)
+        if plan is None:
+            return super()._try_schedule_encoder_inputs(
+                request, num_computed_tokens, *args, **kwargs
+            )
+        scheduled = self._schedule_whole_images(plan, request, num_computed_tokens, *args, **kwargs)
+        num_new_tokens = scheduled[1]
+        if num_new_tokens == 0 and request.status != RequestStatus.RUNNING:
+            self._holds_back = True
+        return scheduled
+
+    def _schedule_whole_images(
         self,
+        plan: RequestPlan,
         request: Request,
         num_computed_tokens: int,
         num_new_tokens: int,
@@ -182,23 +201,21 @@ class StagedScheduler(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        plan = self.plans.get(request.request_id)
+        """vLLM's choice of images and tokens, in which no pruned image is split."""
         # Tokens below which the request waits for another step.
         min_new_tokens = 0
-        if plan is not None and self._reads_question:
+        if self._reads_question:
             min_new_tokens = request.num_prompt_tokens - num_computed_tokens
         deferred: Any = [], 0, encoder_compute_budget, [], []
         if num_new_tokens < min_new_tokens:
             return deferred
-        patches = placeholders = 1
-        if plan is not None:
-            # vLLM's budget is in placeholders, but the encoder computes every patch.
-            patches, placeholders = plan.patches_per_placeholder
-            # vLLM may compute any image in parts. A pruned one is whole, or waits for a step.
-            end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
-            num_new_tokens = end - num_computed_tokens
+        # vLLM's budget is in placeholders, but the encoder computes every patch.
+        patches, placeholders = plan.patches_per_placeholder
+        # vLLM may compute any image in parts. A pruned one is whole, or waits for a step.
+        end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
+        num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
-        if plan is not None and encoder_compute_budget >= patches:
+        if encoder_compute_budget >= patches:
             # A session's images may differ in ratio: any one of them must find room.
             budget = max(budget, plan.longest_span)
         inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(

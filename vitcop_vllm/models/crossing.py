@@ -1,4 +1,4 @@
-"""Crossing a boundary: which rows enter the next stage, and what they hold."""
+"""Crossing a boundary: which rows enter the next stage, and with which hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,11 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.models.tensor_parallel import mean_over_ranks
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.selection import StageTwoSelection
-from vitcop_vllm.pruning.selectors import BoundaryView, select_tokens
+from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.pruning.views import BoundaryView
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
 
 
@@ -69,6 +70,7 @@ class Crossing:
         positions: torch.Tensor,
         layer: LayerBefore,
         labels: Sequence[torch.Tensor],
+        sink: SelectionSink | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows that enter ``stage``: positions, hidden states and residual.
 
@@ -78,14 +80,15 @@ class Crossing:
             positions: (T,) or (3, T) rotary positions in the stage before.
             layer: The last layer of the stage before.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+            sink: Records what is selected; ``None`` records nothing.
         """
         source = step.sources[stage].clone()
         merged = []
         with SELECTION_SECONDS.labels(stage + 1).time():
             for group in step.groups:
                 rows, chosen, stream = self.select_rows(group, stage, layer, labels)
-                if step.record is not None and chosen is not None:
-                    step.record(group, stage, chosen)
+                if sink is not None and chosen is not None:
+                    sink.record_tokens([step.images[i] for i in group.images], stage, chosen)
                 destination = group.rows(stage)
                 source[destination] = rows
                 if stream is not None:
@@ -108,7 +111,7 @@ class Crossing:
         counts = group.counts
         before = group.rows(stage - 1)
         if counts.stages[stage] == counts.stages[stage - 1]:
-            # Many selectors drop nothing here, and mild ratios drop nothing in Stage III.
+            # Some selectors drop nothing at this boundary, and mild ratios nothing in Stage III.
             return SelectedRows(before, None, None)
         ranks = get_tensor_model_parallel_world_size()
         view = BoundaryView(
@@ -118,13 +121,13 @@ class Crossing:
             scale=layer.scale,
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
-            prompt_rows=group.prompt_rows[stage - 1],
+            prompt_rows=None if group.prompt_rows is None else group.prompt_rows[stage - 1],
             labels=torch.stack([labels[i] for i in group.images]) if counts.centres else None,
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,
         )
-        chosen = select_tokens(self.selector, stage, view, counts.stages[stage])
+        chosen = self.selector.select_at(stage, view, counts.stages[stage])
         if not isinstance(chosen, StageTwoSelection):
             return SelectedRows(before.gather(1, chosen), chosen, None)
         stream = self.kernels.merge_tokens(view.hidden(), chosen)

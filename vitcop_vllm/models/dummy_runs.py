@@ -31,7 +31,7 @@ def dummy_counts(
 
 
 def dummy_step(
-    counts: VisualTokenCounts, num_rows: int, device: torch.device
+    counts: VisualTokenCounts, num_rows: int, device: torch.device, *, find_prompts: bool
 ) -> tuple[StagedForward, list[torch.Tensor]] | None:
     """A prefill of as many images as fit into a step, and their cluster labels.
 
@@ -39,6 +39,7 @@ def dummy_step(
         counts: Of each image.
         num_rows: Most rows of the step.
         device: Where the tensors are needed.
+        find_prompts: Whether the selector reads the question, and so the rows of a prompt.
 
     Returns:
         ``None`` where no stage after the first drops tokens, or no image fits.
@@ -46,7 +47,7 @@ def dummy_step(
     n1 = counts.stages[0]
     num_images = num_rows // n1
     names = [str(number) for number in range(num_images)]
-    planner = StepPlanner(device)
+    planner = StepPlanner(device, find_prompts=find_prompts)
     for name in names:
         planner.track(name, RequestPlan((VisualSpan(0, counts),)), n1)
     starts = np.zeros(num_images, dtype=np.int64)

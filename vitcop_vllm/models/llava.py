@@ -26,7 +26,7 @@ from vitcop_vllm.models.stage_one import (
     select_items,
 )
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
-from vitcop_vllm.pruning.selectors import EncoderView
+from vitcop_vllm.pruning.views import EncoderView
 
 
 @MULTIMODAL_REGISTRY.register_processor(

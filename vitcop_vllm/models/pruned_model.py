@@ -15,7 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
-from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row, shape_row
+from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,
@@ -26,10 +26,10 @@ from vitcop_vllm.models.stage_one import (
     group_by_shape,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
-from vitcop_vllm.pruning.budgets import SELECTORS
 from vitcop_vllm.pruning.kernel_set import kernel_set
-from vitcop_vllm.pruning.selectors import EncoderView
-from vitcop_vllm.worker.explain import PatchChoice
+from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.views import EncoderView
+from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
 ImageInputs = Mapping[str, torch.Tensor]
@@ -46,12 +46,13 @@ class PrunedModel:
 
     Attributes:
         published_density_scale: d_c of the clustering that is published for the family.
-        patch_choices: What Stage I made of each image encoded since this was made a list;
-            ``None`` keeps nothing.
+        sink: Records what Stage I selects; ``None`` records nothing. Set while vLLM's runner
+            encodes images that are to be explained: it offers no argument of
+            ``embed_multimodal`` to pass the sink in.
     """
 
     published_density_scale: float | None = None
-    patch_choices: list[PatchChoice | None] | None = None
+    sink: SelectionSink | None = None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -71,14 +72,14 @@ class PrunedModel:
     def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
         self._model_config = vllm_config.model_config
         self.pruning = pruning_settings_of(self._model_config.hf_config)
-        self.selector = SELECTORS[self.pruning.selector]
+        self.selector = selector_of(self.pruning.selector)
         self.kernels = kernel_set(self.pruning.kernels)
         self.stage_one = StageOne(
             self.selector, self.pruning, self.kernels, self.published_density_scale
         )
         self.columns = Columns(
             hidden_size,
-            labels=self.selector.shallow == "cluster_merging",
+            labels=self.selector.clusters,
             # Where a token lies in its image decides its rotary position.
             places=self._model_config.uses_mrope,
         )
@@ -114,28 +115,37 @@ class PrunedModel:
         rows: Any = kwargs.pop(COUNTS_FIELD, None)
         if rows is None:  # embeddings that a client computed: of unpruned images
             embeddings = self._embed_whole(kwargs)
-            self._keep_choices([None] * len(embeddings))
+            self._record_none(len(embeddings))
             return embeddings
         images = [shape_of_row(row) for row in rows.tolist()]
-        if self.selector.encoder is None or not any(shape.counts.is_pruned for shape in images):
+        if not self.selector.prunes_encoder or not any(shape.counts.is_pruned for shape in images):
             if not self._encoder_ran:
                 self._profile_encoder(images, kwargs)
-            self._keep_choices([None] * len(images))
+            self._record_none(len(images))
             return self._embed_whole(kwargs)
         self._encoder_ran = True
-        inputs: Any = kwargs
-        return [
-            embedding
-            for first, end in self._batches(images)
-            for embedding in self._embed_pruned(
-                self.slice_images(inputs, first, end), images[first:end]
-            )
-        ]
+        return self._embed_in_batches(kwargs, images, self.sink)
+
+    def _record_none(self, num_images: int) -> None:
+        """Report images of which Stage I selects nothing."""
+        if self.sink is not None:
+            self.sink.record_patches([None] * num_images)
 
     def _embed_whole(self, kwargs: Mapping[str, Any]) -> MultiModalEmbeddings:
         this: Any = super()
         embeddings: MultiModalEmbeddings = this.embed_multimodal(**kwargs)
         return embeddings
+
+    def _embed_in_batches(
+        self, kwargs: Any, images: Sequence[ImageShape], sink: SelectionSink | None
+    ) -> list[torch.Tensor]:
+        return [
+            embedding
+            for first, end in self._batches(images)
+            for embedding in self._embed_pruned(
+                self.slice_images(kwargs, first, end), images[first:end], sink
+            )
+        ]
 
     def _batches(self, images: Sequence[ImageShape]) -> list[tuple[int, int]]:
         """Ranges of images to encode at once.
@@ -155,16 +165,18 @@ class PrunedModel:
     def _profile_encoder(self, images: Sequence[ImageShape], kwargs: Mapping[str, Any]) -> None:
         """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
         self._encoder_ran = True
-        rows = []
+        if not self.selector.prunes_encoder:
+            return
+        pruned = []
         for _, height, width in images:
             counts = dummy_counts(self.pruning, self._num_layers, height * width)
             if counts is None:
                 return
-            rows.append(shape_row(ImageShape(counts, height, width)))
-        self.embed_multimodal(**kwargs, **{COUNTS_FIELD: torch.tensor(rows)})
+            pruned.append(ImageShape(counts, height, width))
+        self._embed_in_batches(kwargs, pruned, None)
 
     def _embed_pruned(
-        self, inputs: ImageInputs, images: Sequence[ImageShape]
+        self, inputs: ImageInputs, images: Sequence[ImageShape], sink: SelectionSink | None = None
     ) -> list[torch.Tensor]:
         """Encode images together, and run Stage I on those of one shape together.
 
@@ -184,18 +196,18 @@ class PrunedModel:
         else:
             embedded = self.encode_kept(inputs, groups, keep)
         embeddings: list[torch.Tensor] = [torch.empty(0)] * len(images)
-        choices: list[PatchChoice | None] = [None] * len(images)
+        selections: list[PatchSelection | None] = [None] * len(images)
         for shape, numbers in groups.items():
             of_shape = embedded[shape]
             if (tokens := kept.get(shape)) is not None:
                 of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.columns)
-                if self.patch_choices is not None:
-                    explained = self.stage_one.explain(tokens)
-                    for number, choice in zip(numbers, explained, strict=True):
-                        choices[number] = choice
+                if sink is not None:
+                    for number, selection in zip(numbers, tokens.of_images(), strict=True):
+                        selections[number] = selection
             for number, embedding in zip(numbers, of_shape, strict=True):
                 embeddings[number] = embedding
-        self._keep_choices(choices)
+        if sink is not None:
+            sink.record_patches(selections)
         return embeddings
 
     def _embed_then_keep(
@@ -217,10 +229,6 @@ class PrunedModel:
             of_shape[shape] = gather_rows(of_shape[shape], kept.index)
         return of_shape
 
-    def _keep_choices(self, choices: Sequence[PatchChoice | None]) -> None:
-        if self.patch_choices is not None:
-            self.patch_choices += choices
-
     # The decoder.
 
     def embed_input_ids(
@@ -230,7 +238,9 @@ class PrunedModel:
         *,
         is_multimodal: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        # Runs right before forward, with the images of the same step in order of rows.
+        # Runs right before forward, with the images of the same step in order of rows. vLLM's
+        # Qwen2_5_VLForConditionalGeneration carries positions in the same way with EVS:
+        # _postprocess_image_embeds_evs appends them, recompute_mrope_positions splits them off.
         self._labels, self._places = [], None
         if multimodal_embeddings is not None:
             multimodal_embeddings, self._labels, places = self.columns.split(
@@ -253,9 +263,13 @@ class PrunedModel:
         inputs_embeds: torch.Tensor | None = None,
         *,
         step: StagedForward | None = None,
+        sink: SelectionSink | None = None,
         **kwargs: object,
     ) -> Any:
-        """vLLM's forward, or the staged one where ``step`` drops rows between stages."""
+        """vLLM's forward, or the staged one where ``step`` drops rows between stages.
+
+        ``sink`` records what the staged one selects.
+        """
         if (places := self._places) is not None:
             # In place: compiled code may read the positions where the runner keeps them. The
             # runner writes all of them again before its next step.
@@ -267,6 +281,13 @@ class PrunedModel:
             this: Any = super()
             return this.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert inputs_embeds is not None
+        if self.columns.labels:
+            # Stage I clusters every pruned image, also one that loses nothing in later stages.
+            # SpanGroup.images numbers them, so with another count labels are another image's.
+            assert len(self._labels) == len(step.images), (
+                f"the step has {len(step.images)} pruned images, and the embeddings carry cluster "
+                f"labels of {len(self._labels)}"
+            )
         self._stages_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs():
@@ -275,6 +296,7 @@ class PrunedModel:
                 positions[..., :num_rows],
                 inputs_embeds[:num_rows],
                 self._labels,
+                sink,
             )
 
     def _profile_stages(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
@@ -295,7 +317,12 @@ class PrunedModel:
         counts = dummy_counts(self.pruning, self._num_layers, encoder_tokens)
         if counts is None:
             return
-        dummy = dummy_step(counts, most_rows, inputs_embeds.device)
+        dummy = dummy_step(
+            counts,
+            most_rows,
+            inputs_embeds.device,
+            find_prompts=self.selector.reads_question,
+        )
         if dummy is None:
             return
         step, self._labels = dummy

@@ -37,7 +37,7 @@ from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
 from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.selectors import EncoderView
+from vitcop_vllm.pruning.views import EncoderView
 
 
 class PrunedQwenProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
@@ -182,7 +182,7 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             row: Any = feature.data[COUNTS_FIELD].data
             counts, rows, columns = shape_of_row(row.tolist())
             place = feature.mm_position
-            is_whole = self.selector.encoder is None or not counts.is_pruned
+            is_whole = not self.selector.prunes_encoder or not counts.is_pruned
             images.append(MRoPEImage(place.offset, place.length, rows, columns, is_whole))
         if all(image.is_whole for image in images):
             return super().get_mrope_input_positions(input_tokens, mm_features)

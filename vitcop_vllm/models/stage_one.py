@@ -8,13 +8,13 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.selectors import EncoderView, saliency_of, select_patches
+from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.settings import PruningSettings
-from vitcop_vllm.worker.explain import PatchChoice
+from vitcop_vllm.pruning.views import EncoderView
+from vitcop_vllm.worker.explain import PatchSelection
 
 
 class ImageShape(NamedTuple):
@@ -35,14 +35,26 @@ class KeptTokens:
     """What Stage I keeps of B images of one shape.
 
     Attributes:
-        view: What it was selected by.
         index: (B, n1) int64, the visual tokens that are kept, ascending.
         labels: (B, n1) int64 cluster labels of these; ``None`` without centres.
+        saliency: (B, V) float32 that the selector ranked all visual tokens by, higher is more
+            salient; ``None`` if it ranks by none.
     """
 
-    view: EncoderView
     index: torch.Tensor
     labels: torch.Tensor | None
+    saliency: torch.Tensor | None
+
+    def of_images(self) -> list[PatchSelection]:
+        """The selection of each image."""
+        return [
+            PatchSelection(
+                index,
+                None if self.labels is None else self.labels[i],
+                None if self.saliency is None else self.saliency[i],
+            )
+            for i, index in enumerate(self.index)
+        ]
 
 
 Groups = Mapping[ImageShape, Sequence[int]]
@@ -105,9 +117,9 @@ class StageOne:
                 if not shape.counts.is_pruned:
                     continue
                 view = view_of(shape, numbers)
-                index = select_patches(self.selector, view, shape.counts.stages[0])
+                index, saliency = self.selector.select_in_encoder(view, shape.counts.stages[0])
                 labels = self._labels(view, index, shape) if shape.counts.centres else None
-                kept[shape] = KeptTokens(view, index, labels)
+                kept[shape] = KeptTokens(index, labels, saliency)
         return kept
 
     def _labels(self, view: EncoderView, index: torch.Tensor, shape: ImageShape) -> torch.Tensor:
@@ -120,15 +132,3 @@ class StageOne:
             shape.counts.centres,
             self.published_density_scale,
         )
-
-    def explain(self, kept: KeptTokens) -> list[PatchChoice]:
-        """What was selected of each image, for explanations."""
-        saliency = saliency_of(self.selector, kept.view)
-        return [
-            PatchChoice(
-                index,
-                None if kept.labels is None else kept.labels[i],
-                None if saliency is None else saliency[i],
-            )
-            for i, index in enumerate(kept.index)
-        ]

@@ -11,8 +11,9 @@ from vllm.config import VllmConfig
 from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.models.crossing import Crossing, LayerBefore
 from vitcop_vllm.models.stages import FirstStage, LastStage, MiddleStage, layers_by_stage
-from vitcop_vllm.pruning.budgets import Selector
 from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
 
@@ -96,6 +97,7 @@ class StagedDecoder:
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
         labels: Sequence[torch.Tensor],
+        sink: SelectionSink | None = None,
     ) -> torch.Tensor:
         """The decoder's forward for a step in which rows are dropped between stages.
 
@@ -104,15 +106,16 @@ class StagedDecoder:
             positions: (T,) or (3, T) rotary positions.
             inputs_embeds: (T, H) embeddings, images merged in.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+            sink: Records what is selected at the boundaries; ``None`` records nothing.
 
         Returns:
             (T, H) hidden states; a dropped token's row repeats its span's last survivor.
         """
         layer_before = self._run_to_boundary(1, positions, inputs_embeds)
-        rows = self._cross(1, step, positions, layer_before, labels)
+        rows = self._cross(1, step, positions, layer_before, labels, sink)
         layer_before = self._run_to_boundary(2, *rows)
         positions = rows[0] if step.renumbered is None else step.renumbered
-        rows = self._cross(2, step, positions, layer_before, labels)
+        rows = self._cross(2, step, positions, layer_before, labels, sink)
         normed: torch.Tensor = self._stages[-1](*rows)
         return normed[step.outputs]
 

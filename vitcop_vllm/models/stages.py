@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
 
-from vitcop_vllm.pruning.budgets import Selector
+from vitcop_vllm.pruning.selector import Selector
 
 
 class _UpToMLP:

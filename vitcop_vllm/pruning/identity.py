@@ -18,7 +18,7 @@ _TAG = re.compile(r"[0-9]+(\.[0-9]+){4}")
 """Form of the counts at the end of an identifier; see :meth:`VisualTokenCounts.encode`."""
 
 EXPLAIN_KEY = "explain_as"
-"""Processor keyword: a name, given to no other request, under which choices are told."""
+"""Processor keyword: a unique request id under which selections are recorded."""
 
 MOST_EXPLAINED = 256
 """Explanations that wait in a worker until a request for them comes: some 10 kB for an image of 576
@@ -53,7 +53,9 @@ def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
-    """A name that no other image has, so that nothing known of the image is reused.
+    """A unique name of an image, under which its selections are recorded.
+
+    No cache knows the name, so the encoder and all layers run on the image again.
 
     Args:
         request: Value of ``EXPLAIN_KEY``.
@@ -66,7 +68,7 @@ def explained_identifier(request: str, number: int, size: tuple[int, int], mm_ha
 
 
 def explained_size(identifier: str) -> tuple[int, int] | None:
-    """Width and height of an image whose choices are to be told; ``None`` for all others."""
+    """Width and height of an image that is to be explained; ``None`` for all others."""
     found = _EXPLAINED.match(identifier)
     return (int(found[1]), int(found[2])) if found else None
 

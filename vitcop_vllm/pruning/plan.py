@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Self
 
-from vitcop_vllm.pruning.budgets import SELECTORS, BudgetInputs
+from vitcop_vllm.pruning.budgets import BudgetInputs
+from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import PruningSettings
 
 NUM_STAGES = 3
@@ -99,7 +100,7 @@ def plan_counts(
     if ratio == 0.0:
         return VisualTokenCounts.unpruned(encoder_tokens)
     boundaries = settings.boundaries(num_layers)
-    selector = SELECTORS[settings.selector]
+    selector = selector_of(settings.selector)
     if ratio > selector.max_ratio(boundaries, num_layers):
         raise ValueError(f"selector {settings.selector!r} cannot reach pruning ratio {ratio}")
     keep = 1.0 - ratio
@@ -111,12 +112,27 @@ def plan_counts(
     return VisualTokenCounts(encoder_tokens, centres, stages)
 
 
+def why_uncacheable(settings: PruningSettings) -> str | None:
+    """Why no request may reuse a prefix computed with these settings; ``None`` if it may."""
+    if selector_of(settings.selector).reads_question:
+        return (
+            f"selector {settings.selector} reads the question, so what survives of an image "
+            "is good for one prompt only"
+        )
+    if settings.positions == "reference":
+        return (
+            "positions: reference numbers an answer's tokens differently once they are part of "
+            "the next prompt; set positions: original"
+        )
+    return None
+
+
 def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
     """The pruning ratio that warm-ups and memory profiling use; 0 where none can be asked for.
 
     Mild, so that all three stages drop and merge tokens while many are left.
     """
-    reach = SELECTORS[settings.selector].max_ratio(settings.boundaries(num_layers), num_layers)
+    reach = selector_of(settings.selector).max_ratio(settings.boundaries(num_layers), num_layers)
     return min(0.5, settings.max_pruning_ratio, reach)
 
 

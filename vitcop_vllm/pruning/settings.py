@@ -7,11 +7,13 @@ place that decides whether a ratio asked for by a request is acceptable.
 
 import difflib
 import math
+import pkgutil
 import re
 import reprlib
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RATIO_KEY = "pruning_ratio"
 """Name of the request's ratio wherever it travels: body field, processor keyword."""
@@ -24,10 +26,19 @@ CONFIG_KEY = "pruning"
 
 _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 
-SelectorName = Literal[
-    "vitcop", "cls", "received", "random", "grid", "divprune", "key_norm", "fastv", "dart"
-]
-"""Ways of choosing which visual tokens survive; what each is: ``budgets`` and ``selectors``."""
+SELECTOR_NAMES = tuple(
+    module.name for module in pkgutil.iter_modules([str(Path(__file__).with_name("selectors"))])
+)
+"""Selectors are the files of the folder ``selectors``."""
+
+
+def _known_selector(name: str) -> str:
+    if name not in SELECTOR_NAMES:
+        raise ValueError(f"no selector is called {name!r}; choose {', '.join(SELECTOR_NAMES)}")
+    return name
+
+
+SelectorName = Annotated[str, AfterValidator(_known_selector)]
 
 KernelsName = Literal["auto", "torch", "triton"]
 """Implementations of the functions that choose tokens; see ``kernel_set``."""

@@ -11,6 +11,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
+from vitcop_vllm.adoption import adopt
 from vitcop_vllm.engine.attention import StageLengths, StageRows, by_row
 
 
@@ -32,7 +33,7 @@ class StagedBlockTables(MultiGroupBlockTable):
 
     @classmethod
     def adopt(cls, tables: MultiGroupBlockTable, stage_of_group: Sequence[int]) -> Self:
-        """``tables``, which vLLM has made and nobody has used yet, as an instance of this class.
+        """Make ``tables``, which vLLM has made and nobody has used yet, one of these.
 
         Raises:
             ValueError: If groups differ in block size or in how long a request may be.
@@ -41,8 +42,7 @@ class StagedBlockTables(MultiGroupBlockTable):
         shapes = {(t.block_size, tuple(t.block_table.cpu.shape)) for t in tables.block_tables}
         if len(shapes) > 1:
             raise ValueError("groups of layers with unequal blocks cannot be pruned in stages")
-        adopted: Any = copy.copy(tables)
-        adopted.__class__ = cls
+        adopted: Any = adopt(tables, cls)
         adopted.rows = {}
         num_groups = len(stage_of_group)
         blocks, slots = (

@@ -2,6 +2,7 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vitcop_vllm.adoption import adopt
 from vitcop_vllm.worker.cpu_runner import StagedCPUModelRunner
 from vitcop_vllm.worker.staged_worker import StagedWorker
 
@@ -14,4 +15,4 @@ class StagedCPUWorker(StagedWorker, CPUWorker):
         if not self.use_v2_model_runner:
             # vLLM makes its runner inside init_device and offers no method to override. Our
             # runner adds methods and nothing to construct, so the finished one may become ours.
-            self.model_runner.__class__ = StagedCPUModelRunner
+            adopt(self.model_runner, StagedCPUModelRunner)

@@ -1,30 +1,28 @@
-"""What was chosen, for images whose name asks that it be told.
+"""Records what the stages select, for images that a client wants explained.
 
-Nothing is kept for other images. What is kept waits in the worker until it is asked for, or
-until newer explanations take its place.
+Nothing is recorded for other images. A record waits in the worker until the server takes it, or
+until newer records take its place.
 """
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_size
 from vitcop_vllm.pruning.selection import StageTwoSelection
-from vitcop_vllm.worker.step import SpanGroup, StagedStep
 
 
-class PatchChoice(NamedTuple):
-    """What Stage I made of one image.
+class PatchSelection(NamedTuple):
+    """What Stage I keeps of one image.
 
     Attributes:
         patches: (n1,) int64, ascending.
         labels: (n1,) int64 cluster labels; ``None`` where nothing is clustered.
         saliency: (V,) float32, higher is more salient; ``None`` where the selector does not
-            look at it.
+            rank by it.
     """
 
     patches: Tensor
@@ -32,82 +30,86 @@ class PatchChoice(NamedTuple):
     saliency: Tensor | None
 
 
-@dataclass
-class ChoiceRecorder:
-    """Choices by image name, as lists that can be sent to another process.
+class SelectionSink:
+    """Selections by image name, as lists that can be sent to another process.
 
-    An image's choices are a dictionary with ``patches`` (n1 of V), ``labels``, ``saliency``,
+    The encoder and the staged forward report every selection to it; it records those of images
+    whose name is an :func:`~vitcop_vllm.pruning.identity.explained_identifier`.
+
+    An image's record is a dictionary with ``patches`` (n1 of V), ``labels``, ``saliency``,
     ``shallow`` (n2 of n1), ``merged`` (groups of n1, each with the row it is merged into
-    first) and ``deep`` (n3 of n2). What a stage did not choose, because it drops nothing, is
+    first) and ``deep`` (n3 of n2). What a stage did not select, because it drops nothing, is
     absent.
     """
 
-    _choices: OrderedDict[str, dict[str, Any]] = field(default_factory=OrderedDict)
-
-    def record_patches(self, name: str, choice: PatchChoice) -> None:
-        """Take down Stage I's choice."""
-        chosen = self._of(name)
-        for key, tensor in choice._asdict().items():
-            if tensor is not None:
-                chosen[key] = tensor.tolist()
-
-    def record_tokens(
-        self, names: Sequence[str | None], stage: int, chosen: Tensor | StageTwoSelection
-    ) -> None:
-        """Take down what spans keep at a boundary; spans without a name are passed over.
-
-        Args:
-            names: G names.
-            stage: 1 or 2.
-            chosen: (G, m) int64, the places in each span of the tokens that go on; with their
-                groups, if Stage II merged tokens.
-        """
-        index = chosen.index if isinstance(chosen, StageTwoSelection) else chosen
-        for number, name in enumerate(names):
-            if name is None:
-                continue
-            told = self._of(name)
-            told["shallow" if stage == 1 else "deep"] = index[number].tolist()
-            if isinstance(chosen, StageTwoSelection):
-                told["merged"] = _groups(chosen, number)
+    def __init__(self) -> None:
+        self._records: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        # Images of the encoder run in progress that are not reported yet, in its order.
+        self._to_encode: deque[str] = deque()
 
     @contextmanager
-    def follow_encoder(self, model: Any, names: Sequence[str]) -> Iterator[None]:
-        """Take down what Stage I chooses while ``model`` encodes images of these names."""
+    def attached_to(self, model: Any, names: Sequence[str]) -> Iterator[None]:
+        """Be the sink of ``model`` while it encodes images of these names, in this order.
+
+        vLLM's encoder call passes on neither names nor arguments of ours. Where no image is to be
+        explained, the model has no sink and reports nothing.
+        """
         if not any(map(explained_size, names)):
             yield
             return
-        model.patch_choices = []
+        self._to_encode.extend(names)
+        model.sink = self
         try:
             yield
-            for name, choice in zip(names, model.patch_choices, strict=True):
-                if choice is not None and explained_size(name):
-                    self.record_patches(name, choice)
+            assert not self._to_encode, f"images that were not encoded: {self._to_encode}"
         finally:
-            model.patch_choices = None
+            model.sink = None
+            self._to_encode.clear()
 
-    def follow(self, step: StagedStep | None) -> StagedStep | None:
-        """``step``, with a recorder of what it chooses for images that are to be explained."""
-        if step is None or step.forward is None:
-            return step
-        names = [name if explained_size(name) else None for name in step.forward.images]
-        if not any(names):
-            return step
+    def record_patches(self, selections: Sequence[PatchSelection | None]) -> None:
+        """Record Stage I of the next images that are encoded.
 
-        def record(group: SpanGroup, stage: int, chosen: Any) -> None:
-            self.record_tokens([names[i] for i in group.images], stage, chosen)
+        Args:
+            selections: One per image; ``None`` for an image that Stage I leaves whole.
+        """
+        for selection in selections:
+            name = self._to_encode.popleft()
+            if selection is None or not explained_size(name):
+                continue
+            record = self._record_of(name)
+            for key, tensor in selection._asdict().items():
+                if tensor is not None:
+                    record[key] = tensor.tolist()
 
-        return replace(step, forward=replace(step.forward, record=record))
+    def record_tokens(
+        self, names: Sequence[str], stage: int, selection: Tensor | StageTwoSelection
+    ) -> None:
+        """Record what spans keep at a boundary.
+
+        Args:
+            names: (G,) names of the spans' images.
+            stage: The stage that the kept tokens enter, 1 or 2.
+            selection: (G, m) int64, places of the kept tokens in each span; with their groups
+                if Stage II merged tokens.
+        """
+        index = selection.index if isinstance(selection, StageTwoSelection) else selection
+        for number, name in enumerate(names):
+            if not explained_size(name):
+                continue
+            record = self._record_of(name)
+            record["shallow" if stage == 1 else "deep"] = index[number].tolist()
+            if isinstance(selection, StageTwoSelection):
+                record["merged"] = _groups(selection, number)
 
     def take(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Hand over what is known of these images, and forget it."""
-        return {name: self._choices.pop(name) for name in names if name in self._choices}
+        """The records of these images, which the sink then forgets."""
+        return {name: self._records.pop(name) for name in names if name in self._records}
 
-    def _of(self, name: str) -> dict[str, Any]:
-        chosen = self._choices.setdefault(name, {})
-        while len(self._choices) > MOST_EXPLAINED:
-            self._choices.popitem(last=False)
-        return chosen
+    def _record_of(self, name: str) -> dict[str, Any]:
+        record = self._records.setdefault(name, {})
+        while len(self._records) > MOST_EXPLAINED:
+            self._records.popitem(last=False)
+        return record
 
 
 def _groups(selection: StageTwoSelection, number: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Plans each step for the stages. A decode step costs a few array operations, however many
-requests it has.
+"""Plans each step for the stages. A decode step costs a few array operations, for any number of
+requests.
 
-A request's dropped tokens change only when a visual span ends, so they are kept in arrays, and
-only rows whose step passes an end are looked at one by one.
+The number of a request's dropped tokens changes only when a visual span ends. So arrays hold these
+numbers, and a loop visits only the requests whose step passes the end of a span.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,19 +75,19 @@ class _StageRows(NamedTuple):
         )
 
 
-class _SpanRows(NamedTuple):
-    """First row of a span, first and last row of its prompt, in one stage."""
-
-    first: int
-    prompt_first: int
-    prompt_last: int
-
-
 class _Span(NamedTuple):
-    """A span that loses tokens after Stage I; ``number`` counts the step's pruned images."""
+    """A span that loses tokens after Stage I.
+
+    Attributes:
+        number: Of its image among the step's pruned images.
+        first_rows: Its first row in each stage.
+        prompt_rows: First and last row of its prompt in each stage; empty if no selector reads
+            them.
+    """
 
     number: int
-    rows: list[_SpanRows]
+    first_rows: list[int]
+    prompt_rows: list[tuple[int, int]]
 
 
 class StepPlanner:
@@ -96,12 +96,16 @@ class StepPlanner:
     Args:
         device: Where a step's tensors are needed.
         renumber_deep: Whether ``positions: reference`` is set.
+        find_prompts: Whether the selector reads the question, and so the rows of a prompt.
     """
 
-    def __init__(self, device: torch.device, *, renumber_deep: bool = False) -> None:
+    def __init__(
+        self, device: torch.device, *, renumber_deep: bool = False, find_prompts: bool = False
+    ) -> None:
         self._device = device
         self._renumber_deep = renumber_deep
-        # Requests that prune nothing have no slot of their own and share slot 0.
+        self._find_prompts = find_prompts
+        # Requests that prune nothing share slot 0.
         self._slots: dict[str, int] = {}
         self._requests: dict[int, _Request] = {}
         self._free: list[int] = []
@@ -109,7 +113,7 @@ class StepPlanner:
         self._until[0] = _FOREVER
 
     def _allocate(self, num_slots: int) -> None:
-        # Of each slot: tokens dropped in each stage by a prefix of at least `since` and fewer
+        # Per slot: tokens dropped in each stage, valid for prefixes of at least `since` and fewer
         # than `until` tokens.
         self._missing = np.zeros((NUM_STAGES, num_slots), dtype=np.int64)
         self._since = np.zeros(num_slots, dtype=np.int64)
@@ -117,7 +121,7 @@ class StepPlanner:
         self._prompt_tokens = np.zeros(num_slots, dtype=np.int64)
 
     def add(self, name: str, features: Iterable[Feature], prompt_tokens: int) -> None:
-        """Take up a request; a name that is known gets these images instead.
+        """Add a request, or replace the images of a known one.
 
         Args:
             name: The request's id.
@@ -142,11 +146,11 @@ class StepPlanner:
         slot = self._free.pop() if self._free else self._new_slot()
         self._slots[name] = slot
         self._requests[slot] = _Request(plan, prompt_tokens, images)
-        self._until[slot] = 0  # nothing is known of it yet
+        self._until[slot] = 0  # the first step looks the numbers up
         self._prompt_tokens[slot] = prompt_tokens
 
     def remove(self, name: str) -> None:
-        """Forget a request; unknown names are fine."""
+        """Remove a request; ignores unknown names."""
         if slot := self._slots.pop(name, 0):
             del self._requests[slot]
             self._free.append(slot)
@@ -208,7 +212,7 @@ class StepPlanner:
         )
 
     def _look_up(self, slot: int, num_tokens: int) -> tuple[int, int, int]:
-        """Tokens dropped by a prefix, kept for as long as they hold."""
+        """Tokens that a prefix drops per stage; stored until the next span ends."""
         plan = self._requests[slot].plan
         missing = plan.dropped_tokens(num_tokens)
         next_end = plan.next_span_end(num_tokens)
@@ -254,19 +258,26 @@ class StepPlanner:
         images: list[str] = []
         for row in changed.tolist():
             plan, prompt_tokens, names = self._requests[int(slots[row])]
-            dropped = plan.dropped_tokens(prompt_tokens)
             for i, span in enumerate(plan.spans):
                 if not starts[row] <= span.offset < ends[row]:
                     continue
                 if any(span.counts.dropped):
-                    gone = plan.dropped_tokens(span.offset)
-                    places = []
-                    for stage, stage_rows in enumerate(rows):
-                        prompt = int(stage_rows.first[row] - stage_rows.starts[row])
-                        last = prompt + prompt_tokens - dropped[stage] - 1
-                        first = prompt + span.offset - gone[stage]
-                        places.append(_SpanRows(first, prompt, last))
-                    found.setdefault(span.counts, []).append(_Span(len(images), places))
+                    # Row of the prompt's first token in each stage, if the step computed it.
+                    begins = [int(stage.first[row] - stage.starts[row]) for stage in rows]
+                    dropped = plan.dropped_tokens(span.offset)
+                    first_rows = [
+                        begin + span.offset - missing
+                        for begin, missing in zip(begins, dropped, strict=True)
+                    ]
+                    prompts: list[tuple[int, int]] = []
+                    if self._find_prompts:
+                        dropped = plan.dropped_tokens(prompt_tokens)
+                        prompts = [
+                            (begin, begin + prompt_tokens - missing - 1)
+                            for begin, missing in zip(begins, dropped, strict=True)
+                        ]
+                    span_found = _Span(len(images), first_rows, prompts)
+                    found.setdefault(span.counts, []).append(span_found)
                 if span.counts.is_pruned:
                     images.append(names[i] if names else "")
         return found, images
@@ -284,16 +295,20 @@ class StepPlanner:
             kept = np.ones(int(rows[stage - 1].first[-1]), dtype=np.bool_)
             for counts, spans in found.items():
                 for span in spans:
-                    begin = span.rows[stage - 1].first
+                    begin = span.first_rows[stage - 1]
                     kept[begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
             sources[stage] = self._to_device(np.flatnonzero(kept))
             outputs = (np.cumsum(kept) - 1)[outputs]
         groups = []
         for counts, spans in found.items():
-            places = np.array([span.rows for span in spans], dtype=np.int64)  # (G, stages, 3)
-            placed = self._to_device(places.transpose(1, 2, 0).copy())
+            first_rows = np.array([span.first_rows for span in spans], dtype=np.int64).T
+            prompt_rows = None
+            if self._find_prompts:
+                prompts = np.array([span.prompt_rows for span in spans], dtype=np.int64)
+                prompt_rows = self._to_device(prompts.transpose(1, 2, 0).copy())
             numbers = tuple(span.number for span in spans)
-            groups.append(SpanGroup(counts, numbers, placed[:, 0], placed[:, 1:]))
+            placed = self._to_device(first_rows.copy())
+            groups.append(SpanGroup(counts, numbers, placed, prompt_rows))
         return StagedForward(
             groups=tuple(groups),
             sources=sources,

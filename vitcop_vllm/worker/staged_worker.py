@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vitcop_vllm.worker.explain import ChoiceRecorder
+from vitcop_vllm.worker.adapter import StepAdapter
 from vitcop_vllm.worker.warm_up import run_staged_step
 
 
@@ -21,9 +21,10 @@ class StagedWorker:
         times: CompilationTimes = super().compile_or_warm_up_model()  # type: ignore[misc]
         return times
 
-    def take_choices(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """See :meth:`ChoiceRecorder.take`; called by name, through vLLM's ``collective_rpc``."""
+    def take_selections(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """See :meth:`.SelectionSink.take`; called by name, through vLLM's ``collective_rpc``."""
         runner = self.model_runner
-        adapter = runner.model_state if self.use_v2_model_runner else runner
-        choices: ChoiceRecorder = adapter.choices
-        return choices.take(names)
+        adapter: StepAdapter = (
+            runner.model_state if self.use_v2_model_runner else runner
+        ).step_adapter
+        return adapter.sink.take(names)

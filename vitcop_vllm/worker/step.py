@@ -5,9 +5,8 @@ follow from the requests' plans by arithmetic, on the host, before anything is c
 Which rows survive is decided on the device and never needed here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -23,14 +22,14 @@ class SpanGroup:
         counts: What all of them keep.
         images: Which of the step's pruned images they are, counted in order of rows.
         first_rows: (NUM_STAGES, G) int64, first row of each span in each stage.
-        prompt_rows: (NUM_STAGES, 2, G) int64, first and last row of the prompt that each span
-            is of; of no meaning where the step does not compute the whole prompt.
+        prompt_rows: (NUM_STAGES, 2, G) int64, first and last row of each span's prompt, which the
+            step computes as a whole; ``None`` unless the selector reads the question.
     """
 
     counts: VisualTokenCounts
     images: tuple[int, ...]
     first_rows: torch.Tensor
-    prompt_rows: torch.Tensor
+    prompt_rows: torch.Tensor | None
 
     def rows(self, stage: int) -> torch.Tensor:
         """(G, n_stage) int64: the rows of the spans in ``stage``."""
@@ -52,7 +51,6 @@ class StagedForward:
             stage under ``positions: reference``; ``None`` keeps prompt positions.
         images: Identifiers of the pruned images of the step, in row order; what
             ``SpanGroup.images`` numbers.
-        record: Called with what each group chooses: group, stage, choice.
     """
 
     groups: tuple[SpanGroup, ...]
@@ -60,7 +58,6 @@ class StagedForward:
     outputs: torch.Tensor
     renumbered: torch.Tensor | None
     images: tuple[str, ...] = ()
-    record: Callable[[SpanGroup, int, Any], None] | None = None
 
 
 @dataclass(frozen=True)

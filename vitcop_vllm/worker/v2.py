@@ -19,19 +19,15 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vitcop_vllm.engine.attention import begin_builds
-from vitcop_vllm.engine.config import pruning_settings_of
-from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
-from vitcop_vllm.worker.explain import ChoiceRecorder
-from vitcop_vllm.worker.planner import StepPlanner
-from vitcop_vllm.worker.step import StagedStep
+from vitcop_vllm.engine.kv_cache import stages_of_groups
+from vitcop_vllm.worker.adapter import StepAdapter
 
 
 class StagedModelState(DefaultModelState):
     """vLLM's state of a model, which tells the stages and the model what a step drops.
 
     Attributes:
-        choices: What was chosen for images that are to be explained.
+        step_adapter: Plans the steps; the same for both model runners.
     """
 
     def __init__(
@@ -42,10 +38,7 @@ class StagedModelState(DefaultModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        settings = pruning_settings_of(self.model_config.hf_config)
-        self.choices = ChoiceRecorder()
-        self._planner = StepPlanner(device, renumber_deep=settings.positions == "reference")
-        self._step: StagedStep | None = None
+        self.step_adapter = StepAdapter(self.model_config, device)
         # Images of requests that left since the encoder ran last.
         self._left: dict[str, list[MultiModalFeatureSpec]] = {}
         self._stage_tables: dict[int, BlockTables] = {}
@@ -54,21 +47,20 @@ class StagedModelState(DefaultModelState):
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        stages = []
-        for group in kv_cache_config.kv_cache_groups:
-            assert isinstance(group.kv_cache_spec, StagedAttentionSpec)
-            stages.append(group.kv_cache_spec.stage)
+        stages = stages_of_groups(kv_cache_config)
         self._stage_tables = {
             stage: _tables_of_stage(block_tables, stages, stage) for stage in set(stages) - {0}
         }
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        self._planner.add(new_req_data.req_id, new_req_data.mm_features, new_req_data.prompt_len)
+        self.step_adapter.planner.add(
+            new_req_data.req_id, new_req_data.mm_features, new_req_data.prompt_len
+        )
 
     def remove_request(self, req_id: str) -> None:
         super().remove_request(req_id)
-        self._planner.remove(req_id)
+        self.step_adapter.planner.remove(req_id)
         if self.supports_mm_inputs and (left := self.encoder_cache.mm_features.get(req_id)):
             self._left[req_id] = left
 
@@ -80,16 +72,10 @@ class StagedModelState(DefaultModelState):
         features.update((name, self._left[name]) for name in away)
         self._left.clear()
         names, _ = self.encoder_runner.prepare_mm_inputs(scheduled_encoder_inputs)
-        with self.choices.follow_encoder(self.model, names):
+        with self.step_adapter.sink.attached_to(self.model, names):
             super().execute_mm_encoder(scheduled_encoder_inputs)
         for name in away:
             self.encoder_cache.remove_request(name)
-
-    def _plan_step(self, batch: InputBatch) -> StagedStep | None:
-        # Batches of warm-ups and captures have requests that were never added.
-        starts = batch.num_computed_tokens_np[: batch.num_reqs]
-        ends = starts + batch.num_scheduled_tokens[: batch.num_reqs]
-        return self.choices.follow(self._planner.plan_step(batch.req_ids, starts, ends))
 
     def prepare_attn(
         self,
@@ -101,11 +87,14 @@ class StagedModelState(DefaultModelState):
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        self._step = step = self._plan_step(input_batch)
+        # Batches of warm-ups and captures have requests that were never added.
+        starts = input_batch.num_computed_tokens_np[: input_batch.num_reqs]
+        ends = starts + input_batch.num_scheduled_tokens[: input_batch.num_reqs]
+        step = self.step_adapter.plan(input_batch.req_ids, starts, ends)
         # Prefill has no full graphs; see StagedBuilder.get_cudagraph_support.
         assert cudagraph_mode != CUDAGraphMode.FULL or not step or not step.forward
-        begin_builds(chain.from_iterable(attn_groups), step.stages if step else {})
-        for stage, rows in step.stages.items() if step else ():
+        self.step_adapter.begin_builds(chain.from_iterable(attn_groups))
+        for stage, rows in self.step_adapter.stages.items():
             # vLLM has computed slots for rows that all stages have. By its own means again,
             # into the same place.
             query_start_loc, positions = rows.slot_inputs(
@@ -127,10 +116,7 @@ class StagedModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_inputs(input_batch, req_states)
-        step, self._step = self._step, None
-        if step is None or step.forward is None:
-            return inputs
-        return {**inputs, "step": step.forward}
+        return inputs | self.step_adapter.take_forward_arguments()
 
 
 def _tables_of_stage(tables: BlockTables, stages: Sequence[int], stage: int) -> BlockTables:

@@ -19,8 +19,9 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of, step_tokens
-from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
+from vitcop_vllm.engine.checks import step_tokens
+from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
+from vitcop_vllm.engine.kv_cache import stages_of_groups
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
 from vitcop_vllm.pruning.settings import RATIO_KEY
@@ -94,11 +95,9 @@ def _blocks_per_request(
     plan = plan_request([feature])
     assert plan is not None
     blocks = []
-    for group in kv_cache.kv_cache_groups:
-        spec = group.kv_cache_spec
-        assert isinstance(spec, StagedAttentionSpec)
-        slots = plan.num_slots(prompt_tokens, spec.stage) + 1
-        blocks.append(cdiv(slots, spec.block_size))
+    for group, stage in zip(kv_cache.kv_cache_groups, stages_of_groups(kv_cache), strict=True):
+        slots = plan.num_slots(prompt_tokens, stage) + 1
+        blocks.append(cdiv(slots, group.kv_cache_spec.block_size))
     return blocks
 
 

@@ -41,12 +41,12 @@ class Model:
 
     Attributes:
         preview: Plans of the model.
-        choices: What was chosen, by the image's identifier.
+        records: What the stages selected, by the image's identifier.
     """
 
     def __init__(self) -> None:
         self.preview = grid_preview()
-        self.choices: dict[str, Any] = {}
+        self.records: dict[str, Any] = {}
 
     async def create_chat_completion(self, request: Any, raw_request: Request) -> Answer:
         (message,) = request.messages
@@ -54,11 +54,11 @@ class Model:
         counts, size = await self.counts(url, raw_request)
         name = explained_identifier("request", 0, size, tag_identifier("abc", counts))
         getattr(raw_request.state, EXPLAIN_STATE_KEY).names.append(name)
-        self.choices[name] = choose(counts)
+        self.records[name] = choose(counts)
         return Answer()
 
     async def collective_rpc(self, method: str, args: tuple[list[str]]) -> list[Any]:
-        return [{name: self.choices.pop(name) for name in args[0]}]
+        return [{name: self.records.pop(name) for name in args[0]}]
 
     async def stream(self, url: str, raw_request: Request) -> AsyncGenerator[str, None]:
         counts, _ = await self.counts(url, raw_request)

@@ -1,0 +1,48 @@
+"""The traffic of a soak is repeatable, and has what it should have."""
+
+import pytest
+
+from benchmarks.qwen_checkpoint import TINY
+from tests.families.family import QWEN2_5_VL, image_size
+from tests.soak.test_soak import LOADS, compare_tokens
+from tests.soak.traffic import Traffic
+
+
+def test_a_seed_can_be_repeated():
+    one, again, other = (Traffic(seed, range(12)) for seed in (3, 3, 4))
+    asks = [one.next() for _ in range(50)]
+    assert [again.next() for _ in range(50)] == asks
+    assert [other.next() for _ in range(50)] != asks
+
+
+def test_images_of_many_sizes_come_in_a_model_that_takes_them():
+    load = LOADS["qwen2.5-vl"]
+    traffic = Traffic(0, load.images)
+    images = {image for _ in range(200) for image in traffic.next().images}
+    assert images == set(load.images)
+    grids = {QWEN2_5_VL.grid(*image_size(image)) for image in images}
+    assert len(grids) == len(images) - 1, "the two smallest are scaled up to the same"
+    tokens = {rows * columns for rows, columns in grids}
+    assert min(tokens) == TINY.min_visual_tokens
+    assert TINY.max_visual_tokens - 40 < max(tokens) <= load.max_visual_tokens
+    assert min(rows for rows, _ in grids) == min(columns for _, columns in grids) == 1
+
+
+def test_conversations_go_on():
+    traffic = Traffic(0, range(12))
+    first = traffic.next()
+    traffic.finished(first, " it is a cat")
+    later = [traffic.next() for _ in range(30)]
+    follow_ups = [ask for ask in later if f"{first.text} ASSISTANT: it is a cat USER: " in ask.text]
+    assert follow_ups
+    for ask in follow_ups:
+        assert (ask.images, ask.ratio, ask.system) == (first.images, first.ratio, first.system)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "difference"),
+    [([1, 2, 3], None), ([1, 2], None), ([1, 9, 9], "tie"), ([1, 2, 9], "wrong")],
+)
+def test_answers_that_part_where_tokens_are_equally_likely_are_told_apart(tokens, difference):
+    logprobs = [{1: -0.1, 5: -3.0}, {2: -0.7, 9: -0.7000001}, {3: -0.1, 9: -3.0}]
+    assert compare_tokens(tokens, [1, 2, 3], logprobs) == difference

@@ -1,0 +1,63 @@
+"""An endless mix of requests, from a seed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
+from tests.engine.requests import Ask
+
+RATIOS = (0.0, 0.3, 0.5, 2 / 3, 7 / 9, 8 / 9, 17 / 18)
+
+MAX_TEXT_TOKENS = 768
+"""Tokens of a prompt and its answer, without visual tokens."""
+
+MAX_PROMPT_LETTERS = 600
+"""A conversation whose prompt would be longer ends; answers can have more bytes than letters."""
+
+_WORDS = ("what", "where", "is", "the", "this", "many", "small", "red", "thing", "of", "picture")
+_SYSTEMS = ("", "Answer briefly. ", "You look closely, and then you answer in one word. " * 3)
+
+
+class Traffic:
+    """Requests with 0 to 4 of some images, given by their seeds; 4 in 10 go on with another.
+
+    The seed decides everything, so that a failure can be repeated.
+    """
+
+    def __init__(self, seed: int, images: Sequence[int]) -> None:
+        self.rng = Random(seed)
+        self.images = images
+        self._finished: list[tuple[Ask, str]] = []
+
+    def finished(self, ask: Ask, answer: str) -> None:
+        """Add a conversation that may go on."""
+        self._finished.append((ask, answer))
+        del self._finished[:-40]
+
+    def _text(self) -> str:
+        most = self.rng.choice((3, 12, 40))
+        return " ".join(self.rng.choice(_WORDS) for _ in range(self.rng.randint(1, most)))
+
+    def next(self) -> Ask:
+        rng = self.rng
+        new = Ask(
+            "",
+            max_tokens=rng.randint(1, rng.choice((1, 4, 12, 40))),
+            cache_salt=rng.choice((None,) * 12 + ("a", "b")),
+            priority=rng.randint(0, 3),
+        )
+        if self._finished and rng.random() < 0.4:
+            ask, answer = rng.choice(self._finished)
+            text = f"{ask.text} ASSISTANT:{answer} USER: {self._text()}"
+            if len(ask.system + text) + 8 * len(ask.images) < MAX_PROMPT_LETTERS:
+                return replace(
+                    new, text=text, system=ask.system, images=ask.images, ratio=ask.ratio
+                )
+        images = tuple(rng.choice(self.images) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4))))
+        return replace(
+            new,
+            images=images,
+            system=rng.choice(_SYSTEMS),
+            text=self._text(),
+            ratio=rng.choice(RATIOS) if images else None,
+        )

@@ -1,0 +1,354 @@
+"""What start-up refuses: one row for each combination that pruning cannot do right."""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import floor
+from typing import Any
+
+from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+
+V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+BREAKABLE_VARIABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
+
+
+def asks_for_v2() -> bool:
+    """Whether the operator chose model runner V2, vLLM's default on GPUs.
+
+    Our default is V1: V2 with pruning has run on CPUs only, with Triton's interpreter.
+    """
+    return os.environ.get(V2_VARIABLE) == "1"
+
+
+def step_tokens(scheduler: Any) -> int:
+    """Most tokens of a step, by vLLM's ``SchedulerConfig``."""
+    tokens: int = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    return tokens
+
+
+@dataclass(frozen=True)
+class StartUp:
+    """What a row is checked against.
+
+    Attributes:
+        vllm: vLLM's configuration, a ``VllmConfig``.
+        settings: The operator's settings of pruning.
+        selector: The one that the settings name.
+        has_cls: Whether the model's encoder has [CLS].
+        decoders: ``model_type`` of the decoders that the model's family can have.
+    """
+
+    vllm: Any
+    settings: PruningSettings
+    selector: Selector
+    has_cls: bool
+    decoders: tuple[str, ...]
+
+    @property
+    def model(self) -> Any:
+        return self.vllm.model_config
+
+    @property
+    def cache(self) -> Any:
+        return self.vllm.cache_config
+
+    @property
+    def parallel(self) -> Any:
+        return self.vllm.parallel_config
+
+    @property
+    def scheduler(self) -> Any:
+        return self.vllm.scheduler_config
+
+    @property
+    def compilation(self) -> Any:
+        return self.vllm.compilation_config
+
+    @property
+    def text(self) -> Any:
+        """Configuration of the decoder."""
+        return self.model.hf_text_config
+
+    @property
+    def multimodal(self) -> Any:
+        return self.model.get_multimodal_config()
+
+    @property
+    def vision(self) -> Any:
+        """Configuration of the encoder."""
+        return self.model.hf_config.vision_config
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens of a step."""
+        return step_tokens(self.scheduler)
+
+    @property
+    def span_limit(self) -> int:
+        """Most tokens of one request in a step."""
+        threshold = self.scheduler.long_prefill_token_threshold
+        return min(self.step_tokens, threshold) if threshold > 0 else self.step_tokens
+
+    @property
+    def boundaries(self) -> tuple[int, int]:
+        return self.settings.boundaries(self.text.num_hidden_layers)
+
+    @property
+    def max_ratio(self) -> float:
+        """Largest ratio that the selector can reach, rounded down to four decimals."""
+        ratio = self.selector.max_ratio(self.boundaries, self.text.num_hidden_layers)
+        return floor(ratio * 1e4) / 1e4
+
+
+@dataclass(frozen=True)
+class Check:
+    """A row.
+
+    Attributes:
+        reason: What cannot work; ``str.format`` puts attributes of ``StartUp`` into braces.
+        remedy: What to change, likewise.
+        fails: Whether a start-up is refused.
+    """
+
+    reason: str
+    remedy: str
+    fails: Callable[[StartUp], object]
+
+    def sentence(self, start_up: StartUp) -> str:
+        return f"{self.reason}; {self.remedy}".format(start=start_up)
+
+
+def find_obstacles(checks: Iterable[Check], start_up: StartUp) -> list[str]:
+    """The sentences of all rows that refuse a start-up."""
+    return [check.sentence(start_up) for check in checks if check.fails(start_up)]
+
+
+def _has_head_scales(start: StartUp) -> bool:
+    from vllm.v1.kv_cache_interface import kv_cache_uses_per_token_head_scales
+
+    uses: bool = kv_cache_uses_per_token_head_scales(start.cache.cache_dtype)
+    return uses
+
+
+def _offloads_without_uva(start: StartUp) -> bool:
+    from vllm import envs
+    from vllm.utils.platform_utils import is_uva_available
+
+    has_uva = is_uva_available() and not envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA
+    return start.vllm.offload_config.uva.cpu_offload_gb > 0 and not has_uva
+
+
+def _prefetches_weights(start: StartUp) -> bool:
+    offload = start.vllm.offload_config
+    prefetches: bool = offload.offload_backend != "uva" and offload.prefetch.offload_group_size > 0
+    return prefetches
+
+
+def _publishes_kv_events(start: StartUp) -> bool:
+    events = start.vllm.kv_events_config
+    return events is not None and events.enable_kv_cache_events
+
+
+def _has_sliding_window(start: StartUp) -> bool:
+    has_window = bool(getattr(start.text, "sliding_window", None))
+    return has_window and getattr(start.text, "use_sliding_window", True)
+
+
+def _compiles_whole_model(start: StartUp) -> bool:
+    from vllm.config import CompilationMode
+
+    return bool(start.compilation.mode == CompilationMode.STOCK_TORCH_COMPILE)
+
+
+def _lacks_triton(start: StartUp) -> bool:
+    from vllm.triton_utils import HAS_TRITON
+
+    return not HAS_TRITON
+
+
+ENGINE_CHECKS = (
+    Check(
+        "pipeline parallelism splits the stages",
+        "use --tensor-parallel-size instead",
+        lambda start: start.parallel.pipeline_parallel_size > 1,
+    ),
+    Check(
+        "context parallelism shards the KV cache by logical position",
+        "unset --decode-context-parallel-size and --prefill-context-parallel-size",
+        lambda start: (
+            start.parallel.decode_context_parallel_size > 1
+            or start.parallel.prefill_context_parallel_size > 1
+        ),
+    ),
+    Check(
+        "microbatching cuts a step between stages",
+        "remove --enable-dbo / --ubatch-size",
+        lambda start: start.parallel.use_ubatching,
+    ),
+    Check(
+        "speculative decoding has no stages in its drafter",
+        "remove --speculative-config",
+        lambda start: start.vllm.speculative_config is not None,
+    ),
+    Check(
+        "a KV connector moves logical blocks",
+        "remove --kv-transfer-config",
+        lambda start: start.vllm.kv_transfer_config is not None,
+    ),
+    Check(
+        # vLLM makes it a connector after this check.
+        "KV offloading moves logical blocks",
+        "remove --kv-offloading-size",
+        lambda start: start.cache.kv_offloading_size is not None,
+    ),
+    Check(
+        "layers of one stage must hold equal blocks",
+        "remove --kv-cache-dtype-skip-layers",
+        lambda start: start.cache.kv_cache_dtype_skip_layers,
+    ),
+    Check(
+        # vLLM's own layers write scales in a warm-up; ours would write over other groups' blocks.
+        "KV cache dtype {start.cache.cache_dtype} keeps scales of each token and head in the "
+        "blocks, which stages share",
+        "set --kv-cache-dtype to auto or fp8",
+        _has_head_scales,
+    ),
+    Check(
+        "prefetched weights are fetched for whole layers, and stages end inside one",
+        "remove --offload-group-size, or offload with --cpu-offload-gb",
+        _prefetches_weights,
+    ),
+    Check(
+        "weights offloaded without UVA are fetched for whole layers, and stages end inside one",
+        "unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA or remove --cpu-offload-gb",
+        _offloads_without_uva,
+    ),
+    Check(
+        "KV cache events name blocks by prompt position, and a stage's blocks have none",
+        "remove --kv-events-config",
+        _publishes_kv_events,
+    ),
+    Check(
+        "prefixes are matched in whole blocks and at images' ends",
+        "remove --prefix-match-unit",
+        lambda start: start.cache.prefix_match_unit not in (None, start.cache.block_size),
+    ),
+    Check(
+        "an encoder-cache connector is untested here",
+        "remove --ec-transfer-config",
+        lambda start: start.vllm.ec_transfer_config is not None,
+    ),
+    Check(
+        "LoRA maps adapters to unpruned rows",
+        "remove --enable-lora",
+        lambda start: start.vllm.lora_config is not None,
+    ),
+    Check(
+        "prompt embeddings carry no image to prune",
+        "remove --enable-prompt-embeds",
+        lambda start: start.model.enable_prompt_embeds,
+    ),
+    Check(
+        "stages need their own KV cache groups",
+        "remove --disable-hybrid-kv-cache-manager",
+        lambda start: start.scheduler.disable_hybrid_kv_cache_manager is True,
+    ),
+    Check(
+        "another scheduler class is configured",
+        "remove --scheduler-cls",
+        lambda start: start.scheduler.scheduler_cls is not None,
+    ),
+    Check(
+        "another worker class is configured",
+        "remove --worker-cls",
+        lambda start: start.parallel.worker_cls != "auto",
+    ),
+    Check(
+        "sliding window attention already drops tokens by position",
+        "serve this model with stock vLLM (VLLM_PLUGINS='')",
+        _has_sliding_window,
+    ),
+    Check(
+        f"{RATIO_KEY} in --mm-processor-kwargs is not read",
+        "set default_ratio instead",
+        lambda start: RATIO_KEY in (start.multimodal.mm_processor_kwargs or {}),
+    ),
+    Check(
+        "watermarking needs model runner V2",
+        f"set {V2_VARIABLE}=1 or remove --watermark-config",
+        lambda start: (
+            getattr(start.vllm, "watermark_config", None) is not None and not asks_for_v2()
+        ),
+    ),
+    Check(
+        "model runner V2 needs Triton, which does not work here",
+        f"unset {V2_VARIABLE}",
+        lambda start: asks_for_v2() and _lacks_triton(start),
+    ),
+    Check(
+        "model runner V2 would run a step that drops tokens from a breakable CUDA graph",
+        f"unset {BREAKABLE_VARIABLE}",
+        lambda start: asks_for_v2() and os.environ.get(BREAKABLE_VARIABLE) == "1",
+    ),
+    Check(
+        "torch.compile of the whole model cannot follow dropped tokens",
+        "unset the compilation config's mode",
+        _compiles_whole_model,
+    ),
+)
+"""What the engine cannot do right together with stages, whatever the model."""
+
+_WHOLE_PROMPT = (
+    "selector {start.settings.selector} reads the question, so a step must hold the longest prompt"
+)
+
+SETTINGS_CHECKS = (
+    Check(
+        "selector {start.settings.selector} keeps every visual token in the first "
+        "{start.boundaries[0]} of {start.text.num_hidden_layers} layers",
+        "set max_pruning_ratio to at most {start.max_ratio}",
+        lambda start: (
+            start.settings.max_pruning_ratio
+            > start.selector.max_ratio(start.boundaries, start.text.num_hidden_layers)
+        ),
+    ),
+    Check(
+        _WHOLE_PROMPT,
+        "raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
+        "{start.model.max_model_len}, or lower --max-model-len",
+        lambda start: (
+            start.selector.reads_question and start.step_tokens < start.model.max_model_len
+        ),
+    ),
+    Check(
+        _WHOLE_PROMPT,
+        "unset --long-prefill-token-threshold",
+        lambda start: (
+            start.selector.reads_question
+            and 0 < start.scheduler.long_prefill_token_threshold < start.model.max_model_len
+        ),
+    ),
+    Check(
+        "kernels: triton needs a GPU that Triton supports",
+        "set kernels to auto or torch",
+        lambda start: start.settings.kernels == "triton" and _lacks_triton(start),
+    ),
+    Check(
+        "selector {start.settings.selector} reads [CLS], which this model's encoder does not have",
+        "set selector to vitcop or received",
+        lambda start: start.selector.needs_cls and not start.has_cls,
+    ),
+    Check(
+        "positions: reference renumbers positions that this model takes from the image's grid",
+        "set positions: original",
+        lambda start: start.settings.positions == "reference" and start.model.uses_mrope,
+    ),
+)
+"""What the selector and other settings need."""
+
+DECODER_CHECK = Check(
+    "the decoder is {start.text.model_type}, and this model is pruned with one of {start.decoders}",
+    "serve it with stock vLLM (VLLM_PLUGINS='')",
+    lambda start: start.text.model_type not in start.decoders,
+)
