@@ -1,17 +1,9 @@
-"""Requests that a bench sends: images of noise, and text of a length that is asked for."""
+"""Requests that the bench sends: images of noise, and text of a known length."""
 
 from dataclasses import dataclass
-from itertools import cycle, islice
-from random import Random
 from typing import Any
 
 QUESTION = "What is in this picture? Answer in one word."
-
-_WORDS = (
-    *("what", "where", "who", "how", "is", "are", "the", "a", "this", "that", "in", "on", "under"),
-    *("picture", "house", "street", "colour", "people", "behind", "small", "left", "written"),
-    *("describe", "and", "why", "between", "something", "tell", "me", "about", "it"),
-)
 
 
 @dataclass(frozen=True)
@@ -19,40 +11,37 @@ class Ask:
     """A request about images of noise.
 
     Attributes:
-        prompt: With the model's marker for each image.
-        images: Seeds of their pixels.
-        ratio: Pruning ratio, in [0, 1); stock vLLM is not told.
+        prompt: Text, with the model's marker for each image.
+        images: Seeds of the images' pixels.
+        ratio: Pruning ratio, in [0, 1); stock vLLM does not get it.
         max_tokens: Length of the answer.
-        arrival: Seconds after the clock starts.
-        letters: Whether the answer is made of letters. Random weights else answer bytes that
-            are no text, and that a next turn would hold as other tokens.
+        letters: Whether the answer is made of letters only. Random weights also answer bytes that
+            are not text, and a next turn would hold those as other tokens.
         image_size: Height and width of the images, in pixels.
-        max_pixels: What the processor scales larger images down to, where it can.
+        max_pixels: Limit that the processor scales larger images down to, if it has one.
     """
 
     prompt: str
     images: tuple[int, ...]
     ratio: float
     max_tokens: int
-    arrival: float = 0.0
     letters: bool = False
     image_size: int = 336
     max_pixels: int | None = None
 
 
 def user_turn(question: str, images: int = 1, marker: str = "<image>") -> str:
-    """A question about ``images`` images, in the form LLaVA-1.5 was trained on."""
+    """A question about ``images`` images, in the form that LLaVA-1.5 was trained on."""
     return f"USER: {marker * images}\n{question} ASSISTANT:"
 
 
-def text_of(tokens: int, rng: Random | None = None) -> str:
-    """``tokens`` tokens of text: letters, of which the byte tokenizer makes one each."""
-    words = cycle(_WORDS) if rng is None else (rng.choice(_WORDS) for _ in range(tokens))
-    return " ".join(islice(words, tokens))[:tokens]
+def text_of(tokens: int) -> str:
+    """Text of ``tokens`` tokens: the byte tokenizer makes one of each letter."""
+    return ("tell me what is in this picture and why " * tokens)[:tokens]
 
 
 def random_image(seed: int, width: int = 336, height: int = 336) -> Any:
-    """An image of noise: fine for cost, meaningless for choice."""
+    """An image of noise: right for cost, without meaning for the selection."""
     import numpy as np
     from PIL import Image
 

@@ -1,52 +1,45 @@
-"""From nothing to the first token: processes that start afresh."""
+"""Cold start: seconds from a new process to a ready engine, and to its first token about an image.
+
+vLLM's ``bench startup`` begins after the imports and ends before the first token, where kernels are
+still compiled; a user waits for all of it. The ideal is to start as fast as stock vLLM.
+"""
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
-
-from tqdm import tqdm  # type: ignore[import-untyped]
+from contextlib import AbstractContextManager
+from functools import partial
 
 from benchmarks.asks import QUESTION, Ask, user_turn
 from benchmarks.engines import OURS, STOCK, EngineName, EngineProcess
-from benchmarks.rounds import LONG_ROUNDS, Row, summary
+from benchmarks.rounds import Row, Turns, summary
 
-RATIO = 8 / 9
+Start = Callable[[EngineName], AbstractContextManager[EngineProcess]]
+"""Starts an engine's process; returns once it is ready."""
 
 
-def _start(start: Callable[[EngineName], EngineProcess], name: EngineName) -> tuple[float, float]:
-    """Seconds until the engine is ready, and until its first token about an image."""
+def _seconds(start: Start, name: EngineName) -> dict[str, float]:
     began = time.perf_counter()
-    engine = start(name)
-    try:
+    with start(name) as engine:
         ready = time.perf_counter() - began
-        engine.run("images", asks=[Ask(user_turn(QUESTION), (1,), RATIO, 1)])
-        return ready, time.perf_counter() - began
-    finally:
-        engine.stop()
+        engine.run("images", asks=[Ask(user_turn(QUESTION), (1,), 8 / 9, 1)])
+        return {"ready": ready, "first_token": time.perf_counter() - began}
 
 
-def measure_cold_start(
-    start: Callable[[EngineName], EngineProcess], rounds: int, bar: tqdm
-) -> list[Row]:
-    """Start stock vLLM and ours in turn, alone on the machine, files in the page cache.
+def measure_cold_start(start: Start, rounds: int) -> list[Row]:
+    """Start stock vLLM and ours in turn, alone on the machine, with files in the page cache.
 
-    Ideal is to start as fast as stock.
-
-    Args:
-        start: Starts an engine's process and returns once it is ready.
-        rounds: At most so many, after one that does not count: it fills caches, on disk too.
-        bar: Gets one update per round.
+    The first of ``rounds`` + 1 rounds does not count: it fills caches, on disk too.
     """
-    figures: dict[str, list[float]] = defaultdict(list)
-    for number in range(-1, min(rounds, LONG_ROUNDS)):
-        order = (STOCK, OURS) if number % 2 else (OURS, STOCK)
-        seconds = {name: _start(start, name) for name in order}
-        if number < 0:
-            continue
-        for i, until in enumerate(("ready", "first_token")):
-            stock, ours = seconds[STOCK][i], seconds[OURS][i]
-            figures[f"stock_{until}_seconds"].append(stock)
-            figures[f"ours_{until}_seconds"].append(ours)
-            figures[f"{until}_seconds_over_stock"].append(ours - stock)
-        bar.update()
-    return [summary(figures, [name for name in figures if name.endswith("_over_stock")])]
+    measured = []
+    turns = Turns()
+    for number in range(rounds + 1):
+        seconds = turns.run({name: partial(_seconds, start, name) for name in (STOCK, OURS)})
+        row: dict[str, float] = {}
+        for until in ("ready", "first_token"):
+            stock, ours = seconds[STOCK][until], seconds[OURS][until]
+            row[f"stock_{until}_seconds"] = stock
+            row[f"ours_{until}_seconds"] = ours
+            row[f"{until}_seconds_over_stock"] = ours - stock
+        if number:
+            measured.append(row)
+    return [summary(measured, "ready_seconds_over_stock", "first_token_seconds_over_stock")]

@@ -1,12 +1,12 @@
 """How many requests run at once in a KV cache of a given size."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 class Concurrency:
-    """Requests that ran at once, those left out that were preempted afterwards.
+    """Requests that ran at once, without those that were preempted afterwards.
 
     Attributes:
         preemptions: How often a running request lost its KV cache.
@@ -16,12 +16,10 @@ class Concurrency:
         self.preemptions = 0
         self._steps: list[set[str]] = []
 
-    def step(self, running: Iterable[str]) -> None:
-        """Take down who runs in a step."""
-        self._steps.append(set(running))
+    def step(self, running: set[str]) -> None:
+        self._steps.append(running)
 
     def preempt(self, request_id: str) -> None:
-        """What a request has run so far is lost, and counts no more."""
         self.preemptions += 1
         for running in self._steps:
             running.discard(request_id)
@@ -33,7 +31,7 @@ class Concurrency:
 
 @contextmanager
 def observed(scheduler: Any) -> Iterator[Concurrency]:
-    """Take down what a vLLM scheduler does; a request runs once its prompt is all computed.
+    """Watch a vLLM scheduler; a request runs once its prompt is all computed.
 
     Before, it may be in the running queue with only the text before its image.
     """
@@ -42,11 +40,8 @@ def observed(scheduler: Any) -> Iterator[Concurrency]:
 
     def observed_schedule(*args: Any, **kwargs: Any) -> Any:
         scheduled = schedule(*args, **kwargs)
-        concurrency.step(
-            request.request_id
-            for request in scheduler.running
-            if request.num_computed_tokens >= request.num_prompt_tokens
-        )
+        running = (r for r in scheduler.running if r.num_computed_tokens >= r.num_prompt_tokens)
+        concurrency.step({request.request_id for request in running})
         return scheduled
 
     def observed_preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,12 +67,11 @@ def kv_memory(scheduler: Any, budget: int) -> Iterator[None]:
     # A block has room for the layers of the largest group, whichever group it is given to.
     layers = max(len(group.layer_names) for group in groups)
     blocks = budget // (groups[0].kv_cache_spec.block_size * layers)
-    pool = manager.block_pool
-    spare = pool.get_num_free_blocks() - blocks
+    spare = manager.block_pool.get_num_free_blocks() - blocks
     if spare < 0:
         raise ValueError(f"{-spare} more KV blocks are needed; raise --kv-cache-gib")
-    taken = pool.get_new_blocks(spare)
+    taken = manager.block_pool.get_new_blocks(spare)
     try:
         yield
     finally:
-        pool.free_blocks(taken)
+        manager.block_pool.free_blocks(taken)

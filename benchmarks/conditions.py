@@ -12,18 +12,18 @@ Device = Literal["cpu", "gpu"]
 
 
 class WrongDeviceError(RuntimeError):
-    """vLLM runs on another device than was asked for."""
+    """vLLM does not run on the device that the user wants."""
 
 
-def settle_device(asked: Device | None, device_type: str) -> Device:
+def settle_device(wanted: Device | None, device_type: str) -> Device:
     """The device that vLLM runs on.
 
     Args:
-        asked: What the user asks for, if anything.
-        device_type: What vLLM's platform calls its own.
+        wanted: ``--device``, if given.
+        device_type: vLLM's name of its platform's device.
 
     Raises:
-        WrongDeviceError: If vLLM runs on another, or on one that pruning does not run on.
+        WrongDeviceError: If vLLM runs on another device, or on one that pruning does not run on.
     """
     known: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu"}
     device = known.get(device_type)
@@ -31,11 +31,11 @@ def settle_device(asked: Device | None, device_type: str) -> Device:
         raise WrongDeviceError(
             f"vLLM finds device {device_type!r} here, and pruning runs on {', '.join(known)}"
         )
-    if asked not in (None, device):
+    if wanted not in (None, device):
         raise WrongDeviceError(
-            f"--device {asked} was asked for, and the vLLM that is installed runs on the {device} "
-            f"here: `make install DEVICE={asked}` installs the other one, on a machine that has "
-            f"a {asked.upper()} for it"
+            f"--device {wanted} does not fit: the installed vLLM runs on the {device} here. "
+            f"`make install DEVICE={wanted}` installs the other one, on a machine with a "
+            f"{wanted.upper()} for it"
         )
     return device
 
@@ -51,7 +51,7 @@ def processor_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Versions of what computes, and the processor it computes on."""
+    """Versions of what computes, and the processor that it computes on."""
     return {
         "vllm": installed_vllm_version(),
         "torch": version("torch"),

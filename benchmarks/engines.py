@@ -1,16 +1,16 @@
-"""Engines side by side: stock vLLM, ours, and others, each in a process of its own.
+"""Engines side by side: stock vLLM, ours, and a peer, each in a process of its own.
 
 Only one of them works at a time; the others wait for their next command.
 """
 
-import multiprocessing as mp
+import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from benchmarks.measured_engine import MeasuredEngine, Result
 from benchmarks.serving import NO_PLUGIN
@@ -22,14 +22,15 @@ EngineName = Literal["stock"] | SelectorName
 STOCK: EngineName = "stock"
 OURS: SelectorName = "vitcop"
 PEER: SelectorName = "cls"
-"""Chooses in the encoder alone and by [CLS] alone, as VisionZip and its like do: what a method
-costs that never touches the decoder, in the same engine and at the same layer average."""
+"""Prunes in the encoder alone and by [CLS] alone, as VisionZip and its like do, in the same engine
+and at the same layer average."""
+
+_engine: MeasuredEngine | None = None
+"""The engine of this process, if it is one of an :class:`EngineProcess`."""
 
 
-STOP_SECONDS = 60
-
-
-def _work(connection: Connection, options: dict[str, Any], name: EngineName) -> None:
+def _start(options: dict[str, Any], name: EngineName) -> None:
+    global _engine
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,10 +39,12 @@ def _work(connection: Connection, options: dict[str, Any], name: EngineName) -> 
         os.environ.update(NO_PLUGIN)
     else:
         options["additional_config"] = {CONFIG_KEY: {**pruning, "selector": name}}
-    engine = MeasuredEngine(options, pruned=name != STOCK)
-    connection.send("ready")
-    while (command := connection.recv()) is not None:
-        connection.send(getattr(engine, command.pop("what"))(**command))
+    _engine = MeasuredEngine(options, pruned=name != STOCK)
+
+
+def _run(command: str, arguments: dict[str, Any]) -> Result:
+    result: Result = getattr(_engine, command)(**arguments)
+    return result
 
 
 class EngineDiedError(RuntimeError):
@@ -49,77 +52,47 @@ class EngineDiedError(RuntimeError):
 
 
 class EngineProcess:
-    """Handle to an engine's process; made once it is ready, and calls wait for its answer.
+    """An engine's process; ready once it is made.
 
     Args:
         model: The checkpoint's folder.
-        options: Other arguments of ``vllm.LLM``; under ``pruning`` settings of those that prune.
+        options: Other arguments of ``vllm.LLM``, and under ``pruning`` settings of engines that
+            prune.
         name: Which engine it is.
 
     Raises:
-        EngineDiedError: If the engine's process died.
+        EngineDiedError: If the process ends before the engine is ready.
     """
 
     def __init__(self, model: Path, options: dict[str, Any], name: EngineName) -> None:
         self._name = name
-        context = mp.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, {"model": str(model), **options}, name)
+        self._executor = ProcessPoolExecutor(
+            1,
+            multiprocessing.get_context("spawn"),
+            initializer=_start,
+            initargs=({"model": str(model), **options}, name),
         )
-        self._process.start()
-        theirs.close()
-        self._answer()
+        self.run("about")
 
-    def _answer(self) -> Any:
-        try:
-            return self._connection.recv()
-        except (EOFError, ConnectionError):
-            raise self._death() from None
-
-    def _death(self) -> EngineDiedError:
-        self._process.join(STOP_SECONDS)
-        killed = self._process.exitcode == -signal.SIGKILL
-        return EngineDiedError(
-            f"the process of engine {self._name} "
-            + (
-                "was killed, as the kernel does when memory runs out: free some, or lower "
-                "--kv-cache-gib"
-                if killed
-                else "died; its last words are above"
-            )
-        )
-
-    def run(self, what: str, **command: Any) -> Result:
-        """Have the engine do ``images``, ``text``, ``capacity`` or ``about``.
-
-        See :class:`MeasuredEngine` for what each takes.
-
-        Returns:
-            Seconds of the whole, of each decode step, and to each request's first token, from
-            its arrival and from when there was room for it; tokens of each prompt, and of these
-            reused; each answer's ``tokens`` and text. Of ``images`` that are ``watched`` also
-            seconds of the encoder and of Stages I to III. For ``capacity`` also the ``most``
-            requests that ran at once, and the preemptions.
+    def run(self, command: str, **arguments: Any) -> Result:
+        """Call a public method of the :class:`MeasuredEngine`.
 
         Raises:
-            EngineDiedError: If the engine's process died.
+            EngineDiedError: If the engine's process ended.
         """
         try:
-            self._connection.send({"what": what, **command})
-        except ConnectionError:
-            raise self._death() from None
-        answer: Result = self._answer()
-        return answer
+            return self._executor.submit(_run, command, arguments).result()
+        except BrokenProcessPool:
+            raise EngineDiedError(
+                f"the process of engine {self._name} ended. If it printed no error, the kernel "
+                "killed it because memory ran out: free some, or lower --kv-cache-gib"
+            ) from None
 
-    def stop(self) -> None:
-        if self._process.is_alive():
-            self._connection.send(None)
-            self._process.join(STOP_SECONDS)
-        if self._process.is_alive():
-            # Whoever starts next needs its memory.
-            self._process.kill()
-            self._process.join()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._executor.shutdown()
 
 
 @contextmanager
@@ -127,11 +100,5 @@ def running_engines(
     model: Path, options: dict[str, Any], names: Sequence[EngineName]
 ) -> Iterator[dict[EngineName, EngineProcess]]:
     """Engines with the same weights and options, by name."""
-    engines: dict[EngineName, EngineProcess] = {}
-    try:
-        for name in names:
-            engines[name] = EngineProcess(model, options, name)
-        yield engines
-    finally:
-        for engine in engines.values():
-            engine.stop()
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(EngineProcess(model, options, name)) for name in names}

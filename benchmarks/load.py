@@ -1,222 +1,151 @@
-"""Clients as a server meets them: who come when they like, and who wait for their answers."""
+"""Load over HTTP: vLLM's serving benchmark, sent in turn to stock vLLM's server and to ours.
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+Either ``clients`` send their next request once the last is answered, or requests arrive as a
+Poisson process, at ``rate`` times what stock vLLM served to the most clients. ``mixed`` gives each
+request one of :data:`MIXED_RATIOS`. What a request holds is in ``benchmarks/traffic.py``.
+
+``throughput``, ``ttft_p50`` and ``ttft_p99`` are our figures over stock's in the same round.
+``ideal``: the throughput of a server that spends on an image what stock's encoder does, and on the
+rest of a request what stock vLLM spends on text of as many tokens as the plan keeps. With S stock's
+seconds for the images and T(n) its seconds for text prompts with n tokens in an image's place, that
+is S / (S - T(V) + T(kept)). Stock's text runs belong to the same round. With arrivals it is the
+ideal of as many clients, unless the last request arrives later than that.
+"""
+
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
-from itertools import accumulate, cycle, islice
-from math import exp, log
-from random import Random
-from statistics import median, quantiles
+from itertools import count
+from statistics import fmean
 
-from benchmarks.asks import Ask, text_of, user_turn
-from benchmarks.engines import OURS, STOCK
-from benchmarks.ideals import StockCosts
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks.engines import STOCK
 from benchmarks.measured_engine import Result
-from benchmarks.rounds import LONG_ROUNDS, Rounds, Row, summary
-
-CLIENTS = (16, 32)
-"""Requests in flight."""
-
-REQUESTS = 96
-"""Of a run under open load; whoever arrives when the most clients are in waits outside, on the
-clock."""
-
-REQUESTS_PER_CLIENT = 3
-"""Of a run in which clients wait for their answers."""
-
-RATES = (0.5, 2.0, 8.0)
-"""Arrivals, over the rate at which stock vLLM, never idle, serves the same mix. Between the
-last two is what ours can serve."""
+from benchmarks.rounds import Row, Turns, summary
+from benchmarks.traffic import Endpoint, Traffic, serve
 
 MIXED = "mixed"
 MIXED_RATIOS = (7 / 9, 8 / 9, 17 / 18, 17 / 18)
 """Equally often each; their mean is 8/9."""
 
 RATIOS = ("0", "2/3", "8/9", MIXED)
+CLIENTS = (16, 32)
+RATES = (0.5, 2.0, 8.0)
+REQUESTS_PER_CLIENT = 3
 
-QUESTION_TOKENS = 32
-"""Median of a question."""
-
-_SPREAD = 0.8
-"""Standard deviation of a length's logarithm: chats have many short turns, a few long ones."""
-
-_COST_TOKENS = 9
+_SPREADS = ("throughput", "ttft_p50", "ttft_p99")
 
 
-def poisson_arrivals(rate: float, number: int, rng: Random) -> list[float]:
-    """Seconds at which ``number`` requests arrive, ascending.
-
-    A Poisson process whose last arrival is where ``rate`` a second has it, as vLLM's own
-    serving benchmark draws them: of some hundred requests the last would otherwise come a
-    fifth sooner or later than the rate says.
-    """
-    arrivals = list(accumulate(rng.expovariate(rate) for _ in range(number)))
-    stretch = number / rate / arrivals[-1]
-    return [stretch * arrival for arrival in arrivals]
+def ratios_of(name: str) -> tuple[float, ...]:
+    """The ratios that ``name`` stands for."""
+    return MIXED_RATIOS if name == MIXED else (float(Fraction(name)),)
 
 
-def mixed_ratios(number: int, rng: Random) -> list[float]:
-    """:data:`MIXED_RATIOS` in random order; every fourth number has exactly their mean."""
-    ratios = list(islice(cycle(MIXED_RATIOS), number))
-    rng.shuffle(ratios)
-    return ratios
-
-
-def chat_length(median_tokens: int, rng: Random) -> int:
-    """Tokens of a turn: log-normal, between a quarter of the median and four times as many."""
-    tokens = round(exp(rng.gauss(log(median_tokens), _SPREAD)))
-    return min(max(tokens, median_tokens // 4, 1), 4 * median_tokens)
-
-
-def chat_asks(
-    images: Sequence[int], arrivals: Sequence[float], answer_tokens: int, rng: Random
-) -> list[Ask]:
-    """A request about each image, at :func:`mixed_ratios`, as long as those of chats.
+def measure_load(
+    ours: Endpoint,
+    stock: Endpoint | None,
+    *,
+    rounds: int,
+    answer_tokens: int,
+    clients: Sequence[int] = CLIENTS,
+    rates: Sequence[float] = (),
+    ratios: Sequence[str] = RATIOS,
+    requests: int | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Rows by clients and ratio, then by rate and ratio.
 
     Args:
-        images: Seeds.
-        arrivals: Seconds after the clock starts.
-        answer_tokens: Median length of an answer.
+        ours: Our server.
+        stock: Stock vLLM's; without it there is nothing to compare with, and no rates.
+        rounds: Medians are over these.
+        answer_tokens: Mean length of an answer.
+        clients: Requests in flight, one case each.
+        rates: Poisson arrivals over the rate that stock vLLM serves, one case each.
+        ratios: Pruning ratios of our server.
+        requests: Of a run; by default three per client.
+        seed: Of images, text and lengths.
     """
-    ratios = mixed_ratios(len(images), rng)
-    return [
-        Ask(
-            user_turn(text_of(chat_length(QUESTION_TOKENS, rng), rng)),
-            (image,),
-            ratio,
-            max_tokens=chat_length(answer_tokens, rng),
-            arrival=arrival,
-        )
-        for image, ratio, arrival in zip(images, ratios, arrivals, strict=True)
-    ]
-
-
-def stock_costs(rounds: Rounds, clients: int) -> StockCosts:
-    """What ``clients`` requests at once cost stock vLLM, part by part."""
-    timed, watched = rounds.serve_watched(
-        partial(rounds.asks, clients, 0.0, _COST_TOKENS), names=(STOCK,)
-    )
-    stock, encoder = timed[STOCK], watched[STOCK]["encoder_seconds"]
-    prompts = stock["prompt_tokens"]
-    return StockCosts(
-        encoder=encoder / clients,
-        token=(max(stock["first_token_seconds"]) - encoder) / sum(prompts),
-        step=median(stock["decode_step_seconds"]),
-        text_step=rounds.decode_step_seconds(
-            clients, prompts[0] - rounds.shape.visual_tokens, _COST_TOKENS
-        ),
-    )
-
-
-def _ideal(
-    costs: StockCosts, rounds: Rounds, asks: Sequence[Ask], stock: Result, last_arrival: float = 0.0
-) -> float:
-    """Rate over stock vLLM's of an ideal engine, which cannot finish before all have come."""
-    seconds = stock["seconds"]
-    ideal = costs.ideal_serving(
-        rounds.shape, asks, stock["prompt_tokens"], seconds, sum(stock["decode_step_seconds"])
-    )
-    return float(seconds / max(ideal, last_arrival))
-
-
-def _take(
-    figures: dict[str, list[float]], stock: Result, ours: Result, ideal: float, since: str
-) -> None:
-    """Add a round's figures; ``since`` names the result's seconds to first tokens."""
-    for side, result in (("stock", stock), ("ours", ours)):
-        seconds = result[since]
-        figures[f"{side}_requests_per_second"].append(len(seconds) / result["seconds"])
-        figures[f"{side}_ttft_p50_ms"].append(median(seconds) * 1e3)
-        p99 = quantiles(seconds, n=100, method="inclusive")[-1]
-        figures[f"{side}_ttft_p99_ms"].append(p99 * 1e3)
-    throughput = stock["seconds"] / ours["seconds"]
-    figures["throughput"].append(throughput)
-    figures["ideal"].append(ideal)
-    figures["vs_ideal"].append(throughput / ideal)
-    for name in ("ttft_p50", "ttft_p99"):
-        figures[name].append(figures[f"ours_{name}_ms"][-1] / figures[f"stock_{name}_ms"][-1])
-
-
-def _row(conditions: Mapping[str, object], figures: Mapping[str, list[float]]) -> Row:
-    return {**conditions} | summary(figures, ["throughput", "ttft_p50", "ttft_p99"])
-
-
-def measure_load(rounds: Rounds, rates: Sequence[float], answer_tokens: int) -> list[Row]:
-    """Requests that arrive whether or not there is room for them, at mixed ratios.
-
-    Ideal is stock vLLM's own time, scaled by what plans keep, where arrivals let it.
-
-    Args:
-        rates: Arrivals, over the rate that stock vLLM serves; see :data:`RATES`.
-        answer_tokens: Median length of an answer.
-    """
-    clients = max(CLIENTS)
-    names = (STOCK, OURS)
-    costs = stock_costs(rounds, clients)
-    at_once = _busy_asks(rounds, REQUESTS, answer_tokens, seed=0)
-    busy = rounds.serve(at_once, clients=clients, names=names)[STOCK]["seconds"]
-    rows = []
-    for rate in rates:
-        arriving = rate * REQUESTS / busy
-        figures: dict[str, list[float]] = defaultdict(list)
-        for number in rounds.at_most(LONG_ROUNDS):
-            rng = Random(1 + number)
-            arrivals = poisson_arrivals(arriving, REQUESTS, rng)
-            asks = chat_asks(rounds.images(REQUESTS), arrivals, answer_tokens, rng)
-            served = rounds.serve(asks, clients=clients, names=names)
-            ideal = _ideal(costs, rounds, asks, served[STOCK], arrivals[-1])
-            _take(figures, served[STOCK], served[OURS], ideal, "first_token_seconds")
-        conditions = {
-            "rate": rate,
-            "arrivals_per_second": arriving,
-            "ratio": MIXED,
-            "clients": clients,
-            "requests": REQUESTS,
-        }
-        rows.append(_row(conditions, figures))
+    turns, seeds = Turns(), count(seed)
+    rows: list[Row] = []
+    warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
+    serve(ours, warm_up, next(seeds), ratios=ratios_of(ratios[-1]))
+    if stock is not None:
+        serve(stock, warm_up, next(seeds))
+    for number, rate in (*((n, None) for n in clients), *((max(clients), r) for r in rates)):
+        traffic = Traffic(requests or REQUESTS_PER_CLIENT * number, answer_tokens, number)
+        conditions: Row = {"clients": number, "requests": traffic.requests}
+        ideals: dict[str, float] = {}
+        if rate is not None:
+            waiting = [row for row in rows if row["clients"] == number and "rate" not in row]
+            ideals = {row["ratio"]: row["ideal"] for row in waiting}
+            arrivals = rate * waiting[0]["stock_requests_per_second"]
+            conditions |= {"rate": rate, "arrivals_per_second": arrivals}
+            traffic = Traffic(traffic.requests, answer_tokens, rate=arrivals)
+        measured: list[dict[str, Row]] = []
+        for _ in tqdm(range(rounds), desc=f"load, {number} clients, rate {rate}"):
+            seed = next(seeds)
+            runs = {
+                name: partial(serve, ours, traffic, seed, ratios=ratios_of(name)) for name in ratios
+            }
+            if stock is not None:
+                runs[STOCK] = partial(serve, stock, traffic, seed)
+            results = turns.run(runs)
+            figures = {name: _figures("ours", results[name]) for name in ratios}
+            if stock is not None:
+                base = results[STOCK]
+                if rate is None:
+                    ideals = _ideals(ours, stock, traffic, seed, base["duration"], ratios)
+                limit = base["duration"] * traffic.rate / traffic.requests
+                for name, row in figures.items():
+                    row |= _compared(row, base, results[name], min(ideals[name], limit))
+            measured.append(figures)
+        rows += [
+            conditions | {"ratio": name} | summary([row[name] for row in measured], *_SPREADS)
+            for name in ratios
+        ]
     return rows
 
 
-def _busy_asks(rounds: Rounds, number: int, answer_tokens: int, seed: int) -> list[Ask]:
-    """Requests that are all there from the start; the same ones about other images each time."""
-    return chat_asks(rounds.images(number), [0.0] * number, answer_tokens, Random(seed))
+def _ideals(
+    ours: Endpoint,
+    stock: Endpoint,
+    traffic: Traffic,
+    seed: int,
+    seconds: float,
+    ratios: Sequence[str],
+) -> dict[str, float]:
+    """Ideal throughput by ratio, over stock vLLM, which took ``seconds`` for the images."""
+    plans = {name: [ours.kept_tokens(ratio) for ratio in ratios_of(name)] for name in ratios}
+    kept = {name: round(fmean(tokens for _, tokens in plan)) for name, plan in plans.items()}
+    visual = plans[ratios[0]][0][0]
+    text = {
+        tokens: serve(stock, traffic, seed, text_tokens=tokens)["duration"]
+        for tokens in {visual, *kept.values()}
+    }
+    encoder = max(0.0, seconds - text[visual])
+    return {
+        name: seconds / (encoder + text[tokens]) if tokens < visual else 1.0
+        for name, tokens in kept.items()
+    }
 
 
-def measure_clients(rounds: Rounds, clients: int, answer_tokens: int) -> list[Row]:
-    """Clients who each send their next request once the last is answered.
+def _compared(ours: Row, base: Result, result: Result, ideal: float) -> Row:
+    stock = _figures("stock", base)
+    throughput = base["duration"] / result["duration"]
+    ttft = {
+        figure: ours[f"ours_{figure}_ms"] / stock[f"stock_{figure}_ms"]
+        for figure in ("ttft_p50", "ttft_p99")
+    }
+    speed = {"throughput": throughput, "ideal": ideal, "vs_ideal": throughput / ideal}
+    return stock | speed | ttft
 
-    Stock vLLM runs once in a round, ours once for each ratio, at the same questions.
 
-    Args:
-        clients: How many there are.
-        answer_tokens: Median length of an answer.
-    """
-    costs = stock_costs(rounds, clients)
-    names = (STOCK, *RATIOS)
-    requests = clients * REQUESTS_PER_CLIENT
-    figures: dict[str, dict[str, list[float]]] = {ratio: defaultdict(list) for ratio in RATIOS}
-    for number in rounds.at_most(LONG_ROUNDS):
-        sent = {name: _busy_asks(rounds, requests, answer_tokens, number) for name in names}
-        for ratio in set(RATIOS) - {MIXED}:
-            sent[ratio] = [replace(ask, ratio=float(Fraction(ratio))) for ask in sent[ratio]]
-        served = rounds.in_turn(
-            {
-                name: partial(
-                    rounds.engines[STOCK if name == STOCK else OURS].run,
-                    "images",
-                    asks=asks,
-                    clients=clients,
-                )
-                for name, asks in sent.items()
-            }
-        )
-        stock = served[STOCK]
-        for ratio, row in figures.items():
-            ideal = _ideal(costs, rounds, sent[ratio], stock)
-            _take(row, stock, served[ratio], ideal, "first_token_seconds_once_sent")
-    return [
-        _row({"clients": clients, "ratio": ratio, "requests": requests}, row)
-        for ratio, row in figures.items()
-    ]
+def _figures(side: str, result: Result) -> Row:
+    return {
+        f"{side}_requests_per_second": result["request_throughput"],
+        f"{side}_ttft_p50_ms": result["median_ttft_ms"],
+        f"{side}_ttft_p99_ms": result["p99_ttft_ms"],
+        f"{side}_token_p50_ms": result["median_tpot_ms"],
+    }

@@ -1,16 +1,14 @@
-"""A vLLM engine inside a process of its own, and the clocks around it.
+"""A vLLM engine in the bench's process, and the clocks around it.
 
-What is timed is the engine: images are preprocessed before the clock starts. Scheduler and
-worker live in one process with the clocks, on a CPU and on a GPU, for stock vLLM and for ours.
+The engine is what is timed: images are preprocessed before the clock starts. Scheduler and worker
+live in one process with the clocks, on a CPU and on a GPU, for stock vLLM and for ours.
 """
 
 import random
 import string
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.asks import Ask, random_image
@@ -19,17 +17,8 @@ from benchmarks.stopwatch import Stopwatch, replaced
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 Result = dict[str, Any]
-
-
-@dataclass
-class _Run:
-    """Seconds on one clock, and outputs by number, of requests served."""
-
-    seconds: float = 0.0
-    sent: dict[int, float] = field(default_factory=dict)
-    first_token: dict[int, float] = field(default_factory=dict)
-    finished: dict[int, Any] = field(default_factory=dict)
-    decode_steps: list[float] = field(default_factory=list)
+"""``seconds`` and ``decode_step_seconds`` of requests served together, and for each request
+``first_token_seconds``, ``prompt_tokens``, ``reused_tokens``, ``tokens`` and ``answers``."""
 
 
 def _about_runner(worker: Any) -> Result:
@@ -41,11 +30,11 @@ def _about_runner(worker: Any) -> Result:
 
 
 class MeasuredEngine:
-    """Serves requests and tells what they took; its public methods are commands by name.
+    """Serves requests and reports what they took.
 
     Args:
         options: Arguments of ``vllm.LLM``.
-        pruned: Whether it is ours, which is told ratios.
+        pruned: Whether the engine prunes and so takes ratios.
     """
 
     def __init__(self, options: dict[str, Any], pruned: bool) -> None:
@@ -56,13 +45,12 @@ class MeasuredEngine:
         self.pruned = pruned
         self.llm = LLM(**options)
         self.engine = self.llm.llm_engine
-        self.core = self.engine.engine_core.engine_core
         self._rng = random.Random(0)
         self._letters = self.llm.get_tokenizer().encode(
             string.ascii_letters, add_special_tokens=False
         )
-        watch = Stopwatch if current_platform.is_cpu() else _DeviceStopwatch
-        self.encoder, self.stages = watch(), watch()
+        wait = () if current_platform.is_cpu() else (torch.accelerator.synchronize,)
+        self.encoder, self.stages = Stopwatch(*wait), Stopwatch(*wait)
         self._threads = torch.get_num_threads()
 
     def about(self) -> Result:
@@ -80,24 +68,21 @@ class MeasuredEngine:
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         }
 
-    def images(
-        self, *, asks: Sequence[Ask], clients: int | None = None, watched: bool = False
-    ) -> Result:
-        """Serve requests from their arrivals on; who finds ``clients`` others waits.
+    def images(self, *, asks: Sequence[Ask], watched: bool = False) -> Result:
+        """Serve requests that arrive at once.
 
         Args:
-            watched: Also tell seconds of the encoder and of Stages I to III, for which the
-                host waits on the device.
+            asks: The requests.
+            watched: Also report ``encoder_seconds`` and ``stage_seconds``, of Stages I to III. The
+                host then waits for the device.
 
         Raises:
-            RuntimeError: If the encoder ran unseen, or stages of pruned requests did.
+            RuntimeError: If the encoder, or the stages of pruned requests, ran unseen.
         """
         with self._watched() if watched else nullcontext():
             result = self._serve(
                 [self._prompt(ask) for ask in asks],
                 [self._params(ask.max_tokens, ask.letters) for ask in asks],
-                [ask.arrival for ask in asks],
-                clients or len(asks),
             )
         if watched:
             if not self.encoder.uses:
@@ -114,15 +99,18 @@ class MeasuredEngine:
             {"prompt_token_ids": [1, *self._rng.choices(range(40, 100), k=tokens - 1)]}
             for _ in range(batch)
         ]
-        return self._serve(prompts, [self._params(max_tokens)] * batch, [0.0] * batch, batch)
+        return self._serve(prompts, [self._params(max_tokens)] * batch)
 
     def capacity(self, *, asks: Sequence[Ask], budget: int) -> Result:
         """Serve requests with free KV memory for ``budget`` slots times layers.
 
+        Returns:
+            Also ``most`` requests that ran at once, and ``preemptions``.
+
         Raises:
             ValueError: If the engine has less memory, or takes fewer requests at a time.
         """
-        scheduler = self.core.scheduler
+        scheduler = self.engine.engine_core.engine_core.scheduler
         if len(asks) > scheduler.max_num_running_reqs:
             raise ValueError(f"max_num_seqs must be {len(asks)} or more not to be the limit")
         with kv_memory(scheduler, budget), observed(scheduler) as concurrency:
@@ -131,8 +119,8 @@ class MeasuredEngine:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        # The model is asked for through vLLM's own method, which each of its runners has, and
-        # which takes it out of what CUDA graphs are wrapped around it.
+        # vLLM's own method finds the model in each of its runners, and inside the wrapper of
+        # CUDA graphs.
         (model,) = self.llm.collective_rpc("get_model")
         embed = model.embed_multimodal
 
@@ -147,7 +135,7 @@ class MeasuredEngine:
             if self.pruned:
                 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 
-                # What the server's metric times, but with the device's work in it.
+                # The server's metric times the same, but without the device's work.
                 watch = lambda *labels: self.stages  # noqa: E731
                 stack.enter_context(replaced(SELECTION_SECONDS, "labels", watch))
             yield
@@ -155,18 +143,11 @@ class MeasuredEngine:
     def _prompt(self, ask: Ask) -> dict[str, Any]:
         size = ask.image_size
         images = [random_image(seed, size, size) for seed in ask.images]
-        prompt: dict[str, Any] = {
-            "prompt": ask.prompt,
-            "multi_modal_data": {"image": images},
-        }
-        processor_kwargs: dict[str, float] = {}
-        if self.pruned:
-            processor_kwargs[RATIO_KEY] = ask.ratio
+        prompt: dict[str, Any] = {"prompt": ask.prompt, "multi_modal_data": {"image": images}}
+        kwargs: dict[str, float] = {RATIO_KEY: ask.ratio} if self.pruned else {}
         if ask.max_pixels is not None:
-            processor_kwargs["max_pixels"] = ask.max_pixels
-        if processor_kwargs:
-            prompt["mm_processor_kwargs"] = processor_kwargs
-        return prompt
+            kwargs["max_pixels"] = ask.max_pixels
+        return prompt | ({"mm_processor_kwargs": kwargs} if kwargs else {})
 
     def _params(self, max_tokens: int, letters: bool = False) -> Any:
         from vllm import SamplingParams
@@ -178,73 +159,36 @@ class MeasuredEngine:
             allowed_token_ids=self._letters if letters else None,
         )
 
-    def _serve(
-        self,
-        prompts: Sequence[dict[str, Any]],
-        params: Sequence[Any],
-        arrivals: Sequence[float],
-        clients: int,
-    ) -> Result:
+    def _serve(self, prompts: Sequence[dict[str, Any]], params: Sequence[Any]) -> Result:
         inputs = self.engine.renderer.render_cmpl(prompts)
-        run = self._run(inputs, params, arrivals, clients)
-        numbers = range(len(inputs))
-        outputs = [run.finished[number] for number in numbers]
-        first = [run.first_token[number] for number in numbers]
-        return {
-            "seconds": run.seconds,
-            "decode_step_seconds": run.decode_steps,
-            "first_token_seconds": [first[n] - arrivals[n] for n in numbers],
-            "first_token_seconds_once_sent": [first[n] - run.sent[n] for n in numbers],
-            "prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
-            "reused_tokens": [output.num_cached_tokens or 0 for output in outputs],
-            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "answers": [output.outputs[0].text for output in outputs],
-        }
-
-    def _run(
-        self,
-        inputs: Sequence[Any],
-        params: Sequence[Any],
-        arrivals: Sequence[float],
-        clients: int,
-    ) -> _Run:
-        run = _Run()
-        waiting = deque(sorted(range(len(inputs)), key=lambda number: arrivals[number]))
-        start = now = told = time.perf_counter()
-        while len(run.finished) < len(inputs):
-            in_flight = len(inputs) - len(waiting) - len(run.finished)
-            while waiting and in_flight < clients and arrivals[waiting[0]] <= now - start:
-                number = waiting.popleft()
-                run.sent[number] = time.perf_counter() - start
-                self.engine.add_request(str(number), inputs[number], params[number])
-                in_flight += 1
-            if not in_flight:
-                time.sleep(max(0.0, start + arrivals[waiting[0]] - now))
-                now = told = time.perf_counter()
-                continue
-            # Once everyone who is in has a token, and until somebody comes in, steps decode.
-            # With asynchronous scheduling a call may return before its step has ended, with
-            # nothing or with the step before: the time between two outputs is a step's.
-            decoding = len(run.first_token) == len(inputs) - len(waiting)
+        first_token: dict[int, float] = {}
+        finished: dict[int, Any] = {}
+        decode_steps: list[float] = []
+        start = last = time.perf_counter()
+        for number, (prompt, param) in enumerate(zip(inputs, params, strict=True)):
+            self.engine.add_request(str(number), prompt, param)
+        while len(finished) < len(inputs):
+            # Once every request has a token, steps only decode. With asynchronous scheduling a
+            # call may return nothing, or the step before: the time between two outputs is a
+            # step's.
+            decoding = len(first_token) == len(inputs)
             outputs = self.engine.step()
             now = time.perf_counter()
             for output in outputs:
-                number = int(output.request_id)
-                run.first_token.setdefault(number, now - start)
+                first_token.setdefault(int(output.request_id), now - start)
                 if output.finished:
-                    run.finished[number] = output
+                    finished[int(output.request_id)] = output
             if outputs:
                 if decoding:
-                    run.decode_steps.append(now - told)
-                told = now
-        run.seconds = now - start
-        return run
-
-
-class _DeviceStopwatch(Stopwatch):
-    """A stopwatch that waits for vLLM's device."""
-
-    def __init__(self) -> None:
-        import torch
-
-        super().__init__(torch.accelerator.synchronize)
+                    decode_steps.append(now - last)
+                last = now
+        answers = [finished[number] for number in range(len(inputs))]
+        return {
+            "seconds": last - start,
+            "decode_step_seconds": decode_steps,
+            "first_token_seconds": [first_token[number] for number in range(len(inputs))],
+            "prompt_tokens": [len(answer.prompt_token_ids) for answer in answers],
+            "reused_tokens": [answer.num_cached_tokens or 0 for answer in answers],
+            "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+            "answers": [answer.outputs[0].text for answer in answers],
+        }

@@ -1,20 +1,29 @@
-"""Prefill: requests that arrive at once and get one token, with short and long prompts."""
+"""Prefill: requests that arrive at once and get one token.
+
+``ideal``: the encoder at its measured cost in stock vLLM, plus the rest of stock's time scaled by
+the plan's tokens, averaged over layers. ``vs_ideal``: that time over ours; 1 or more is a hit.
+``vs_stock_rows``: the same encoder plus, for each layer, stock vLLM's own time for text prompts of
+as many rows, over our time: a kernel that is slow for few rows is slow for both.
+``stages_share``: seconds of Stages I to III over stock's prefill. ``vs_peer``: the peer's time over
+ours, at the same layer average. ``vs_scaled_down``: stock's time for images that ``max_pixels``
+scales to about as many visual tokens, over ours.
+
+All of a row's times come from the same round: the machine may be slower in the next.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
-from benchmarks.asks import QUESTION, text_of
+from benchmarks.asks import QUESTION, Ask, text_of
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
-from benchmarks.measured_engine import Result
 from benchmarks.qwen_checkpoint import QwenShape
 from benchmarks.rounds import Rounds, Row, summary
 from benchmarks.shapes import Shape
-
-_WITH_SPREAD = ("speed_up", "vs_ideal", "vs_peer", "vs_scaled_down")
 
 RATIOS = ("2/3", "7/9", "8/9")
 LONG_RATIOS = ("2/3", "8/9")
@@ -27,123 +36,114 @@ TEXT_TOKENS = (1024, 2048)
 """Beside one image."""
 
 IMAGE_SIZES = (448, 1344)
-"""Height and width in pixels, where a model takes images of any."""
+"""Height and width in pixels, for models that take images of any size."""
 
 SCALED_DOWN = "max_pixels"
-"""Stands for a selector in rows of stock vLLM with images scaled down to as many visual tokens as
-pruning leaves on average: what people do without pruning. It saves work of the encoder, which
-pruning does not, and sees less of an image."""
+"""Selector of rows in which stock vLLM gets images scaled down to about as many visual tokens as
+pruning leaves: what people do without pruning. It also saves the encoder's work, which pruning does
+not, and the model sees less of an image."""
+
+Case = dict[str, Any]
+"""Arguments of :func:`measure_prefill`."""
 
 
-def cases(shape: Shape, batches: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Ratio, requests at once, and, where a model takes images of any, their size."""
-    if isinstance(shape, QwenShape):
-        ratios = ("0", *RATIOS)
-        return [(r, batch, size) for size in IMAGE_SIZES for batch in batches for r in ratios]
-    return [(r, batch) for batch in batches for r in RATIOS]
+def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
+    if not isinstance(shape, QwenShape):
+        return [{"ratio": ratio, "batch": batch} for batch in batches for ratio in RATIOS]
+    return [
+        {"ratio": ratio, "batch": batch, "image_size": size}
+        for size in IMAGE_SIZES
+        for batch in batches
+        for ratio in ("0", *RATIOS)
+    ]
+
+
+def image_cases() -> list[Case]:
+    return [{"ratio": ratio, "images": images} for images in IMAGES for ratio in LONG_RATIOS]
+
+
+def long_text_cases() -> list[Case]:
+    return [
+        {"ratio": ratio, "question": text_of(tokens)}
+        for tokens in TEXT_TOKENS
+        for ratio in LONG_RATIOS
+    ]
 
 
 def measure_prefill(
     rounds: Rounds,
     ratio: str,
-    batch: int,
-    image_size: int | None = None,
+    batch: int = 1,
     *,
+    image_size: int | None = None,
     images: int = 1,
     question: str = QUESTION,
 ) -> list[Row]:
-    """Prefill of ``batch`` requests at once, one row for each engine that prunes.
-
-    Ideal times are taken within the round: the machine may be another one in the next.
-    """
+    """Prefill of ``batch`` requests at once: one row for each engine that prunes, and one for
+    :data:`SCALED_DOWN` if the model takes images of any size."""
     value = float(Fraction(ratio))
     if image_size is not None:
         rounds = rounds.with_image_size(image_size)
-        rounds.serve(rounds.asks(batch, value, 1))  # lazy kernels
     shape = rounds.shape
     plans = {name: ImagePlan.of(shape, value, name) for name in rounds.selectors}
-    figures: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in plans}
-    if isinstance(shape, QwenShape) and value:
-        figures[SCALED_DOWN] = defaultdict(list)
+    measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     text = 0
-    for _ in rounds:
-        timed, watched = rounds.serve_watched(
-            lambda: rounds.asks(batch, value, 1, images=images, question=question)
-        )
+
+    def asks(max_pixels: int | None = None) -> list[Ask]:
+        made = rounds.asks(batch, value, 1, images=images, question=question)
+        return [replace(ask, max_pixels=max_pixels) for ask in made]
+
+    rounds.serve(asks())  # caches, allocators and lazy kernels
+    for _ in range(rounds.number):
+        timed, watched = rounds.serve_watched(asks)
         stock, encoder = timed[STOCK]["seconds"], watched[STOCK]["encoder_seconds"]
         text = timed[STOCK]["prompt_tokens"][0] - images * shape.visual_tokens
-        rows = {
+        layer = {
             tokens: rounds.layer_seconds(batch, text + images * tokens)
             for tokens in {tokens for plan in plans.values() for tokens in plan.counts.stages}
         }
         for name, plan in plans.items():
             seconds = timed[name]["seconds"]
             ideal = ideal_prefill(stock, encoder, plan.share(text, images))
-            kernels = encoder + sum(
-                layers * rows[tokens]
-                for layers, tokens in zip(plan.layers, plan.counts.stages, strict=True)
-            )
-            for figure, measured in {
+            stages = zip(plan.layers, plan.counts.stages, strict=True)
+            rows = encoder + sum(layers * layer[tokens] for layers, tokens in stages)
+            figures = {
                 "average_tokens": plan.average,
                 "stock_ms": stock * 1e3,
-                "pruned_ms": seconds * 1e3,
+                "ours_ms": seconds * 1e3,
                 "stock_encoder_ms": encoder * 1e3,
                 "encoder_ms": watched[name]["encoder_seconds"] * 1e3,
                 "speed_up": stock / seconds,
                 "ideal": stock / ideal,
                 "vs_ideal": ideal / seconds,
-                "vs_stock_rows": kernels / seconds,
+                "vs_stock_rows": rows / seconds,
                 "stages_share": watched[name]["stage_seconds"] / stock,
-            }.items():
-                figures[name][figure].append(measured)
-        if PEER in plans:
-            # Of the same layer average: what is left over is what choosing late costs.
-            figures[OURS]["vs_peer"].append(timed[PEER]["seconds"] / timed[OURS]["seconds"])
-        if isinstance(shape, QwenShape) and SCALED_DOWN in figures:
-            scaled = _scaled_down(rounds, batch, shape.max_pixels(plans[OURS].average))
-            seconds = scaled["seconds"]
-            for figure, measured in {
-                "average_tokens": scaled["prompt_tokens"][0] - text,
-                "stock_ms": stock * 1e3,
-                "pruned_ms": seconds * 1e3,
-                "stock_encoder_ms": encoder * 1e3,
-                "encoder_ms": scaled["encoder_seconds"] * 1e3,
-                "speed_up": stock / seconds,
-            }.items():
-                figures[SCALED_DOWN][figure].append(measured)
-            figures[OURS]["vs_scaled_down"].append(seconds / timed[OURS]["seconds"])
-    conditions = {"ratio": ratio, "batch": batch, "images": images, "text_tokens": text}
+            }
+            if name == OURS and PEER in plans:
+                figures["vs_peer"] = timed[PEER]["seconds"] / seconds
+            measured[name].append(figures)
+        if isinstance(shape, QwenShape) and value:
+            limit = shape.max_pixels(plans[OURS].average)
+            scaled, scaled_watched = rounds.serve_watched(partial(asks, limit), STOCK)
+            seconds = scaled[STOCK]["seconds"]
+            measured[OURS][-1]["vs_scaled_down"] = seconds / timed[OURS]["seconds"]
+            measured[SCALED_DOWN].append(
+                {
+                    "average_tokens": scaled[STOCK]["prompt_tokens"][0] - text,
+                    "stock_ms": stock * 1e3,
+                    "ours_ms": seconds * 1e3,
+                    "stock_encoder_ms": encoder * 1e3,
+                    "encoder_ms": scaled_watched[STOCK]["encoder_seconds"] * 1e3,
+                    "speed_up": stock / seconds,
+                }
+            )
+    conditions: Row = {"ratio": ratio, "batch": batch, "images": images, "text_tokens": text}
     if image_size is not None:
         conditions["image_size"] = image_size
-    stages: dict[str, Row] = {
-        name: {"visual_tokens": list(plan.counts.stages)} for name, plan in plans.items()
-    }
     return [
         conditions
         | {"selector": name}
-        | stages.get(name, {})
-        | summary(row, [figure for figure in _WITH_SPREAD if figure in row])
-        for name, row in figures.items()
+        | ({"visual_tokens": list(plans[name].counts.stages)} if name in plans else {})
+        | summary(rows, "speed_up", "vs_ideal", "vs_peer", "vs_scaled_down")
+        for name, rows in measured.items()
     ]
-
-
-def _scaled_down(rounds: Rounds, batch: int, max_pixels: int) -> Result:
-    """Prefill by stock vLLM of images scaled down, and the encoder's seconds."""
-    timed, watched = rounds.serve_watched(
-        lambda: [replace(ask, max_pixels=max_pixels) for ask in rounds.asks(batch, 0.0, 1)],
-        names=(STOCK,),
-    )
-    return {**timed[STOCK], "encoder_seconds": watched[STOCK]["encoder_seconds"]}
-
-
-def measure_images(rounds: Rounds, ratio: str, images: int) -> list[Row]:
-    """Prefill of one request about several images."""
-    rounds.serve(rounds.asks(1, float(Fraction(ratio)), 1, images=images))  # lazy kernels
-    return measure_prefill(rounds, ratio, 1, images=images)
-
-
-def measure_long_text(rounds: Rounds, ratio: str, tokens: int) -> list[Row]:
-    """Prefill of one request about an image, with some ``tokens`` tokens of text."""
-    question = text_of(tokens)
-    rounds.serve(rounds.asks(1, float(Fraction(ratio)), 1, question=question))  # lazy kernels
-    return measure_prefill(rounds, ratio, 1, question=question)

@@ -1,8 +1,8 @@
 """Random Qwen2.5-VL checkpoints in the form that transformers and vLLM load.
 
-Random weights answer nonsense; they are right for tests and for cost. Everything about the form
-is real: a vision tower with windowed and full attention, a 2x2 merger, a decoder with M-RoPE and
-grouped-query heads, a chat template, and a processor for images and videos.
+Random weights answer nonsense; they are right for tests and for cost. The form is real: a vision
+tower with windowed and full attention, a 2x2 merger, a decoder with M-RoPE and grouped-query heads,
+a chat template, and a processor for images and videos.
 """
 
 from dataclasses import dataclass
@@ -12,17 +12,11 @@ from typing import Any
 from vitcop_vllm.demo.checkpoint import save_weights
 
 IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
-"""What stands for an image in a prompt."""
+"""The text of an image in a prompt."""
 
 SPECIALS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 
 CHAT_TEMPLATE = (
@@ -35,8 +29,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_MERGE = 2
-"""Patches along a side of a visual token."""
+_PATCH, _MERGE = 14, 2
+"""Pixels along a side of a patch, and patches along a side of a visual token."""
+
+_TOKEN = _PATCH * _MERGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,6 @@ class QwenShape:
     """Sizes of a Qwen2.5-VL model.
 
     Attributes:
-        patch_size: Height and width of a patch in pixels; a visual token has twice that.
         min_visual_tokens, max_visual_tokens: Images are scaled to so many.
         vision_hidden, vision_layers, vision_heads, vision_intermediate: The vision tower.
         window: Visual tokens along a side of an attention window.
@@ -56,7 +51,6 @@ class QwenShape:
         image_size: Height and width in pixels of the images that a bench sends.
     """
 
-    patch_size: int = 14
     min_visual_tokens: int = 4
     max_visual_tokens: int
     vision_hidden: int
@@ -76,18 +70,10 @@ class QwenShape:
     image_size: int = 448
 
     @property
-    def token_side(self) -> int:
-        """Pixels along a side of a visual token."""
-        return _MERGE * self.patch_size
-
-    @property
     def pixel_limits(self) -> dict[str, int]:
         """Least and most pixels of an image after scaling, by the processor's names."""
-        area = self.token_side**2
-        return {
-            "shortest_edge": self.min_visual_tokens * area,
-            "longest_edge": self.max_visual_tokens * area,
-        }
+        least, most = self.min_visual_tokens * _TOKEN**2, self.max_visual_tokens * _TOKEN**2
+        return {"shortest_edge": least, "longest_edge": most}
 
     @property
     def visual_tokens(self) -> int:
@@ -96,21 +82,16 @@ class QwenShape:
         return rows * columns
 
     def max_pixels(self, visual_tokens: float) -> int:
-        """``max_pixels`` that scales a larger square image down to about as many tokens.
-
-        A square of tokens is nearest that can be had. Half a token's side more than that needs,
-        so that the processor's rounding takes none away.
-        """
-        return round((round(visual_tokens**0.5) + 0.5) * self.token_side) ** 2
+        """``max_pixels`` that scales a larger square image to the nearest square of tokens."""
+        # Half a token's side more, so that the processor's rounding takes none away.
+        return round((round(visual_tokens**0.5) + 0.5) * _TOKEN) ** 2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of visual tokens of an image of that size."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        side = self.token_side
-        least, most = self.pixel_limits.values()
-        height, width = smart_resize(height, width, side, least, most)
-        return height // side, width // side
+        height, width = smart_resize(height, width, _TOKEN, *self.pixel_limits.values())
+        return height // _TOKEN, width // _TOKEN
 
 
 TINY = QwenShape(
@@ -148,22 +129,6 @@ SMALL = QwenShape(
 )
 """The decoder's depth and the encoder's share of a prefill are about the 7B's: an eighth of the
 vision layers attend over the whole image. Small enough for a CPU."""
-
-QWEN2_5_VL_7B = QwenShape(
-    max_visual_tokens=16_384,
-    vision_hidden=1280,
-    vision_layers=32,
-    vision_heads=16,
-    vision_intermediate=3420,
-    full_attention=(7, 15, 23, 31),
-    hidden=3584,
-    layers=28,
-    heads=28,
-    kv_heads=4,
-    intermediate=18_944,
-    boundaries=(2, 20),
-)
-"""The published model's, to count with."""
 
 
 def save_random_qwen(
@@ -218,10 +183,10 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
             "hidden_size": shape.vision_hidden,
             "intermediate_size": shape.vision_intermediate,
             "num_heads": shape.vision_heads,
-            "patch_size": shape.patch_size,
+            "patch_size": _PATCH,
             "spatial_merge_size": _MERGE,
             "temporal_patch_size": 2,
-            "window_size": shape.window * shape.token_side,
+            "window_size": shape.window * _TOKEN,
             "fullatt_block_indexes": [*shape.full_attention],
             "out_hidden_size": shape.hidden,
         },
@@ -255,7 +220,7 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
 def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": shape.patch_size, "size": shape.pixel_limits}
+    sizes = {"patch_size": _PATCH, "size": shape.pixel_limits}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,

@@ -1,7 +1,17 @@
-"""What the bench has engines do beyond prefill: decode, second turns, and a full KV cache."""
+"""Scenarios beyond prefill: decode, second turns, and a full KV cache.
+
+Decode: ``decode_latency`` is our median decode step over stock vLLM's, ``throughput`` is stock's
+time for the whole over ours. Ideal is a prefill that costs its tokens, then stock's own decode
+steps after text prompts as long as what the plan keeps, averaged over layers.
+
+Turns: ``ttft`` is our time to the first token of a second question about an image, over stock's.
+Ideal is stock's own time: the image is cached, and the same text is left.
+
+Capacity: the most requests that run at once, unpreempted, in KV memory of the same size. Ideal has
+no blocks and no whole requests.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -9,7 +19,7 @@ from math import ceil
 from statistics import median
 
 from benchmarks.asks import Ask
-from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
+from benchmarks.engines import OURS, PEER, STOCK, EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity, ideal_prefill, kv_budget
 from benchmarks.measured_engine import Result
 from benchmarks.rounds import Rounds, Row, summary
@@ -21,22 +31,18 @@ CAPACITY_RATIOS = ("0", "8/9")
 
 NEXT_QUESTION = "And what is it made of?"
 ANSWER_TOKENS = 16
-"""Of a first turn, and of the requests that are to share a KV cache."""
+"""Of a first turn, and of the requests that share a KV cache."""
 
 
 def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> list[Row]:
-    """Latency of a decode step, and of the whole, over stock vLLM's.
-
-    Ideal is a prefill that costs its tokens, and stock vLLM's own decode step after text
-    prompts as long as what the plan keeps, averaged over layers.
-    """
+    """Answers of ``tokens`` tokens, ``running`` at once."""
     value = float(Fraction(ratio))
     plans = {name: ImagePlan.of(rounds.shape, value, name) for name in rounds.selectors}
-    figures: dict[SelectorName, dict[str, list[float]]] = {
-        name: defaultdict(list) for name in plans
-    }
-    for _ in rounds:
-        timed, watched = rounds.serve_watched(partial(rounds.asks, running, value, tokens))
+    measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
+    asks = partial(rounds.asks, running, value, tokens)
+    rounds.serve(asks())  # caches, allocators and lazy kernels
+    for _ in range(rounds.number):
+        timed, watched = rounds.serve_watched(asks)
         stock = timed[STOCK]
         encoder, prefill = watched[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
         text = stock["prompt_tokens"][0] - rounds.shape.visual_tokens
@@ -50,7 +56,7 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
             seconds = timed[name]["seconds"]
             ideal = ideal_prefill(prefill, encoder, plan.share(text))
             ideal += (stock["seconds"] - prefill) * ideal_step
-            for figure, measured in {
+            figures = {
                 "stock_decode_step_ms": step * 1e3,
                 "decode_latency": median(timed[name]["decode_step_seconds"]) / step,
                 "ideal_decode_latency": ideal_step,
@@ -58,60 +64,52 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
                 "ideal": stock["seconds"] / ideal,
                 "vs_ideal": ideal / seconds,
                 "same_tokens": float(timed[name]["tokens"] == stock["tokens"]),
-            }.items():
-                figures[name][figure].append(measured)
-        if PEER in plans:
-            figures[OURS]["vs_peer"].append(timed[PEER]["seconds"] / timed[OURS]["seconds"])
+            }
+            if name == OURS and PEER in plans:
+                figures["vs_peer"] = timed[PEER]["seconds"] / seconds
+            measured[name].append(figures)
     conditions = {"ratio": ratio, "running": running, "answer_tokens": tokens}
     return [
         conditions
         | {"selector": name}
-        | summary(row, ["decode_latency", "throughput"])
-        # In every round, or it does not count.
-        | {"same_tokens": bool(min(row["same_tokens"]))}
-        for name, row in figures.items()
+        | summary(rows, "decode_latency", "throughput")
+        | {"same_tokens": all(row["same_tokens"] for row in rows)}
+        for name, rows in measured.items()
     ]
 
 
-def second_turn(engine: EngineProcess, ask: Ask) -> Result:
-    """Serve ``ask``, then the next question about the same image, of which the result is."""
+def second_turn(rounds: Rounds, ask: Ask, name: EngineName) -> Result:
+    """Serve ``ask``, then the next question about the same image; the result is of the second."""
+    engine = rounds.engines[name]
     (answer,) = engine.run("images", asks=[ask])["answers"]
     prompt = f"{ask.prompt}{answer} USER: {NEXT_QUESTION} ASSISTANT:"
     return engine.run("images", asks=[replace(ask, prompt=prompt, max_tokens=1, letters=False)])
 
 
 def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
-    """Time to first token of a second turn, and prompt tokens that it reuses.
-
-    Ideal is stock vLLM's own time: the image is cached, and the same text is left.
-    """
-    value = float(Fraction(ratio))
-
-    def converse() -> dict[EngineName, Result]:
-        (first,) = rounds.asks(1, value, ANSWER_TOKENS)
+    """Time to the first token of a second turn, and the prompt tokens that it reuses."""
+    measured = []
+    for number in range(rounds.number + 1):
+        (first,) = rounds.asks(1, float(Fraction(ratio)), ANSWER_TOKENS)
         ask = replace(first, letters=True)
-        return rounds.in_turn(
-            {name: partial(second_turn, rounds.engines[name], ask) for name in (STOCK, OURS)}
-        )
-
-    converse()  # kernels that are lazy about prompts half of which is cached
-    figures: dict[str, list[float]] = defaultdict(list)
-    for _ in rounds:
-        for name, result in converse().items():
-            side = "stock" if name == STOCK else "ours"
-            figures[f"{side}_ttft_ms"].append(result["first_token_seconds"][0] * 1e3)
-            figures[f"{side}_prompt_tokens"].append(result["prompt_tokens"][0])
-            figures[f"{side}_reused_tokens"].append(result["reused_tokens"][0])
-        figures["ttft"].append(figures["ours_ttft_ms"][-1] / figures["stock_ttft_ms"][-1])
-    return [{"ratio": ratio} | summary(figures, ["ttft"]) | {"ideal": 1.0}]
+        results = rounds.in_turn(partial(second_turn, rounds, ask), STOCK, OURS)
+        figures: dict[str, float] = {}
+        for side, name in (("stock", STOCK), ("ours", OURS)):
+            figures[f"{side}_ttft_ms"] = results[name]["first_token_seconds"][0] * 1e3
+            figures[f"{side}_prompt_tokens"] = results[name]["prompt_tokens"][0]
+            figures[f"{side}_reused_tokens"] = results[name]["reused_tokens"][0]
+        figures["ttft"] = figures["ours_ttft_ms"] / figures["stock_ttft_ms"]
+        if number:  # the first warms kernels that are lazy about half-cached prompts
+            measured.append(figures)
+    return [{"ratio": ratio} | summary(measured, "ttft") | {"ideal": 1.0}]
 
 
 def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
-    """The most requests that run at once, unpreempted, in KV memory of the same size."""
+    """The most requests that run at once in the memory of eight unpruned ones."""
     value, shape = float(Fraction(ratio)), rounds.shape
     visual, layers = shape.visual_tokens, shape.layers
     probe = rounds.engines[STOCK].run("images", asks=rounds.asks(1, value, 1))
-    # An answer's last token is not given back to the decoder.
+    # The decoder never sees an answer's last token.
     text = probe["prompt_tokens"][0] - visual + ANSWER_TOKENS - 1
     budget = kv_budget(text + visual, layers)
     averages = {STOCK: float(visual)} | {
@@ -121,30 +119,27 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
         name: ideal_capacity(budget, text + average, layers) for name, average in averages.items()
     }
 
-    def serve(name: EngineName) -> Callable[[], Result]:
-        def run() -> Result:
-            asks = rounds.asks(ceil(1.25 * ideals[name]), value, ANSWER_TOKENS)
-            return rounds.engines[name].run("capacity", asks=asks, budget=budget)
+    def serve(name: EngineName) -> Result:
+        asks = rounds.asks(ceil(1.25 * ideals[name]), value, ANSWER_TOKENS)
+        return rounds.engines[name].run("capacity", asks=asks, budget=budget)
 
-        return run
-
-    figures: dict[EngineName, dict[str, list[float]]] = {
-        name: defaultdict(list) for name in rounds.selectors
-    }
-    for _ in rounds:
-        results = rounds.in_turn({name: serve(name) for name in rounds.engines})
-        stock, ours = results[STOCK], results[OURS]
-        for name, row in figures.items():
-            row["stock_most"].append(stock["most"])
-            row["stock_vs_ideal"].append(stock["most"] / ideals[STOCK])
-            row["most"].append(results[name]["most"])
-            row["vs_ideal"].append(results[name]["most"] / ideals[name])
-            row["preemptions"].append(results[name]["preemptions"])
-        if PEER in results:
-            figures[OURS]["vs_peer"].append(ours["most"] / results[PEER]["most"])
+    measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
+    for _ in range(rounds.number):
+        most = rounds.in_turn(serve)
+        for name in rounds.selectors:
+            figures = {
+                "stock_most": most[STOCK]["most"],
+                "stock_vs_ideal": most[STOCK]["most"] / ideals[STOCK],
+                "most": most[name]["most"],
+                "vs_ideal": most[name]["most"] / ideals[name],
+                "preemptions": most[name]["preemptions"],
+            }
+            if name == OURS and PEER in most:
+                figures["vs_peer"] = most[OURS]["most"] / most[PEER]["most"]
+            measured[name].append(figures)
     return [
         {"ratio": ratio, "selector": name, "budget": budget}
         | {"stock_ideal": ideals[STOCK], "ideal": ideals[name]}
-        | summary(row, ["vs_ideal"])
-        for name, row in figures.items()
+        | summary(rows, "vs_ideal")
+        for name, rows in measured.items()
     ]

@@ -1,4 +1,7 @@
-"""Starts a server, this project's or stock vLLM's, and stops it whatever happens."""
+"""Starts a server, this project's or stock vLLM's, and stops it whatever happens.
+
+vLLM's ``bench sweep`` has a class for it, which keeps no log and kills a server at once.
+"""
 
 import json
 import os

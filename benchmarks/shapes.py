@@ -1,4 +1,4 @@
-"""Shapes of models that a bench times, and how families differ for it."""
+"""Shapes of models that the bench times, and how families differ for it."""
 
 from pathlib import Path
 
@@ -28,16 +28,25 @@ PUBLISHED = {"llava-1.5-7b", "llava-1.5-13b"}
 
 
 def image_marker(shape: Shape) -> str:
-    """What stands for an image in a prompt."""
+    """The text of an image in a prompt."""
     return qwen_checkpoint.IMAGE_MARKER if isinstance(shape, QwenShape) else "<image>"
 
 
 def boundaries(shape: Shape) -> dict[str, int]:
-    """The pruning settings that say where stages begin, where a shape has its own."""
+    """Pruning settings for the first layers of the later stages, if a shape has its own."""
     if not isinstance(shape, QwenShape) or shape.boundaries is None:
         return {}
     shallow, deep = shape.boundaries
     return {"shallow_boundary": shallow, "deep_boundary": deep}
+
+
+def describe(shape: Shape) -> str:
+    """A shape's form and size, in a sentence."""
+    form = "Qwen2.5-VL" if isinstance(shape, QwenShape) else "LLaVA-1.5"
+    return (
+        f"{form}'s form, {shape.layers} decoder layers of width {shape.hidden}, "
+        f"{shape.vision_layers} encoder layers of width {shape.vision_hidden}"
+    )
 
 
 def save_checkpoint(path: Path, shape: Shape, dtype: str, *, weights: bool) -> None:

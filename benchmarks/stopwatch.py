@@ -7,16 +7,14 @@ from typing import Any, Self
 
 
 class Stopwatch:
-    """Seconds between entering and leaving it; entered again inside itself it counts once.
+    """Seconds between entering and leaving; entered again inside itself, it counts once.
 
     Args:
-        synchronise: Waits until the device has done what it was given. Then the seconds are
-            the device's too, and the host loses its lead: whoever watches an engine must not
-            time the whole of it in the same run.
+        synchronise: Waits for the device. Its work then counts, and the host loses its lead: a
+            run that is watched must not be timed as a whole.
 
     Attributes:
-        seconds: In all, since :meth:`reset`.
-        uses: How often it was entered since then.
+        seconds, uses: In all, since :meth:`reset`.
     """
 
     def __init__(self, synchronise: Callable[[], object] = lambda: None) -> None:
@@ -49,7 +47,7 @@ class Stopwatch:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Hide an attribute of ``owner``'s class behind one of its own, for a while."""
+    """Hide an attribute of ``owner``'s class behind one of its own."""
     setattr(owner, name, value)
     try:
         yield

@@ -1,179 +1,76 @@
-"""The bench's figures for people."""
+"""Tables of measured rows: one layout for the terminal and for docs/results.md.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A column is a figure, under its name in the JSON document. Figures have three digits. Behind a
+figure with a spread, its least and greatest of a round stand in brackets.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.rounds import Row
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-_WIDTH = 11
+Row = Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class Table:
-    """A scenario's table.
-
-    Attributes:
-        title: What its figures are.
-        columns: Heading, figure, format. A column that no row has is left out, a figure that
-            a row lacks stays empty.
-        notes: What to know of a figure, told where there is one.
-    """
-
-    title: str
-    columns: tuple[tuple[str, str, str], ...]
-    notes: tuple[tuple[str, str], ...] = ()
-
-    def lines(self, rows: Sequence[Row]) -> list[str]:
-        shown = [column for column in self.columns if any(column[1] in row for row in rows)]
-        lines = [self.title, "".join(f"{heading:>{_WIDTH}}" for heading, _, _ in shown)]
-        for row in rows:
-            cells = [format(row[key], style) if key in row else "" for _, key, style in shown]
-            lines.append("".join(f"{cell:>{_WIDTH}}" for cell in cells))
-        lines += [note for figure, note in self.notes if any(figure in row for row in rows)]
-        return lines
+_SPREAD = "_spread"
 
 
-_PREFILL = (
-    ("ratio", "ratio", ""),
-    ("batch", "batch", ""),
-    ("px", "image_size", ""),
-    ("images", "images", ""),
-    ("text", "text_tokens", ""),
-    ("selector", "selector", ""),
-    ("visual", "average_tokens", ".1f"),
-    ("stock/ms", "stock_ms", ".0f"),
-    ("encoder/ms", "stock_encoder_ms", ".0f"),
-    ("pruned/ms", "pruned_ms", ".0f"),
-    ("encoder/ms", "encoder_ms", ".0f"),
-    ("speed-up", "speed_up", ".2f"),
-    ("ideal", "ideal", ".2f"),
-    ("vs-ideal", "vs_ideal", ".3f"),
-    ("vs-rows", "vs_stock_rows", ".3f"),
-    ("stages", "stages_share", ".2%"),
-    ("vs-cls", "vs_peer", ".3f"),
-    ("vs-pixels", "vs_scaled_down", ".3f"),
-)
-_SERVED = (
-    ("clients", "clients", ""),
-    ("ratio", "ratio", ""),
-    ("stock/s", "stock_requests_per_second", ".2f"),
-    ("ours/s", "ours_requests_per_second", ".2f"),
-    ("ours/stock", "throughput", ".3f"),
-    ("ideal", "ideal", ".2f"),
-    ("vs-ideal", "vs_ideal", ".3f"),
-    ("stock-p50", "stock_ttft_p50_ms", ".0f"),
-    ("ours-p50", "ours_ttft_p50_ms", ".0f"),
-    ("stock-p99", "stock_ttft_p99_ms", ".0f"),
-    ("ours-p99", "ours_ttft_p99_ms", ".0f"),
-    ("p99/stock", "ttft_p99", ".3f"),
-)
-
-TABLES = {
-    "prefill": Table(
-        "prefill",
-        _PREFILL,
-        (
-            (
-                "vs_scaled_down",
-                "max_pixels is stock vLLM on images scaled down to about as many visual tokens: "
-                "that saves work of the encoder, too, which pruning does not",
-            ),
-        ),
-    ),
-    "images": Table("prefill, many images in a prompt", _PREFILL),
-    "long_text": Table("prefill, an image and much text", _PREFILL),
-    "decode": Table(
-        "decode, over stock",
-        (
-            ("ratio", "ratio", ""),
-            ("running", "running", ""),
-            ("selector", "selector", ""),
-            ("stock/ms", "stock_decode_step_ms", ".1f"),
-            ("step", "decode_latency", ".3f"),
-            ("ideal", "ideal_decode_latency", ".3f"),
-            ("throughput", "throughput", ".3f"),
-            ("ideal", "ideal", ".2f"),
-            ("vs-ideal", "vs_ideal", ".3f"),
-            ("same", "same_tokens", ""),
-            ("vs-cls", "vs_peer", ".3f"),
-        ),
-    ),
-    "turns": Table(
-        "second turn about an image: time to first token, and prompt tokens reused",
-        (
-            ("ratio", "ratio", ""),
-            ("stock/ms", "stock_ttft_ms", ".0f"),
-            ("ours/ms", "ours_ttft_ms", ".0f"),
-            ("ours/stock", "ttft", ".3f"),
-            ("ideal", "ideal", ".2f"),
-            ("stock-hits", "stock_reused_tokens", ".0f"),
-            ("of", "stock_prompt_tokens", ".0f"),
-            ("ours-hits", "ours_reused_tokens", ".0f"),
-            ("of", "ours_prompt_tokens", ".0f"),
-        ),
-    ),
-    "capacity": Table(
-        "requests at once in the same KV memory",
-        (
-            ("ratio", "ratio", ""),
-            ("selector", "selector", ""),
-            ("stock", "stock_most", ".0f"),
-            ("ideal", "stock_ideal", ".2f"),
-            ("vs-ideal", "stock_vs_ideal", ".3f"),
-            ("pruned", "most", ".0f"),
-            ("ideal", "ideal", ".2f"),
-            ("vs-ideal", "vs_ideal", ".3f"),
-            ("preempted", "preemptions", ".0f"),
-            ("vs-cls", "vs_peer", ".3f"),
-        ),
-    ),
-    "load": Table(
-        "open load, Poisson arrivals: rate over what stock serves, requests/s, ms to first token",
-        (("rate", "rate", ""), ("arrivals/s", "arrivals_per_second", ".2f"), *_SERVED),
-    ),
-    "clients": Table("clients who wait for their answers: requests/s, ms to first token", _SERVED),
-    "cold_start": Table(
-        "seconds from the start of a process",
-        (
-            ("stock", "stock_ready_seconds", ".2f"),
-            ("ours", "ours_ready_seconds", ".2f"),
-            ("more", "ready_seconds_over_stock", "+.2f"),
-            ("to token", "stock_first_token_seconds", ".2f"),
-            ("ours", "ours_first_token_seconds", ".2f"),
-            ("more", "first_token_seconds_over_stock", "+.2f"),
-        ),
-    ),
-}
-"""By scenario, in the order they are shown."""
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Headings, then the cells of each row; a figure that a row lacks stays empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith(_SPREAD)))
+    headings = [name.replace("_", " ") for name in names]
+    return [headings, *([_cell(row, name) for name in names] for row in rows)]
 
 
-_ENGINE = (
-    ("engine", "engine", ""),
-    ("runner", "model_runner_version", ""),
-    ("block", "block_size", ""),
-    ("blocks", "kv_blocks", ""),
-    ("compiled", "compilation_mode", ""),
-    ("graphs", "graphs", ""),
-    ("async", "async_scheduling", ""),
-)
+def _cell(row: Row, name: str) -> str:
+    text = _text(row.get(name))
+    if name.endswith("share") and name in row:
+        return f"{100 * row[name]:.2g} %"
+    if spread := row.get(name + _SPREAD):
+        text += f" ({' to '.join(map(_text, spread))})"
+    return text
 
 
-def _engine_row(name: str, about: Mapping[str, Any]) -> Row:
-    graphs = about["cudagraph_mode"].rpartition(".")[2].lower()
-    return {**about, "engine": name, "graphs": graphs}
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{3 + (abs(value) >= 10)}g}"
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return "" if value is None else str(value)
 
 
-def table_lines(document: Mapping[str, Any]) -> list[str]:
-    """How the engines were set up, tables of the scenarios that were run, then the goals."""
-    engines = document["conditions"]["engines"]
-    rows = [_engine_row(name, about) for name, about in engines.items()]
-    lines = Table("engines", _ENGINE).lines(rows) if rows else []
-    for scenario, table in TABLES.items():
-        if scenario in document:
-            lines += ["", *table.lines(document[scenario])]
-    lines.append("")
-    for name, goal in document["goals"].items():
-        verdict = "met" if goal["met"] else "MISSED"
-        lines.append(f"{verdict:>6} {name} {goal['figure']:.3f} {goal['goal']}")
-    return lines
+def markdown(rows: Sequence[Row]) -> str:
+    """A table in GitHub's Markdown."""
+    headings, *lines = cells(rows)
+    return "\n".join(
+        "| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *lines)
+    )
+
+
+def named_tables(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
+    """Name and rows of every table of a bench's document."""
+    engines = document["conditions"].get("engines", {})
+    yield "engines", [{"engine": name, **row} for name, row in engines.items()]
+    for name, rows in document.items():
+        if isinstance(rows, list):
+            yield name, rows
+    goals = document.get("goals", {})
+    yield "goals", [{"name": name, **row} for name, row in goals.items()]
+
+
+def print_document(document: Mapping[str, Any]) -> None:
+    """Tables for people, then the document as JSON in the last line."""
+    console = Console(width=None if sys.stdout.isatty() else 400)
+    for name, rows in named_tables(document):
+        if rows:
+            headings, *lines = cells(rows)
+            table = Table(*headings, title=name, title_justify="left", box=box.SIMPLE)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+    print(json.dumps(document), flush=True)

@@ -21,10 +21,10 @@ import openai
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from benchmarks.plots import plot_accuracy as plot
 from benchmarks.serving import ServerError, running_server, server_arguments
 from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
 from evaluation.exam import ExamError, Example, digest, read_exam, write_exam
-from evaluation.plots import plot
 from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, tables
 from evaluation.scoring import SCORERS
 from vitcop_vllm.pruning.settings import SELECTOR_NAMES

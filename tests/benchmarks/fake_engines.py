@@ -67,7 +67,7 @@ class FakeEngine:
         seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
         return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
 
-    def images(self, *, asks, clients=None, watched=False) -> dict[str, Any]:
+    def images(self, *, asks, watched=False) -> dict[str, Any]:
         encoder = ENCODER * sum(len(ask.images) for ask in asks)
         lengths = [len(ask.prompt) + len(ask.images) * self._visual(ask) for ask in asks]
         prefill = encoder + sum(lengths) * TOKEN
@@ -79,9 +79,8 @@ class FakeEngine:
             for step in range(max(answers))
         ]
         result = {
-            "seconds": max(prefill + sum(steps), max(ask.arrival for ask in asks)),
+            "seconds": prefill + sum(steps),
             "first_token_seconds": [prefill] * len(asks),
-            "first_token_seconds_once_sent": [prefill / 2] * len(asks),
             "decode_step_seconds": steps,
             "prompt_tokens": [
                 len(ask.prompt) + len(ask.images) * self._unpruned(ask) for ask in asks
@@ -99,5 +98,8 @@ class FakeEngine:
         fit = ideal_capacity(budget, longest, self.shape.layers)
         return {"most": min(floor(fit), len(asks)), "preemptions": 0}
 
-    def stop(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         pass

@@ -1,44 +1,61 @@
-"""vLLM's serving benchmark, driven by us: what it is told, and that it runs."""
+"""vLLM's serving benchmark, driven by us: between which servers, and that it runs."""
 
 import json
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import yaml
 
-from benchmarks import bench_http
-from benchmarks.bench_http import Target, memory_share, request_arguments, stock_options
+from benchmarks import bench_http, traffic
+from benchmarks.traffic import both_servers
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
 
-def test_stock_gets_the_same_options_but_ours():
-    with open("configs/demo-cpu.yaml") as file:
-        config = yaml.safe_load(file)
-    options = stock_options(config)
-    assert options.keys() == config.keys() - {"pruning", "server"}
-    assert options["model"] == str(DEMO_MODEL)
-    assert options["max-num-seqs"] == config["max-num-seqs"]
+@pytest.fixture
+def started(monkeypatch):
+    """Replaces servers; configuration and further arguments of each, stock vLLM's first."""
+    servers = []
+
+    @contextmanager
+    def running_server(flag, path, *share, stock):
+        assert flag == "--config"
+        with open(path) as file:
+            servers.append((yaml.safe_load(file), share))
+        yield ("http://stock" if stock else "http://ours"), None
+
+    monkeypatch.setattr(traffic, "running_server", running_server)
+    return servers
+
+
+def config_of(name: str):
+    with open(f"configs/{name}.yaml") as file:
+        return yaml.safe_load(file)
+
+
+def test_stock_gets_the_same_options_but_ours(started):
+    config = config_of("demo-cpu")
+    with both_servers(config) as (stock, ours):
+        pass
+    [(theirs, _), (mine, _)] = started
+    assert theirs.keys() == config.keys() - {"pruning", "server"}
+    assert mine == {**config, "model": str(DEMO_MODEL)}
+    assert theirs["model"] == stock.tokenizer == ours.tokenizer == str(DEMO_MODEL)
+    assert (stock.url, ours.url, ours.model) == ("http://stock", "http://ours", "demo")
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", "demo-gpu", "llava-1.5-7b", "llava-1.5-13b"])
-def test_two_servers_share_what_one_would_take(name):
-    with open(f"configs/{name}.yaml") as file:
-        options = stock_options(yaml.safe_load(file))
-    takes_all = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & options.keys()
+def test_two_servers_share_what_one_would_take(name, started):
+    config = config_of(name)
+    with both_servers(config):
+        pass
+    takes_all = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & config.keys()
     assert takes_all == name.startswith("llava")
-    assert (memory_share(options) != ()) == takes_all
-    assert memory_share({"gpu_memory_utilization": 0.3}) == ()
-
-
-def test_only_ours_is_told_a_ratio():
-    stock, ours = Target("stock", "http://a", None), Target("8/9", "http://b", "0.888889")
-    arguments = [request_arguments(target, "m", "t", 4, 8, 3) for target in (stock, ours)]
-    assert "--header" not in arguments[0]
-    place = arguments[1].index("--header")
-    assert arguments[1][place + 1] == "X-Pruning-Ratio=0.888889"
-    del arguments[1][place : place + 2]
-    arguments[1][arguments[1].index("http://b")] = "http://a"
-    assert arguments[0] == arguments[1]
+    for _, share in started:
+        assert (share != ()) == takes_all
+    with both_servers({**config, "gpu_memory_utilization": 0.3}):
+        pass
+    assert started[-1][1] == ()
 
 
 @pytest.mark.slow
@@ -54,9 +71,10 @@ def test_a_running_server(demo_url, capsys):
     assert bench_http.main(["--url", demo_url, *options, "--seed", "5"]) == 0
     assert served() == before + 8 + 4  # to warm up, and the run
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    row = document["clients"]["2"]["8/9"]
-    assert row["requests_per_second"] > 0
-    assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+    [row] = document["load"]
+    assert (row["clients"], row["ratio"], row["requests"]) == (2, "8/9", 4)
+    assert row["ours_requests_per_second"] > 0
+    assert 0 < row["ours_ttft_p50_ms"] <= row["ours_ttft_p99_ms"]
 
 
 @pytest.mark.slow
@@ -64,3 +82,23 @@ def test_requests_that_fail_are_told(demo_url, capsys):
     options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
     assert bench_http.main(["--url", demo_url, *options]) == 1
     assert "8 of 8 requests failed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_request_has_its_own_ratio(demo_url):
+    ours = traffic.Endpoint(demo_url, "demo", str(DEMO_MODEL))
+    assert ours.kept_tokens(0.0) == (576, 576)
+    visual, kept = ours.kept_tokens(8 / 9)
+    assert visual == 576
+    assert kept == pytest.approx(64, abs=1)
+    run = traffic.Traffic(requests=4, answer_tokens=4)
+    mixed = traffic.serve(ours, run, 11, ratios=(0.0, 8 / 9))
+    assert mixed["completed"] == 4
+    text = traffic.serve(ours, run, 11, text_tokens=100)
+    assert text["total_input_tokens"] == pytest.approx(4 * 140, rel=0.05)
+
+
+def test_rates_need_a_stock_server(capsys):
+    with pytest.raises(SystemExit):
+        bench_http.parse_arguments(["--url", "http://a", "--rates", "2"])
+    assert "stock vLLM" in capsys.readouterr().err

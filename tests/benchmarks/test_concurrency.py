@@ -10,13 +10,13 @@ from benchmarks.concurrency import Concurrency, kv_memory, observed
 def test_preempted_requests_did_not_run_at_once():
     concurrency = Concurrency()
     assert concurrency.most == 0
-    concurrency.step("ab")
-    concurrency.step("abcd")
+    concurrency.step(set("ab"))
+    concurrency.step(set("abcd"))
     concurrency.preempt("d")
     concurrency.preempt("c")
     assert (concurrency.most, concurrency.preemptions) == (2, 2)
-    concurrency.step("abc")
-    concurrency.step("cd")
+    concurrency.step(set("abc"))
+    concurrency.step(set("cd"))
     assert concurrency.most == 3
 
 

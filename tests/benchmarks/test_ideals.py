@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.asks import Ask
 from benchmarks.ideals import (
     KV_BLOCK,
     ImagePlan,
-    StockCosts,
     ideal_capacity,
     ideal_prefill,
     kv_budget,
@@ -64,33 +62,3 @@ def test_the_encoder_costs_the_same_whatever_survives():
     assert ideal_prefill(10.0, 2.0, 1.0) == 10.0
     # Timed in another run it may have taken longer than all of this one.
     assert ideal_prefill(1.0, 2.0, 0.25) == 2.0
-
-
-COSTS = StockCosts(encoder=288.0, token=1.0, step=2.0, text_step=1.0)
-KEPT = ImagePlan.of(DEMO, 8 / 9, "vitcop").average / 576
-
-
-@pytest.mark.parametrize("drift", [1.0, 3.0])
-def test_prefill_and_decode_steps_are_scaled_by_what_plans_keep(drift):
-    one = [Ask("", (1,), 8 / 9, 5)]
-    # A third of prefill is the encoder's, half of a decode step is the image's.
-    prefill = COSTS.ideal_serving(DEMO, one, [576], 30.0 * drift, 0.0)
-    assert prefill == pytest.approx(drift * (10 + 20 * KEPT))
-    both = COSTS.ideal_serving(DEMO, one, [576], 70.0 * drift, 40.0 * drift)
-    assert both == pytest.approx(drift * (10 + 20 * KEPT + 20 + 20 * KEPT))
-
-
-def test_requests_count_as_much_as_they_ask_for():
-    whole, pruned = Ask("", (1,), 0.0, 3), Ask("", (1,), 8 / 9, 7)
-    assert COSTS.ideal_serving(DEMO, [whole], [576], 40.0, 20.0) == 40.0
-    # Three quarters of decode steps' tokens are the pruned one's, and half of the prompts'.
-    both = COSTS.ideal_serving(DEMO, [whole, pruned], [576, 576], 40.0, 20.0)
-    assert both == pytest.approx(
-        20 * (1 + 2 * (1 + KEPT) / 2) / 3 + 20 * (1 - 0.75 * (1 - KEPT) / 2)
-    )
-
-
-def test_a_image_never_makes_a_step_faster():
-    costs = StockCosts(encoder=1.0, token=1.0, step=2.0, text_step=2.1)
-    one = [Ask("", (1,), 8 / 9, 5)]
-    assert costs.ideal_serving(DEMO, one, [576], 20.0, 20.0) == 20.0

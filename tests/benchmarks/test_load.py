@@ -1,67 +1,96 @@
-"""Clients' arrivals, questions and answers; what they should gain."""
+"""Load on servers that cost exactly what the plan says: every ideal must come out as met."""
 
-from math import log
-from random import Random
-from statistics import mean, median, stdev
+from statistics import mean
 
 import pytest
 
 from benchmarks import load
-from benchmarks.asks import text_of, user_turn
+from benchmarks.traffic import Endpoint, Traffic
+
+OURS, STOCK = Endpoint("http://ours", "m", "t"), Endpoint("http://stock", "m", "t")
+ENCODER, TOKEN, TEXT, V = 0.5, 1e-3, 40, 576
+"""Seconds of an image and of a token, tokens of a question and of an image."""
+
+EXACTLY_ONE = pytest.approx(1.0, abs=1e-9)
 
 
-def test_poisson_arrivals():
-    arrivals = load.poisson_arrivals(5.0, 20_000, Random(3))
-    assert arrivals[-1] == pytest.approx(20_000 / 5.0)
-    gaps = [b - a for a, b in zip([0.0, *arrivals], arrivals, strict=False)]
-    assert min(gaps) >= 0
-    # Of an exponential distribution, and of no regular one.
-    assert mean(gap * gap for gap in gaps) == pytest.approx(2 / 5**2, rel=0.06)
-    assert arrivals == load.poisson_arrivals(5.0, 20_000, Random(3))
-    assert arrivals != load.poisson_arrivals(5.0, 20_000, Random(4))
+@pytest.fixture
+def runs(monkeypatch):
+    """Replaces servers; takes down what each got."""
+    seen = []
+
+    def kept_tokens(self, ratio):
+        assert self is OURS, "stock vLLM has no plan"
+        return V, round(V * (1 - ratio))
+
+    def serve(server, traffic: Traffic, seed, *, ratios=None, text_tokens=None):
+        seen.append((server, traffic, seed, ratios, text_tokens))
+        visual = mean(kept_tokens(OURS, ratio)[1] for ratio in ratios or (0.0,))
+        image = ENCODER + round(visual) * TOKEN if text_tokens is None else text_tokens * TOKEN
+        seconds = traffic.requests * (image + TEXT * TOKEN)
+        seconds = max(seconds, traffic.requests / traffic.rate)
+        return {
+            "duration": seconds,
+            "request_throughput": traffic.requests / seconds,
+            "median_ttft_ms": seconds * 500,
+            "p99_ttft_ms": seconds * 1000,
+            "median_tpot_ms": 1.0,
+        }
+
+    monkeypatch.setattr(Endpoint, "kept_tokens", kept_tokens)
+    monkeypatch.setattr(load, "serve", serve)
+    return seen
 
 
-@pytest.mark.parametrize(
-    "requests", [load.REQUESTS, *(load.REQUESTS_PER_CLIENT * n for n in load.CLIENTS)]
-)
-def test_mixed_ratios(requests):
-    ratios = load.mixed_ratios(requests, Random(0))
+@pytest.mark.parametrize("clients", load.CLIENTS)
+def test_mixed_ratios(clients):
+    ratios = load.ratios_of(load.MIXED)
     assert mean(ratios) == pytest.approx(8 / 9, abs=1e-12)
-    assert set(ratios) == {7 / 9, 8 / 9, 17 / 18}
-    assert ratios == load.mixed_ratios(requests, Random(0))
-    assert ratios != load.mixed_ratios(requests, Random(1))
-    assert ratios != sorted(ratios)
+    assert clients * load.REQUESTS_PER_CLIENT % len(ratios) == 0, "equally often each"
+    assert load.ratios_of("2/3") == (2 / 3,)
 
 
-def test_chat_lengths():
-    rng = Random(0)
-    lengths = [load.chat_length(64, rng) for _ in range(20_000)]
-    assert median(lengths) == pytest.approx(64, rel=0.05)
-    assert (min(lengths), max(lengths)) == (16, 256)
-    inside = [log(length) for length in lengths if 16 < length < 256]
-    assert stdev(inside) == pytest.approx(0.63, abs=0.03)  # of 0.8, cut at both ends
-    assert min(load.chat_length(1, rng) for _ in range(100)) == 1
+def test_clients(runs):
+    rows = load.measure_load(OURS, STOCK, rounds=2, answer_tokens=4, clients=(16,))
+    assert [(row["clients"], row["ratio"]) for row in rows] == [(16, r) for r in load.RATIOS]
+    for row in rows:
+        assert row["vs_ideal"] == EXACTLY_ONE
+        assert row["throughput"] == pytest.approx(1 / row["ttft_p99"])
+        assert "rate" not in row
+    unpruned, *pruned = rows
+    assert unpruned["throughput"] == unpruned["ideal"] == 1.0
+    assert 1 < pruned[0]["throughput"] < pruned[1]["throughput"]
+    seconds = ENCODER + (V + TEXT) * TOKEN
+    left = ENCODER + (64 + TEXT) * TOKEN
+    assert pruned[1]["ideal"] == pytest.approx(seconds / left)
+    # In a round all get the same requests, and in the next one others.
+    seeds = [{seed for _, traffic, seed, *_ in runs if traffic.clients == 16}]
+    assert len(*seeds) == 2
+    assert all(ratios is None for server, _, _, ratios, _ in runs if server is STOCK)
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 2048])
-def test_text_has_the_length_that_was_asked_for(tokens):
-    assert len(text_of(tokens)) == tokens
-    assert len(text_of(tokens, Random(0))) == tokens
-    assert "<" not in text_of(tokens)
-    assert text_of(2048, Random(0)) != text_of(2048, Random(1))
+def test_arrivals_are_relative_to_what_stock_serves(runs):
+    rows = load.measure_load(
+        OURS, STOCK, rounds=2, answer_tokens=4, clients=(4, 16), rates=load.RATES, ratios=["8/9"]
+    )
+    few, many, *arrivals = rows
+    assert (few["clients"], many["clients"]) == (4, 16)
+    assert [row["rate"] for row in arrivals] == list(load.RATES)
+    for row in arrivals:
+        assert row["clients"] == 16
+        served = many["stock_requests_per_second"]
+        assert row["arrivals_per_second"] == row["rate"] * served
+        assert row["vs_ideal"] == EXACTLY_ONE
+    slow, _, fast = arrivals
+    # Stock is idle half of the time, and nobody is done before the last request came.
+    assert slow["throughput"] == slow["ideal"] == EXACTLY_ONE
+    assert fast["throughput"] == pytest.approx(many["throughput"])
+    assert {traffic.clients for _, traffic, *_ in runs if traffic.rate < 1e9} == {None}
 
 
-def test_a_turn_holds_its_images():
-    assert user_turn("Why?", 3).count("<image>") == 3
-    assert user_turn("Why?") == "USER: <image>\nWhy? ASSISTANT:"
-
-
-def test_chat_asks():
-    images, arrivals = range(load.REQUESTS), [0.5 * i for i in range(load.REQUESTS)]
-    asks = load.chat_asks(images, arrivals, 16, Random(0))
-    assert [ask.images for ask in asks] == [(image,) for image in images]
-    assert [ask.arrival for ask in asks] == arrivals
-    assert {ask.prompt.count("<image>") for ask in asks} == {1}
-    assert len({ask.prompt for ask in asks}) > load.REQUESTS * 0.9
-    assert median(ask.max_tokens for ask in asks) == pytest.approx(16, abs=4)
-    assert asks == load.chat_asks(images, arrivals, 16, Random(0))
+def test_a_server_alone_has_nothing_to_compare_with(runs):
+    [row] = load.measure_load(OURS, None, rounds=1, answer_tokens=4, clients=(2,), ratios=["8/9"])
+    assert row["ours_requests_per_second"] > 0
+    assert not {"throughput", "ideal", "stock_requests_per_second"} & row.keys()
+    assert row["requests"] == 6
+    assert {server for server, *_ in runs} == {OURS}

@@ -6,30 +6,23 @@ from typing import Any
 import pytest
 
 from benchmarks.engines import OURS, STOCK
-from benchmarks.rounds import Rounds, summary
+from benchmarks.rounds import Rounds, Turns, summary
 from tests.benchmarks.fake_engines import FakeEngine
 from vitcop_vllm.demo.checkpoint import DEMO
 
 
-class Bar:
-    updates = 0
-
-    def update(self) -> None:
-        self.updates += 1
-
-
 def make_rounds(number: int = 1, **options: Any) -> tuple[Rounds, dict[Any, Any]]:
     engines: dict[Any, Any] = {name: FakeEngine(name, DEMO) for name in (STOCK, OURS)}
-    return Rounds(engines, DEMO, number, Bar(), **options), engines
+    return Rounds(engines, DEMO, number, **options), engines
 
 
 def test_summary():
-    figures = {"a": [3.0, 1.0, 2.0], "b": [4.0]}
-    assert summary(figures, ["a"]) == {"a": 2.0, "b": 4.0, "a_spread": [1.0, 3.0]}
+    rounds = [{"a": 3.0, "b": 4.0}, {"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 5.0}]
+    assert summary(rounds, "a", "c") == {"a": 2.0, "b": 4.0, "a_spread": [1.0, 3.0]}
 
 
 def test_everyone_goes_first_in_turn():
-    rounds, _ = make_rounds()
+    turns = Turns()
     order: list[str] = []
 
     def run(name: str) -> dict[str, Any]:
@@ -37,25 +30,17 @@ def test_everyone_goes_first_in_turn():
         return {"by": name}
 
     for _ in range(4):
-        results = rounds.in_turn({name: partial(run, name) for name in "abc"})
+        results = turns.run({name: partial(run, name) for name in "abc"})
         assert list(results) == ["a", "b", "c"]
         assert all(result["by"] == name for name, result in results.items())
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-
-
-def test_rounds_are_counted():
-    bar = Bar()
-    rounds = Rounds({}, DEMO, 5, bar)
-    assert (list(rounds), bar.updates) == ([0, 1, 2, 3, 4], 5)
-    assert (list(rounds.at_most(3)), bar.updates) == ([0, 1, 2], 8)
-    assert len(list(rounds.at_most(9))) == 5
 
 
 def test_all_engines_are_asked_the_same_about_images_nobody_has_seen():
     rounds, engines = make_rounds()
     seen = []
     for _ in range(2):
-        rounds.serve(rounds.asks(3, 0.5, 4, images=2), clients=1)
+        rounds.serve(rounds.asks(3, 0.5, 4, images=2))
         assert engines[STOCK].asked == engines[OURS].asked
         seen += [seed for ask in engines[OURS].asked[-1]["asks"] for seed in ask.images]
     assert len(set(seen)) == len(seen) == 12
@@ -71,20 +56,6 @@ def test_a_run_that_is_timed_is_not_watched_where_watching_slows_it(apart):
     assert ("encoder_seconds" in timed[STOCK]) is not apart
     images = [ask.images for run in engines[OURS].asked for ask in run["asks"]]
     assert len(set(images)) == len(images)
-
-
-def test_a_run_by_itself_is_nobodys_turn():
-    rounds, _ = make_rounds()
-    order: list[str] = []
-
-    def run(name: str) -> dict[str, Any]:
-        order.append(name)
-        return {}
-
-    for _ in range(2):
-        rounds.in_turn({name: partial(run, name) for name in "ab"})
-        rounds.in_turn({"c": partial(run, "c")})
-    assert "".join(order) == "ab" + "c" + "ba" + "c"
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -1,9 +1,10 @@
-"""An image comes out, and shows what it should."""
+"""Images of measured figures: each curve and panel is there, and nothing that was not measured."""
 
 import pytest
 from PIL import Image
 
-from evaluation.plots import plot
+from benchmarks.plots import plot_accuracy as plot
+from benchmarks.plots import plot_speed
 from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError
 
 
@@ -59,3 +60,53 @@ def test_nothing_to_plot(tmp_path):
     nothing = Document(conditions={}, results=[Cell(selector="s", ratio="1/2", refusal="no")])
     with pytest.raises(ReportError, match="nothing to plot"):
         plot(nothing, tmp_path / "x.png")
+
+
+CONDITIONS = {"shape": "demo", "device": "cpu", "processor": "p", "device_name": "cpu"}
+
+
+def prefill(batch: int, selector: str = "vitcop"):
+    return [
+        {"selector": selector, "ratio": ratio, "batch": batch, "ideal": s + 0.2}
+        | {"speed_up": s, "speed_up_spread": [s - 0.1, s + 0.3]}
+        for ratio, s in (("2/3", 2.0), ("8/9", 4.0))
+    ]
+
+
+CLIENTS = [
+    {"ratio": ratio, "clients": 32, "throughput": s, "throughput_spread": [s - 0.2, s]}
+    | {"ideal": 4.0}
+    for ratio, s in (("0", 1.0), ("8/9", 3.0), ("mixed", 2.0))
+]
+ARRIVALS = [
+    row | {"ratio": "8/9", "rate": rate} for row, rate in zip(CLIENTS, (0.5, 8.0), strict=False)
+]
+
+
+def drawn(path, **scenarios) -> set[bytes]:
+    assert plot_speed({"conditions": CONDITIONS, **scenarios}, path)
+    return colours(path)
+
+
+def test_each_batch_has_its_curve_of_speed(tmp_path):
+    path = tmp_path / "speed.png"
+    one, two = prefill(1), prefill(16)
+    assert {VITCOP, CLS} & drawn(path, prefill=one) == {VITCOP}
+    assert {VITCOP, CLS} <= drawn(path, prefill=one + two)
+    assert {VITCOP, CLS} & drawn(path, prefill=one + prefill(16, "cls")) == {VITCOP}
+
+
+def test_waiting_clients_and_arrivals_have_their_panels(tmp_path):
+    sizes = []
+    for number, load in enumerate((CLIENTS, ARRIVALS, CLIENTS + ARRIVALS)):
+        path = tmp_path / f"{number}.png"
+        assert VITCOP in drawn(path, load=load)
+        sizes.append(path.read_bytes())
+    assert len(set(sizes)) == 3
+
+
+def test_without_speed_the_image_is_left_alone(tmp_path):
+    path = tmp_path / "speed.png"
+    path.write_bytes(b"before")
+    assert not plot_speed({"conditions": CONDITIONS, "prefill": [], "turns": [{}]}, path)
+    assert path.read_bytes() == b"before"

@@ -1,0 +1,165 @@
+"""Images of measured figures over the pruning ratio: speed beside its ideal, and accuracy.
+
+The axis of ratios is logarithmic in the share of tokens kept: from 8/9 to 17/18 half of them go, as
+from 0 to 1/2. Bands are the least and the greatest of a round, or 95 % intervals.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.engines import OURS
+from benchmarks.load import MIXED
+from evaluation.client import Ratio
+from evaluation.report import Cell, Document, ReportError, accuracies
+
+# Okabe and Ito's colours, which colour-blind people tell apart; grey and black in the place of
+# their yellow, which nobody sees on white. A selector looks the same in every plot.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676", "#000000")
+_SELECTORS = ("vitcop", "cls", "key_norm", "divprune", "fastv", "dart", "random", "grid")
+_STYLES = dict(zip(_SELECTORS, zip(_COLOURS, "os^vDPx+", strict=True), strict=True))
+_MAX_COLUMNS = 4
+_WIDTH = 8.0
+"""Inches. READMEs show images about 830 pixels wide: 10 points come to 14 pixels."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Curve:
+    """Points of a curve: place on the axis, value, its band, and its ideal if it has one."""
+
+    points: list[tuple[float, float, tuple[float, float]]] = field(default_factory=list)
+    ideals: list[float] = field(default_factory=list)
+
+
+def _place(ratio: float | Fraction) -> float:
+    return -math.log2(1 - ratio)
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="white")
+
+
+def _draw(
+    axes: Axes, curves: Mapping[str, Curve], title: str, ticks: Mapping[str, float], bands: bool
+) -> None:
+    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
+        colour, marker = _STYLES.get(name, (colour, "o"))
+        width = 2.0 if name == OURS else 1.2
+        places, values, limits = zip(*curve.points, strict=True)
+        axes.plot(places, values, color=colour, marker=marker, ms=4, lw=width, label=name, zorder=2)
+        if curve.ideals:
+            axes.plot(places, curve.ideals, color=colour, linestyle="--", lw=1.0, alpha=0.7)
+        if bands:
+            low, high = zip(*limits, strict=True)
+            axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_title(title, loc="left", fontsize=9)
+    axes.set_xticks(list(ticks.values()), list(ticks))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
+    """Write a PNG with a panel each for prefill, waiting clients, and open load, as measured.
+
+    Figures are over stock vLLM's; dashed lines are their ideals.
+
+    Args:
+        document: The bench's.
+        path: Where to; left as it is if there is nothing to draw.
+
+    Returns:
+        Whether there was something to draw.
+    """
+    load = document.get("load", ())
+    prefill = [row for row in document.get("prefill", ()) if row["selector"] == OURS]
+    clients = [row for row in load if "rate" not in row and row["ratio"] != MIXED]
+    arrivals = [row for row in load if "rate" in row]
+    panels = [
+        ("speed-up of prefill", prefill, "speed_up", ("batch", "image_size"), "ratio"),
+        ("requests a second, clients", clients, "throughput", ("clients",), "ratio"),
+        ("requests a second, arrivals", arrivals, "throughput", ("ratio",), "rate"),
+    ]
+    panels = [panel for panel in panels if panel[1]]
+    if not panels:
+        return False
+    figure = _figure(3.7)
+    every = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, rows, value, by, over) in zip(every, panels, strict=True):
+        curves: dict[str, Curve] = {}
+        ticks = {}
+        for row in rows:
+            place = math.log2(row["rate"]) if over == "rate" else _place(Fraction(row["ratio"]))
+            ticks[str(row[over])] = place
+            label = ", ".join(f"{name} {row[name]}" for name in by if name in row)
+            curve = curves.setdefault(label, Curve())
+            curve.points.append((place, row[value], row[f"{value}_spread"]))
+            curve.ideals.append(row["ideal"])
+        _draw(axes, curves, title, ticks, bands=True)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
+        axes.set_xlabel("pruning ratio" if over == "ratio" else "arrivals over what stock serves")
+        axes.legend(frameon=False, fontsize=8, loc="upper left")
+    every[0].set_ylabel("over stock vLLM")
+    conditions = document["conditions"]
+    where = conditions["processor"] if conditions["device"] == "cpu" else conditions["device_name"]
+    title = f"{conditions['shape']} on {conditions['device']} ({where}); dashed: ideal"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, format="png", dpi=150)
+    return True
+
+
+def plot_accuracy(document: Document, path: Path) -> None:
+    """Write a PNG: the mean over families, and each family in small.
+
+    Points stand at the ratio that the server reports.
+
+    Raises:
+        ReportError: If there is nothing to draw.
+    """
+    families = document.families if len(document.families) > 1 else []
+    every = {family: _accuracy_curves(document.selectors, family) for family in ("mean", *families)}
+    if not every["mean"]:
+        raise ReportError("nothing to plot: no accuracy at a known pruning ratio")
+    labels = {cell.ratio: Ratio.parse(cell.ratio).value for cell in document.results}
+    ticks = {label: _place(value) for label, value in labels.items() if value is not None}
+    columns = min(len(families), _MAX_COLUMNS) or 1
+    rows = math.ceil(len(families) / columns)
+    figure = _figure(3.9 + 1.9 * rows)
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[2.2, *(1 for _ in range(rows))])
+    for number, (family, curves) in enumerate(every.items(), -1):
+        is_mean = number < 0
+        place = grid[0, :] if is_mean else grid[1 + number // columns, number % columns]
+        axes = figure.add_subplot(place)
+        title = f"{document.conditions.get('model')}: accuracy" if is_mean else family
+        _draw(axes, curves, title, ticks, bands=is_mean or len(curves) <= 2)
+        axes.set_ylim(0, 103)
+        if is_mean:
+            axes.set_xlabel("pruning ratio (axis logarithmic in the share of visual tokens kept)")
+            axes.set_ylabel("accuracy / %, mean over kinds of question")
+            axes.legend(ncols=2, frameon=False, title="bands: 95 % intervals", alignment="left")
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _accuracy_curves(selectors: Mapping[str, Sequence[Cell]], family: str) -> dict[str, Curve]:
+    curves: dict[str, Curve] = {}
+    for name, cells in selectors.items():
+        for cell in cells:
+            wanted = Ratio.parse(cell.ratio).value
+            ratio = wanted if cell.effective_ratio is None else cell.effective_ratio
+            figure = accuracies(cell).get(family)
+            if ratio is not None and figure is not None:
+                low, high = figure["interval"]
+                point = (_place(ratio), 100 * figure["accuracy"], (100 * low, 100 * high))
+                curves.setdefault(name, Curve()).points.append(point)
+    for curve in curves.values():
+        curve.points.sort()
+    return curves

@@ -1,0 +1,173 @@
+"""vLLM's serving benchmark: what it sends, and to which servers.
+
+Requests hold an image of noise that no server has seen and ``QUESTION_TOKENS`` tokens of text, and
+get answers of half to one and a half times ``answer_tokens``.
+"""
+
+import asyncio
+import io
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.engines import OURS, STOCK
+from benchmarks.serving import running_server
+from vitcop_vllm.demo.checkpoint import resolve
+from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY
+
+QUESTION_TOKENS = 40
+IMAGE_SIZE = 336
+"""Height and width in pixels."""
+
+HALF_A_GPU = ("--gpu-memory-utilization", "0.45")
+"""For each of two servers, where options leave all of a GPU's memory to the first."""
+
+
+class RequestsFailedError(RuntimeError):
+    """Not every request was answered."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A server.
+
+    Attributes:
+        url: Its root.
+        model: The model's name in requests.
+        tokenizer: Folder or repository.
+    """
+
+    url: str
+    model: str
+    tokenizer: str
+
+    def kept_tokens(self, ratio: float) -> tuple[int, int]:
+        """V, and the visual tokens of the plan, averaged over layers."""
+        query = f"width={IMAGE_SIZE}&height={IMAGE_SIZE}&ratio={ratio:.6f}"
+        with urllib.request.urlopen(f"{self.url}/v1/pruning/plan?{query}") as answer:
+            plan = json.load(answer)
+        visual = plan["encoder_tokens"]
+        return visual, round(visual * (1 - plan["effective_ratio"]))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests of a run; ``rate`` is in requests a second, ``clients`` limits those in flight."""
+
+    requests: int
+    answer_tokens: int
+    clients: int | None = None
+    rate: float = float("inf")
+
+
+def serve(
+    server: Endpoint,
+    traffic: Traffic,
+    seed: int,
+    *,
+    ratios: Sequence[float] | None = None,
+    text_tokens: int | None = None,
+) -> dict[str, Any]:
+    """Results of vLLM's serving benchmark.
+
+    Args:
+        server: Where the requests go.
+        traffic: How many they are, and when they come.
+        seed: Of images, text and lengths.
+        ratios: Of the requests in turn; none where stock vLLM serves them.
+        text_tokens: Tokens of more text in place of an image.
+
+    Raises:
+        RequestsFailedError: If a request was not answered.
+    """
+    from vllm.benchmarks.datasets import RandomDataset, RandomMultiModalDataset
+    from vllm.benchmarks.serve import TaskType, benchmark
+    from vllm.tokenizers import get_tokenizer
+
+    tokenizer = get_tokenizer(server.tokenizer)
+    dataset = RandomMultiModalDataset if text_tokens is None else RandomDataset
+    requests = dataset(random_seed=seed).sample(
+        tokenizer=tokenizer,
+        num_requests=traffic.requests,
+        input_len=QUESTION_TOKENS + (text_tokens or 0),
+        output_len=traffic.answer_tokens,
+        range_ratio={"input": 0.0, "output": 0.5},
+        bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
+        limit_mm_per_prompt={"image": 1, "video": 0},
+    )
+    if ratios is not None:
+        for request, ratio in zip(requests, cycle(ratios), strict=False):
+            request.request_overrides = {RATIO_KEY: round(ratio, 6)}
+    np.random.seed(seed)  # vLLM draws arrivals from it
+    with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only
+        result: dict[str, Any] = asyncio.run(
+            benchmark(
+                task_type=TaskType.GENERATION,
+                endpoint_type="openai-chat",
+                api_url=f"{server.url}/v1/chat/completions",
+                base_url=server.url,
+                model_id=server.model,
+                model_name=server.model,
+                tokenizer=tokenizer,
+                input_requests=requests,
+                logprobs=None,
+                request_rate=traffic.rate,
+                burstiness=1.0,
+                disable_tqdm=True,
+                num_warmups=0,
+                profile=False,
+                selected_percentile_metrics=["ttft", "tpot"],
+                selected_percentiles=[99.0],
+                ignore_eos=True,
+                goodput_config_dict={},
+                max_concurrency=traffic.clients,
+                lora_modules=None,
+                extra_headers=None,
+                extra_body={"temperature": 0},
+                ready_check_timeout_sec=0,
+            )
+        )
+    if result["failed"]:
+        errors = {error.splitlines()[-1] for error in result["errors"] if error}
+        raise RequestsFailedError(
+            f"{result['failed']} of {traffic.requests} requests failed: {'; '.join(errors)}"
+        )
+    return result
+
+
+@contextmanager
+def both_servers(
+    config: Mapping[str, Any], tokenizer: str | None = None
+) -> Iterator[tuple[Endpoint, Endpoint]]:
+    """Stock vLLM's server and ours, run from the same options.
+
+    Args:
+        config: A configuration file's options; stock vLLM does not get our sections.
+        tokenizer: Folder or repository; default: the model's.
+    """
+    config = {key.replace("_", "-"): value for key, value in config.items()}
+    options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, "server")}
+    options["model"] = str(resolve(str(config["model"])))
+    share = (
+        () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & config.keys() else HALF_A_GPU
+    )
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
+
+        def start(name: str, content: Mapping[str, Any]) -> Endpoint:
+            path = Path(scratch) / f"{name}.yaml"
+            path.write_text(yaml.safe_dump(dict(content)))
+            server = running_server("--config", str(path), *share, stock=name == STOCK)
+            url, _ = servers.enter_context(server)
+            model = options.get("served-model-name", options["model"])
+            return Endpoint(url, model, tokenizer or options["model"])
+
+        yield start(STOCK, options), start(OURS, {**config, "model": options["model"]})

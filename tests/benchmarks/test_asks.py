@@ -1,0 +1,21 @@
+"""Requests that the bench sends."""
+
+import pytest
+
+from benchmarks.asks import random_image, text_of, user_turn
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 2048])
+def test_text_has_the_length_that_was_asked_for(tokens):
+    assert len(text_of(tokens)) == tokens
+    assert "<" not in text_of(tokens)
+
+
+def test_a_turn_holds_its_images():
+    assert user_turn("Why?", 3).count("<image>") == 3
+    assert user_turn("Why?") == "USER: <image>\nWhy? ASSISTANT:"
+
+
+def test_an_image_is_its_seed():
+    assert random_image(1, 20, 30).size == (20, 30)
+    assert random_image(1).tobytes() == random_image(1).tobytes() != random_image(2).tobytes()
