@@ -1,7 +1,9 @@
-"""Attention of a stage, over whichever backend vLLM picked.
+"""Attention of one stage, built on the backend that vLLM picked.
 
-The shape follows vLLM's own variants (chunked-local, cross attention): a factory that
-subclasses the backend's metadata builder and implementation, and a thin layer.
+A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
+
+The module follows vLLM's own variants (chunked-local, cross attention): a factory subclasses the
+backend's metadata builder and implementation, and a thin layer uses them.
 """
 
 import functools
@@ -29,31 +31,34 @@ from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
 
-def by_row(of_request: torch.Tensor, query_start_loc: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """What is known of each request, for each of its rows.
+def by_row(values: torch.Tensor, query_start_loc: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Repeat each request's value for each row of the request.
 
     Args:
-        of_request: (R,).
-        query_start_loc: (R + 1,) int32, first row of each request, which has one at least.
+        values: (R,), one value per request.
+        query_start_loc: (R + 1,) int32, first row of each request. A request has at least one row.
         num_rows: T.
 
     Returns:
-        (T,)
+        (T,), one value per row.
     """
-    if num_rows == of_request.shape[0]:  # all decode, a row each
-        return of_request
-    # With its length given, nothing waits for the device.
-    return torch.repeat_interleave(of_request, query_start_loc.diff(), output_size=num_rows)
+    if num_rows == values.shape[0]:  # one row per request, as in a decode step
+        return values
+    # With output_size the host does not wait for the device.
+    return torch.repeat_interleave(values, query_start_loc.diff(), output_size=num_rows)
 
 
 @dataclass(frozen=True)
 class StageRows:
-    """A step in which a stage has rows of its own; R requests, T rows.
+    """A stage's view of a step in which its rows differ from vLLM's; R requests, T rows.
 
     Attributes:
         query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
         seq_lens, seq_lens_cpu: (R,) int32, physical length of each request after the step.
-        positions: (T,) int64, physical position of each row, which decides its KV slot.
+        positions: (T,) int64, physical position of each row, which determines its KV slot.
+        num_rows: T.
+        max_query_len: Largest number of rows of a request.
+        max_seq_len: Largest physical length after the step.
     """
 
     query_start_loc: torch.Tensor
@@ -68,7 +73,7 @@ class StageRows:
     def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as this stage sees it; ``seq_lens`` is left alone."""
+        """vLLM's metadata of the step with this stage's rows; ``seq_lens`` is not used."""
         return common.replace(
             query_start_loc=self.query_start_loc,
             query_start_loc_cpu=self.query_start_loc_cpu,
@@ -86,17 +91,24 @@ class StageRows:
     def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """First row of each request and position of each row, which decide the KV slots."""
+        """First row of each request and position of each row, which determine the KV slots.
+
+        Args:
+            query_start_loc: (R + 1,) int32, first row of each request in vLLM's step.
+            positions: Position of each row of vLLM's step in the prompt and its answer.
+        """
         return self.query_start_loc, self.positions
 
 
 @dataclass(frozen=True)
 class StageLengths:
-    """A step in which a stage has vLLM's rows, of requests that are shorter in it; R requests.
+    """A stage's view of a step in which it computes vLLM's rows, but with shorter sequences.
+
+    R requests. Decode steps are of this kind.
 
     Attributes:
         missing, missing_cpu: (R,) int32, tokens of each request without a slot in the stage.
-        max_seq_len: The longest physical length after the step.
+        max_seq_len: Largest physical length after the step.
     """
 
     missing: torch.Tensor
@@ -106,11 +118,12 @@ class StageLengths:
     def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as this stage sees it.
+        """vLLM's metadata of the step with this stage's sequence lengths.
 
         Args:
-            common: Of at least R requests; those past them pad a CUDA graph.
-            seq_lens: (max R,) int32, where the physical lengths are put.
+            common: Metadata of at least R requests. Requests after the first R are padding of a
+                CUDA graph.
+            seq_lens: (max R,) int32, output buffer for the physical lengths.
         """
         num_reqs = self.missing.shape[0]
         lengths = seq_lens[: common.num_reqs].copy_(common.seq_lens)
@@ -123,7 +136,7 @@ class StageLengths:
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=upper_bound,
             max_seq_len=self.max_seq_len,
-            positions=None,  # not the stage's, and no backend of ours reads them
+            positions=None,  # vLLM's are wrong for the stage, and no supported backend reads them
             _num_computed_tokens_cache=None,
         )
 
@@ -133,7 +146,7 @@ class StageLengths:
         """See :meth:`StageRows.slot_inputs`.
 
         Args:
-            query_start_loc: (R + 1,) int32, first row of each request.
+            query_start_loc: (R + 1,) int32, first row of each request in vLLM's step.
             positions: (T,) int64, position of each row in the prompt and its answer.
         """
         missing = by_row(self.missing, query_start_loc, positions.shape[0])
@@ -142,14 +155,15 @@ class StageLengths:
 
 @dataclass
 class StageBuild:
-    """What builders of one stage's groups share: a step is built once, and for all of them.
+    """State that the metadata builders of one stage's KV cache groups share.
+
+    The first builder builds the metadata of a step. The others copy it.
 
     Attributes:
-        seq_lens: (max R,) int32, physical lengths. A full CUDA graph reads them here, so all
-            steps that may be one put them here; zero for requests that pad it.
-        rows: What the stage sees of the step to build for; ``None`` where no request of it
-            prunes, and the stage sees what vLLM planned.
-        metadata: What was built for the step; ``None`` until then.
+        seq_lens: (max R,) int32, physical lengths. A full CUDA graph reads this buffer, so every
+            step that a graph may replay writes its lengths here. Padding requests have length 0.
+        rows: The stage's view of the step; ``None`` if it is the step as vLLM planned it.
+        metadata: Metadata of the step; ``None`` until the first builder has built it.
     """
 
     seq_lens: torch.Tensor
@@ -157,14 +171,14 @@ class StageBuild:
     metadata: Any = None
 
     def to_metadata(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as the stage sees it."""
+        """vLLM's metadata of the step with the stage's rows and lengths."""
         if self.rows is not None:
             return self.rows.to_metadata(common, self.seq_lens)
         return common.replace(seq_lens=self.seq_lens[: common.num_reqs].copy_(common.seq_lens))
 
 
 class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """What the worker sees of a stage's builder, whatever backend it builds for."""
+    """Base class of every stage's builder, for any backend."""
 
     stage_build: StageBuild
 
@@ -172,18 +186,19 @@ class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
 def begin_builds(
     groups: Iterable[AttentionGroup], rows: Mapping[int, StageRows | StageLengths]
 ) -> None:
-    """Tell the builders of all groups what a step is in their stages, before they build for it.
+    """Give the builders of all stages their view of a step, before they build metadata for it.
 
     Args:
-        groups: Of all layers, in any order.
-        rows: Stage -> what it sees of the step; absent where it sees what vLLM planned.
+        groups: Attention groups of all layers, in any order.
+        rows: Stage -> its view of the step. A stage is absent if vLLM's plan is right for it.
     """
     first: dict[KVCacheSpec, Any] = {}
     for group in groups:
         builder: Any = group.get_metadata_builder()
         if (leader := first.setdefault(group.kv_cache_spec, builder)) is not builder:
-            # Where vLLM builds once for equal groups, the graphs of all groups must read what
-            # the first one wrote. FlashAttention 3 keeps its schedule in a buffer of its own.
+            # vLLM may build once for groups of equal spec. The CUDA graphs of these groups must
+            # then read the buffers that the first builder writes: lengths, and in
+            # FlashAttention 3 also a schedule.
             if hasattr(leader, "scheduler_metadata"):
                 builder.scheduler_metadata = leader.scheduler_metadata
             if isinstance(builder, StagedMetadataBuilder):
@@ -198,19 +213,22 @@ def begin_builds(
 def create_staged_attention_backend(
     underlying: type[AttentionBackend],
 ) -> type[AttentionBackend]:
-    """A backend whose queries, lengths and slots are those of a stage.
+    """A subclass of ``underlying`` that uses a stage's query rows, lengths and slots.
 
     Raises:
-        ValueError: If ``underlying`` is not among :data:`BACKENDS`.
+        ValueError: If ``underlying`` is not in :data:`BACKENDS`.
     """
     if underlying.get_name() not in BACKENDS:
-        # Start-up chooses or refuses; this is for engines that skip our start-up hook.
-        raise ValueError(f"stages cannot run on attention backend {underlying.get_name()}")
+        # The start-up hook chooses or refuses a backend, but some engines skip the hook.
+        raise ValueError(
+            f"visual token pruning cannot run on attention backend {underlying.get_name()}; "
+            f"set --attention-backend to {' or '.join(BACKENDS)}"
+        )
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
 
     class StagedBuilder(underlying_builder, StagedMetadataBuilder):
-        # Groups of one stage differ in block table and slots alone: build once for all.
+        # Groups of one stage differ only in block table and slots, so one build serves them all.
         supports_update_block_table = True
 
         def __init__(
@@ -232,11 +250,11 @@ def create_staged_attention_backend(
         ) -> AttentionCGSupport:
             settings = pruning_settings_of(vllm_config.model_config.hf_config)
             if settings.positions == "reference":
-                # A prompt's last token, by itself in a step, looks like a decode step to vLLM,
-                # but runs in stages, which no full graph holds.
+                # vLLM takes a step that computes only a prompt's last token for a decode step.
+                # Here such a step runs stage by stage, which a full graph does not do.
                 return AttentionCGSupport.NEVER
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            # Never of prefill: a graph of it would be run for steps that drop rows too.
+            # No graphs of prefill: vLLM would also replay them for steps that drop rows.
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
         def build(
@@ -246,7 +264,7 @@ def create_staged_attention_backend(
             fast_build: bool = False,
         ) -> Any:
             step = self.stage_build
-            if step.metadata is not None:  # model runner V2 asks each group's builder
+            if step.metadata is not None:  # model runner V2 calls the builder of each group
                 return self.update_block_table(
                     step.metadata,
                     common_attn_metadata.block_table_tensor,
@@ -282,12 +300,12 @@ def create_staged_attention_backend(
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
-            # Written here, with the stage's slots: outside of the implementation vLLM
-            # would write with the runner's, one for each unpruned token.
+            # Write K and V here, to the stage's slots. vLLM's own write would use the runner's
+            # slots, one for each unpruned token.
             if not underlying.forward_includes_kv_cache_update and attn_metadata is not None:
                 slots = attn_metadata.slot_mapping
                 count = slots.shape[0]
-                if count < key.shape[0]:  # rows that pad a graph have no slot
+                if count < key.shape[0]:  # padding rows of a graph have no slot
                     key, value = key[:count], value[:count]
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)
             return super().forward(
@@ -305,8 +323,8 @@ def create_staged_attention_backend(
     )
 
 
-def _features_that_would_be_lost(attention: Any) -> list[str]:
-    """Arguments of vLLM's attention layer that :meth:`StagedAttention.replacing` does not pass."""
+def _unsupported_features(attention: Any) -> list[str]:
+    """Features of a vLLM attention layer that :meth:`StagedAttention.replacing` does not copy."""
     impl = attention.impl
     features = {
         "a sliding window": attention.sliding_window is not None,
@@ -317,11 +335,11 @@ def _features_that_would_be_lost(attention: Any) -> list[str]:
         "values of another size than keys": attention.head_size_v != attention.head_size,
         f"type {attention.attn_type}": attention.attn_type != AttentionType.DECODER,
     }
-    return [name for name, is_there in features.items() if is_there]
+    return [name for name, is_used in features.items() if is_used]
 
 
 class StagedAttention(Attention):
-    """An attention layer of a stage; stage 0 computes as vLLM's own, in vLLM's own backend."""
+    """An attention layer of a stage. In stage 0 it uses vLLM's backend unchanged."""
 
     def __init__(self, *args: Any, stage: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -331,15 +349,15 @@ class StagedAttention(Attention):
     def replacing(
         cls, attention: Attention, stage: int, vllm_config: VllmConfig
     ) -> "StagedAttention":
-        """The layer that takes ``attention``'s place, under the same name.
+        """A staged layer that replaces ``attention`` under the same name.
 
-        vLLM's decoder layers make their attention themselves and offer no seam for
-        another class; an attention layer without weights is cheap to make anew.
+        vLLM's decoder layers create their attention layer themselves, without an option for
+        another class. An attention layer has no weights, so a second one is cheap.
 
         Raises:
-            NotImplementedError: If the layer has a feature that the new one would not have.
+            NotImplementedError: If ``attention`` has a feature that the staged layer lacks.
         """
-        if features := _features_that_would_be_lost(attention):
+        if features := _unsupported_features(attention):
             raise NotImplementedError(
                 f"attention layer {attention.layer_name} has {', '.join(features)}, which stages "
                 "do not support; serve the model with stock vLLM (VLLM_PLUGINS='')"

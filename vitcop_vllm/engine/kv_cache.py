@@ -1,4 +1,7 @@
-"""KV cache of a stage: block tables filled compactly, dropped tokens never take a slot."""
+"""KV cache of one stage: dropped tokens take no slot, so a request needs fewer blocks.
+
+A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +26,13 @@ from vitcop_vllm.pruning.plan import RequestPlan
 
 
 class StagedKVCacheManager(SingleTypeKVCacheManager):
-    """Asks vLLM's manager for the blocks of a request's *physical* length.
+    """vLLM's manager, but a request takes the blocks of its *physical* length.
 
     Attributes:
         stage: 0, 1 or 2.
-        plans: Request id -> plan, shared by all stages and kept by the scheduler;
-            requests without pruned images are not in it.
-        writes: What the step being scheduled writes, shared by all stages.
+        plans: Request id -> plan of each request with pruned images. The scheduler maintains
+            this dictionary, and all stages share it.
+        writes: What the step being scheduled writes. All stages share it.
     """
 
     plans: Mapping[str, RequestPlan]
@@ -41,11 +44,11 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         self.stage = self.kv_cache_spec.stage
         self.plans = {}
         self.writes = StepWrites()
-        # Request id -> tokens up to which its blocks are cached, a checkpoint.
+        # Request id -> length of the last checkpoint whose blocks are cached.
         self._cached_tokens: dict[str, int] = {}
 
     def num_slots(self, request_id: str, num_tokens: int) -> int:
-        """Slots this stage holds for the request's first ``num_tokens`` tokens."""
+        """KV slots of the request's first ``num_tokens`` tokens in this stage."""
         plan = self.plans.get(request_id)
         return num_tokens if plan is None else plan.num_slots(num_tokens, self.stage)
 
@@ -62,7 +65,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         plan = self.plans.get(request_id)
         if plan is not None:
             num_tokens = plan.num_slots(num_tokens, self.stage)
-            # A request that runs has no new hits, and vLLM does not look at the others.
+            # vLLM ignores the computed tokens of a running request: it has no new cache hits.
             if request_id not in self.num_cached_block:
                 total_computed_tokens = plan.num_slots(total_computed_tokens, self.stage)
                 num_local_computed_tokens = plan.num_slots(num_local_computed_tokens, self.stage)
@@ -98,7 +101,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
     def passes_checkpoint(self, request: Request, num_tokens: int) -> bool:
-        """Whether among the request's first ``num_tokens`` there is something new to cache."""
+        """Whether the request's first ``num_tokens`` tokens reach a checkpoint not yet cached."""
         if not self.enable_caching:
             return False
         hashes = request.block_hashes
@@ -128,12 +131,12 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
             self.num_cached_block[name] = checkpoint.slots // self.block_size
 
     def _add_key(self, block: KVCacheBlock, key: BlockHash, num_tokens: int) -> None:
-        """Make a block findable by one more key: that of a prefix of ``num_tokens``.
+        """Add a key to a block: the key of a prefix of ``num_tokens`` tokens.
 
-        vLLM's own methods remove a block's shorter keys when they add a longer one. Here
-        they stay, because a prefix may end at any checkpoint inside the block. As in vLLM the
-        longest prefix is the block's first key: vLLM reads the length of a block's first key
-        to count the prompt tokens that a request wrote to the cache.
+        vLLM's own methods remove a block's keys of shorter prefixes when they add a longer one.
+        Here these keys stay, because a prefix may end at any checkpoint inside the block. As in
+        vLLM, the key of the longest prefix comes first: vLLM reads its length to count the
+        prompt tokens that a request wrote to the cache.
         """
         shorter = self.block_pool._remove_cached_block_hashes(block)
         longest = make_block_hash_with_group_id(key, self.kv_cache_group_id)
@@ -161,8 +164,11 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Blocks of each group for the longest checkpoint, at most ``max_length``, that all
-        of them hold; and its length in prompt positions."""
+        """Find the longest checkpoint, up to ``max_length``, whose blocks all groups have cached.
+
+        Returns:
+            The checkpoint's blocks in each group, and its length in prompt positions.
+        """
         assert isinstance(block_hashes, PrefixHashes)
         assert isinstance(kv_cache_spec, StagedAttentionSpec)
         block_size = kv_cache_spec.block_size
@@ -175,12 +181,12 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
             has_tail = checkpoint.slots % block_size > 0
             tail = cached.pop() if has_tail else None
             if None in cached:
-                break  # every longer prefix needs this block too
+                break  # every longer checkpoint needs this block too
             whole += [blocks for blocks in cached if blocks]
             if not has_tail:
                 hit, length = [*whole], checkpoint.length
             elif tail is not None:
-                # To be copied before this step runs, it must not be written by it.
+                # vLLM copies the block before this step runs, so this step must not write it.
                 if checkpoint.keys[-1][1] in block_hashes.writes.keys:
                     block_hashes.awaits_copy = True
                 else:
@@ -188,27 +194,27 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         return tuple([blocks[i] for blocks in hit] for i in range(len(kv_cache_group_ids))), length
 
 
-# Registering a class of ours while the table is empty would keep vLLM's own out of it.
+# vLLM registers its own classes only while the table is empty, so it must do so first.
 KVCacheSpecRegistry._ensure_registered()
 
 
 @register_kv_cache_spec(manager_class=StagedKVCacheManager)
 @dataclass(frozen=True, kw_only=True)
 class StagedAttentionSpec(AttentionSpec):
-    """Full attention over the tokens alive in one stage.
+    """Full attention over the tokens kept in one stage.
 
-    Not a FullAttentionSpec: vLLM takes those for groups whose blocks follow logical
-    positions, and would fold the stages into one group.
+    Not a FullAttentionSpec: vLLM assumes one slot per token in such a spec, and would put all
+    stages into one group.
 
     Attributes:
-        stage: 0, 1 or 2. In stage 0 slots are prompt positions and blocks are vLLM's, but a
-            prefix may end inside one there as in the others.
+        stage: 0, 1 or 2. Stage 0 has one slot per prompt position, as vLLM has. But a cached
+            prefix may end inside a block, as in the other stages.
     """
 
     stage: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes for the longest request, which may be one that prunes nothing."""
+        """Bytes of the longest request. It may be unpruned."""
         max_model_len = vllm_config.model_config.max_model_len
         return cdiv(max_model_len, self.block_size) * self.page_size_bytes
 
@@ -217,9 +223,9 @@ class StagedAttentionSpec(AttentionSpec):
         """One spec for layers of one stage.
 
         Raises:
-            AssertionError: If the layers are of several stages; vLLM then splits them.
+            AssertionError: If the specs are of several stages. vLLM then splits them into groups.
         """
-        assert len({type(spec) for spec in specs}) == 1, "stages are not merged with other layers"
+        assert len({type(spec) for spec in specs}) == 1, "a stage cannot share a group with others"
         return super().merge(list(specs))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

@@ -1,11 +1,16 @@
-"""Where a request's prefix may be taken up again, and under which keys its blocks lie.
+"""Prefix caching of pruned requests: at which lengths a prefix is cached, and under which keys.
 
-vLLM caches a block once it is full and finds it again by the hash of the prompt up to its
-end. A pruned request's blocks in a stage do not end where blocks of prompt positions do. So
-prefixes are reused at *checkpoints*, equal in all stages: at each whole block of prompt
-positions, as in vLLM, except inside a pruned image's span, which is never computed in parts; and
-at each span's end, so that an image is reused whole whatever is asked about it. A stage's last
-block is then partly filled, and the request that reuses it gets a copy, by vLLM's own means.
+vLLM caches a block when it is full. Its key is the hash of the prompt up to the block's end. A
+pruned request has fewer slots than prompt positions in a stage, so its blocks end elsewhere.
+Therefore prefixes are cached at *checkpoints*, which are the same in all stages (runs of decoder
+layers, numbered 0 to 2):
+
+- at the end of each whole block of prompt positions, as in vLLM, but not inside a pruned image,
+  because no step computes only part of a pruned image;
+- at the end of each image, so that prompts with the same image and other questions reuse all of it.
+
+A stage's last block at a checkpoint may be partly filled. vLLM copies such a block for the request
+that reuses it.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +30,14 @@ from vitcop_vllm.pruning.plan import RequestPlan
 
 
 class Checkpoint(NamedTuple):
-    """A prefix length at which a later request may go on, seen by one stage.
+    """A prefix that later requests may reuse, as one stage stores it.
 
     Attributes:
         length: Prompt positions, placeholders included.
-        slots: KV slots that they take in the stage.
-        keys: For each block that has slots since the checkpoint before: its place in the
-            request's block table, and the key of its content up to here. Only the last of
-            them may be partly filled.
+        slots: KV slots of the prefix in the stage.
+        keys: For each block with slots added since the previous checkpoint: the block's index
+            in the request's block table, and the key of its content up to this checkpoint. Only
+            the last block may be partly filled.
     """
 
     length: int
@@ -42,14 +47,15 @@ class Checkpoint(NamedTuple):
 
 @dataclass
 class StepWrites:
-    """What the step being scheduled will have written when it has run.
+    """The cached blocks that the step being scheduled will write.
 
-    Blocks are found from the moment they are scheduled: whoever reads them in the same step
-    reads after they were written, layer by layer. Copies are made before the step.
+    A block can be found in the cache as soon as it is scheduled. A request of the same step may
+    read it, because each layer writes the block before it reads it. A request of the same step
+    may not copy it, because vLLM copies blocks before the step runs.
 
     Attributes:
-        keys: Of checkpoints registered in this step.
-        block_ids: Of the blocks registered under them, by request.
+        keys: Keys of the checkpoints registered in this step.
+        block_ids: Request id -> blocks registered under these keys.
     """
 
     keys: set[BlockHash] = field(default_factory=set)
@@ -62,12 +68,12 @@ class StepWrites:
 
 @dataclass
 class PreemptedPrefillStats(PrefillStats):
-    """vLLM's counts of a request's prompt, for a request that was preempted.
+    """vLLM's prefill statistics, for a request that was preempted.
 
-    When a request's first token arrives, vLLM 0.32 counts the tokens that the request wrote to
-    the prefix cache, in the blocks that it holds then (``Scheduler.update_from_output``). With
-    asynchronous scheduling a preemption may come before the token: the request then holds no
-    blocks, and vLLM would count 0. So the tokens are counted at the preemption too.
+    vLLM 0.32 counts the tokens that a request wrote to the prefix cache when the request's first
+    token arrives, from the blocks that the request then holds (``Scheduler.update_from_output``).
+    With asynchronous scheduling the request may be preempted before its first token arrives. It
+    then holds no blocks, and vLLM would count 0. So the tokens are also counted at preemption.
     """
 
     def finalize(self, num_cached_tokens: int) -> None:
@@ -76,18 +82,18 @@ class PreemptedPrefillStats(PrefillStats):
 
 
 class PrefixHashes(list[BlockHash]):
-    """A request's block hashes, which vLLM extends, with its plan.
+    """A request's block hashes with its plan. vLLM appends hashes to the list.
 
     Args:
-        request: Its prompt holds the plan's spans.
-        plan: Without spans for requests that prune nothing.
+        request: The request, whose prompt contains the plan's spans.
+        plan: The request's plan; it has no spans if the request prunes nothing.
         block_size: Tokens of a block, and of a hash.
-        hash_function: The one its block hashes are made with.
-        writes: Of the scheduler that the request is given to.
+        hash_function: The function that vLLM computes block hashes with.
+        writes: Writes of the scheduler that runs the request.
 
     Attributes:
-        awaits_copy: Whether the last look-up passed over a checkpoint for nothing but that
-            its last block is written in this very step.
+        awaits_copy: Whether the last look-up skipped a cache hit only because this step still
+            writes the hit's last block.
     """
 
     def __init__(
@@ -107,7 +113,7 @@ class PrefixHashes(list[BlockHash]):
         for end in (span.end for span in plan.spans):
             start = end // block_size * block_size
             if start == end:
-                continue  # vLLM's own
+                continue  # vLLM hashes whole blocks
             extra_keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
             self._span_ends[end] = hash_block_tokens(
                 hash_function,
@@ -126,29 +132,30 @@ class PrefixHashes(list[BlockHash]):
         return whole if span_end is None else min(whole, span_end)
 
     def next_length(self, after: int) -> int:
-        """Length of the first checkpoint past ``after``, which is one, or 0."""
-        # Asked for by each KV cache group in each step, and the answer seldom changes.
+        """Length of the first checkpoint past ``after``, which is a checkpoint or 0."""
+        # Each KV cache group calls this in each step, and the result seldom changes.
         if self._next[0] != after:
             self._next = after, self._find_next(after)
         return self._next[1]
 
     def passed(self, stage: int, after: int, until: int) -> list[Checkpoint]:
-        """All of :meth:`checkpoints`."""
-        # Asked for by each KV cache group of a stage in turn.
-        asked = stage, after, until
-        if self._passed[0] != asked:
-            self._passed = asked, [*self.checkpoints(*asked)]
+        """:meth:`checkpoints` as a list."""
+        # The KV cache groups of a stage call this in turn with the same arguments.
+        arguments = stage, after, until
+        if self._passed[0] != arguments:
+            self._passed = arguments, [*self.checkpoints(*arguments)]
         return self._passed[1]
 
     def checkpoints(self, stage: int, after: int, until: int) -> Iterator[Checkpoint]:
-        """Those in (after, until], ascending; ``after`` is one, or 0."""
+        """Checkpoints in (after, until], ascending; ``after`` is a checkpoint or 0."""
         slots = self.plan.num_slots(after, stage)
         length = self._find_next(after)
         while length <= until:
             first, slots = slots // self.block_size, self.plan.num_slots(length, stage)
             last = cdiv(slots, self.block_size) - 1
             key = self._span_ends.get(length) or self[length // self.block_size - 1]
-            # The prefix names its last block. Other blocks that it fills add their place.
+            # The hash of the prefix is the key of its last block. Keys of the other blocks are
+            # this hash with the block's index appended.
             keys = [(i, BlockHash(key + i.to_bytes(4))) for i in range(first, last)]
             yield Checkpoint(length, slots, [*keys, (last, key)])
             length = self._find_next(length)

@@ -1,4 +1,4 @@
-"""vLLM's schedulers, told each request's plan."""
+"""vLLM's schedulers, extended by each request's pruning plan."""
 
 from typing import Any
 
@@ -29,13 +29,13 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class StagedScheduler(Scheduler):
-    """Keeps the plans of unfinished requests and never splits a pruned image's span.
+    """Keeps the plans of unfinished requests and computes each pruned image in one step.
 
-    Nor, where the selector reads the question, the prompt of a pruned image: its last
-    token and all before it must be there when the image's tokens are chosen.
+    If the selector reads the question, the whole prompt of a pruned image is computed in one
+    step, because the selection reads the prompt's last token.
 
     Attributes:
-        plans: Request id -> plan, for requests with pruned images.
+        plans: Request id -> plan of each request with pruned images.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,15 +44,15 @@ class StagedScheduler(Scheduler):
         self._reads_question = SELECTORS[settings.selector].reads_question
         self.plans: dict[str, RequestPlan] = {}
         self._writes = StepWrites()
-        # Whether a request with pruned images waits for more room than the step has left.
-        self._holds_back = False
-        # Request id -> its images that the next step to run is to encode.
+        # Whether this step deferred a waiting request because its images did not fit.
+        self._deferred_waiting = False
+        # Request id -> its images that the next step to run must encode.
         self._to_encode: dict[str, list[int]] = {}
         self._hash_function = get_hash_fn_by_name(
             self.vllm_config.cache_config.prefix_caching_hash_algo
         )
         coordinator = self.kv_cache_manager.coordinator
-        # Or vLLM would round what is cached down to whole blocks, and miss a span's end.
+        # Otherwise vLLM rounds a cached prefix down to whole blocks and misses the end of a span.
         coordinator.enable_partial_hash_hits = True
         StagedCoordinator.adopt(coordinator)
         for manager in coordinator.single_type_managers:
@@ -64,9 +64,9 @@ class StagedScheduler(Scheduler):
         try:
             plan = plan_request(request.mm_features)
         except CountsMismatchError as error:
-            # The processor refuses such a request. An error here would stop the engine, so a
-            # prompt that did not pass the processor is finished with an error: vLLM does so
-            # with these requests at the end of the step.
+            # The processor refuses such a request, but this prompt did not pass it. To raise an
+            # error here would stop the engine. Instead, vLLM finishes the requests of this set
+            # with an error at the end of the step.
             self.encoder_cache_mismatch_reqs.add(request.request_id)
             COUNTS_MISMATCHES.labels("scheduler").inc()
             logger.error("Request %s refused: %s", request.request_id, error)
@@ -84,7 +84,7 @@ class StagedScheduler(Scheduler):
             )
 
     def _blocks_not_taken(self, request: Request, plan: RequestPlan) -> int:
-        """What its prompt would take of all KV cache groups, unpruned, less what it takes."""
+        """KV blocks that the prompt would take without pruning, minus the blocks it takes."""
         prompt = request.num_prompt_tokens
         unpruned = prompt + sum(s.counts.encoder - s.counts.stages[0] for s in plan.spans)
         return sum(
@@ -94,7 +94,7 @@ class StagedScheduler(Scheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        # Before vLLM sees it: the first thing it may do is count the request's blocks.
+        # Before super(), which may count the request's blocks.
         if request.request_id not in self.requests:
             self._update_plan(request)
         super().add_request(request)
@@ -103,24 +103,25 @@ class StagedScheduler(Scheduler):
         super()._update_request_as_session(session, update)
         self._update_plan(session)
         if self._reads_question and session.request_id in self.plans:
-            # The prompt has another last token now: it is computed again, as one.
+            # The prompt now has another last token, so all of it is computed again in one step.
             self._free_request_blocks(session)
             self.encoder_cache_manager.free(session)
             session.num_computed_tokens = 0
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        # Not at preemption, which frees blocks too: a resumed request needs its plan.
+        # The request has finished. Preemption frees blocks by another method and keeps the plan,
+        # because a resumed request needs it.
         self.plans.pop(request.request_id, None)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        self._holds_back = False
+        self._deferred_waiting = False
         scheduled = super().schedule(*args, **kwargs)
         self._reschedule_lost_encoder_inputs(scheduled)
         return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
 
     def _with_image_data(self, scheduled: SchedulerOutput) -> SchedulerOutput:
-        """The step, with data of images that model runner V1 may lack."""
+        """Add the data of images that model runner V1 may lack to a step."""
         new = {request.req_id for request in scheduled.scheduled_new_reqs}
         data: dict[str, dict[int, MultiModalKwargsItem]] = {}
         for name, input_ids in scheduled.scheduled_encoder_inputs.items():
@@ -137,10 +138,10 @@ class StagedScheduler(Scheduler):
         self._to_encode.setdefault(request.request_id, []).extend(input_ids)
 
     def _reschedule_lost_encoder_inputs(self, scheduled: SchedulerOutput) -> None:
-        """Have the runner encode the images of requests preempted in this very step.
+        """Make the runner encode the images of requests that this step preempted.
 
-        vLLM takes such a request out of the step, but goes on believing that its images
-        are in the encoder cache; whoever needs them next would kill the engine.
+        vLLM removes such a request from the step, but still counts its images as present in the
+        encoder cache. The next request that needs one of them would crash the engine.
         """
         for name, input_ids in self._to_encode.items():
             request = self.requests.get(name)
@@ -149,27 +150,28 @@ class StagedScheduler(Scheduler):
             cached = self.encoder_cache_manager.cached
             if lost := [i for i in input_ids if request.mm_features[i].identifier in cached]:
                 scheduled.scheduled_encoder_inputs[name] = lost
-        if scheduled.total_num_scheduled_tokens:  # else the runner does nothing
+        if scheduled.total_num_scheduled_tokens:  # without tokens the runner encodes nothing
             self._to_encode.clear()
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        # vLLM 0.33 goes on to later requests, whose prompts could fill every next step too.
-        if self._holds_back or request.request_id in self.encoder_cache_mismatch_reqs:
+        # vLLM 0.33 continues with later requests. Their prompts could fill every step, and the
+        # deferred request would wait forever.
+        if self._deferred_waiting or request.request_id in self.encoder_cache_mismatch_reqs:
             return False
         if not super()._handle_blocked_waiting_request(request):
             return False
         hashes = request.block_hashes
         if not isinstance(hashes, PrefixHashes) or not hashes.plan.spans or not self._writes.keys:
             return True
-        # Another request computes its images in this very step: in the next one it can
-        # have them as they are. vLLM, which copies nothing, would compute them twice.
+        # If another request of this step computes the same images, defer this request: in the
+        # next step it gets a cache hit. vLLM would compute the images twice.
         hashes.awaits_copy = False
         if request.num_computed_tokens == 0:
             self.kv_cache_manager.get_computed_blocks(request)
         return not hashes.awaits_copy
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        # If the step being scheduled was to write some of its blocks, nobody may find them.
+        # The step being scheduled will not write the request's blocks: evict those it cached.
         if block_ids := self._writes.block_ids.pop(request.request_id, None):
             self.kv_cache_manager.evict_blocks(block_ids)
         if (stats := request.prefill_stats) is not None:
@@ -188,7 +190,7 @@ class StagedScheduler(Scheduler):
         scheduled = self._schedule_whole_images(plan, request, num_computed_tokens, *args, **kwargs)
         num_new_tokens = scheduled[1]
         if num_new_tokens == 0 and request.status != RequestStatus.RUNNING:
-            self._holds_back = True
+            self._deferred_waiting = True
         return scheduled
 
     def _schedule_whole_images(
@@ -201,43 +203,43 @@ class StagedScheduler(Scheduler):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """vLLM's choice of images and tokens, in which no pruned image is split."""
-        # Tokens below which the request waits for another step.
+        """vLLM's choice of images and tokens for the step, without splitting a pruned image."""
+        # With fewer new tokens the request is deferred to a later step.
         min_new_tokens = 0
         if self._reads_question:
             min_new_tokens = request.num_prompt_tokens - num_computed_tokens
         deferred: Any = [], 0, encoder_compute_budget, [], []
         if num_new_tokens < min_new_tokens:
             return deferred
-        # vLLM's budget is in placeholders, but the encoder computes every patch.
+        # vLLM's encoder budget counts placeholders, but the encoder computes every patch.
         patches, placeholders = plan.patches_per_placeholder
-        # vLLM may compute any image in parts. A pruned one is whole, or waits for a step.
+        # vLLM may compute an image in parts. A pruned image is computed whole or deferred.
         end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
         num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
         if encoder_compute_budget >= patches:
-            # A session's images may differ in ratio: any one of them must find room.
+            # Images of a session may differ in ratio. Each of them must fit into the budget.
             budget = max(budget, plan.longest_span)
-        inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
+        inputs, num_new_tokens, left, *rest = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
         )
         used = (budget - left) * patches // placeholders
         encoder_compute_budget = max(encoder_compute_budget - used, 0)
         if num_new_tokens < min_new_tokens:
-            # Not all of its images fit: those that are cached must not take room from others.
+            # Not all images fit. Release the cached ones, so that others can use their space.
             self.encoder_cache_manager.free(request)
             return deferred
-        return inputs, num_new_tokens, encoder_compute_budget, *others
+        return inputs, num_new_tokens, encoder_compute_budget, *rest
 
 
 class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):
-    """The same for vLLM's asynchronous scheduler."""
+    """:class:`StagedScheduler` for vLLM's asynchronous scheduling."""
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """The scheduler vLLM would have chosen, with plans.
+    """The staged version of the scheduler that vLLM would choose.
 
-    A function, because which one it is is settled after our start-up hook has run.
+    A function, because vLLM decides on asynchronous scheduling after our start-up hook has run.
     """
     is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (StagedAsyncScheduler if is_async else StagedScheduler)(*args, **kwargs)

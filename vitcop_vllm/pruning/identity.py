@@ -1,9 +1,9 @@
-"""The counts of an image travel in its identity.
+"""Identifiers of images, which carry the images' visual token counts.
 
-vLLM names a processed image by a hash: key of the processor cache, of the encoder
-cache and of every KV block the image touches. We end that name with the image's
-counts. So each process that sees a request knows its plan, from data vLLM never strips,
-and two ratios of one image can never be taken for each other.
+vLLM identifies a processed image by a hash. It is the key of the processor cache, of the encoder
+cache and of every KV block with tokens of the image. We append the image's counts to the hash. So
+every process that handles a request knows its plan, from data that vLLM always sends, and one image
+at two ratios never shares a cache entry.
 """
 
 import re
@@ -15,20 +15,20 @@ from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 _SEPARATOR = "@"
 
 _TAG = re.compile(r"[0-9]+(\.[0-9]+){4}")
-"""Form of the counts at the end of an identifier; see :meth:`VisualTokenCounts.encode`."""
+"""Format of the counts at the end of an identifier; see :meth:`VisualTokenCounts.encode`."""
 
 EXPLAIN_KEY = "explain_as"
-"""Processor keyword: a name, given to no other request, under which choices are told."""
+"""Processor keyword: unique request id under which the request's selections are recorded."""
 
 MOST_EXPLAINED = 256
-"""Explanations that wait in a worker until a request for them comes: some 10 kB for an image of 576
-tokens, and hundreds of kB for one of 16,384."""
+"""Maximum number of images whose explanations a worker keeps until they are fetched. An explanation
+takes some 10 kB for an image of 576 tokens, and hundreds of kB for 16,384 tokens."""
 
 _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
 
 class Placeholders(Protocol):
-    """Where an image's tokens stand in the prompt: vLLM's ``PlaceholderRange``."""
+    """Range of an image's tokens in the prompt: vLLM's ``PlaceholderRange``."""
 
     @property
     def offset(self) -> int: ...
@@ -53,57 +53,58 @@ def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
-    """A name that no other image has, so that nothing known of the image is reused.
+    """A unique identifier for an image to explain, so that no cache entry of the image is used.
 
     Args:
         request: Value of ``EXPLAIN_KEY``.
-        number: The image's in the request.
-        size: Width and height in pixels, as it was sent.
-        mm_hash: Its hash, with or without counts.
+        number: Index of the image in the request.
+        size: Width and height of the image as it was sent, in pixels.
+        mm_hash: Hash of the image, with or without counts.
     """
     width, height = size
     return f"explain:{request}:{number}:{width}x{height}:{mm_hash}"
 
 
 def explained_size(identifier: str) -> tuple[int, int] | None:
-    """Width and height of an image whose choices are to be told; ``None`` for all others."""
+    """Width and height of an image to explain; ``None`` for other images."""
     found = _EXPLAINED.match(identifier)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def counts_of_identifier(identifier: str) -> VisualTokenCounts:
-    """The counts an image's identity ends with.
+    """The counts at the end of an image's identifier.
 
-    Whatever a client chose as the image's ``uuid`` stands before the last separator.
+    A ``uuid`` that the client chose may contain the separator; the counts follow the last one.
 
     Raises:
-        RuntimeError: If there are none: the image passed another processor than ours.
+        RuntimeError: If the identifier has no counts, because our processor did not make it.
     """
     try:
         return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
     except ValueError as error:
         raise RuntimeError(
-            f"image {identifier!r} was processed without visual token counts"
+            f"image {identifier!r} was processed without visual token counts: its processor was "
+            "not the one of this plugin"
         ) from error
 
 
 class CountsMismatchError(RuntimeError):
-    """An image's identifier ends with counts that cannot be those of its placeholders.
+    """The counts in an image's identifier contradict its placeholders in the prompt.
 
-    A fault of ours, or of whoever processed the prompt. Tokens would be dropped at wrong
-    places, so the request must fail; others are not affected.
+    The fault is in our processor, or in the client that processed the prompt. Tokens would be
+    dropped at wrong positions, so the request must fail. Other requests are not affected.
     """
 
 
 def counts_in_prompt(identifier: str, num_placeholders: int) -> VisualTokenCounts:
     """Counts of an image that has ``num_placeholders`` tokens in the prompt.
 
-    Engines also accept prompts that another processor made. An identifier of such a prompt
-    does not end with counts; the image is not pruned and has one visual token per placeholder.
+    Engines also accept prompts that another processor made. Their identifiers do not end with
+    counts. Such an image is unpruned and has one visual token per placeholder.
 
     Raises:
-        CountsMismatchError: If the identifier ends with counts, and they are impossible or
-            their n1 is not ``num_placeholders``.
+        CountsMismatchError: If the identifier ends with counts that are impossible, or whose n1
+            is not ``num_placeholders``.
     """
     _, separator, tag = identifier.rpartition(_SEPARATOR)
     if not separator or not _TAG.fullmatch(tag):
@@ -115,8 +116,8 @@ def counts_in_prompt(identifier: str, num_placeholders: int) -> VisualTokenCount
         raise CountsMismatchError(f"{image}: {error}") from None
     if counts.stages[0] != num_placeholders:
         raise CountsMismatchError(
-            f"{image} keeps {counts.stages[0]} visual tokens in Stage I by its identifier, and "
-            f"has {num_placeholders} placeholders in the prompt"
+            f"{image}: by its identifier, Stage I keeps {counts.stages[0]} visual tokens, but the "
+            f"image has {num_placeholders} placeholders in the prompt"
         )
     return counts
 

@@ -1,7 +1,7 @@
-"""Cluster labels of an image's kept tokens, whatever its size and whatever the encoder.
+"""Cluster labels of an image's kept tokens, for any image size and any encoder.
 
-:func:`clustering.cluster_labels` compares all pairs of tokens, and its scale is a distance.
-Here an image of many tokens is clustered in blocks, and the scale may be relative.
+:func:`clustering.cluster_labels` compares all pairs of tokens and takes d_c as a distance. This
+module clusters a large image in blocks, and d_c may be relative to the distances in the image.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from vitcop_vllm.pruning.saliency import patch_positions
 from vitcop_vllm.pruning.settings import PruningSettings
 
 MAX_CLUSTERED_TOKENS = 1024
-"""Tokens that are clustered together. LLaVA-1.5 has 576; blocks make cost linear past this."""
+"""Maximum tokens of a block. With blocks, the cost of a large image grows linearly with its tokens.
+LLaVA-1.5 has 576 tokens, so one block."""
 
 _MIN_DISTANCE = 1e-30
-"""Stands in for the distance between tokens that are all equal."""
+"""Smallest result of :func:`rms_distance`, which is a divisor. All tokens may be equal."""
 
 
 def label_images(
@@ -32,18 +33,18 @@ def label_images(
     """(B, n) int64 cluster labels in [0, K), every label with at least one token.
 
     Args:
-        cluster_labels: ``clustering.cluster_labels`` or a kernel that equals it.
-        settings: The operator's.
-        features: (B, n, C) of the kept tokens.
-        index: (B, n) places of the kept tokens in the grid, row-major and ascending.
-        grid: Rows and columns of the image's tokens.
+        cluster_labels: ``clustering.cluster_labels`` or a kernel with equal results.
+        settings: The operator's settings.
+        features: (B, n, C) features of the kept tokens.
+        index: (B, n) positions of the kept tokens in the grid, row-major and ascending.
+        grid: Rows and columns of the image's visual tokens.
         num_centres: K, from 1 to n.
-        published_scale: d_c of the model's family; ``None`` if none is published.
+        published_scale: d_c published for the model's family; ``None`` if there is none.
     """
     scale = settings.density_scale or published_scale
     if scale is None:
         scale = settings.relative_density_scale
-        # Not the scale is multiplied: kernels take it as a number, and this is on the device.
+        # Scale the features, not d_c: kernels need d_c on the host, and the RMS is on the device.
         features = features.float() / rms_distance(features)[:, None, None]
     positions = patch_positions(index, *grid)
 
@@ -74,10 +75,10 @@ def rms_distance(features: Tensor) -> Tensor:
 
 
 def _block_order(index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, n) int64: the tokens along a Z-order curve, on which neighbours are near in 2-D.
+    """(B, n) int64: the tokens along a Z-order curve, whose neighbours are near in 2-D.
 
-    Equal runs of it are compact parts of the image with equally many kept tokens each, so
-    shapes do not depend on which tokens are kept.
+    Blocks are runs of this order. Each is a compact part of the image, and its number of tokens
+    does not depend on which tokens are kept.
     """
     rows, columns = grid
     row, column = index.div(columns, rounding_mode="floor"), index.remainder(columns)
@@ -95,7 +96,7 @@ def _label_blocks(
     num_blocks: int,
     num_centres: int,
 ) -> Tensor:
-    """Cluster each block by itself; a block's share of the centres follows its tokens."""
+    """Cluster each block by itself. Blocks get centres in proportion to their tokens."""
     image = torch.arange(order.shape[0], device=order.device)[:, None]
     labels = torch.empty_like(order)
     tokens = [order.shape[1] * block // num_blocks for block in range(num_blocks + 1)]
@@ -103,6 +104,6 @@ def _label_blocks(
     for (first, end), (low, high) in zip(pairwise(tokens), pairwise(centres), strict=True):
         block = order[:, first:end].sort(dim=1).values
         count = max(high - low, 1)
-        of_block = label(features[image, block], positions[image, block], count)
-        labels[image, block] = of_block + low
+        block_labels = label(features[image, block], positions[image, block], count)
+        labels[image, block] = block_labels + low
     return labels

@@ -1,8 +1,13 @@
-"""How many visual tokens live in each stage, and where a prefix ends physically.
+"""How many visual tokens each stage computes, and how many KV slots a prefix takes in it.
 
-Pure arithmetic: known to the processor, the scheduler and the worker before a forward
-pass, from the image's token count and the ratio alone. *Which* tokens survive is
-decided later, on the device, by ``selectors``.
+A *stage*, with an Arabic number, is a run of decoder layers that compute the same tokens. Stage 0
+begins at layer 0, stage 1 at the shallow boundary and stage 2 at the deep boundary. A Stage with a
+Roman number is one of the paper's selections: Stage I in the vision encoder, Stage II at the
+shallow boundary, Stage III at the deep boundary.
+
+All numbers follow from an image's token count and its ratio, by arithmetic. So the processor, the
+scheduler and the worker know them before a forward pass. ``selectors`` decides later, on the
+device, *which* tokens are kept.
 """
 
 from bisect import bisect_right
@@ -19,12 +24,13 @@ NUM_STAGES = 3
 
 @dataclass(frozen=True)
 class VisualTokenCounts:
-    """Visual tokens of one image: from the encoder, and alive in each stage.
+    """Visual tokens of one image: from the encoder, and in each stage.
 
     Attributes:
-        encoder: V, visual tokens the vision encoder computes.
-        centres: K, cluster centres; 0 where nothing is pruned.
-        stages: (n1, n2, n3), tokens alive in each run of decoder layers.
+        encoder: V, visual tokens from the vision encoder.
+        centres: K, cluster centres; 0 without clusters.
+        stages: (n1, n2, n3), visual tokens in stages 0, 1 and 2: those that Stage I, II and III
+            keep.
     """
 
     encoder: int
@@ -34,7 +40,10 @@ class VisualTokenCounts:
     def __post_init__(self) -> None:
         n1, n2, n3 = self.stages
         if not self.encoder >= n1 >= n2 >= n3 >= 1 or not 0 <= self.centres <= n1:
-            raise ValueError(f"impossible visual token counts: {self}")
+            raise ValueError(
+                f"impossible visual token counts {self}: V >= n1 >= n2 >= n3 >= 1 and "
+                "0 <= K <= n1 must hold"
+            )
 
     @classmethod
     def unpruned(cls, encoder: int) -> Self:
@@ -46,19 +55,19 @@ class VisualTokenCounts:
 
     @property
     def dropped(self) -> tuple[int, int, int]:
-        """Prompt placeholders without a KV slot, per stage: n1 - n_s."""
+        """Placeholders without a KV slot in each stage: 0, n1 - n2, n1 - n3."""
         n1, n2, n3 = self.stages
         return 0, n1 - n2, n1 - n3
 
     def layer_average(self, boundaries: tuple[int, int], num_layers: int) -> float:
-        """Visual tokens alive, averaged over the decoder's layers."""
+        """Visual tokens per layer, averaged over the decoder's layers."""
         n1, n2, n3 = self.stages
         shallow, deep = boundaries
         total = shallow * n1 + (deep - shallow) * n2 + (num_layers - deep) * n3
         return total / num_layers
 
     def encode(self) -> str:
-        """A short text that travels with the image's identity; see :meth:`decode`."""
+        """The counts as a short text, which :meth:`decode` reads."""
         return ".".join(map(str, (self.encoder, self.centres, *self.stages)))
 
     @classmethod
@@ -78,9 +87,9 @@ def plan_counts(
 
     For ViTCoP itself (arXiv 2601.17818), with keep fraction r = 1 - ratio, Stage I fraction
     v, boundaries S and D of L layers: n1 = int(v V),
-    n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1), n3 = round(n2 / 5). Where that
-    asks for n2 > n1 (mild pruning), n2 = n1 and the deep stage takes what is left of the
-    budget, so that the layer average is still as asked.
+    n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1), n3 = round(n2 / 5). If that gives
+    n2 > n1 (mild pruning), n2 is n1, and n3 follows from the rest of the budget, so that the
+    layer average is still r V.
 
     Args:
         settings: The operator's settings.
@@ -89,7 +98,7 @@ def plan_counts(
         encoder_tokens: V, the image's visual tokens from the encoder.
 
     Raises:
-        ValueError: If the ratio is outside [0, 1) or past what the selector can reach, or V is
+        ValueError: If the ratio is outside [0, 1) or above the selector's largest ratio, or V is
             not positive.
     """
     if not 0.0 <= ratio < 1.0:
@@ -100,8 +109,12 @@ def plan_counts(
         return VisualTokenCounts.unpruned(encoder_tokens)
     boundaries = settings.boundaries(num_layers)
     selector = SELECTORS[settings.selector]
-    if ratio > selector.max_ratio(boundaries, num_layers):
-        raise ValueError(f"selector {settings.selector!r} cannot reach pruning ratio {ratio}")
+    max_ratio = selector.max_ratio(boundaries, num_layers)
+    if ratio > max_ratio:
+        raise ValueError(
+            f"selector {settings.selector!r} cannot reach pruning ratio {ratio}: its largest ratio "
+            f"for this model is {max_ratio}"
+        )
     keep = 1.0 - ratio
     centres, stages = selector.budget(
         settings, BudgetInputs(keep, encoder_tokens, num_layers, *boundaries)
@@ -112,12 +125,12 @@ def plan_counts(
 
 
 def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
-    """The pruning ratio that warm-ups and memory profiling use; 0 where none can be asked for.
+    """Pruning ratio of warm-ups and memory profiling; 0 if the settings allow no pruning.
 
-    Mild, so that all three stages drop and merge tokens while many are left.
+    It is mild: Stages I, II and III all drop or merge tokens, and many tokens are kept.
     """
-    reach = SELECTORS[settings.selector].max_ratio(settings.boundaries(num_layers), num_layers)
-    return min(0.5, settings.max_pruning_ratio, reach)
+    max_ratio = SELECTORS[settings.selector].max_ratio(settings.boundaries(num_layers), num_layers)
+    return min(0.5, settings.max_pruning_ratio, max_ratio)
 
 
 def effective_ratio(
@@ -128,15 +141,15 @@ def effective_ratio(
     ``None`` for a request without images.
     """
     encoder = kept = 0.0
-    for one in counts:
-        encoder += one.encoder
-        kept += one.layer_average(boundaries, num_layers)
+    for image in counts:
+        encoder += image.encoder
+        kept += image.layer_average(boundaries, num_layers)
     return 1.0 - kept / encoder if encoder else None
 
 
 @dataclass(frozen=True)
 class VisualSpan:
-    """One image's placeholders in a prompt: ``stages[0]`` tokens from ``offset``."""
+    """The placeholders of one image in a prompt: n1 tokens from ``offset``."""
 
     offset: int
     counts: VisualTokenCounts
@@ -150,8 +163,8 @@ class VisualSpan:
 class RequestPlan:
     """All visual spans of one request, in prompt order.
 
-    A request's *physical* length in a stage is how many KV slots its prefix takes there:
-    dropped visual tokens take none.
+    The *physical* length of a prefix in a stage is the number of its KV slots in that stage.
+    Dropped visual tokens have no slot.
     """
 
     spans: tuple[VisualSpan, ...]
@@ -172,7 +185,7 @@ class RequestPlan:
 
     @cached_property
     def is_pruned(self) -> bool:
-        """Whether any image of the request is pruned, in the encoder or after."""
+        """Whether any image of the request is pruned, in the encoder or in the decoder."""
         return any(span.counts.is_pruned for span in self.spans)
 
     @cached_property
@@ -182,19 +195,19 @@ class RequestPlan:
 
     @cached_property
     def patches_per_placeholder(self) -> tuple[int, int]:
-        """V and n1 of the image that Stage I prunes most."""
-        most = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
-        return most.encoder, most.stages[0]
+        """V and n1 of the image with the largest V / n1."""
+        counts = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
+        return counts.encoder, counts.stages[0]
 
     @cached_property
     def longest_span(self) -> int:
-        """n1 of the image that keeps most tokens in Stage I."""
+        """The largest n1 of the request's images."""
         return max(span.counts.stages[0] for span in self.spans)
 
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
-        """Tokens without a slot, per stage, among the first ``num_tokens``.
+        """Per stage, how many of the first ``num_tokens`` tokens have no slot.
 
-        A span counts once it has ended: no step computes part of a pruned one.
+        Only spans that end within the prefix count. No step ends inside a pruned span.
         """
         return self._dropped[bisect_right(self._ends, num_tokens)]
 
@@ -215,25 +228,25 @@ class RequestPlan:
         return [span.end for span in self._pruned]
 
     def _next_pruned(self, after: int) -> VisualSpan | None:
-        """The first pruned span that ends past ``after``."""
+        """The first pruned span whose end is greater than ``after``."""
         index = bisect_right(self._pruned_ends, after)
         return self._pruned[index] if index < len(self._pruned) else None
 
     def cuts_span(self, num_tokens: int) -> bool:
         """Whether a prefix of ``num_tokens`` ends inside a pruned span.
 
-        The tokens of an unpruned span are not selected, so any step may compute some of them.
+        Unpruned spans do not count: a step may compute part of an unpruned image.
         """
         span = self._next_pruned(num_tokens)
         return span is not None and span.offset < num_tokens
 
     def next_span_end(self, after: int) -> int | None:
-        """The first end of a span past ``after``."""
+        """The first end of a span greater than ``after``; ``None`` if there is none."""
         index = bisect_right(self._ends, after)
         return self._ends[index] if index < len(self._ends) else None
 
     def last_span_end(self, num_tokens: int) -> int:
-        """The last end of a span within the first ``num_tokens`` tokens; 0 where none is."""
+        """The last end of a span within the first ``num_tokens`` tokens; 0 if there is none."""
         index = bisect_right(self._ends, num_tokens)
         return self._ends[index - 1] if index else 0
 

@@ -1,7 +1,7 @@
-"""Stage I: which parts of an image the vision encoder attends to.
+"""Saliency of an image's patches, by which Stage I selects them.
 
-B images of equal token count, V visual tokens, D head size. Shapes depend on arguments
-only, and nothing here waits for the device.
+B images of equal token count, V visual tokens, D head size. Shapes depend on arguments only, and
+no function waits for the device.
 """
 
 from math import gcd
@@ -29,19 +29,19 @@ def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 MAX_SCORES = 1 << 22
-"""Attention scores that :func:`attention_received` holds at once: 16 MiB in float32, which caches
-hold."""
+"""Attention scores that :func:`attention_received` computes at once: 16 MiB in float32, which fits
+into a cache."""
 
 
 MAX_QUERIES = 512
-"""Queries that attention received is averaged over. Of more, so many stand for all: the cost of an
-image then grows as its tokens, and not as their square. docs/results.md compares samples."""
+"""Maximum number of queries that attention received is averaged over. If an image has more, this
+many are sampled, so its cost grows linearly with its tokens. docs/results.md compares samples."""
 
 
 def _spread(num_queries: int, device: torch.device) -> Tensor:
-    """(MAX_QUERIES,) int64 of ``num_queries``, all different and evenly spread.
+    """(MAX_QUERIES,) int64: distinct indices in [0, ``num_queries``), evenly spread.
 
-    Steps of the golden section, so that they do not keep to some columns of an image.
+    The step is the golden section of the range, so that the sample covers all columns of an image.
     """
     step = round(num_queries * (5**0.5 - 1) / 2)
     while gcd(step, num_queries) != 1:
@@ -52,12 +52,12 @@ def _spread(num_queries: int, device: torch.device) -> Tensor:
 def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that each key receives, averaged over queries; higher is more salient.
 
-    received_i = mean over queries of the sum over heads of softmax(scale q K^T)_i. Stands in
-    for the attention of [CLS] in encoders without one, as in VisionZip (arXiv 2412.04467).
+    received_i = mean over queries of the sum over heads of softmax(scale q K^T)_i. It replaces
+    the attention of [CLS] in encoders without [CLS], as in VisionZip (arXiv 2412.04467). If there
+    are more than :data:`MAX_QUERIES` queries, the mean is over an even sample of them.
 
-    Each image is computed by itself and in steps of a few queries. The steps depend on the
-    image alone, so an image gets the same bits in any batch. Of more than :data:`MAX_QUERIES`
-    queries, an even sample stands for all.
+    Each image is computed by itself, a chunk of queries at a time. The chunks depend only on the
+    image's size, so an image's result is bit-identical in any batch.
 
     Args:
         queries: (B, Q, heads, D).
@@ -75,8 +75,8 @@ def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     for image_queries, image_keys in zip(queries, keys, strict=True):
         transposed = image_keys.float().permute(1, 2, 0)
         total = transposed.new_zeros(keys.shape[1])
-        for some in image_queries.split(step):
-            scores = (some.float() * scale).transpose(0, 1) @ transposed
+        for chunk in image_queries.split(step):
+            scores = (chunk.float() * scale).transpose(0, 1) @ transposed
             total += scores.softmax(dim=-1).sum(dim=(0, 1))
         received.append(total / num_queries)
     return torch.stack(received)
@@ -86,19 +86,19 @@ def most_salient(saliency: Tensor, count: int) -> Tensor:
     """The ``count`` patches of highest saliency, in their original order.
 
     Args:
-        saliency: (B, V), higher is more salient; equals go to the lower index.
+        saliency: (B, V), higher is more salient; ties go to the lower index.
         count: Patches to keep, at most V.
 
     Returns:
         (B, count) int64, ascending.
     """
-    # Not topk: which of several equals topk returns is unspecified.
+    # Not topk: it does not specify which of several tied values it returns.
     best = saliency.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best.sort(dim=1).values
 
 
 def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
-    """Where patches stand in the image, as (row / height, column / width).
+    """Positions of patches in the image, as (row / height, column / width).
 
     Args:
         index: (B, n) patch indices in row-major order.
@@ -108,8 +108,8 @@ def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
     Returns:
         (B, n, 2) float32 in [0, 1).
     """
-    # Tensor divisors: CUDA multiplies by the reciprocal of a Python one, which is an ulp
-    # away from the CPU's quotient, and a radius may be met exactly.
+    # The divisors are tensors: for a Python number CUDA multiplies by the reciprocal, and the
+    # result may be one ulp off the CPU's. That matters if a distance equals the radius exactly.
     height = index.new_full((1,), grid_height, dtype=torch.float32)
     width = index.new_full((1,), grid_width, dtype=torch.float32)
     row = index.div(grid_width, rounding_mode="floor")

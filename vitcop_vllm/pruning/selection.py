@@ -1,8 +1,8 @@
-"""Stages II and III: what is kept whole, what is merged, what is dropped.
+"""Stages II and III: which tokens are kept whole, merged or dropped.
 
-B images of equal token counts, K clusters; n1, n2, n3 tokens alive in each stage.
-Counts are a promise: every image gets exactly the rows asked for, even if its key norms
-are not finite. Shapes depend on arguments only, and nothing here waits for the device.
+B images of equal token counts, K clusters; Stage I, II and III keep n1, n2 and n3 tokens. Every
+image gets exactly n2 and n3 rows, even if its key norms are infinite or NaN. Shapes depend on
+arguments only, and no function waits for the device.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | Non
     """L2 norm of the key averaged over KV heads; *smaller* is more salient.
 
     Args:
-        key: (..., kv_heads, D), after rotary embedding; the heads are this rank's.
+        key: (..., kv_heads, D), after rotary embedding, for the KV heads of this rank.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks. The mean of the ranks'
-            means is right: each holds equally many heads, and where there are fewer heads
-            than ranks each head is held equally often.
+            means is the mean over all heads: each rank holds equally many heads. If there are
+            fewer heads than ranks, equally many ranks hold each head.
 
     Returns:
         (...) float32.
@@ -32,16 +32,16 @@ def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | Non
 
 
 class StageTwoSelection(NamedTuple):
-    """What Stage II makes of n1 tokens: n2 rows, m of which stand for a merged group.
+    """Stage II's selection from n1 tokens: n2 rows, of which m are merged groups.
 
     Attributes:
         index: (B, n2) int64, ascending. The source token of each output row: the kept
             token itself, or the median member of a merged group.
         merged: (B, m) int64, the output row of each group.
-        groups: (B, n1) int64, the group each token is merged into; m where it is in none.
+        groups: (B, n1) int64, the group that each token is merged into; m if it is kept whole.
     """
 
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index, of no use here
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which we do not use
     merged: Tensor
     groups: Tensor
 
@@ -49,16 +49,16 @@ class StageTwoSelection(NamedTuple):
 def select_stage_two(
     key_norm: Tensor, labels: Tensor, num_centres: int, n2: int
 ) -> StageTwoSelection:
-    """Choose n2 rows out of n1 tokens (ViTCoP, arXiv 2601.17818, Stage II).
+    """Select n2 rows from n1 tokens (ViTCoP, arXiv 2601.17818, Stage II).
 
-    With K > n2 the n2 - 1 clusters of smallest summed key norm are merged to one row each
-    and all the rest to one. With K <= n2 every cluster gives one merged row and the other
-    n2 - K rows are tokens kept whole, shared out by cluster size; within a cluster
-    the tokens of smallest key norm are kept and the rest is merged.
+    If K > n2, the n2 - 1 clusters of smallest summed key norm are merged into one row each, and
+    all other clusters into one row. If K <= n2, every cluster gives one merged row, and n2 - K
+    tokens are kept whole. Each cluster has a quota of these by its size; it keeps its tokens of
+    smallest key norm whole and merges the others.
 
     Args:
-        key_norm: (B, n1) float32, no value negative; smaller is more salient, equals go to
-            the lower index.
+        key_norm: (B, n1) float32, not negative; smaller is more salient, ties go to the lower
+            index.
         labels: (B, n1) int64 in [0, K), every label with at least one token.
         num_centres: K.
         n2: Rows to return, from 1 to n1.
@@ -95,10 +95,10 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     member = wide.new_zeros(images, num_groups + 1, hidden.shape[1])
     member = member.scatter_(1, selection.groups[:, None, :], 1.0)[:, :num_groups]
     means = torch.bmm(member, wide).div_(member.sum(dim=2, keepdim=True))
-    # Not gather: on a CPU, looking up whole rows is many times faster than each number.
+    # Not gather: on a CPU, indexing whole rows is many times faster than gathering each number.
     image = torch.arange(images, device=hidden.device)[:, None]
     rows = wide[image, selection.index]
-    # Each group has a row of its own, so the order of additions is no question.
+    # No two groups share a row, so the order of the additions does not matter.
     rows.scatter_add_(1, selection.merged[:, :, None].expand_as(means), means)
     return rows.to(hidden.dtype)
 
@@ -107,7 +107,7 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
     """The n3 tokens of smallest key norm (ViTCoP, arXiv 2601.17818, Stage III).
 
     Args:
-        key_norm: (B, n2), smaller is more salient; equals go to the lower index.
+        key_norm: (B, n2), smaller is more salient; ties go to the lower index.
         n3: Tokens to keep, at most n2.
 
     Returns:
@@ -118,28 +118,32 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
 
 
 def _ranks(order: Tensor) -> Tensor:
-    """The place of each element in ``order``, a permutation per row."""
+    """(B, n) rank of each element, where ``order`` lists the elements by rank."""
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, place)
 
 
 def _bounds(ascending: Tensor, num_values: int, bits: int = 0) -> Tensor:
-    """Where runs begin: (B, num_values + 1) int64, the last is the end.
+    """(B, num_values + 1) int64: first index of each value's run, and the end of the last run.
 
     Args:
-        ascending: (B, n) int64, sorted; a run is what is equal in all but the lowest ``bits``.
-        num_values: Runs, of 0, 1, 2 and so on.
-        bits: Lowest bits that do not matter.
+        ascending: (B, n) int64, sorted. The run of value v holds the elements x with
+            x >> bits == v.
+        num_values: Number of values: 0, 1, 2 and so on.
+        bits: Number of lowest bits to ignore.
     """
     values = torch.arange(0, (num_values + 1) << bits, 1 << bits, device=ascending.device)
     return torch.searchsorted(ascending, values.expand(ascending.shape[0], -1).contiguous())
 
 
 def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """Tokens by (label, key norm, index): each one's place, (B, n1), and the clusters' bounds.
+    """Sort tokens by (label, key norm, index).
 
-    One sort of integers: floats that are not negative are ordered as their bits are, and
-    so are infinities, and after them what is no number, once its sign is out of the way.
+    One sort of integers: non-negative floats, including infinity, sort like their int32 bits. NaN
+    sorts last if its sign bit is cleared.
+
+    Returns:
+        (B, n1) place of each token in that order, and (B, K + 1) bounds of the clusters.
     """
     bits = key_norm.float().view(torch.int32) & 0x7FFFFFFF
     ascending, order = (labels << 32).add_(bits).sort(dim=1, stable=True)
@@ -149,16 +153,16 @@ def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tu
 def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     """Tokens that each cluster keeps whole: (B, K) int64, n2 - K in total.
 
-    A quota is (size - 1) / (n1 - K) * (n2 - K). As in the published program, float32 rounds
-    the quotient and then the product, and a half goes to the even integer: the float32
-    rounding decides exact halves. If the quotas add up to less than n2 - K, the clusters of
-    smallest sum get one token more each; if to more, the clusters of largest sum lose one.
-    Equal sums go by lower label.
+    A quota is (size - 1) / (n1 - K) * (n2 - K), rounded half to even. As in the published
+    program, the quotient and then the product are float32, so their rounding decides exact
+    halves. If the quotas sum to less than n2 - K, the clusters of smallest sum keep one more token
+    each. If they sum to more, the clusters of largest sum keep one fewer. Ties go to the lower
+    label.
 
-    One pass makes up the total. Rounding changes a quota by half a token, or by little more in
-    float32, so at least as many clusters are rounded down as tokens are missing, and each of
-    them has room: its quota is below size - 1. In the same way at least as many clusters are
-    rounded up as there are tokens too many, and each of them has a token to lose.
+    One such pass is enough. Rounding changes a quota by at most half a token, or slightly more in
+    float32. So if tokens are missing, at least as many clusters were rounded down, and each of
+    these can keep one more: its quota is below size - 1. Likewise, if there are too many tokens, at
+    least as many clusters were rounded up, and each of these can keep one fewer.
 
     Args:
         sums: (B, K) float64, sum of key norms per cluster.
@@ -168,29 +172,29 @@ def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     """
     num_clusters = sizes.shape[1]
     spare = sizes - 1
-    # Float32 whatever the default dtype is. And a tensor divides: CUDA would multiply by the
-    # reciprocal of a Python number, which rounds otherwise.
+    # Float32 with any default dtype. A tensor, because CUDA multiplies by the reciprocal of a
+    # Python number, which rounds differently.
     total = torch.full_like(spare, max(n1 - num_clusters, 1), dtype=torch.float32)
     quotas = (spare / total).mul_(n2 - num_clusters).round_().long()
     missing = (n2 - num_clusters) - quotas.sum(dim=1, keepdim=True)
 
     step = missing.sign()
     changed = quotas + step
-    able = (changed >= 0) & (changed <= spare)
-    # Largest sums first where tokens are taken back.
+    can_change = (changed >= 0) & (changed <= spare)
+    # Smallest sums first if tokens are missing, largest sums first if there are too many.
     order = (sums * step).argsort(dim=1, stable=True)
-    in_order = able.gather(1, order)
+    in_order = can_change.gather(1, order)
     chosen = in_order & (in_order.cumsum(dim=1) <= missing.abs())
-    return torch.where(torch.empty_like(able).scatter_(1, order, chosen), changed, quotas)
+    return torch.where(torch.empty_like(can_change).scatter_(1, order, chosen), changed, quotas)
 
 
 def _merge(groups: Tensor, num_groups: int, n2: int) -> StageTwoSelection:
-    """Merge the tokens of each group to one row and keep the others whole.
+    """Merge the tokens of each group into one row and keep the others whole.
 
     Args:
-        groups: (B, n1) int64 in [0, num_groups], where n2 - num_groups tokens per image
-            are in none: these have the last value.
-        num_groups: m, groups with at least one token each.
+        groups: (B, n1) int64 in [0, num_groups]. The value is num_groups for tokens kept whole,
+            n2 - num_groups per image.
+        num_groups: m, number of groups; each has at least one token.
         n2: Rows to return.
     """
     ascending, order = groups.sort(dim=1, stable=True)
