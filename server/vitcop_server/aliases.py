@@ -1,4 +1,4 @@
-"""Model names that carry a ratio, ``NAME@0.889``: for tools that send neither header nor field."""
+"""Model names with a ratio, ``NAME@0.889``, for tools that can send neither header nor field."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -19,10 +19,10 @@ def split_alias(
 ) -> tuple[str | None, float | None]:
     """The served model that a name means, and the ratio in it.
 
-    A name that is served as it stands, or of which nobody knows anything, comes back as it is.
+    Served names and unknown names are returned unchanged.
 
     Raises:
-        RequestError: If it names a served model and then no ratio in range.
+        RequestError: If a served model is followed by something other than a ratio in range.
     """
     if not name or name in served:
         return name, None
@@ -36,9 +36,9 @@ def split_alias(
 
 
 class AliasedModels(OpenAIServingModels):
-    """vLLM's list of models, which also knows each model by its name with any ratio.
+    """vLLM's list of models, in which each model also has names with a ratio.
 
-    All of vLLM's handlers hold this one object, and ask it whether a request's model exists.
+    All of vLLM's handlers share this object, to check whether the model of a request exists.
     """
 
     settings: PruningSettings

@@ -1,4 +1,4 @@
-"""vLLM's command line with our part beside it."""
+"""vLLM's command line with the flags of pruning and server."""
 
 import argparse
 import difflib
@@ -47,7 +47,7 @@ class _MergeKeys(argparse.Action):
 
 
 class _Parser(FlexibleArgumentParser):
-    """Names the nearest right flag, or key of a YAML file, beside one that nobody knows."""
+    """Suggests the nearest flag, or key of a YAML file, for an unknown one."""
 
     def error(self, message: str) -> None:
         _, is_unknown, arguments = message.partition("unrecognized arguments: ")
@@ -118,7 +118,7 @@ def parse(
         _write_settings(args, SERVER_KEY, ServerSettings)
     except ValueError as error:
         parser.error(str(error))
-    # Here one can still tell what was asked for from vLLM's default, which is to cache.
+    # Only here does the operator's flag differ from vLLM's default, which is to cache.
     if args.enable_prefix_caching and (reason := why_uncacheable(settings)):
         parser.error(f"{reason}; or leave out --enable-prefix-caching")
     return args
@@ -153,9 +153,9 @@ def _write_settings(args: argparse.Namespace, key: str, settings_class: type[_S]
         ValueError: With a sentence that names each wrong one.
     """
     additional = dict(args.additional_config or {})
-    asked = {**additional.get(key, {}), **(getattr(args, key) or {})}
+    given = {**additional.get(key, {}), **(getattr(args, key) or {})}
     try:
-        settings = settings_class.model_validate(asked)
+        settings = settings_class.model_validate(given)
     except ValidationError as error:
         raise ValueError(format_validation_error(error, key)) from None
     args.additional_config = {**additional, key: settings.model_dump(mode="json")}

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vitcop_server.route_rules import rules_of
 
 RETRY_SECONDS = 5
-"""Told with every 503 that tells nothing else: a queue is full, or something starts or stops."""
+"""``Retry-After`` of each 503 without one: a queue is full, or the server starts or stops."""
 
 _MAX_ERROR_BYTES = 65536
 _ERROR_TYPES = ("application/json", "text/plain", "")
@@ -70,12 +70,12 @@ def use_openai_errors(args: Namespace) -> None:
 
 
 class OpenAIErrorMiddleware:
-    """Gives every error the shape of the route's protocol, whoever answered.
+    """Gives every error the format of the route's protocol.
 
-    vLLM's keys, unknown routes and methods, and bodies that are no JSON have shapes of their
-    own, and a full queue says not when to come again. The shape is OpenAI's; on Anthropic's
-    routes it is Anthropic's around OpenAI's fields. Answers that are no errors, streams, and
-    what is too large to be a sentence pass untouched.
+    Without it, vLLM answers missing keys, unknown routes and methods, and bodies that are not JSON
+    in other formats, and a full queue without ``Retry-After``. The format is OpenAI's; on
+    Anthropic's routes, Anthropic's with OpenAI's fields inside. Successful answers, streams, and
+    errors too large to be a sentence pass unchanged.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -132,21 +132,21 @@ def _may_lack_shape(start: Message) -> bool:
 
 
 def _in_shape(status: int, body: bytes, is_anthropic: bool) -> bytes:
-    """``body`` with what its ``error`` lacks; other fields are kept."""
+    """``body`` with the missing fields of its ``error``; other fields stay."""
     phrase = _PHRASES.get(status, "Error")
-    told = _parsed(body)
-    fields = told if isinstance(told, dict) else {}
+    parsed = _parsed(body)
+    fields = parsed if isinstance(parsed, dict) else {}
     error = fields.get("error")
     if not isinstance(error, dict):
-        message = error or fields.get("detail") or fields.get("message") or told or phrase
-        fields, error = {}, {"message": message if isinstance(message, str) else json.dumps(told)}
+        message = error or fields.get("detail") or fields.get("message") or parsed or phrase
+        fields, error = {}, {"message": message if isinstance(message, str) else json.dumps(parsed)}
     kind = phrase.replace(" ", "").replace("-", "").removesuffix("Error") + "Error"
     whole = {**error_body(phrase, kind, status)["error"], **error}
     if is_anthropic:
         fields = {"type": "error", **fields}
         whole["type"] = _anthropic_type(status)
     shaped = {**fields, "error": whole}
-    return body if shaped == told else json.dumps(shaped).encode()
+    return body if shaped == parsed else json.dumps(shaped).encode()
 
 
 def _anthropic_type(status: int) -> str:

@@ -1,4 +1,4 @@
-"""A process whose engine died must not exit as if all were well."""
+"""The exit status of a server whose engine died."""
 
 import logging
 import sys
@@ -10,10 +10,10 @@ logger = logging.getLogger(__name__)
 def exit_nonzero_when_dead(engine_client: Any) -> None:
     """Make vLLM's shutdown end the process with status 1 if the engine died before it.
 
-    After an engine's death vLLM 0.32 closes the HTTP server and returns normally, status 0, and
-    supervisors that restart on failure leave the service down. vLLM calls ``shutdown`` exactly
-    where the difference can be told: on a signal the engine is still well, after a death it
-    is not. A shutdown leaves the engine marked dead, so only the first call counts.
+    When an engine dies, vLLM 0.32 closes the HTTP server and exits with status 0, so supervisors
+    that restart on failure do not restart it. vLLM calls ``shutdown`` in both cases: after a signal
+    the engine still works, after a death it has failed. A shutdown also marks the engine as
+    failed, so only the first call counts.
     """
     stock_shutdown = engine_client.shutdown
     first_call = True

@@ -1,7 +1,7 @@
-"""An image's visual tokens, stage by stage: which stayed, were merged, or were dropped.
+"""The visual tokens of an image that each stage keeps, merges or drops.
 
-The encoder makes a token of each part of the image: of a patch, or of several that it merges.
-Parts are numbered row by row in the grid that the answer tells.
+A visual token is a part of the image: a patch, or several patches that the encoder merges. Parts
+are numbered row by row in the grid of the answer.
 """
 
 import base64
@@ -19,15 +19,15 @@ class LostSelectionsError(RuntimeError):
 
 
 def explain_image(preview: Preview, identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``/v1/pruning/explain`` tells of one image.
+    """The answer of ``/v1/pruning/explain`` for one image.
 
     Args:
-        preview: Of the served model.
-        identifier: The image's, which tells its size and counts.
-        record: What a worker recorded of the image; see ``vitcop_vllm.worker.explain``.
+        preview: Plans of the served model.
+        identifier: Identifier of the image, with its size and counts.
+        record: The image's record from a worker; see ``vitcop_vllm.worker.explain``.
 
     Raises:
-        LostSelectionsError: If the worker no longer knows all of it.
+        LostSelectionsError: If the record is incomplete.
     """
     size, counts = explained_size(identifier), counts_of_identifier(identifier)
     assert size is not None

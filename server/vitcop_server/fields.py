@@ -19,7 +19,7 @@ is one too, and only our handlers set it."""
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
 _ENGINE_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"})
-"""Keys of ``vllm_xargs`` that vLLM takes for its own, whatever is in them."""
+"""Keys of ``vllm_xargs`` that vLLM itself reads, with any value."""
 
 _MAX_LENGTH_PENALTY = 16
 """Beam search divides by the length to this power, which must be neither 0 nor infinite."""
@@ -31,13 +31,13 @@ _VIDEO_PARTS = frozenset({"video_url", "video_embeds"})
 """Types of vLLM's content parts for videos; a part without a type holds its content under one."""
 
 _MARKED = ("image", "video")
-"""What has a token of its own in a tokenizer, which stands in prompts for what the encoder sees."""
+"""Modalities with a placeholder token in the tokenizer."""
 
 _UNBATCHED_FIELDS = ("stream", "tools", "prompt_logprobs", "return_prompt_text")
 """Fields of a chat that vLLM 0.32 accepts for a batch, and then answers wrongly or ignores."""
 
 _LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
-"""Text and tokens only, up to millions, that vLLM checks one by one itself."""
+"""Fields of text or tokens only, up to millions, which vLLM checks itself."""
 
 
 def refuse_processor_fields(body: Mapping[str, object], rules: RouteRules = CHAT_RULES) -> None:
@@ -164,7 +164,7 @@ def refuse_stray_placeholders(
         engine_inputs: vLLM's processed prompts.
         model_config: vLLM's, of the served model.
         prompt_field: The body field that holds the text.
-        tokenizer: The model's, which tells the text of the token; ``None`` where there is none.
+        tokenizer: The model's tokenizer, for the text of the token; ``None`` if there is none.
 
     Raises:
         RequestError: If an image's or a video's token is anywhere but in the place of one.

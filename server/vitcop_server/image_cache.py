@@ -1,4 +1,4 @@
-"""Processed images on their way to the engine: each is sent once, and the engine never lacks one.
+"""Sends each processed image to the engine once, and again whenever the engine has evicted it.
 
 vLLM's engine keeps processed images. The front end mirrors the keys of that cache in a *sender
 cache*, and sends an image without its data if the mirror has its key. Both sides evict by the same
@@ -103,7 +103,7 @@ class SendOrderClient(AsyncMPClient):
 
 
 def keep_caches_equal(engine_client: Any) -> None:
-    """Keep the image caches of front end and engine equal, whatever becomes of a request.
+    """Keep the image caches of front end and engine equal, however requests end.
 
     Args:
         engine_client: vLLM's ``AsyncLLM``, before its first request.

@@ -1,4 +1,4 @@
-"""No request costs more than the operator allows: sizes of bodies, answers per request."""
+"""Limits on requests: the size of a body, and the answers per request."""
 
 from collections.abc import MutableMapping, Sized
 from http import HTTPStatus
@@ -15,12 +15,12 @@ MAX_ANSWERS = 128
 
 
 def limit_answers(environ: MutableMapping[str, str]) -> None:
-    """Have vLLM refuse an ``n`` above ``MAX_ANSWERS``, unless the operator chose a limit."""
+    """Let vLLM refuse an ``n`` above ``MAX_ANSWERS``, unless the operator set a limit."""
     environ.setdefault("VLLM_MAX_N_SEQUENCES", str(MAX_ANSWERS))
 
 
 def refuse_many_conversations(conversations: Sized) -> None:
-    """Hold a batch to as many answers as ``n`` may ask for, which vLLM does not.
+    """Refuse a batch of more conversations than ``n`` may be, which vLLM accepts.
 
     Raises:
         RequestError: If there are more.
@@ -35,10 +35,10 @@ def refuse_many_conversations(conversations: Sized) -> None:
 
 
 class BodyLimit:
-    """Answers 413 to larger bodies than ``max_bytes``, before they are in memory or parsed.
+    """Answers 413 to bodies larger than ``max_bytes``, before they are in memory or parsed.
 
-    Pure ASGI, and smaller bodies stream through. What a refused client still sends is read by
-    uvicorn and thrown away, so that the connection can be used again.
+    Smaller bodies stream through. uvicorn reads and drops the rest of a refused body, so that the
+    connection can be used again.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -58,7 +58,7 @@ class BodyLimit:
         try:
             await self.app(scope, counted.receive, counted.send)
         except Exception:
-            # Having been told that the client is gone, the application may raise.
+            # The application may raise, because it was told that the client is gone.
             if not counted.is_too_large:
                 raise
         if counted.is_too_large and not counted.is_answered:

@@ -1,4 +1,4 @@
-"""What the API server counts; beside vLLM's own metrics on ``/metrics``."""
+"""Counters of the API server, on ``/metrics`` beside vLLM's metrics."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,12 @@ from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts
 
 _BOUNDS = (0.5, 0.7, 0.8, 0.9, 1.0)
 
-REQUESTS = Counter(
-    "vitcop_requests", "Requests accepted, by the pruning ratio they asked for.", ["ratio"]
-)
+REQUESTS = Counter("vitcop_requests", "Accepted requests, by pruning ratio.", ["ratio"])
 TOKENS_KEPT = Counter(
     "vitcop_visual_tokens_kept", "Visual tokens of prompts that reach a stage.", ["stage"]
 )
 TOKENS_DROPPED = Counter(
-    "vitcop_visual_tokens_dropped", "Visual tokens of prompts that do not.", ["stage"]
+    "vitcop_visual_tokens_dropped", "Visual tokens of prompts that a stage drops.", ["stage"]
 )
 RATIO_ERRORS = Counter(
     "vitcop_ratio_errors", "Requests refused for their pruning ratio, or for where it was sent."
@@ -37,7 +35,7 @@ def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
 
 
 def count_request(ratio: float, images: Sequence[VisualTokenCounts]) -> None:
-    """Count a request whose prompt has been made."""
+    """Count a request after vLLM has rendered its prompt."""
     REQUESTS.labels(ratio_bucket(ratio, images)).inc()
     for stage in range(NUM_STAGES):
         kept = sum(image.stages[stage] for image in images)

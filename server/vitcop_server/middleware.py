@@ -1,4 +1,4 @@
-"""Around every route: the answer tells the ratio, and a ratio that vLLM would ignore is refused."""
+"""Middleware of all routes: adds the ratio to answers, refuses ratios that vLLM would ignore."""
 
 import json
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from vitcop_server.settings import server_settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 STATE_KEY = "pruning_ratio"
-"""Key in a request's state where its handler leaves the accepted ratio."""
+"""Key of the accepted ratio in a request's state; its handler sets it."""
 
 EXPLAIN_STATE_KEY = "pruning_explained"
-"""Key in a request's state of what its explanation needs; absent from all other requests."""
+"""Key of an explanation's data in a request's state; only requests to explain have it."""
 
 _TOKENS_PREFIX = "/inference/"
 
 
 class PruningMiddleware:
-    """Tells the accepted ratio in the answer, and refuses ratios where a route takes none.
+    """Adds the accepted ratio to the answer, and refuses ratios on routes without one.
 
-    Pure ASGI, so that streams pass through unbuffered. Where the route's
-    :class:`~server.route_rules.RouteRules` say so, the body is read, checked and replayed: vLLM
-    would drop an unknown header or field there without a word.
+    Streams pass through unbuffered. If :class:`~vitcop_server.route_rules.RouteRules` say so, the
+    middleware reads, checks and replays the body, because vLLM would silently drop an unknown
+    header or field on that route.
     """
 
     def __init__(self, app: ASGIApp) -> None:

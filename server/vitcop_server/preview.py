@@ -1,4 +1,4 @@
-"""What pruning will do to an image, from its size alone; nothing is computed on it."""
+"""The plan of an image, from its size alone: no model runs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from vitcop_vllm.pruning.settings import RATIO_KEY
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 USUAL_SIDE = 1008
-"""Longest side, in pixels, of the image that a plan is for if no size is asked for.
+"""Longest side, in pixels, of the image in a plan without a size.
 
-The largest image of a model without a fixed input has some 16,000 tokens, which is no usual image.
-It divides by 14, 16 and 28, so that such an image fits the model's grid without scaling.
+The largest image of a model without a fixed input has some 16,000 tokens, which is unusual. 1008 is
+a multiple of 14, 16 and 28, so an image of that side fits the model's grid without scaling.
 """
 
 
@@ -52,7 +52,7 @@ class Preview:
         """What an image keeps at a ratio that has been accepted.
 
         Raises:
-            ValueError: If the model takes no image of this size.
+            ValueError: If the model does not accept an image of this size.
         """
         tokens = self.info.layout(width, height).num_tokens
         counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
@@ -90,7 +90,7 @@ class Preview:
         round up.
 
         Raises:
-            ValueError: If the model takes no image of this size.
+            ValueError: If the model does not accept an image of this size.
         """
         counts = self.counts(width, height, ratio)
         stages = self.stage_fields(counts)

@@ -13,17 +13,17 @@ def accepted_ratio(
     body_value: object,
     default: float | None = None,
 ) -> float:
-    """The ratio a request asks for, or the default when it asks for none.
+    """The ratio of a request, or the default if the request has none.
 
     Args:
         settings: The operator's settings: default and largest ratio.
         header_values: Every ``X-Pruning-Ratio`` header of the request, in order.
         body_value: The body's ``pruning_ratio``; JSON ``null`` is the same as no field.
-        default: In place of the operator's.
+        default: Replaces the operator's default.
 
     Raises:
-        RequestError: If a value is no ratio in range, the header was sent more than once, or
-            header and body ask for different ratios.
+        RequestError: If a value is not a ratio in range, if there are several headers, or if
+            header and body differ.
     """
     from_header = _header_ratio(settings, header_values) if header_values else None
     from_body = None if body_value is None else _parse(settings, body_value, RATIO_KEY)

@@ -1,4 +1,4 @@
-"""What every handler of ours does first: accept the ratio of a request."""
+"""The first step of all our handlers: accept the ratio of a request."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -19,10 +19,10 @@ from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 
 class RatioServing:
-    """Accepts a request's ratio; stands before a vLLM serving class.
+    """Accepts the ratio of a request. A mixin for vLLM's serving classes.
 
     Attributes:
-        renderer_type: Of the handler's renderer.
+        renderer_type: Class of the handler's renderer.
         pruned_model: Settings, depth and names.
         is_traced: Whether spans are exported.
     """
@@ -41,13 +41,13 @@ class RatioServing:
         handler.pruned_model = pruned_model
         handler.is_traced = is_traced
         renderer = handler.online_renderer = adopt_copy(handler.online_renderer, cls.renderer_type)
-        # Processor keywords that reach it are ours: those of clients are refused before. vLLM's own
-        # renderer, which other handlers share, goes on refusing them.
+        # Only our processor keywords reach this renderer: those of clients are refused before.
+        # vLLM's own renderer, which other handlers use, still refuses them.
         renderer.trust_request_mm_kwargs = True
         return handler
 
     def accept_ratio(self, request: Any, raw_request: Request | None) -> float:
-        """The ratio that a request asks for by header, field or alias; the answer tells it.
+        """The ratio of a request, from header, field or alias. The answer repeats it.
 
         An alias in ``request.model`` becomes the name of the model.
 

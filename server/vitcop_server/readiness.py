@@ -34,7 +34,7 @@ def note_shutdown(engine_client: Any, state: Any) -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record says more than that the engine, told to stop, has stopped.
+    """Whether a log record says more than that the engine has stopped as ordered.
 
     vLLM ends the engine before the task that reads from it, which then logs an error.
     """

@@ -1,4 +1,4 @@
-"""The images of a request, taken down while vLLM renders its prompts."""
+"""Records the images of a request while vLLM renders its prompts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from vitcop_server.fields import refuse_stray_placeholders
 from vitcop_server.usage import image_names
 
 _rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
-"""Names of the images rendered for the answer being made, if one is: vLLM's renderer gets no
-raw request."""
+"""Identifiers of the images rendered for the current request. A context variable, because vLLM's
+renderer does not get the HTTP request."""
 
 
 @contextmanager
 def record_images() -> Iterator[list[str]]:
-    """Names of the images that are rendered inside."""
+    """Identifiers of the images that vLLM renders inside the ``with`` block."""
     names: list[str] = []
     token = _rendered.set(names)
     try:
@@ -27,10 +27,10 @@ def record_images() -> Iterator[list[str]]:
 
 
 class ImageRenderer(OnlineRenderer):
-    """vLLM's renderer, which names images to :func:`record_images` and refuses marks of none.
+    """vLLM's renderer, which also records images and refuses placeholders without an image.
 
-    All handlers render through the two methods below, one conversation at a time, in the task
-    that serves the request (thread pools are below them).
+    All handlers call the two methods below, per conversation, in the task that serves the request.
+    Thread pools are further down.
 
     Attributes:
         prompt_field: The body field that a handler renders, for errors.
@@ -50,7 +50,7 @@ class ImageRenderer(OnlineRenderer):
 
     def _record(self, engine_inputs: Any) -> None:
         names = _rendered.get()
-        if names is not None:  # else nobody waits for what becomes of them
+        if names is not None:  # otherwise no handler reads them
             names += image_names(engine_inputs)
         refuse_stray_placeholders(
             engine_inputs, self.model_config, self.prompt_field, self.renderer.tokenizer

@@ -62,15 +62,15 @@ async def plan(
     width: Side | None = None,
     height: Side | None = None,
 ) -> Any:
-    """What an image of a size would keep, exactly: the answer tells size, grid and tokens.
+    """The exact plan of an image of a given size: its grid, and the tokens that it keeps.
 
     Without a size the plan is for the largest input of the model, at most 1,008 pixels wide and
-    high: 336 x 336 with LLaVA-1.5. The answer's ``width`` and ``height`` tell which.
+    high: 336 x 336 with LLaVA-1.5. The answer has its ``width`` and ``height``.
     """
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        asked = (
+        chosen = (
             settings.default_ratio if ratio is None else settings.parse_ratio(ratio, name="ratio")
         )
         if (width is None) != (height is None):
@@ -81,7 +81,7 @@ async def plan(
     if width is None or height is None:
         width, height = preview.input_size()
     try:
-        return preview.plan_fields(width, height, asked)
+        return preview.plan_fields(width, height, chosen)
     except ValueError as error:
         sentence = f"the model takes no image of {width} x {height} pixels: {error}"
         return JSONResponse(error_body(sentence, "BadRequestError", 400, "width"), 400)

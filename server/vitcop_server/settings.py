@@ -1,4 +1,4 @@
-"""What an operator may choose about the server, beside vLLM's own flags."""
+"""Settings of the server, beside vLLM's flags."""
 
 from argparse import Namespace
 from typing import Annotated, Any
@@ -8,26 +8,27 @@ from pydantic import Field, ValidationError
 from vitcop_vllm.pruning.settings import Frozen, Positive, Ratio, format_validation_error
 
 SERVER_KEY = "server"
-"""Name of the settings wherever they travel: YAML section, additional config."""
+"""Name of the settings, in a YAML file and in ``--additional-config``."""
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class ServerSettings(Frozen):
-    """Limits put on requests, and what is served beside vLLM's routes.
+    """Limits on requests, and routes beside vLLM's.
 
     Attributes:
         aliases: Ratios for which ``/v1/models`` lists ``NAME@RATIO``, for tools that choose a
             model but send no headers. Such a name works with any ratio, listed or not.
         page: Whether ``/ui`` is served.
-        explain: Whether ``POST /v1/pruning/explain`` tells which visual tokens survived; such a
-            request reuses nothing and costs a round to the workers.
-        image_ids: Whether clients may name images (``uuid``). A name is a key of caches
-            that all clients share: whoever knows it is answered from that image.
-        max_body_bytes: Largest request body.
-        max_image_pixels: Most pixels of an image, width times height.
-        max_aspect_ratio: Longest side over shortest. LLaVA's processor enlarges a thin image
-            until its shortest side fills the model's input; Qwen's refuses more than 200.
+        explain: Whether ``POST /v1/pruning/explain`` is served, which returns the visual tokens
+            that survive. Such a request misses all caches and costs a call to the workers.
+        image_ids: Whether clients may set an image's ``uuid``. It is a key of caches that all
+            clients share: a client that knows it gets answers about that image.
+        max_body_bytes: Maximum size of a request body.
+        max_image_pixels: Maximum width times height of an image.
+        max_aspect_ratio: Maximum of longest side over shortest side. LLaVA's processor enlarges
+            a thin image until its shortest side fills the model's input; Qwen's refuses more
+            than 200.
     """
 
     aliases: tuple[Ratio, ...] = ()
@@ -40,7 +41,7 @@ class ServerSettings(Frozen):
 
 
 def server_settings_of(app: Any) -> ServerSettings:
-    """Those that the plugin left with a running ``app``; defaults where there is none."""
+    """The settings of a running ``app``; the defaults if it has none."""
     settings: ServerSettings = getattr(
         getattr(app, "state", None), "pruning_server_settings", ServerSettings()
     )
@@ -48,7 +49,7 @@ def server_settings_of(app: Any) -> ServerSettings:
 
 
 def server_settings(args: Namespace) -> ServerSettings:
-    """Settings in the additional config of vLLM's command line, whoever started it.
+    """Settings in the additional config of vLLM's command line.
 
     Raises:
         ValueError: With a sentence that names each wrong one.

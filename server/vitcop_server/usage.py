@@ -69,7 +69,7 @@ def image_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
     """Counts of the images with these identifiers.
 
     Raises:
-        RuntimeError: If one's identifier tells none, so that it passed another processor.
+        RuntimeError: If an identifier has no counts, because another processor made it.
     """
     return list(map(counts_of_identifier, names))
 
