@@ -91,15 +91,15 @@ def _article(name: str) -> str:
 
 
 def _ask_attribute(
-    scene: Scene, rng: Rng, asked: str, by: str, wordings: Sequence[str]
+    scene: Scene, rng: Rng, attribute: str, by: str, wordings: Sequence[str]
 ) -> Turn | None:
-    """A question for the attribute ``asked`` of a thing identified by its attribute ``by``."""
+    """A question for an attribute of a thing that its attribute ``by`` identifies."""
     candidates = _unique(scene.things, attrgetter(by))
     if not candidates:
         return None
     thing = choice(rng, candidates)
     question = choice(rng, wordings).format(getattr(thing, by))
-    return Turn(question, getattr(thing, asked), ((thing,),))
+    return Turn(question, getattr(thing, attribute), ((thing,),))
 
 
 def ask_colour(scene: Scene, rng: Rng) -> Turn | None:

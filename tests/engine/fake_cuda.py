@@ -65,7 +65,7 @@ def become_cuda() -> None:
     flash_attn_interface.FA4_AVAILABLE = True
 
 
-def settle(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
+def choose(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
     from vllm.engine.arg_utils import EngineArgs
 
     try:
@@ -83,11 +83,11 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    settled = []
+    choices = []
     for (major, minor), options in json.loads(sys.argv[2]):
         capability = (major, minor)
-        settled.append(settle(sys.argv[1], options))
-    print(json.dumps(settled))
+        choices.append(choose(sys.argv[1], options))
+    print(json.dumps(choices))
 
 
 if __name__ == "__main__":

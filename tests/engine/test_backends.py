@@ -72,7 +72,7 @@ CHOSEN: list[tuple[tuple[int, int], dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def settled(checkpoint):
+def choices(checkpoint):
     """(compute capability, options) -> start-up's choice or error; one process for all cases."""
     cases: list[Any] = [(card, {"kv_cache_dtype": dtype}) for card, dtype, _ in CARDS]
     cases += [(card, options) for card, options, _ in CHOSEN]
@@ -93,9 +93,9 @@ def settled(checkpoint):
 
 @pytest.mark.parametrize(("card", "cache_dtype", "backend"), CARDS)
 def test_a_gpu_starts_with_default_settings_or_the_error_names_the_option_to_change(
-    settled, card, cache_dtype, backend
+    choices, card, cache_dtype, backend
 ):
-    result = settled[card, json.dumps({"kv_cache_dtype": cache_dtype})]
+    result = choices[card, json.dumps({"kv_cache_dtype": cache_dtype})]
     if backend is None:
         assert f"with KV cache dtype {cache_dtype}; set --kv-cache-dtype auto" in result["error"]
     else:
@@ -107,9 +107,9 @@ def test_a_gpu_starts_with_default_settings_or_the_error_names_the_option_to_cha
 
 @pytest.mark.parametrize(("card", "options", "outcome"), CHOSEN)
 def test_a_chosen_backend_is_kept_or_the_error_names_the_valid_options(
-    settled, card, options, outcome
+    choices, card, options, outcome
 ):
-    result = settled[card, json.dumps(options)]
+    result = choices[card, json.dumps(options)]
     assert result.get("backend") == outcome or outcome in result["error"]
 
 

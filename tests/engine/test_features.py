@@ -107,9 +107,9 @@ def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
     specs = [RequestSpec("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
     generate(llm, specs)
     encoded = [sum(map(len, step.scheduled_encoder_inputs.values())) for step in steps]
-    most = scheduler.max_num_encoder_input_tokens // TINY.visual_tokens
+    max_images = scheduler.max_num_encoder_input_tokens // TINY.visual_tokens
     assert sum(encoded) == 16
-    assert max(encoded) == most < 400 // COUNTS.stages[0]
+    assert max(encoded) == max_images < 400 // COUNTS.stages[0]
 
 
 @pytest.mark.skipif(

@@ -19,7 +19,7 @@ SETTINGS = PruningSettings(selector="fastv", max_pruning_ratio=0.875)
 
 
 @pytest.fixture
-def info(llm):
+def fastv_processor(llm):
     """Replaces the processor's settings, from which a request's counts are computed."""
     info = llm.llm_engine.renderer.mm_processor.info
     before = info.settings
@@ -29,7 +29,7 @@ def info(llm):
 
 
 @pytest.fixture
-def scheduler(llm, info):
+def scheduler(llm, fastv_processor):
     config = copy(llm.llm_engine.vllm_config)
     config.model_config = copy(config.model_config)
     config.model_config.hf_config = copy(config.model_config.hf_config)

@@ -16,7 +16,7 @@ REQUESTS = [
 ]
 
 
-class Witness(DenseModel):
+class RecordingOracle(DenseModel):
     """Mix-in for an oracle's class; records the oracle's selections."""
 
     def choices(self, family: Any, spec: RequestSpec, prompt: list[int]) -> list[list[list[int]]]:
@@ -54,8 +54,10 @@ class Witness(DenseModel):
 
 
 @pytest.fixture(scope="module")
-def witness(family, checkpoint):
-    return type("WitnessOf", (Witness, family.oracle_class()), {})(checkpoint, family.boundaries)
+def recording_oracle(family, checkpoint):
+    return type("RecordingOracleOf", (RecordingOracle, family.oracle_class()), {})(
+        checkpoint, family.boundaries
+    )
 
 
 def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dict[str, Any]]]:
@@ -77,9 +79,9 @@ def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dic
 
 
 @pytest.mark.parametrize("spec", REQUESTS, ids=lambda spec: f"{len(spec.images)}@{spec.ratio:.2f}")
-def test_recorded_choices_equal_the_oracle_s(family, llm, witness, spec):
+def test_recorded_choices_equal_the_oracle_s(family, llm, recording_oracle, spec):
     prompt, recorded = explained(llm, spec, "one")
-    expected = witness.choices(family, spec, prompt)
+    expected = recording_oracle.choices(family, spec, prompt)
     if spec.ratio == 0:
         assert recorded == []
         return

@@ -166,8 +166,8 @@ def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler
     with only_blocks(scheduler, budget):
         for i in range(11):
             start(engine, f"r{i}", spec)
-        most = 0
+        max_running = 0
         while engine.has_unfinished_requests():
             engine.step()
-            most = max(most, len(scheduler.running))
-    assert most >= fit
+            max_running = max(max_running, len(scheduler.running))
+    assert max_running >= fit
