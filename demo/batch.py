@@ -1,4 +1,4 @@
-"""What a batch of the small world holds, in tensors."""
+"""A training batch of the small world, as tensors."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -6,25 +6,25 @@ from typing import Self
 import torch
 
 IGNORED = -100
-"""Label of a token that is not to be learnt."""
+"""Label of a token without a loss."""
 
-TELLING = -1
-"""Attention head that looks at what the next token tells of."""
+SUBJECT_HEAD = -1
+"""Attention head that looks at the subject of the next token (:attr:`Turn.subjects`)."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """What a batch holds.
+    """Sizes of a batch.
 
     Attributes:
         side: Height and width of an image in pixels.
-        images: Images.
-        text: Tokens for questions in a sequence, besides the images'; 0 for images alone.
-        dropped: Shares of visual tokens that may be left out, one per batch.
-        background_first: Whether those that show nothing are left out before any other;
-            otherwise all are alike.
-        deep_share: Share of the visual tokens left that the deep stage's layers see.
-        pair_share: Share of the batches that ask about two images at once.
+        images: Number of images.
+        text: Tokens of a sequence for questions and answers; 0 makes a batch without sequences.
+        dropped: Fractions of visual tokens to drop; each batch draws one.
+        pair_share: Fraction of the batches whose sequences ask about two images.
+        background_first: Drop patches that show nothing before other patches; otherwise drop
+            random patches.
+        deep_share: Fraction of the kept visual tokens that the deep stage's layers see.
     """
 
     side: int
@@ -41,16 +41,15 @@ class Sequences:
     """Conversations about a batch's N images: S sequences of T tokens.
 
     Attributes:
-        kept: (N, n) int64 patches whose tokens the decoder sees, ascending.
-        ids, labels, positions, segments: (S, T) int64. Segment 0 is seen by all that follows,
-            any other by itself; -1 is padding.
-        families: (S, T) int64, where a label is an answer's: which of
-            :data:`questions.FAMILIES` the question is of; -1 elsewhere.
-        looks: (K, 3) int64: sequence, index of a token in it, attention head that should look
-            at something there. A prompt's last token looks at each group of
-            :attr:`Turn.looks` with the head of that number; a token whose next one tells of
-            something (:attr:`Turn.tells`) looks at it with head :data:`TELLING`.
-        looked: (K, visual tokens of a sequence) bool: where it should look.
+        kept: (N, n) int64, ascending: patches whose tokens the decoder sees.
+        ids, labels, positions, segments: (S, T) int64. Every token sees segment 0; tokens of
+            another segment are seen only inside that segment. Segment -1 is padding.
+        families: (S, T) int64: for tokens of an answer, the question's index in
+            :data:`questions.FAMILIES`; -1 elsewhere.
+        looks: (K, 3) int64: sequence, token index, attention head. The head of a prompt's last
+            token is the index of a group in :attr:`Turn.looks`. The head of a token before one
+            with a subject is :data:`SUBJECT_HEAD`.
+        looked: (K, visual tokens of a sequence) bool: where that head should look.
         deep: (S, T) bool: tokens that the deep stage's layers see.
     """
 
@@ -70,13 +69,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """N images of G = side / 14 patches a side, and what there is to learn about them.
+    """N images of G x G patches, G = side / 14, with their training targets.
 
     Attributes:
         pixels: (N, side, side, 3) uint8.
         targets: Name -> (N, G*G) uint8, see :func:`~demo.drawing.patch_targets`.
         content: (N, CONTENT) float32, see :func:`~demo.dataset.content`.
-        sequences: ``None`` for images alone.
+        sequences: ``None`` in a batch of images without questions.
     """
 
     pixels: torch.Tensor

@@ -1,8 +1,7 @@
-"""Batches of the small world: images, conversations about them, and what is where.
+"""Batches of the small world: images, conversations about them, and targets of their patches.
 
-An image is paid for once and asked about many times: the questions about it stand one after
-the other in a sequence, each seeing the image and itself only, so that each is a first
-question. A conversation's turns see each other.
+A sequence holds an image once and many conversations about it. A conversation sees the image and
+itself, but not the other conversations. Turns of a conversation see earlier turns.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from demo import questions
-from demo.batch import IGNORED, TELLING, Batch, BatchShape, Sequences
+from demo.batch import IGNORED, SUBJECT_HEAD, Batch, BatchShape, Sequences
 from demo.drawing import TARGETS, draw, patch_targets, patches_of
 from demo.questions import Turn
 from demo.scenes import make_scene
@@ -42,7 +41,7 @@ WEIGHTS = {
     "text": 1.0,
     "odd one out": 1.0,
 }
-"""How often a family is asked; harder ones more."""
+"""Relative frequency of a question family; harder families are more frequent."""
 
 
 class Encoder:
@@ -62,39 +61,39 @@ class Encoder:
         return found
 
     def prefix(self, tokens: Sequence[int]) -> list[int]:
-        """The sequence's beginning, with as many visual tokens per image as given."""
+        """Token ids of a sequence's beginning, with ``tokens[i]`` placeholders for image i."""
         ids = list(self.ids("<s>USER: "))
         for count in tokens:
             ids += [self.image] * count + self.ids("\n")
         return ids
 
     def conversation(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Ids and labels of turns that follow a prefix; answers are to be learnt."""
+        """Ids and labels of turns that follow a prefix; only answers have labels."""
         ids: list[int] = []
         labels: list[int] = []
         for i, turn in enumerate(turns):
-            asked = self.ids(("USER: " if i else "") + turn.question + " ASSISTANT:")
-            told = self.ids(f" {turn.answer}</s>")
-            ids += asked + told
-            labels += [IGNORED] * len(asked) + told
+            question = self.ids(("USER: " if i else "") + turn.question + " ASSISTANT:")
+            answer = self.ids(f" {turn.answer}</s>")
+            ids += question + answer
+            labels += [IGNORED] * len(question) + answer
         return ids, labels
 
-    def tells(self, turn: Turn) -> Iterator[tuple[int, Shown]]:
-        """Index of an answer's token, and what it tells of."""
-        end = -1  # of the token among the answer's characters; a space stands before them
+    def subjects(self, turn: Turn) -> Iterator[tuple[int, Shown]]:
+        """Yields (index of an answer's token, subject of its last character)."""
+        end = -1  # the token's end in the answer's characters; the text begins with a space
         for i, token in enumerate(self.ids(f" {turn.answer}")):
             end += len(self.tokenizer.convert_ids_to_tokens(token))
-            shown = turn.tells[end - 1] if 0 < end <= len(turn.tells) else None
+            shown = turn.subjects[end - 1] if 0 < end <= len(turn.subjects) else None
             if shown is not None:
                 yield i, shown
 
 
 CONTENT = len(COLOUR_NAMES) * len(SHAPES) + len(ALPHABET)
-"""Kinds of things and letters that an image may hold."""
+"""Number of coloured shapes and letters that an image may hold."""
 
 
 def content(scene: Scene) -> np.ndarray:
-    """Which coloured shapes and which letters an image holds, (CONTENT,) of 0 and 1."""
+    """(CONTENT,) zeros and ones: the coloured shapes and letters that an image holds."""
     found = np.zeros(CONTENT, dtype=np.float32)
     for thing in scene.things:
         row, column = COLOUR_NAMES.index(thing.colour), SHAPES.index(thing.shape)
@@ -105,11 +104,12 @@ def content(scene: Scene) -> np.ndarray:
 
 
 Conversation = tuple[str, tuple[Turn, ...]]
-"""A family of questions, and turns of it."""
+"""A family of questions, and the turns."""
 
 
-def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
-    """Conversations about an image, what only some images have first; may repeat."""
+def _conversations_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
+    """Conversations about an image, possibly repeated; families that need a sign, an odd one
+    out or a description come first."""
     for name in ("odd one out", "text", "description"):
         turn = questions.SINGLE[name](scene, rng)
         if turn is not None:
@@ -125,7 +125,7 @@ def _ask_about(scene: Scene, rng: Rng) -> Iterator[Conversation]:
             yield str(name), (turn,)
 
 
-def _compare(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
+def _comparisons(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
     for _ in range(40):
         turn = questions.ask_comparison(pair, rng)
         if turn is not None:
@@ -142,8 +142,8 @@ class _Sequence:
         self.positions = list(range(self.begin))
         self.segments = [0] * self.begin
         self.families = [-1] * self.begin
-        self.asked: list[tuple[int, Turn]] = []
-        """Index of each prompt's last token, and what it asks."""
+        self.prompts: list[tuple[int, Turn]] = []
+        """Index of each prompt's last token, and its turn."""
         self._number = 0
 
     def fits(self, ids: Sequence[int]) -> bool:
@@ -151,9 +151,9 @@ class _Sequence:
 
     def add(self, turns: Sequence[Turn], ids: list[int], labels: list[int], family: int) -> None:
         self._number += 1
-        told = np.array(labels) != IGNORED
-        ends = np.flatnonzero(told[1:] & ~told[:-1])
-        self.asked += zip((len(self.ids) + ends).tolist(), turns, strict=True)
+        in_answer = np.array(labels) != IGNORED
+        ends = np.flatnonzero(in_answer[1:] & ~in_answer[:-1])
+        self.prompts += zip((len(self.ids) + ends).tolist(), turns, strict=True)
         self.ids += ids
         self.labels += labels
         self.positions += range(self.begin, self.begin + len(ids))
@@ -161,7 +161,7 @@ class _Sequence:
         self.families += [-1 if label == IGNORED else family for label in labels]
 
     def padded(self) -> tuple[list[int], ...]:
-        """Ids, labels, positions, segments and families, ``length`` of each."""
+        """Ids, labels, positions, segments and families, each padded to ``length``."""
         return tuple(
             row + [filler] * (self.length - len(row))
             for row, filler in (
@@ -175,7 +175,7 @@ class _Sequence:
 
 
 def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batch:
-    """The batch of a seed, always the same."""
+    """The batch of a seed; the same seed gives the same batch."""
     rng = np.random.default_rng(list(seed))
     per_sequence = 2 if rng.random() < shape.pair_share else 1
     sequences = shape.images // per_sequence
@@ -202,7 +202,7 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
 def _make_sequences(
     shape: BatchShape, encoder: Encoder, groups: Sequence[Sequence[Scene]], rng: Rng
 ) -> Sequences:
-    """A sequence about the images of each group; all groups are of one size."""
+    """A sequence about the images of each group; all groups have the same size."""
     per_sequence = len(groups[0])
     patches = (shape.side // PATCH) ** 2
     keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
@@ -210,68 +210,66 @@ def _make_sequences(
     if shape.background_first:
         every = np.arange(patches)[None]
         scenes = [scene for group in groups for scene in group]
-        draws += np.stack([~_where(scene.shown, [scene], every) for scene in scenes])
+        draws += np.stack([~_shows(scene.shown, [scene], every) for scene in scenes])
     order = np.argsort(draws, axis=1)
     kept = np.sort(order[:, :keep], axis=1)
     place = np.take_along_axis(np.argsort(order, axis=1), kept, axis=1)
     prefix = encoder.prefix([keep] * per_sequence)
-    # Few lengths: kernels are made anew for each.
+    # Round up, so that there are few lengths: a kernel is compiled for each.
     length = -(-(len(prefix) + shape.text // per_sequence) // 32) * 32
     rows, looks, looked = [], [], []
     for number, group in enumerate(groups):
         sequence = _Sequence(prefix, length)
-        asked = set()
+        added = set()
         for family, turns in (
-            _ask_about(group[0], rng) if per_sequence == 1 else _compare(group, rng)
+            _conversations_about(group[0], rng) if per_sequence == 1 else _comparisons(group, rng)
         ):
-            text, told = encoder.conversation(turns)
-            if turns not in asked and sequence.fits(text):
-                asked.add(turns)
-                sequence.add(turns, text, told, questions.FAMILIES.index(family))
+            ids, labels = encoder.conversation(turns)
+            if turns not in added and sequence.fits(ids):
+                added.add(turns)
+                sequence.add(turns, ids, labels, questions.FAMILIES.index(family))
         rows.append(sequence.padded())
-        mine = kept[number * per_sequence : (number + 1) * per_sequence]
-        for end, turn in sequence.asked:
+        kept_of_group = kept[number * per_sequence : (number + 1) * per_sequence]
+        for end, turn in sequence.prompts:
             wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
-            wanted += [(end + i, TELLING, (one,)) for i, one in encoder.tells(turn)]
+            wanted += [(end + i, SUBJECT_HEAD, (shown,)) for i, shown in encoder.subjects(turn)]
             for token, head, shown in wanted:
-                where = _where(shown, group, mine)
+                where = _shows(shown, group, kept_of_group)
                 if where.any():
                     looks.append((number, token, head))
                     looked.append(where)
-    ids, labels, positions, segments, families = map(torch.tensor, zip(*rows, strict=True))
-    deep = torch.ones(ids.shape, dtype=torch.bool)
-    deep[ids == encoder.image] = torch.from_numpy(place < round(keep * shape.deep_share)).flatten()
+    columns = ("ids", "labels", "positions", "segments", "families")
+    tensors = dict(zip(columns, map(torch.tensor, zip(*rows, strict=True)), strict=True))
+    is_image = tensors["ids"] == encoder.image
+    deep = torch.ones(is_image.shape, dtype=torch.bool)
+    deep[is_image] = torch.from_numpy(place < round(keep * shape.deep_share)).flatten()
     return Sequences(
         kept=torch.from_numpy(kept),
-        ids=ids,
-        labels=labels,
-        positions=positions,
-        segments=segments,
-        families=families,
+        **tensors,
         looks=torch.tensor(looks).reshape(-1, 3),
         looked=torch.from_numpy(np.array(looked, dtype=bool).reshape(-1, keep * per_sequence)),
         deep=deep,
     )
 
 
-def _where(
+def _shows(
     shown: Sequence[Shown], group: Sequence[Scene], kept: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Which of the visual tokens kept of a group of images show one of some things."""
+    """(kept visual tokens of the group,) bool: tokens that show one of ``shown``."""
     found = []
     for scene, patches in zip(group, kept, strict=True):
         cells = scene.side // PATCH
         grid = np.zeros((cells, cells), dtype=bool)
-        for one in shown:
-            whole = one.sign if isinstance(one, Letter) else one
-            if any(whole is here for here in scene.shown):
-                grid |= patches_of(one, cells)
+        for part in shown:
+            whole = part.sign if isinstance(part, Letter) else part
+            if any(whole is item for item in scene.shown):
+                grid |= patches_of(part, cells)
         found.append(grid.reshape(-1)[patches])
     return np.concatenate(found)
 
 
 class Batches(IterableDataset[Batch]):
-    """Batches ``first``, ``first + 1``, ... of a phase, made by worker processes."""
+    """Batches ``first`` to ``end - 1`` of a phase, made by worker processes."""
 
     def __init__(
         self, shape: BatchShape, tokenizer: Any, seed: int, phase: int, first: int, end: int
@@ -282,6 +280,6 @@ class Batches(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # The loader takes from its workers in turn, so the order stays that of one process.
+        # The loader reads its workers in turn, so the order does not depend on their number.
         for number in range(self.first + first, self.end, step):
             yield make_batch(self.shape, self.encoder, (self.seed, self.phase, number))

@@ -1,4 +1,4 @@
-"""Images of scenes, and what each of their patches shows."""
+"""Draws images of scenes, and gives the targets of their patches."""
 
 import math
 from functools import cache, lru_cache
@@ -30,7 +30,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def _polygon(points: int, inner: float) -> list[tuple[float, float]]:
-    """A star of ``points`` tips, or a regular polygon where ``inner`` is 1."""
+    """Corners of a star with ``points`` tips; with ``inner`` 1, of a regular polygon."""
     corners = []
     for i in range(2 * points):
         radius = 1.0 if i % 2 == 0 else inner
@@ -72,7 +72,7 @@ _CORNERS = {
 
 
 def _mask(shape: str, radius: float, angle: float) -> Image.Image:
-    """The shape as an antialiased mask, centred."""
+    """An antialiased mask with the shape in its centre."""
     half = math.ceil(radius * 1.05) + 2
     scale = 3
     tile = Image.new("L", (2 * half * scale, 2 * half * scale))
@@ -109,7 +109,7 @@ def _mask(shape: str, radius: float, angle: float) -> Image.Image:
 def _paint_thing(image: Image.Image, thing: Thing, rng: Rng) -> None:
     jitter = rng.integers(-10, 11, 3)
     colour = np.clip(np.array(COLOURS[thing.colour]) + jitter, 0, 255)
-    # An outline that differs from the filling sets it off from any ground.
+    # An outline in another colour separates the shape from any ground.
     edge = (240, 240, 240) if colour.mean() < 60 else (25, 25, 25)
     for paint, grow in ((edge, 2.0), (tuple(int(c) for c in colour), 0.0)):
         mask = _mask(thing.shape, thing.radius + grow, thing.angle)
@@ -125,7 +125,7 @@ def _font(name: str, height: int) -> ImageFont.FreeTypeFont:
 
 
 _SPACING = 1.15
-"""Letters stand a little apart, so that each has patches of its own."""
+"""Distance between letters in letter widths. Above 1, so that letters do not share patches."""
 
 
 def letter_boxes(sign: Sign) -> list[tuple[str, tuple[float, float, float, float]]]:
@@ -182,7 +182,7 @@ def _photo(name: str) -> Image.Image:
 
 def _paint_ground(side: int, ground: str, rng: Rng) -> Image.Image:
     tint = rng.integers(60, 215, 3)
-    # Muted: colours of the ground must not be taken for colours of things.
+    # Muted, so that the ground's colours differ from the colours of things.
     tint = (0.45 * tint + 0.55 * tint.mean()).astype(int)
     if ground == "plain":
         return Image.new("RGB", (side, side), tuple(int(c) for c in tint))
@@ -231,7 +231,7 @@ def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
 
 
 def patches_of(shown: Shown, cells: int) -> Mask:
-    """(cells, cells): which patches of an image with so many a side show a thing or writing."""
+    """(cells, cells) bool: patches that show a thing, a sign or a letter."""
     if isinstance(shown, Letter):
         return _patches_in(letter_boxes(shown.sign)[shown.index][1], cells)
     if isinstance(shown, Sign):
@@ -244,7 +244,7 @@ def patches_of(shown: Shown, cells: int) -> Mask:
 
 
 _PARTS = 12
-"""Rows and columns into which an image of any size is divided, as places to learn."""
+"""Number of rows and columns of an image, of any size, in the targets ``row`` and ``column``."""
 
 TARGETS = {
     "shape": len(SHAPES) + 1,
@@ -256,14 +256,14 @@ TARGETS = {
     "row": _PARTS + 1,
     "column": _PARTS + 1,
 }
-"""Name -> classes of what a patch may be asked about; class 0 is nothing."""
+"""Target of a patch -> number of classes; class 0 means that the patch shows nothing."""
 
 
 def patch_targets(scene: Scene) -> dict[str, Grid]:
-    """What each patch shows: name -> (G, G) classes of :data:`TARGETS`.
+    """Target -> (G, G) classes of :data:`TARGETS`, with G = side / 14.
 
-    G = side / 14. ``middle`` marks the patch with a thing's centre; ``place`` counts a sign's
-    letters; ``row`` and ``column`` count twelfths of the image, where something is shown.
+    ``middle`` marks the patch with a thing's centre. ``place`` is a letter's number in its sign.
+    ``row`` and ``column`` count twelfths of the image, in patches that show something.
     """
     cells = scene.side // PATCH
     grids = {name: np.zeros((cells, cells), dtype=np.uint8) for name in TARGETS}
@@ -280,6 +280,6 @@ def patch_targets(scene: Scene) -> dict[str, Grid]:
             grids["place"][inside] = i + 1
     row, column = np.indices((cells, cells)) * _PARTS // cells + 1
     shown = (grids["shape"] > 0) | (grids["letter"] > 0)
-    # Background has no place: a question that looks too widely still reads the right one.
+    # Background has no row and no column, so attention to background adds no wrong values.
     grids["row"][shown], grids["column"][shown] = row[shown], column[shown]
     return grids

@@ -1,4 +1,4 @@
-"""What training makes small: of the vision tower, of answers, and of where one layer looks."""
+"""Losses of the vision tower, of the answers, and of the watched layer's attention."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from demo.batch import IGNORED, TELLING, Batch, Sequences
+from demo.batch import IGNORED, SUBJECT_HEAD, Batch, Sequences
 from demo.dataset import CONTENT
 from demo.drawing import TARGETS
 from demo.questions import FAMILIES
@@ -14,11 +14,10 @@ from vitcop_vllm.demo.checkpoint import FEATURE_LAYER
 
 
 class Heads(nn.Module):
-    """What the vision tower is asked while it learns; not part of the model.
+    """Classification heads that train the vision tower; not part of the model.
 
-    Patches tell what they show and where they are, and [CLS], of the feature layer and of the
-    last one, what the whole image holds: without that [CLS] would have no reason to look
-    anywhere.
+    Patches predict what they show and where they are. [CLS], of the feature layer and of the
+    last layer, predicts the image's content; without this loss its attention is not trained.
     """
 
     def __init__(self, width: int) -> None:
@@ -30,8 +29,8 @@ class Heads(nn.Module):
 
     def forward(self, states: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
         losses = {}
-        seen = self.norm(states[FEATURE_LAYER][:, 1:])
-        logits = self.patches(seen).float()
+        patches = self.norm(states[FEATURE_LAYER][:, 1:])
+        logits = self.patches(patches).float()
         start = 0
         for name, classes in TARGETS.items():
             target = batch.targets[name].long().flatten()
@@ -39,7 +38,7 @@ class Heads(nn.Module):
                 logits[..., start : start + classes].flatten(0, 1), target, reduction="none"
             )
             shown = target > 0
-            # Most patches show nothing; those that do count as much as all together.
+            # Few patches show something; their mean loss weighs as much as that of all patches.
             losses[name] = 0.5 * loss.mean() + 0.5 * (loss * shown).sum() / shown.sum().clamp_min(1)
             start += classes
         weight = torch.full((CONTENT,), 6.0, device=logits.device)
@@ -52,30 +51,30 @@ class Heads(nn.Module):
 
 
 def _mask(segments: Tensor, deep: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, 2, T, T) additive: a token sees segment 0 and its own, up to itself.
+    """(S, 2, T, T) additive masks: a token sees segment 0 and its own segment, causally.
 
-    The second is for layers of the deep stage, which see ``deep`` tokens only.
+    The second mask is for layers of the deep stage, which see ``deep`` tokens only.
     """
     length = segments.shape[1]
-    mine, theirs = segments[:, :, None], segments[:, None, :]
+    of_query, of_key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    seen = causal & ((mine == theirs) | (theirs == 0))
+    seen = causal & ((of_query == of_key) | (of_key == 0))
     both = torch.stack((seen, seen & deep[:, None, :]), dim=1)
     return torch.zeros(both.shape, dtype=dtype, device=segments.device).masked_fill_(
         ~both, torch.finfo(dtype).min
     )
 
 
-def answers(
+def answer_loss(
     model: Any, features: Tensor, sequences: Sequences, image: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of the answers' tokens, and the share of right answers by family.
+    """Mean cross-entropy of the answers' tokens, and the fraction of right answers by family.
 
     Args:
         model: The whole LLaVA.
-        features: (N, V, width) of the vision tower.
+        features: (N, V, width), from the vision tower.
         sequences: Conversations about the images.
-        image: Id of the visual tokens' placeholder.
+        image: Id of the placeholder token.
     """
     inner = model.model
     kept = sequences.kept[..., None].expand(-1, -1, features.shape[-1])
@@ -88,40 +87,45 @@ def answers(
         position_ids=sequences.positions,
         use_cache=False,
     ).last_hidden_state
-    told = sequences.labels[:, 1:] != IGNORED
-    logits = model.lm_head(hidden[:, :-1][told]).float()
-    wanted = sequences.labels[:, 1:][told]
-    return F.cross_entropy(logits, wanted), _exact(sequences, logits.argmax(-1) == wanted, told)
+    in_answer = sequences.labels[:, 1:] != IGNORED
+    logits = model.lm_head(hidden[:, :-1][in_answer]).float()
+    wanted = sequences.labels[:, 1:][in_answer]
+    right = _accuracies(sequences, logits.argmax(-1) == wanted, in_answer)
+    return F.cross_entropy(logits, wanted), right
 
 
-def looking(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tensor]:
-    """How far the watched layer is from looking where the answer is.
+def attention_losses(weights: Tensor, sequences: Sequences, image: int) -> dict[str, Tensor]:
+    """Losses of the watched layer's attention: -log(total attention to the tokens to look at).
 
-    Means of -log(a head's attention to the visual tokens it should look at, summed): ``look``
-    of the prompts' last tokens, ``tell`` of tokens before one that tells of something.
+    ``look`` is the mean over prompts' last tokens, ``tell`` over tokens before one with a
+    subject.
 
     Args:
         weights: (S, heads, T, T) attention.
-        sequences: With at least one look.
-        image: Id of the visual tokens' placeholder.
+        sequences: At least one of them has a look.
+        image: Id of the placeholder token.
     """
     row, token, head = sequences.looks.unbind(1)
     visual = (sequences.ids[0] == image).nonzero()[:, 0]
     seen = weights[row, head, token][:, visual].float()
     losses = -(seen * sequences.looked).sum(1).clamp_min(1e-6).log()
-    parts = {"look": losses[head != TELLING], "tell": losses[head == TELLING]}
-    return {name: of.mean() for name, of in parts.items() if len(of)}
+    parts = {"look": losses[head != SUBJECT_HEAD], "tell": losses[head == SUBJECT_HEAD]}
+    return {name: part.mean() for name, part in parts.items() if len(part)}
 
 
-def _exact(sequences: Sequences, right: Tensor, told: Tensor) -> dict[str, Tensor]:
-    """Share of answers with every token right, which is what greedy decoding says, by family."""
-    row = torch.arange(told.shape[0], device=told.device)[:, None].expand_as(told)[told]
-    conversation = row * told.shape[1] + sequences.segments[:, 1:][told]
-    _, which = conversation.unique(return_inverse=True)
-    whole = torch.ones(int(which.max()) + 1, device=told.device)
-    whole.scatter_reduce_(0, which, right.float(), "amin")
-    family = torch.zeros(whole.shape, dtype=torch.int64, device=told.device)
-    family.scatter_(0, which, sequences.families[:, 1:][told])
+def _accuracies(sequences: Sequences, right: Tensor, in_answer: Tensor) -> dict[str, Tensor]:
+    """Family -> fraction of conversations whose answers greedy decoding gives exactly.
+
+    ``in_answer`` (S, T - 1) marks tokens of answers, ``right`` those that are predicted right.
+    """
+    device = in_answer.device
+    row = torch.arange(len(in_answer), device=device)[:, None].expand_as(in_answer)[in_answer]
+    conversation = row * in_answer.shape[1] + sequences.segments[:, 1:][in_answer]
+    _, number = conversation.unique(return_inverse=True)
+    whole = torch.ones(int(number.max()) + 1, device=device)
+    whole.scatter_reduce_(0, number, right.float(), "amin")
+    family = torch.zeros(whole.shape, dtype=torch.int64, device=device)
+    family.scatter_(0, number, sequences.families[:, 1:][in_answer])
     return {
         name: whole[family == i].mean()
         for i, name in enumerate(FAMILIES)

@@ -1,4 +1,4 @@
-"""What turns gradients of bfloat16 weights into training."""
+"""The optimiser: bfloat16 weights for the forward pass, float32 masters for the updates."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from demo.losses import Heads
 
 MATRIX_RATE = 2e-3
 OTHER_RATE = 2e-3
-"""Full learning rates of the layers' matrices and of all else."""
+"""Full learning rates of the layers' matrices and of all other weights."""
 
 
 class Optimiser:
-    """Muon for the layers' matrices, AdamW for all else, on float32 copies of the weights."""
+    """Muon for the layers' matrices, AdamW for all other weights, both on float32 masters."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.weights: list[Tensor] = []
@@ -29,8 +29,8 @@ class Optimiser:
                 tower = isinstance(module, Heads) or ".vision_tower." in name
                 (matrices if inside and weight.dim() == 2 else others)[tower].append(master)
 
-        def groups(of: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
-            return [{"params": params, "tower": tower} for tower, params in of.items()]
+        def groups(by_tower: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:
+            return [{"params": params, "tower": tower} for tower, params in by_tower.items()]
 
         self.parts: list[tuple[torch.optim.Optimizer, float]] = [
             (
@@ -51,7 +51,12 @@ class Optimiser:
         ]
 
     def step(self, share: float, tower_share: float) -> None:
-        """One step with gradients from the weights, at shares of the full rates."""
+        """Update the weights from their gradients, at fractions of the full learning rates.
+
+        Args:
+            share: Fraction for the decoder and the projector.
+            tower_share: Fraction for the vision tower and its heads.
+        """
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None

@@ -1,4 +1,4 @@
-"""Questions about scenes with one right answer each, and exams made of them."""
+"""Questions about scenes, each with one right answer, and exams made of them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,20 +32,21 @@ class Turn:
     """A question and its answer.
 
     Attributes:
-        question, answer: Their texts.
-        looks: What has to be looked at to answer, for training: groups of things or signs.
-        tells: What each character of a longer answer tells of, for training.
+        question, answer: The texts.
+        looks: Groups of things or signs that the answer depends on, for training.
+        subjects: The thing, sign or letter that each character of a longer answer describes,
+            for training.
     """
 
     question: str
     answer: str
     looks: Looks = field(default=(), compare=False, repr=False)
-    tells: tuple[Shown | None, ...] = field(default=(), compare=False, repr=False)
+    subjects: tuple[Shown | None, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Example:
-    """Images, and one or more turns of conversation about them."""
+    """Images, and the turns of a conversation about them."""
 
     family: str
     images: tuple[Image.Image, ...]
@@ -57,7 +58,7 @@ def _plural(shape: str) -> str:
 
 
 def _place(thing: Thing, side: int) -> str | None:
-    """Which ninth of the image a thing's centre is in; ``None`` near a border of two."""
+    """The ninth of the image with a thing's centre; ``None`` near the border of two ninths."""
     names = []
     for value, labels in ((thing.y, ROWS), (thing.x, COLUMNS)):
         part = 3 * value / side
@@ -68,20 +69,20 @@ def _place(thing: Thing, side: int) -> str | None:
 
 
 def _unique(things: Sequence[Thing], key: Callable[[Thing], str]) -> list[Thing]:
-    """Things that no other equals in ``key``."""
+    """Things whose ``key`` no other thing has."""
     keys = [key(thing) for thing in things]
     return [thing for thing in things if keys.count(key(thing)) == 1]
 
 
 def _identified(things: Sequence[Thing], rng: Rng) -> tuple[Thing, str] | None:
-    """A thing that words single out, and the words."""
+    """A thing that its name or its shape identifies, and that name or shape."""
     options = [(thing, thing.name) for thing in _unique(things, attrgetter("name"))]
     options += [(thing, thing.shape) for thing in _unique(things, attrgetter("shape"))]
     return choice(rng, options) if options else None
 
 
 def _about(thing: Thing, question: str, answer: str) -> Turn:
-    """With an answer of several words, all of them about one thing."""
+    """A turn whose answer has several words, all about one thing."""
     return Turn(question, answer, ((thing,),), (thing,) * len(answer))
 
 
@@ -90,15 +91,15 @@ def _article(name: str) -> str:
 
 
 def _ask_attribute(
-    scene: Scene, rng: Rng, asked: str, by: str, wordings: Sequence[str]
+    scene: Scene, rng: Rng, attribute: str, by: str, wordings: Sequence[str]
 ) -> Turn | None:
-    """What one attribute is of the only thing with some value of another."""
+    """A question for an attribute of a thing that its attribute ``by`` identifies."""
     candidates = _unique(scene.things, attrgetter(by))
     if not candidates:
         return None
     thing = choice(rng, candidates)
     question = choice(rng, wordings).format(getattr(thing, by))
-    return Turn(question, getattr(thing, asked), ((thing,),))
+    return Turn(question, getattr(thing, attribute), ((thing,),))
 
 
 def ask_colour(scene: Scene, rng: Rng) -> Turn | None:
@@ -152,7 +153,8 @@ def ask_existence(scene: Scene, rng: Rng) -> Turn | None:
     wanted = bool(shown) and rng.random() < 0.5
     while True:
         colour, shape = choice(rng, COLOUR_NAMES), choice(rng, SHAPES)
-        if scene.things and rng.random() < 0.6:  # half right is the harder no
+        # A question with answer "no" is harder if some thing has its colour or its shape.
+        if scene.things and rng.random() < 0.6:
             thing = choice(rng, scene.things)
             colour, shape = (thing.colour, shape) if rng.random() < 0.5 else (colour, thing.shape)
         name = choice(rng, shown) if wanted else kind.format(colour=colour, shape=shape)
@@ -167,7 +169,7 @@ _RELATIONS = (
     ("x", ("left", "right"), ("{} or {} of", "to the {} or to the {} of")),
     ("y", ("above", "below"), ("{} or {}", "{} or is it {}")),
 )
-"""Coordinate, what a smaller and a greater one are called, and how to ask for it."""
+"""Coordinate, words for a smaller and a larger value, and wordings of the question."""
 
 
 def ask_relation(scene: Scene, rng: Rng) -> Turn | None:
@@ -209,24 +211,24 @@ def ask_description(scene: Scene, rng: Rng) -> Turn | None:
     things = sorted(scene.things, key=lambda thing: thing.x)
     if any(right.x - left.x < 12 for left, right in pairwise(things)):
         return None
-    told: list[tuple[str, Sequence[Shown]]] = []
+    parts: list[tuple[str, Sequence[Shown]]] = []
     for thing in things:
         text = f"{thing.size} {thing.name}"
-        told.append((text, [thing] * len(text)))
+        parts.append((text, [thing] * len(text)))
     if scene.sign is not None:
         label = "sign "
         letters = _letters(scene.sign)
-        told.append((label + scene.sign.text, [scene.sign] * len(label) + [*letters]))
-    tells: list[Shown] = []
-    for _, shown in told:
-        # Whether a comma comes depends on what comes after it.
-        tells += [shown[0]] * len(", ") * bool(tells) + [*shown]
+        parts.append((label + scene.sign.text, [scene.sign] * len(label) + [*letters]))
+    subjects: list[Shown] = []
+    for _, shown in parts:
+        # A comma's subject is the next part, because there is a comma only if a part follows.
+        subjects += [shown[0]] * len(", ") * bool(subjects) + [*shown]
     wording = choice(rng, ("What is in the picture?", "Describe the picture."))
-    return Turn(wording, ", ".join(text for text, _ in told), tells=tuple(tells))
+    return Turn(wording, ", ".join(text for text, _ in parts), subjects=tuple(subjects))
 
 
 def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
-    """Two turns; the second speaks of the first one's object as "it"."""
+    """Two turns; the second calls the first turn's thing "it"."""
     candidates = _unique(scene.things, attrgetter("colour"))
     if not candidates:
         return None
@@ -239,7 +241,7 @@ def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
 
 
 def ask_comparison(scenes: Sequence[Scene], rng: Rng) -> Turn | None:
-    """About two images."""
+    """A question about two images."""
     names = [{thing.name for thing in scene.things} for scene in scenes]
     if rng.random() < 0.6:
         which = int(rng.integers(2))
@@ -263,9 +265,10 @@ def ask_comparison(scenes: Sequence[Scene], rng: Rng) -> Turn | None:
     return Turn(f"Do both pictures show {_article(shape)}?", "yes" if wanted else "no", looks)
 
 
-Ask = Callable[[Scene, Rng], Turn | None]
+QuestionMaker = Callable[[Scene, Rng], Turn | None]
+"""Makes a question about a scene; ``None`` if the scene does not suit the family."""
 
-SINGLE: dict[str, Ask] = {
+SINGLE: dict[str, QuestionMaker] = {
     "colour": ask_colour,
     "shape": ask_shape,
     "size": ask_size,
@@ -279,14 +282,14 @@ SINGLE: dict[str, Ask] = {
 }
 FAMILIES = (*SINGLE, "dialogue", "two pictures")
 EXAMINED = tuple(family for family in FAMILIES if family != "description")
-"""Kinds of question in exams. Descriptions are for training only: a description is right only if
-all of its fifteen words are, so a wrong one does not say what the model got wrong."""
+"""Families in exams. Descriptions are for training only: one wrong word of about fifteen makes a
+description wrong, so their accuracy says little."""
 
 _KIND = {"odd one out": "odd", "text": "sign"}
 
 
 def compose(family: str, rng: Rng, side: int = SIDE) -> tuple[list[Scene], tuple[Turn, ...]]:
-    """Scenes and a conversation about them, of one family of questions."""
+    """Scenes, and a conversation of the family about them."""
     while True:
         if family == "two pictures":
             pair = [make_scene(rng, side), make_scene(rng, side)]
@@ -306,15 +309,15 @@ def compose(family: str, rng: Rng, side: int = SIDE) -> tuple[list[Scene], tuple
 
 
 EXAM_SEED = 2**40
-"""Training draws from seeds below, exams from seeds above."""
+"""First seed of exams; training uses seeds below it."""
 
 
 def exam(per_family: int, seed: int = 0) -> list[Example]:
-    """A fixed set of questions that training has never seen.
+    """A fixed set of questions that training does not use.
 
     Args:
         per_family: Conversations per family.
-        seed: Another seed, another exam.
+        seed: Each seed gives another exam.
     """
     examples = []
     for family in EXAMINED:
@@ -326,7 +329,7 @@ def exam(per_family: int, seed: int = 0) -> list[Example]:
 
 
 def corpus(lines: int, seed: int = 0) -> Iterator[str]:
-    """Questions, and answers without capitals, to train a tokenizer on."""
+    """Questions, and answers without capital letters, for the tokenizer's training."""
     rng = np.random.default_rng(seed)
     for _ in range(lines):
         _, turns = compose(choice(rng, FAMILIES), rng)

@@ -1,4 +1,4 @@
-"""Random scenes: things and a sign that stand apart, on some ground."""
+"""Random scenes: things and a sign that do not overlap, on a background."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,18 +26,22 @@ def choice(rng: Rng, options: Sequence[Any]) -> Any:
 
 
 class _FullError(Exception):
-    """No room is left in the image."""
+    """The image has no free box of the wanted size."""
 
 
 @dataclass
 class _Room:
-    """Where things stand already."""
+    """The occupied boxes of an image."""
 
     side: int
     taken: list[tuple[float, float, float, float]] = field(default_factory=list)
 
     def place(self, width: float, height: float, rng: Rng) -> tuple[float, float]:
-        """Left and top of a free box, which is free no longer."""
+        """Reserve a free box. Returns its left and top in pixels.
+
+        Raises:
+            _FullError: If no free box is found.
+        """
         if max(width, height) > self.side - 6:
             raise _FullError
         for _ in range(60):
@@ -84,7 +88,7 @@ def _make_thing(room: _Room, rng: Rng, shape: str, colour: str, size: str) -> Th
 
 
 def _make_odd_one_out(room: _Room, rng: Rng) -> tuple[list[Thing], Thing]:
-    """Equal things and one that differs in shape or in colour, in any order; and that one."""
+    """Equal things and one that differs in shape or colour, in random order; and the odd one."""
     large = room.side >= SIDE
     shape, colour = choice(rng, SHAPES), choice(rng, COLOUR_NAMES)
     other_shape, other_colour = shape, colour
@@ -100,11 +104,11 @@ def _make_odd_one_out(room: _Room, rng: Rng) -> tuple[list[Thing], Thing]:
     return things, odd
 
 
-def _make_things(room: _Room, rng: Rng, least: int, most: int) -> list[Thing]:
+def _make_things(room: _Room, rng: Rng, min_things: int, max_things: int) -> list[Thing]:
     things: list[Thing] = []
-    for _ in range(int(rng.integers(least, most + 1))):
+    for _ in range(int(rng.integers(min_things, max_things + 1))):
         shape, colour = choice(rng, SHAPES), choice(rng, COLOUR_NAMES)
-        if things and rng.random() < 0.3:  # something to count, and to confuse
+        if things and rng.random() < 0.3:  # equal shapes or colours make counting and naming harder
             shape = choice(rng, things).shape
         if things and rng.random() < 0.3:
             colour = choice(rng, things).colour
@@ -130,8 +134,8 @@ def make_scene(rng: Rng, side: int = SIDE, kind: str | None = None) -> Scene:
     Args:
         rng: Source of all choices.
         side: Height and width of the image in pixels.
-        kind: ``odd`` for equal things with one odd one out, ``sign`` for one that has a
-            sign, ``None`` for whatever comes.
+        kind: ``odd`` for equal things with one odd one out, ``sign`` for a scene with a sign,
+            ``None`` for a random scene.
     """
     while True:
         room = _Room(side)
@@ -142,9 +146,9 @@ def make_scene(rng: Rng, side: int = SIDE, kind: str | None = None) -> Scene:
             if kind == "odd":
                 things, odd = _make_odd_one_out(room, rng)
             else:
-                # One thing alone would let a question be answered without being read.
-                most = 5 if side >= SIDE else 3 if sign else 4
-                things = _make_things(room, rng, 1 if sign else 2, most)
+                # With a single thing, the model could answer without reading the question.
+                max_things = 5 if side >= SIDE else 3 if sign else 4
+                things = _make_things(room, rng, 1 if sign else 2, max_things)
         except _FullError:
             continue
         return Scene(side, tuple(things), sign, _make_ground(rng), int(rng.integers(2**31)), odd)

@@ -1,7 +1,7 @@
-"""``python -m demo.train``: the demo model from a seed, on a laptop's CPU.
+"""``python -m demo.train``: trains the demo model from a seed, on a laptop's CPU.
 
-First the vision tower learns what each patch shows, then the whole model learns to answer on
-images of 12 x 12 patches, and at last on the 24 x 24 patches it is served with.
+First the vision tower learns what each patch shows. Then the whole model learns to answer, on
+images of 12 x 12 patches and at last of 24 x 24 patches, the size that a server uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from demo.batch import Batch, BatchShape
 from demo.dataset import Batches
-from demo.losses import Heads, answers, looking
+from demo.losses import Heads, answer_loss, attention_losses
 from demo.optimiser import Optimiser
 from demo.questions import corpus
 from vitcop_vllm.demo.checkpoint import DEMO, FEATURE_LAYER, LlavaShape, save_config, save_weights
@@ -33,14 +33,14 @@ from vitcop_vllm.pruning.settings import PruningSettings
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training.
+    """A phase of training.
 
     Attributes:
-        name: For the log.
+        name: Name in the log.
         steps: Optimiser steps.
-        batch: What a step sees.
-        rate: Learning rate at its beginning and end, as a share of the full one.
-        tower_rate: The vision tower's and its heads', likewise.
+        batch: Shape of a step's batch.
+        rate: Learning rate at the first and last step, as fractions of the full rate.
+        tower_rate: The same for the vision tower and its heads.
     """
 
     name: str
@@ -58,22 +58,23 @@ class Phase:
 
 
 DROPPED = (0.0, 0.0, 0.25)
-"""Shares of visual tokens that the decoder does without, drawn per batch: cheaper, and a
-model that has seen gaps spreads what it sees, as large ones do."""
+"""Fractions of visual tokens dropped from the decoder; each batch draws one. Steps get cheaper, and
+the model learns to spread information over several tokens, as large models do."""
 
 GAPS = (0.0, 0.25, 0.5, 0.67, 0.85)
-"""The same where background goes first. Without, the model counts and lists by how much of the
-image is background, and goes wrong with any selector that leaves background out."""
+"""Fractions in the phases that drop background first. Without these phases the model counts and
+lists things by the amount of background, and fails if a selector drops background."""
 
 PHASES = (
     Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
-    # The tower goes on slowly: at the decoder's rate it unlearns letters and places.
+    # The tower's rate is low: at the decoder's rate it unlearns letters and places.
     Phase("answers", 1500, BatchShape(168, 24, 190, DROPPED, 0.14), (1.0, 0.5), (0.3, 0.2)),
     Phase("full size", 381, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.3303), (0.3, 0.1996)),
-    # By now it is the tower, which has just met larger letters, that has most to learn.
+    # The tower's rate is higher now, because larger letters are new to it.
     Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.35, 0.01), (0.5, 0.01)),
     Phase("gaps", 300, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.15, 0.01), (0.05, 0.01)),
-    # Large models hardly look at images in their deep layers. This one has to be taught.
+    # Large models hardly attend to images in their deep layers. This phase gives the deep layers
+    # few visual tokens, so that the model learns the same.
     Phase(
         "depth", 220, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.05, 0.01)
     ),
@@ -84,7 +85,7 @@ WARMUP = 60  # steps
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention written out: its backward is faster on a CPU than the fused one."""
+    """Attention in plain operations; on a CPU its backward pass beats fused attention's."""
     scores = (query * options["scaling"]) @ key.transpose(-1, -2)
     if mask is not None:
         stage = int(getattr(module, "is_deep", False))
@@ -96,7 +97,7 @@ def _attention(
 
 
 def build(path: Path, shape: LlavaShape, tokenizer: Any, seed: int) -> nn.Module:
-    """A fresh model; writes its configuration to ``path``."""
+    """A model with random weights. Writes its configuration to ``path``."""
     from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration
 
     save_config(path, shape, tokenizer, VOCABULARY)
@@ -116,7 +117,7 @@ def _normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Run:
-    """A training run in a folder, from which it can be taken up again."""
+    """A training run that saves its state in a folder and can be resumed from it."""
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class Run:
         self.seconds = 0.0
         self.stopping = False
         inner: Any = model.model
+        # ``attention_losses`` trains the attention of this layer.
         self.watched = inner.language_model.layers[shape.layers // 4]
         self.watched.self_attn.is_watched = True
         _, deep = PruningSettings().boundaries(shape.layers)
@@ -162,39 +164,41 @@ class Run:
             "seconds": self.seconds,
             "optimiser": self.optimiser.state_dict(),
         }
-        # Renamed when whole: a run that is killed here goes on from the one before.
+        # Rename the complete file, so that a run killed here resumes from the previous state.
         torch.save(state, self.folder / "state.tmp")
         os.replace(self.folder / "state.tmp", self.folder / "state.pt")
         save_weights(self.folder / "model", self.model.state_dict())
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """What is to be made small, and what to log."""
+        """The total loss, and the values to log."""
         states = self.model.model.vision_tower(
             _normalised(batch.pixels, torch.bfloat16),
             output_hidden_states=True,
             interpolate_pos_encoding=batch.pixels.shape[1] != self.shape.image_size,
         ).hidden_states
         parts = self.heads(states, batch)
-        seen = sum(parts.values())
+        tower_loss = sum(parts.values())
         if batch.sequences is None:
-            return seen, parts
-        loss, right = answers(self.model, states[FEATURE_LAYER][:, 1:], batch.sequences, self.image)
+            return tower_loss, parts
+        loss, right = answer_loss(
+            self.model, states[FEATURE_LAYER][:, 1:], batch.sequences, self.image
+        )
         parts = {f"patch {name}": part for name, part in parts.items()}
         parts |= {"answer": loss, **right}
         if len(batch.sequences.looks):
             weights = self.watched.self_attn.weights
-            looks = looking(weights, batch.sequences, self.image)
+            looks = attention_losses(weights, batch.sequences, self.image)
             parts |= looks
             loss = loss + 0.3 * sum(looks.values())
-        return loss + 0.5 * seen, parts
+        return loss + 0.5 * tower_loss, parts
 
     def train(self, phases: tuple[Phase, ...], workers: int, save_every: float) -> None:
-        """Go on until the phases are over or ``stopping`` is set, and save.
+        """Train until the last phase ends or ``stopping`` is set, and save.
 
         Args:
-            phases: All phases of the run, also those that are over.
-            workers: Processes that make images; 0 makes them here.
-            save_every: Seconds between savings.
+            phases: All phases of the run, also the finished ones.
+            workers: Processes that make batches; 0 makes them in this process.
+            save_every: Seconds between saves.
         """
         with (self.folder / "log.jsonl").open("a") as log:
             while self.phase < len(phases) and not self.stopping:
@@ -224,7 +228,7 @@ class Run:
                 now = time.monotonic()
                 self.seconds += now - last
                 last = now
-                means = {name: round(sum(of) / len(of), 4) for name, of in sums.items()}
+                means = {name: round(sum(part) / len(part), 4) for name, part in sums.items()}
                 sums.clear()
                 bar.set_postfix(loss=means.get("answer", means.get("shape")))
                 record = {"phase": phase.name, "step": self.step, "seconds": round(self.seconds)}
@@ -253,7 +257,7 @@ def main() -> None:
         signal.signal(number, lambda *_: setattr(run, "stopping", True))
     run.train(PHASES, args.workers, args.save_every)
     if run.stopping:
-        print(f"Stopped and saved in {args.out}; the same command goes on from there.")
+        print(f"Stopped and saved in {args.out}. The same command resumes the run.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What an image of the small world can show: things, signs and grounds.
+"""The small world of the demo model: coloured shapes and signs on a background ("ground").
 
-Coloured shapes and a written sign stand on plain, textured or photographed ground. The demo
-model is trained on this world and examined on it, with other seeds.
+The ground is plain, a texture or a photo. Training and exams use this world with different
+seeds.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ PATCH = DEMO.patch_size
 """Height and width of the vision tower's patches in pixels."""
 
 SIDE = DEMO.image_size
-"""Height and width of an examined image in pixels; objects keep their size on others."""
+"""Height and width of an exam's image in pixels. Things have the same size on smaller images."""
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -50,7 +50,7 @@ FONTS = (
     "DejaVuSansMono-Bold",
     "DejaVuSerif-Bold",
 )
-"""Free fonts that come with Matplotlib."""
+"""Fonts that come with Matplotlib."""
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "moon", "motorcycle_left")
 TEXTURES = ("brick", "grass", "gravel")
@@ -86,7 +86,7 @@ class Sign:
         x, y: Left and top of the text in pixels.
         ink: Colour of the letters, RGB.
         ground: Colour of the plate behind them, RGB, or of their outline.
-        plate: Whether the letters stand on a plate; otherwise on the image, outlined.
+        plate: Whether the letters are drawn on a plate; otherwise they have an outline.
     """
 
     text: str
@@ -108,12 +108,12 @@ class Letter:
 
 
 Shown = Thing | Sign | Letter
-"""What patches may show."""
+"""An item that patches may show."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What an image shows. ``ground`` names the background; ``seed`` fixes its details."""
+    """The content of an image. ``ground`` names the background; ``seed`` fixes drawing details."""
 
     side: int
     things: tuple[Thing, ...]
@@ -124,5 +124,5 @@ class Scene:
 
     @property
     def shown(self) -> tuple[Thing | Sign, ...]:
-        """All that stands on the ground."""
+        """The things and the sign."""
         return self.things if self.sign is None else (*self.things, self.sign)

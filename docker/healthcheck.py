@@ -1,7 +1,7 @@
 """Exit status 0 if the server on this machine is alive: ``python healthcheck.py [PORT]``.
 
-It asks ``/health``, not ``/ready``: a server that finishes its last answers is not sick. The
-images have no curl. ``http.client`` goes straight to the port, whatever proxy is configured.
+It requests ``/health``, not ``/ready``, because a draining server is healthy. It is a Python
+script because the images have no curl. ``http.client`` ignores proxy variables.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Engines and servers are slow to start: each is shared by the whole session."""
+"""Fixtures shared by all tests. Engines and servers start slowly, so a session starts each once."""
 
 import os
 
-# Before vLLM is imported anywhere. One process lets tests look into scheduler and cache.
+# Set before the first import of vLLM. In one process, tests can read scheduler and cache.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would win over what each engine is given
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # overrides kv_cache_memory_bytes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -34,22 +34,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep a parallel worker, and what it starts, on its share of the cores.
+    """Pin a parallel worker and its child processes to a share of the cores.
 
-    Threads of two engines on the same cores wait for each other: OpenMP's spin at barriers.
+    Two engines on the same cores slow each other down: OpenMP threads spin at barriers.
     """
-    told = getattr(config, "workerinput", None)
-    if told is None:
+    worker = getattr(config, "workerinput", None)
+    if worker is None:
         return
-    cores, number = sorted(os.sched_getaffinity(0)), int(told["workerid"].removeprefix("gw"))
-    mine = cores[number % len(cores) :: told["workercount"]]
-    os.sched_setaffinity(0, mine)
-    os.environ["OMP_NUM_THREADS"] = str(len(mine))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, mine))
+    cores, number = sorted(os.sched_getaffinity(0)), int(worker["workerid"].removeprefix("gw"))
+    own_cores = cores[number % len(cores) :: worker["workercount"]]
+    os.sched_setaffinity(0, own_cores)
+    os.environ["OMP_NUM_THREADS"] = str(len(own_cores))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own_cores))
 
 
 ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
-"""Where engines in the tests' own process are used, or processes that end with a test."""
+"""Files that use engines in the tests' process, or child processes that end with a test."""
 
 SERVERS = (
     "server/",
@@ -60,9 +60,9 @@ SERVERS = (
     "evaluation/test_evaluate.py",
     "benchmarks/test_serving.py",
 )
-"""Where servers are used that a session shares."""
+"""Files that use the session's servers."""
 
-ALONE = tuple(
+WITHOUT_SERVER = tuple(
     f"server/{name}.py"
     for name in (
         *("page/test_grids", "test_arguments", "test_data_urls", "test_error_shape"),
@@ -70,18 +70,18 @@ ALONE = tuple(
         *("test_pixels", "test_preview", "test_serving", "test_usage"),
     )
 )
-"""Among them, files that use none."""
+"""Files below ``SERVERS`` that use no server."""
 
 
 class SharedProcesses(LoadScopeScheduling):
-    """Tests with engines to one worker, those with servers to another, the rest to who is free.
+    """Runs engine tests on one worker, server tests on another, other files on any free worker.
 
-    Two copies of what a session shares would not fit into a small machine's memory.
+    Two copies of the shared engines and servers do not fit into a small machine's memory.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.removeprefix("tests/").partition("::")[0]
-        if file in ALONE:
+        if file in WITHOUT_SERVER:
             return file
         for scope, files in (("engines", ENGINES), ("servers", SERVERS)):
             if file.startswith(files):
@@ -97,7 +97,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedProces
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show with a test that fails what the servers said."""
+    """Add the servers' logs to the report of a failed test."""
     report = yield
     if report.failed:
         report.sections += [("Log of a server", last_words(log)) for log in LOGS]
@@ -106,7 +106,7 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
-    """A tiny random model of a family."""
+    """Family -> its tiny random checkpoint, written once."""
 
     @cache
     def checkpoint_of(family: Family) -> Path:
@@ -119,7 +119,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family]
 
 @pytest.fixture(scope="session")
 def engine_of(checkpoint_of: Callable[[Family], Path]) -> "Callable[[Family], LLM]":
-    """The pruned engine of a family, in this process, as a user of ``LLM`` gets it."""
+    """Family -> its pruned engine, built with ``LLM`` in this process."""
 
     @cache
     def engine_of(family: Family) -> "LLM":
@@ -144,13 +144,13 @@ def llm(engine_of: "Callable[[Family], LLM]") -> "LLM":
 
 @pytest.fixture(scope="session")
 def server_url(checkpoint: Path) -> Iterator[str]:
-    """Base URL of ``vitcop-serve`` with the tiny model, as an operator starts it."""
+    """Base URL of ``vitcop-serve`` with the tiny LLaVA."""
     with running_server(str(checkpoint), *TINY_OPTIONS) as (url, _):
         yield url
 
 
 @pytest.fixture(scope="session")
 def demo_url() -> Iterator[str]:
-    """Base URL of what `make serve` starts: the demo model, with explanations."""
+    """Base URL of the server that `make serve` starts: the demo model, with explanations."""
     with running_server("--config", str(CONFIGS / "demo-cpu.yaml"), *LITTLE_MEMORY) as (url, _):
         yield url

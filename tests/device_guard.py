@@ -1,7 +1,7 @@
-"""Runs code for a GPU without one, and fails where it would make the host wait for the GPU.
+"""Runs CUDA code without a GPU, and raises where the host would wait for the GPU.
 
-Tensors on ``cuda`` are fake: they know shapes and devices but have no values. Tensors on the
-host are real.
+Tensors on ``cuda`` are fake: they have a shape and a device, but no values. Host tensors are
+real.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _INDEXED = (
 
 
 class HostSyncError(Exception):
-    """An operation would make the host wait for the GPU, or mixes host and GPU tensors."""
+    """An operation makes the host wait for the GPU, or mixes host and GPU tensors."""
 
 
 def _devices(*values: Any) -> set[str]:
@@ -32,11 +32,14 @@ def _devices(*values: Any) -> set[str]:
 
 
 class _NoHostSync(TorchDispatchMode):
-    """Lets an operation see tensors of one device only.
+    """Refuses operations that mix tensors of host and GPU.
 
-    Three operations may see both. A copy to the GPU that does not block. A factory such as
-    ``zeros_like``, which reads no values. And ``fill_`` with a scalar tensor of the host, which
-    is what ``x[:n] = 0`` calls, and which passes the scalar as an argument of the kernel.
+    Three kinds of operations may mix them:
+
+    - a non-blocking copy to the GPU;
+    - a factory such as ``zeros_like``, which reads no values;
+    - ``fill_`` with a scalar host tensor, the operation behind ``x[:n] = 0``. The scalar is
+      passed as a kernel argument.
     """
 
     def __torch_dispatch__(
@@ -49,7 +52,7 @@ class _NoHostSync(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         if func.namespace == "aten":
-            with self:  # inference mode does not take operations apart by itself
+            with self:  # inference mode does not decompose operations by itself
                 if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return result
         if before == {"cpu", "cuda"} and not self._may_mix(func, args):
@@ -78,12 +81,12 @@ class _NoHostSync(TorchDispatchMode):
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Code inside may use ``cuda`` and may not wait for it.
+    """Lets the code inside use ``cuda``, and raises if the host would wait for the GPU.
 
     Raises:
-        HostSyncError: If an operation moves a tensor to the host, blocks until one is on the
-            GPU, or mixes tensors of both.
-        DataDependentOutputException: If the host asks for a value on the GPU.
+        HostSyncError: If an operation moves a tensor to the host, blocks until a copy to the GPU
+            is done, or mixes tensors of host and GPU.
+        DataDependentOutputException: If the host reads a value on the GPU.
         DynamicOutputShapeException: If a shape depends on values on the GPU.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), _NoHostSync():

@@ -1,7 +1,7 @@
-"""``make gpu-check``: everything that only a GPU can show, in one run of some 15 minutes.
+"""``make gpu-check``: all checks that need a GPU, in about 15 minutes.
 
-Each check is a process of its own. Prints what passed and what failed; the last line is one JSON
-document. Exit status 1 if a check failed. Figures are printed as the bench prints them.
+Each check runs in its own process. The program prints whether each check passed; the last line
+is one JSON document, with the figures of the benches. Exit status 1 if a check failed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TAIL_CHARACTERS = 4000
-"""Of a failed check's output, which is printed."""
+"""Characters of a check's output to print, from its end."""
 
 ENGINE_TESTS = (
     "tests/families/test_against_oracle.py",
@@ -27,18 +27,18 @@ ENGINE_TESTS = (
     "tests/engine/test_against_oracle.py",
     "tests/engine/test_selectors.py",
 )
-"""Tests that talk to an engine as a user does, so that they hold with either model runner."""
+"""Tests that use an engine through ``LLM`` only, so they run with either model runner."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A command that ends with status 0 if all is well.
+    """A command with exit status 0 on success.
 
     Attributes:
-        name: What it shows.
-        command: After the Python interpreter.
-        environment: Beside this process's own.
-        timeout_s: Longest that it may take.
+        name: The property that it checks.
+        command: Arguments of the Python interpreter.
+        environment: Variables added to this process's environment.
+        timeout_s: Time limit in seconds.
     """
 
     name: str
@@ -62,12 +62,12 @@ RUNNERS = {
 NO_SYNC = {"VLLM_GPU_SYNC_CHECK": "error"}
 
 CHECKS = (
-    Check("a GPU of NVIDIA's that vLLM runs on", traffic("--device-only"), timeout_s=180),
+    Check("an NVIDIA GPU that vLLM runs on", traffic("--device-only"), timeout_s=180),
     Check(
         "imports leave torch's CUDA functions alone",
         pytest("tests/test_imports.py", "-k", "cuda_path"),
     ),
-    Check("Triton kernels choose what torch chooses", pytest("tests/pruning/test_kernels.py")),
+    Check("Triton kernels select as torch does", pytest("tests/pruning/test_kernels.py")),
     *(
         Check(
             f"runner {name}: tokens of the dense oracle and of stock vLLM, float32",
@@ -109,8 +109,8 @@ def run(check: Check, *, verbose: bool) -> dict[str, object]:
     """Run a check and print its outcome.
 
     Returns:
-        Its name, whether it ``passed``, ``seconds``, and the ``figures`` of a bench: the JSON
-        document that its last line is.
+        ``name``, ``passed``, ``seconds``, and for a bench ``figures``: the JSON document on its
+        last line.
     """
     began = time.monotonic()
     try:
@@ -140,7 +140,7 @@ def run(check: Check, *, verbose: bool) -> dict[str, object]:
 
 def main(argv: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) -> int:
     parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__)
-    parser.add_argument("--only", default="", help="checks whose name holds this text")
+    parser.add_argument("--only", default="", help="run checks whose name contains this text")
     parser.add_argument("--verbose", action="store_true", help="print every check's output")
     options = parser.parse_args(argv)
     results = []
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None, checks: Sequence[Check] = CHECKS) ->
             continue
         results.append(run(check, verbose=options.verbose))
         if check is checks[0] and not results[0]["passed"]:
-            break  # nothing else can pass
+            break  # without a GPU no other check can pass
     failed = [result["name"] for result in results if not result["passed"]]
     print(json.dumps({"failed": failed, "checks": results}))
     return 1 if failed or not results else 0

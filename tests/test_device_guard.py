@@ -1,4 +1,4 @@
-"""The guard itself: what it catches, and what it lets pass."""
+"""The guard raises on every operation that waits for the GPU, and on no other."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def assign(x, index, value):
         (lambda x: torch.tensor(HOST_INDEX, device=CUDA), HostSyncError),
         (lambda x: torch.tensor(HOST_INDEX).to(CUDA), HostSyncError),
         (lambda x: assign(x, slice(0, 2), torch.ones(2)), HostSyncError),
-        (lambda x: assign(x, 1, 0), HostSyncError),  # a copy, unlike that to a slice
+        (lambda x: assign(x, 1, 0), HostSyncError),  # copies, unlike an assignment to a slice
         (lambda x: x[HOST_INDEX], HostSyncError),
         (lambda x: x[torch.tensor(HOST_INDEX)], HostSyncError),
         (lambda x: assign(x, torch.tensor(HOST_INDEX), x[:2]), HostSyncError),
@@ -64,7 +64,7 @@ def assign(x, index, value):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_waits_for_the_gpu_is_caught(act, error, inference):
+def test_an_operation_that_waits_for_the_gpu_raises(act, error, inference):
     with torch.inference_mode(inference), no_host_sync(), pytest.raises(error):
         act(torch.ones(5, device=CUDA))
 
@@ -86,12 +86,12 @@ def test_what_waits_for_the_gpu_is_caught(act, error, inference):
     ],
 )
 @pytest.mark.parametrize("inference", [False, True])
-def test_what_does_not_wait_passes(act, inference):
+def test_an_operation_that_does_not_wait_passes(act, inference):
     with torch.inference_mode(inference), no_host_sync():
         assert act(torch.ones(5, device=CUDA)).device == CUDA
 
 
-def test_the_host_computes_with_values():
+def test_host_tensors_have_values():
     with no_host_sync():
         lengths = torch.zeros(4, dtype=torch.int64)
         lengths[HOST_INDEX] = 3

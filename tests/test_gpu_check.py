@@ -1,4 +1,4 @@
-"""The acceptance run on a GPU, as far as it goes without one."""
+"""``make gpu-check`` on a machine without a GPU."""
 
 import json
 
@@ -8,9 +8,9 @@ import torch
 from tests.gpu_check import CHECKS, ENGINE_TESTS, ROOT, Check, main
 
 
-def test_without_a_gpu_it_says_so_and_stops(capfd):
+def test_without_a_gpu_the_run_stops_after_the_first_check(capfd):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("this machine has a GPU")
     assert main([]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert any("No NVIDIA GPU" in line for line in lines)
@@ -19,7 +19,7 @@ def test_without_a_gpu_it_says_so_and_stops(capfd):
     assert len(result["checks"]) == 1
 
 
-def test_what_passed_failed_and_ran_too_long_is_told_apart(capfd):
+def test_a_check_passes_fails_or_times_out(capfd):
     checks = [
         Check("fine", ("-c", 'print("{\\"speed\\": 4.5}")')),
         Check("wrong", ("-c", "raise SystemExit('why it failed')")),
@@ -30,9 +30,9 @@ def test_what_passed_failed_and_ran_too_long_is_told_apart(capfd):
     out = capfd.readouterr().out
     assert "why it failed" in out
     assert "stopped after 1 s" in out
-    told = json.loads(out.splitlines()[-1])
-    assert told["failed"] == ["wrong", "slow"]
-    assert told["checks"][0]["figures"] == {"speed": 4.5}
+    document = json.loads(out.splitlines()[-1])
+    assert document["failed"] == ["wrong", "slow"]
+    assert document["checks"][0]["figures"] == {"speed": 4.5}
     assert main(["--only", "fine"], checks) == 0
     assert main(["--only", "no such check"], checks) == 1
 
@@ -47,7 +47,7 @@ def test_every_check_names_files_and_options_that_exist():
     assert all((ROOT / path).exists() for path in ENGINE_TESTS)
 
 
-def test_bench_and_environment_are_those_of_today(monkeypatch):
+def test_bench_options_and_environment_variables_exist(monkeypatch):
     from vllm import envs
 
     from benchmarks.bench_options import parse_arguments
@@ -58,4 +58,4 @@ def test_bench_and_environment_are_those_of_today(monkeypatch):
         assert check.environment.keys() <= envs.environment_variables.keys()
         for key, value in check.environment.items():
             monkeypatch.setenv(key, value)
-            envs.environment_variables[key]()  # raises where it knows no such value
+            envs.environment_variables[key]()  # raises for an unknown value

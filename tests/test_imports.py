@@ -1,4 +1,5 @@
-"""Imports point one way; the pure layers stay free of vLLM, the server free of torch."""
+"""Imports point one way. The pruning package does not import vLLM; the server does not import
+torch."""
 
 import ast
 import subprocess
@@ -12,7 +13,7 @@ from vitcop_vllm.engine.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 
-# Each layer may import from those before it.
+# A layer may import from itself and from layers above it in this list.
 LAYERS = [
     "vitcop_vllm.adoption",
     "vitcop_vllm.pruning.settings",
@@ -37,7 +38,10 @@ def modules(package: str) -> list[tuple[str, Path]]:
 
 
 def imports(path: Path, *, at_run_time_only: bool = True) -> set[str]:
-    """Modules a file imports, inside functions too; not those for type checkers."""
+    """Modules that a file imports, also inside functions.
+
+    Imports under ``TYPE_CHECKING`` are left out if ``at_run_time_only``.
+    """
     names: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -62,27 +66,27 @@ def layer_of(module: str) -> int | None:
 
 @pytest.mark.parametrize(("module", "path"), modules("vitcop_vllm"), ids=lambda v: str(v)[-40:])
 def test_imports_point_one_way(module, path):
-    mine = layer_of(module)
-    if mine is None:
+    layer = layer_of(module)
+    if layer is None:
         return
     # A selector's functions take views, whose types only type checkers import.
     is_selector = module.startswith("vitcop_vllm.pruning.selector")
     for imported in imports(path, at_run_time_only=is_selector):
-        theirs = layer_of(imported)
-        assert theirs is None or theirs <= mine, f"{module} imports {imported}"
+        imported_layer = layer_of(imported)
+        assert imported_layer is None or imported_layer <= layer, f"{module} imports {imported}"
 
 
 @pytest.mark.parametrize(
     ("module", "path"), modules("vitcop_vllm/pruning"), ids=lambda v: str(v)[-40:]
 )
-def test_the_method_knows_nothing_of_vllm(module, path):
+def test_the_pruning_package_does_not_import_vllm(module, path):
     roots = {name.split(".")[0] for name in imports(path, at_run_time_only=False)}
     assert "vllm" not in roots
     if module.endswith(("settings", "budgets", "selector", "plan", "identity")):
         assert "torch" not in {name.split(".")[0] for name in imports(path)}
 
 
-def test_nobody_needs_triton_to_be_imported():
+def test_only_the_kernels_import_triton():
     for module, path in modules("vitcop_vllm"):
         if module.startswith("vitcop_vllm.pruning.kernels"):
             continue
@@ -104,7 +108,7 @@ def test_what_the_server_sees_loads_without_torch():
 
 
 @pytest.mark.parametrize(("module", "path"), modules("server"), ids=lambda v: str(v)[-40:])
-def test_the_server_sees_settings_and_plan_only(module, path):
+def test_the_server_imports_only_the_pure_modules(module, path):
     for name in imports(path):
         assert name.split(".")[0] != "torch"
         if name.startswith("vitcop_vllm"):
@@ -120,10 +124,10 @@ def test_the_server_sees_settings_and_plan_only(module, path):
 
 
 @pytest.mark.parametrize("package", ["vitcop_vllm", "server"])
-def test_what_is_installed_imports_nothing_that_is_not(package):
-    beside = {"tests", "benchmarks", "evaluation", "demo"}
+def test_installed_packages_import_only_installed_packages(package):
+    not_installed = {"tests", "benchmarks", "evaluation", "demo"}
     for _, path in modules(package):
-        assert beside.isdisjoint(name.split(".")[0] for name in imports(path))
+        assert not_installed.isdisjoint(name.split(".")[0] for name in imports(path))
 
 
 @pytest.mark.parametrize("package", ["benchmarks", "evaluation", "demo"])
@@ -139,15 +143,15 @@ CUDA_PATH = [
     "vitcop_server.plugin.PruningEndpointPlugin",
     *(family.model.replace(":", ".") for family in FAMILIES.values()),
 ]
-"""What vLLM imports of ours on a CUDA device."""
+"""Classes of this project that vLLM imports on a CUDA device."""
 
 CHECK_CUDA = """
 import importlib, sys
 import torch
 import triton.language as tl
-import vllm  # replaces set_stream itself, to know the current one
+import vllm  # replaces set_stream, to record the current stream
 
-def seen():
+def current():
     return {
         "Event": torch.Event, "cuda.Event": torch.cuda.Event, "cuda.Stream": torch.cuda.Stream,
         "cuda.stream": torch.cuda.stream, "cuda.current_stream": torch.cuda.current_stream,
@@ -158,11 +162,11 @@ def seen():
         "debug_barrier": tl.debug_barrier,
     }
 
-before = seen()
+before = current()
 for path in sys.argv[1:]:
     module, _, name = path.rpartition(".")
     getattr(importlib.import_module(module), name)
-    replaced = [key for key, value in seen().items() if value != before[key]]
+    replaced = [key for key, value in current().items() if value != before[key]]
     assert not replaced, f"importing {path} replaced {replaced}"
     cpu = [name for name in sys.modules if name.startswith("vllm.v1.worker.cpu")]
     assert not cpu, f"importing {path} imported {cpu}"
@@ -172,7 +176,7 @@ assert async_tensor_h2d.__module__ == "vllm.utils.torch_utils", async_tensor_h2d
 
 
 def test_nothing_on_the_cuda_path_replaces_torch_s_cuda_functions():
-    """vLLM's CPU worker does so at import, for the whole process."""
+    """Importing vLLM's CPU worker replaces them for the whole process."""
     done = subprocess.run(
         [sys.executable, "-c", CHECK_CUDA, *CUDA_PATH], cwd=ROOT, capture_output=True, text=True
     )

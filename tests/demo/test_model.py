@@ -1,4 +1,4 @@
-"""The demo model that ships: it answers right, and the same wherever it is loaded."""
+"""The packaged demo model answers right, and equally in stock vLLM and in transformers."""
 
 import asyncio
 from pathlib import Path
@@ -22,7 +22,7 @@ EXAM_SEED = 7
 
 @pytest.fixture(scope="module")
 def accuracy(demo_url: str) -> dict[str, float]:
-    """Ratio -> share of right answers of ``make serve``'s model, over HTTP."""
+    """Ratio -> share of right answers of the server that ``make serve`` starts."""
     options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
     document, failures = evaluate.run(
         evaluate.parse_arguments(["--url", f"{demo_url}/v1", "--label", "vitcop", *options])
@@ -33,17 +33,17 @@ def accuracy(demo_url: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_it_answers_right(accuracy):
+def test_the_unpruned_model_answers_95_percent_right(accuracy):
     assert accuracy["0"] >= 0.95
 
 
 @pytest.mark.slow
-def test_two_thirds_fewer_visual_tokens_cost_three_points_at_most(accuracy):
+def test_ratio_two_thirds_costs_at_most_three_points(accuracy):
     assert accuracy["2/3"] >= accuracy["0"] - 0.03
 
 
 def ask(url: str, folder: Path) -> list[list[str]]:
-    """Answers to each turn of an exam; no ratio is sent, so that stock vLLM can answer."""
+    """Answers to each turn of an exam. Requests have no ratio, so that stock vLLM accepts them."""
 
     async def replies() -> list[Outcome]:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
@@ -63,10 +63,10 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 
     processor: Any = AutoProcessor.from_pretrained(DEMO_MODEL)
     model: Any = LlavaForConditionalGeneration.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    found = []
+    answers = []
     for example in examples:
         messages: list[dict[str, Any]] = []
-        told = []
+        example_answers = []
         for turn in example.turns:
             images = [{"type": "image"}] * (0 if messages else len(example.images))
             text = {"type": "text", "text": turn.question}
@@ -83,23 +83,23 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
                 ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
             )
             messages.append({"role": "assistant", "content": answer})
-            told.append(answer)
-        found.append(told)
-    return found
+            example_answers.append(answer)
+        answers.append(example_answers)
+    return answers
 
 
 @pytest.mark.slow
 def test_stock_vllm_and_transformers_give_the_same_answers(demo_url, tmp_path):
     examples = exam(2, EXAM_SEED)
     write_exam(tmp_path, examples)
-    ours = ask(demo_url, tmp_path)
+    served = ask(demo_url, tmp_path)
     with running_server("--model", str(DEMO_MODEL), *TINY_OPTIONS, stock=True) as (url, _):
         stock = ask(url, tmp_path)
-    assert ours == stock
-    assert ours == ask_transformers(examples)
-    # Else the comparisons above would compare nothing.
-    assert len({answer for answers in ours for answer in answers}) > 10
+    assert served == stock
+    assert served == ask_transformers(examples)
+    # If all answers were equal, the comparisons above would prove nothing.
+    assert len({answer for answers in served for answer in answers}) > 10
 
 
-def test_it_is_small_enough_for_a_package():
+def test_the_model_has_at_most_25_mb():
     assert sum(file.stat().st_size for file in Path(DEMO_MODEL).iterdir()) <= 25_000_000

@@ -1,28 +1,25 @@
-"""What is asked about a scene has one right answer."""
+"""Every question about a scene has one right answer."""
 
 from collections import Counter
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from PIL import Image
 
 from demo.questions import EXAMINED, SINGLE, compose, exam
 from demo.world import SIDE, Scene, Thing
 
 
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
 def thing(shape: str, colour: str, x: float, y: float, size: str = "small") -> Thing:
     return Thing(shape, colour, size, x, y, 20.0, 0.0)
 
 
-def asked(family: str, scene: Scene, tries: int = 60) -> dict[str, str]:
-    """Every question of a family that some wording and choice leads to, with its answer."""
+def questions_about(scene: Scene, family: str, tries: int = 60) -> dict[str, str]:
+    """Question -> answer, for the questions of a family from several seeds."""
     found: dict[str, str] = {}
     for i in range(tries):
-        turn = SINGLE[family](scene, rng(i))
+        turn = SINGLE[family](scene, default_rng(i))
         if turn is not None:
             assert found.setdefault(turn.question, turn.answer) == turn.answer
     return found
@@ -67,18 +64,20 @@ SCENE = Scene(
     ],
 )
 def test_answers_follow_from_the_scene(family, question, answer):
-    assert asked(family, SCENE, 400)[question] == answer
+    assert questions_about(SCENE, family, 400)[question] == answer
 
 
-def test_nothing_ambiguous_is_asked():
+def test_no_question_is_ambiguous():
+    """The scene has two stars and two blue things."""
     assert not any(
-        "star?" in question and "the star" in question for question in asked("colour", SCENE)
+        "star?" in question and "the star" in question
+        for question in questions_about(SCENE, "colour")
     )
-    assert not any("blue" in question for question in asked("shape", SCENE))
-    assert not any("star" in question for question in asked("relation", SCENE))
+    assert not any("blue" in question for question in questions_about(SCENE, "shape"))
+    assert not any("star" in question for question in questions_about(SCENE, "relation"))
 
 
-def test_an_exam_is_fixed_by_its_seed_and_asks_every_examined_family():
+def test_a_seed_fixes_an_exam_and_every_examined_family_occurs():
     first, again, other = exam(2), exam(2), exam(2, seed=1)
     assert [example.family for example in first] == [f for f in EXAMINED for _ in range(2)]
     assert [e.turns for e in first] == [e.turns for e in again]
@@ -96,8 +95,8 @@ def test_an_exam_is_fixed_by_its_seed_and_asks_every_examined_family():
     ("family", "answers"),
     [("existence", {"yes", "no"}), ("relation", {"left", "right", "above", "below"})],
 )
-def test_no_answer_is_a_good_guess(family, answers):
-    told = Counter(compose(family, rng(6, i))[1][0].answer for i in range(200))
-    assert set(told) == answers
+def test_all_answers_are_about_equally_frequent(family, answers):
+    counts = Counter(compose(family, default_rng((6, i)))[1][0].answer for i in range(200))
+    assert set(counts) == answers
     fair = 200 / len(answers)
-    assert all(0.65 * fair < count < 1.35 * fair for count in told.values())
+    assert all(0.65 * fair < count < 1.35 * fair for count in counts.values())

@@ -1,20 +1,17 @@
-"""Objects of a scene do not overlap, and its image shows each where the scene says."""
+"""Things of a scene do not overlap, and the image shows each at its place."""
 
 import numpy as np
 import pytest
+from numpy.random import default_rng
 
 from demo.drawing import draw, patch_targets, sign_box
 from demo.scenes import make_scene
 from demo.world import ALPHABET, COLOURS, PATCH, SIDE, Scene, Thing
 
 
-def rng(*seed: int) -> np.random.Generator:
-    return np.random.default_rng(seed)
-
-
-def test_the_odd_one_out_differs_from_all_others_and_they_from_none():
+def test_the_odd_one_out_differs_from_the_others_and_the_others_are_equal():
     for i in range(40):
-        scene = make_scene(rng(3, i), kind="odd")
+        scene = make_scene(default_rng((3, i)), kind="odd")
         assert scene.odd is not None
         others = {t.name for t in scene.things if t is not scene.odd}
         assert len(others) == 1
@@ -22,9 +19,9 @@ def test_the_odd_one_out_differs_from_all_others_and_they_from_none():
 
 
 @pytest.mark.parametrize("side", [168, SIDE])
-def test_things_stand_apart_and_inside(side):
+def test_things_do_not_overlap_and_lie_inside_the_image(side):
     for i in range(60):
-        scene = make_scene(rng(4, i), side)
+        scene = make_scene(default_rng((4, i)), side)
         boxes = [
             (t.x - t.radius, t.y - t.radius, t.x + t.radius, t.y + t.radius) for t in scene.things
         ]
@@ -44,16 +41,16 @@ def test_a_scene_is_drawn_as_described():
         Thing("ring", "white", "small", 170, 290, 20, 0),
     )
     image = np.asarray(draw(Scene(SIDE, things, None, "plain", seed=1)), dtype=int)
-    for one in things:
-        # A ring shows its colour off its centre.
-        x = one.x + (0.7 * one.radius if one.shape == "ring" else 0)
-        assert abs(image[int(one.y), int(x)] - COLOURS[one.colour]).max() <= 12
+    for thing in things:
+        # A ring's centre is empty, so look at its band.
+        x = thing.x + (0.7 * thing.radius if thing.shape == "ring" else 0)
+        assert abs(image[int(thing.y), int(x)] - COLOURS[thing.colour]).max() <= 12
     assert image.shape == (SIDE, SIDE, 3)
 
 
-def test_every_sign_is_drawn_where_its_letters_are_said_to_be():
+def test_letter_targets_mark_patches_where_the_sign_is_drawn():
     for i in range(30):
-        scene = make_scene(rng(5, i), kind="sign")
+        scene = make_scene(default_rng((5, i)), kind="sign")
         bare = Scene(scene.side, scene.things, None, scene.ground, scene.seed)
         changed = (np.asarray(draw(scene)) != np.asarray(draw(bare))).any(axis=2)
         grid = patch_targets(scene)["letter"] > 0

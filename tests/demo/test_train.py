@@ -1,4 +1,4 @@
-"""The training program, on a model and phases small enough to run here."""
+"""The training program, with a tiny model and short phases."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ SHAPE = LlavaShape(
     vision_layers=2,
     vision_heads=1,
     hidden=32,
-    layers=3,  # a stage each
+    layers=3,  # one per stage
     heads=2,
     kv_heads=2,
     intermediate=64,
@@ -29,7 +29,7 @@ PHASES = (
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    """In float32: the first steps are smaller than bfloat16 tells apart."""
+    """The float32 masters; the first steps are too small to change bfloat16 weights."""
     names = [name for name, _ in run.model.named_parameters()]
     return {
         name: weight.detach().clone()
@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path: Path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(whole, tmp_path: Path):
     class StoppedError(Exception):
         pass
 
@@ -70,14 +70,14 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(whole, tmp_path: Path
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
 
 
-def test_training_moves_every_weight_the_answers_depend_on(whole, tmp_path: Path):
+def test_training_changes_every_weight_that_answers_depend_on(whole, tmp_path: Path):
     fresh = weights(Run(tmp_path, shape=SHAPE))
     same = [name for name, weight in weights(whole).items() if torch.equal(weight, fresh[name])]
-    # LLaVA reads the layer before the last and leaves out this norm, [CLS]'s own.
+    # LLaVA reads the layer before the last and does not use [CLS]'s final norm.
     assert same == [name for name in same if "post_layernorm" in name]
 
 
-def test_the_log_tells_losses_and_accuracy_by_family(tmp_path: Path):
+def test_the_log_holds_losses_and_accuracy_by_family(tmp_path: Path):
     run = Run(tmp_path, shape=SHAPE)
     run.train(
         (Phase("answers", 20, BatchShape(112, 2, 100), (1.0, 1.0), (1.0, 1.0)),),
@@ -88,6 +88,6 @@ def test_the_log_tells_losses_and_accuracy_by_family(tmp_path: Path):
     assert record["phase"] == "answers"
     assert record["step"] == 20
     assert record["answer"] > 0
-    asked = [family for family in FAMILIES if family in record]
-    assert {"colour", "text", "count"} <= set(asked)
-    assert all(0 <= record[family] <= 1 for family in asked)
+    families = [family for family in FAMILIES if family in record]
+    assert {"colour", "text", "count"} <= set(families)
+    assert all(0 <= record[family] <= 1 for family in families)

@@ -1,4 +1,4 @@
-"""The deployment files as tests read them."""
+"""Reads the deployment files."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def compose(environ: dict[str, str] | None = None) -> dict[str, Any]:
-    """The compose file with its variables replaced as by an ``environ``; else, by defaults.
+    """The compose file with its variables replaced by ``environ`` or by their defaults.
 
     Raises:
         ValueError: If a variable has neither a value nor a default.

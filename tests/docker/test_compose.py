@@ -1,4 +1,4 @@
-"""The compose file holds together, and keeps what docs/deploy.md promises."""
+"""The compose file is consistent and has the properties that docs/deploy.md states."""
 
 import re
 import shutil
@@ -17,7 +17,7 @@ PROXIES = ("proxy", "balancer")
 each_service = pytest.mark.parametrize("name", SERVICES)
 
 
-def test_profiles() -> None:
+def test_every_service_has_its_profiles() -> None:
     profiles = {name: service["profiles"] for name, service in SERVICES.items()}
     assert profiles == {
         "cpu": ["cpu"],
@@ -32,21 +32,21 @@ def test_profiles() -> None:
 
 
 @each_service
-def test_image_is_built_here_or_pinned(name: str) -> None:
+def test_image_is_built_from_this_repository_or_pinned(name: str) -> None:
     service = SERVICES[name]
     if "build" not in service:
         assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+(-\w+)?", service["image"])
 
 
 @each_service
-def test_service_is_restarted_and_told_to_stop(name: str) -> None:
+def test_service_restarts_and_runs_under_an_init(name: str) -> None:
     service = SERVICES[name]
     assert service["restart"] == "unless-stopped"
     assert service["init"] is True
 
 
 @each_service
-def test_service_stops_after_the_drain(name: str) -> None:
+def test_stop_grace_period_is_longer_than_the_drain(name: str) -> None:
     drain: int = make_parser().get_default("shutdown_timeout")
     assert seconds(SERVICES[name]["stop_grace_period"]) >= drain + 15
 
@@ -82,7 +82,7 @@ def test_files_and_names_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_configuration_exists(name: str) -> None:
+def test_default_configuration_exists(name: str) -> None:
     _, config, *_ = SERVICES[name]["command"].split()
     assert (ROOT / config).is_file()
 
@@ -96,7 +96,7 @@ def test_configuration_and_flags_can_be_chosen() -> None:
     assert (ROOT / "configs/demo-gpu.yaml").is_file()
 
 
-def test_only_proxies_and_grafana_publish_a_port_and_only_to_this_machine() -> None:
+def test_only_proxies_and_grafana_publish_ports_on_loopback() -> None:
     published = {n: service["ports"] for n, service in SERVICES.items() if "ports" in service}
     assert published == {
         "proxy": ["127.0.0.1:8000:8080"],
@@ -105,20 +105,20 @@ def test_only_proxies_and_grafana_publish_a_port_and_only_to_this_machine() -> N
     }
 
 
-def test_cpu_server_has_no_way_out() -> None:
+def test_cpu_server_has_no_internet_access() -> None:
     assert list(SERVICES["cpu"]["networks"]) == ["inside"]
     assert compose()["networks"]["inside"]["internal"] is True
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_server_takes_the_key_from_outside(name: str) -> None:
+def test_server_reads_the_api_key_from_the_environment(name: str) -> None:
     environment = SERVICES[name]["environment"]
     assert "VLLM_API_KEY" in environment
     assert environment["VLLM_API_KEY"] is None
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_counters_start_out_empty(name: str) -> None:
+def test_metrics_directory_is_empty_at_start(name: str) -> None:
     folder = SERVICES[name]["environment"]["PROMETHEUS_MULTIPROC_DIR"]
     assert any(mount.split(":")[0] == folder for mount in SERVICES[name]["tmpfs"])
 
@@ -130,7 +130,7 @@ def test_gpu_server_has_a_gpu_and_shared_memory(name: str) -> None:
     assert SERVICES[name]["ipc"] == "host"
 
 
-def test_replicas_have_gpus_of_their_own() -> None:
+def test_replicas_use_different_gpus() -> None:
     used = [
         SERVICES[name]["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
         for name in SERVERS
@@ -145,19 +145,19 @@ def upstreams(file: str) -> list[str]:
     )
 
 
-def test_balancer_knows_each_replica() -> None:
+def test_balancer_lists_every_replica() -> None:
     replicas = [name for name in SERVICES if name.startswith("replica")]
     assert upstreams("replicas.conf") == replicas
 
 
-def test_every_server_answers_to_the_name_that_others_ask_for() -> None:
+def test_every_server_has_the_network_alias_server() -> None:
     assert upstreams("one.conf") == ["server"]
     for name in SERVERS:
         assert SERVICES[name]["networks"]["inside"]["aliases"] == ["server"]
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "replicas"])
-def test_docker_reads_it(profile: str) -> None:
+def test_docker_compose_accepts_the_file(profile: str) -> None:
     command = ["docker", "compose", "-f", str(DOCKER / "docker-compose.yml")]
     found = shutil.which("docker") and subprocess.run(
         ["docker", "compose", "version"], capture_output=True, check=False

@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that a running server has."""
+"""The dashboard queries metrics that a running server exports."""
 
 import json
 import re
@@ -23,9 +23,9 @@ NAMES = sorted(
 )
 
 
-def test_dashboard_shows_what_is_ours() -> None:
-    ours = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
-    assert ours == {
+def test_dashboard_shows_every_metric_of_the_plugin() -> None:
+    shown = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
+    assert shown == {
         "vitcop_requests",
         "vitcop_visual_tokens_kept",
         "vitcop_visual_tokens_dropped",
@@ -35,7 +35,7 @@ def test_dashboard_shows_what_is_ours() -> None:
     }
 
 
-def test_panels_lie_beside_each_other() -> None:
+def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         at = panel["gridPos"]
@@ -50,7 +50,7 @@ def test_panels_lie_beside_each_other() -> None:
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
 
 
-def test_source_is_the_provisioned_one() -> None:
+def test_dashboard_uses_the_provisioned_data_source() -> None:
     source = DOCKER / "grafana/provisioning/datasources/prometheus.yml"
     (prometheus,) = yaml.safe_load(source.read_text())["datasources"]
     assert prometheus["type"] == "prometheus"
@@ -61,7 +61,7 @@ def test_source_is_the_provisioned_one() -> None:
 
 @pytest.mark.slow
 def test_every_metric_is_exported(server_url: str) -> None:
-    # Some counters appear with what they count.
+    # Some counters appear with their first event.
     model = httpx.get(f"{server_url}/v1/models").json()["data"][0]["id"]
     body = {"model": model, "max_tokens": 2, "messages": [image_message(1)]}
     for ratio, status in (("0.889", 200), ("much", 400)):

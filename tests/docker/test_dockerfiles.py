@@ -1,4 +1,4 @@
-"""The Dockerfiles: what they name exists, is pinned, and does not run as root."""
+"""The Dockerfiles copy existing files, pin their images and do not run as root."""
 
 import json
 import os
@@ -58,13 +58,13 @@ def test_an_extra_installs_no_vllm_that_the_plugin_refuses(extra: str) -> None:
 
 
 @each_file
-def test_runs_as_a_user_that_is_not_root(file: str) -> None:
+def test_image_does_not_run_as_root(file: str) -> None:
     last_stage = instructions(file)[-8:]
     assert ("USER", "10001:10001") in last_stage
 
 
 @each_file
-def test_starts_the_server_without_a_shell(file: str) -> None:
+def test_entrypoint_runs_the_server_without_a_shell(file: str) -> None:
     (entrypoint,) = arguments(file, "ENTRYPOINT")
     (command,) = arguments(file, "CMD")
     assert json.loads(entrypoint) == ["vitcop-serve"]
@@ -74,14 +74,14 @@ def test_starts_the_server_without_a_shell(file: str) -> None:
 
 
 @each_file
-def test_health_check_is_the_script_of_this_folder(file: str) -> None:
+def test_health_check_runs_healthcheck_py(file: str) -> None:
     (check,) = arguments(file, "HEALTHCHECK")
     assert json.loads(check.partition("CMD ")[2])[1:] == ["healthcheck.py"]
     assert "docker/healthcheck.py ./" in arguments(file, "COPY")
 
 
 @each_file
-def test_copies_only_what_exists_and_is_let_through(file: str) -> None:
+def test_copied_files_exist_and_are_not_ignored(file: str) -> None:
     ignored, *rest = [
         line
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -97,7 +97,7 @@ def test_copies_only_what_exists_and_is_let_through(file: str) -> None:
             assert source in allowed or source.split("/")[0] in allowed, source
 
 
-def test_installs_as_the_makefile_does() -> None:
+def test_install_commands_equal_the_makefile_s() -> None:
     makefile = (ROOT / "Makefile").read_text()
     installed = " ".join(arguments("Dockerfile.cpu", "RUN"))
     for command in (
@@ -110,5 +110,5 @@ def test_installs_as_the_makefile_does() -> None:
 
 @each_file
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
-def test_lint(file: str) -> None:
+def test_hadolint_accepts_the_file(file: str) -> None:
     subprocess.run([str(HADOLINT), str(DOCKER / file)], check=True, timeout=60)

@@ -13,23 +13,23 @@ def exit_status(port: int) -> int:
     return subprocess.run(command, timeout=30, check=False).returncode
 
 
-def test_healthy() -> None:
+def test_a_healthy_server_gives_status_0() -> None:
     with upstream() as server:
         assert exit_status(server.port) == 0
-        assert server.asked == ["/health"]
+        assert server.paths == ["/health"]
 
 
-def test_unhealthy() -> None:
+def test_a_server_that_answers_503_gives_status_1() -> None:
     with upstream() as server:
         server.unavailable = True
         assert exit_status(server.port) == 1
 
 
-def test_nobody_there() -> None:
+def test_a_closed_port_gives_status_1() -> None:
     assert exit_status(free_port()) == 1
 
 
-def test_no_proxy_is_asked(monkeypatch) -> None:
+def test_the_health_check_ignores_http_proxy(monkeypatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
     with upstream() as server:
         assert exit_status(server.port) == 0

@@ -1,4 +1,4 @@
-"""The values for the production-stack chart, as far as they are ours to judge."""
+"""The values for the production-stack chart, as far as they can be checked without the chart."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from vitcop_server.settings import server_settings
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 VALUES: dict[str, Any] = yaml.safe_load((DOCKER / "production-stack-values.yaml").read_text())
-KUBERNETES_GRACE_SECONDS = 30  # Where a pod says nothing, and the chart cannot.
+KUBERNETES_GRACE_SECONDS = 30  # the default; the chart has no value for it
 
 
 def arguments() -> Any:
@@ -19,7 +19,7 @@ def arguments() -> Any:
     return make_parser().parse_args([model["modelURL"], *model["vllmConfig"]["extraArgs"]])
 
 
-def test_flags_are_vllms() -> None:
+def test_the_server_accepts_the_flags() -> None:
     args = arguments()
     assert not args.trust_request_mm_kwargs  # clients cannot set image processing
     settings = PruningSettings.model_validate(args.additional_config[CONFIG_KEY])
@@ -27,16 +27,16 @@ def test_flags_are_vllms() -> None:
     server_settings(args)
 
 
-def test_pods_stop_within_kubernetes_grace_period() -> None:
+def test_pods_stop_within_the_grace_period() -> None:
     assert arguments().shutdown_timeout + 15 <= KUBERNETES_GRACE_SECONDS
 
 
-def test_plugin_is_named() -> None:
+def test_vllm_loads_the_plugin() -> None:
     (model,) = VALUES["servingEngineSpec"]["modelSpec"]
     assert {"name": "VLLM_PLUGINS", "value": "vitcop"} in model["env"]
 
 
-def test_engines_counters_have_a_directory_of_the_image() -> None:
+def test_the_image_has_the_metrics_directory() -> None:
     (model,) = VALUES["servingEngineSpec"]["modelSpec"]
     (folder,) = (e["value"] for e in model["env"] if e["name"] == "PROMETHEUS_MULTIPROC_DIR")
     [owned] = re.findall(
@@ -46,7 +46,7 @@ def test_engines_counters_have_a_directory_of_the_image() -> None:
     assert folder in owned.split()
 
 
-def test_sessions_are_told_as_by_our_proxy() -> None:
+def test_sessions_use_the_header_of_the_proxy() -> None:
     assert VALUES["routerSpec"]["routingLogic"] == "session"
     assert "$http_x_session_id" in (DOCKER / "nginx/nginx.conf").read_text()
     assert VALUES["routerSpec"]["sessionKey"] == "x-session-id"

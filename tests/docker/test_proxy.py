@@ -1,4 +1,4 @@
-"""The proxy's own configuration, run by a real nginx in front of two small servers."""
+"""The proxy's configuration, run by a real nginx in front of two upstream servers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.server.sample_images import image_message
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
-# Where CI installs nginx it also sets this, so that it cannot go missing unseen.
+# CI sets REQUIRE_NGINX where it installs nginx, so a missing nginx fails instead of skipping.
 pytestmark = pytest.mark.skipif(
     NGINX is None and "REQUIRE_NGINX" not in os.environ, reason="nginx is not installed"
 )
@@ -79,7 +79,7 @@ def free_port() -> int:
 
 @contextmanager
 def proxy_before(folder: Path, ports: list[int]) -> Iterator[tuple[str, int]]:
-    """nginx with the deployed files; only names, ports and folders are this machine's."""
+    """Run nginx with the deployed files; only host names, ports and folders are replaced."""
     port, health_port = free_port(), free_port()
     main = (DOCKER / "nginx/nginx.conf").read_text()
     main = main.replace("listen 8080", f"listen 127.0.0.1:{port}")
@@ -88,11 +88,11 @@ def proxy_before(folder: Path, ports: list[int]) -> Iterator[tuple[str, int]]:
         "worker_processes auto", "worker_processes 1"
     )
     servers = (DOCKER / "nginx/replicas.conf").read_text().replace("resolver ", "# resolver ")
-    for index, one in enumerate(ports):
-        servers = servers.replace(f"replica-{index}:8000 resolve", f"127.0.0.1:{one}")
+    for index, replica_port in enumerate(ports):
+        servers = servers.replace(f"replica-{index}:8000 resolve", f"127.0.0.1:{replica_port}")
     (folder / "nginx.conf").write_text(main)
     (folder / "upstream.conf").write_text(servers)
-    # Root's workers would become nobody, who may not write to a test's folder.
+    # Started by root, nginx runs its workers as user nobody, who cannot write to the test's folder.
     user = "user root root;" if os.geteuid() == 0 else ""
     command = [NGINX or "nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
     with (folder / "log").open("w") as log:
@@ -128,18 +128,19 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
 @pytest.fixture
 def proxy(running: Proxy) -> Proxy:
     for replica in running.replicas:
-        replica.asked.clear()
+        replica.paths.clear()
         replica.unavailable = False
         replica.continue_stream.clear()
     return running
 
 
-def asked(proxy: Proxy) -> list[str]:
-    return [path for replica in proxy.replicas for path in replica.asked]
+def upstream_paths(proxy: Proxy) -> list[str]:
+    """Paths of the requests that reached a replica."""
+    return [path for replica in proxy.replicas for path in replica.paths]
 
 
 def raw_request(port: int, target: str) -> str:
-    """The answer to a request line that no client library would send."""
+    """Send a path that client libraries would normalise. Returns the raw answer."""
     with socket.create_connection(("127.0.0.1", port), 10) as connection:
         connection.sendall(f"GET {target} HTTP/1.0\r\nHost: x\r\n\r\n".encode())
         answer = b""
@@ -155,31 +156,31 @@ def replica_of(proxy: Proxy, session: str | None) -> int:
 
 
 def session_of(proxy: Proxy, replica: Upstream) -> str:
-    """A session that is this replica's."""
+    """A session that the proxy sends to this replica."""
     return next(s for s in map(str, range(100)) if replica_of(proxy, s) == replica.port)
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED, ids=lambda v: str(v))
-def test_passes(proxy: Proxy, method: str, path: str) -> None:
+def test_public_path_reaches_a_replica(proxy: Proxy, method: str, path: str) -> None:
     assert httpx.request(method, proxy.url + path).status_code == 200
-    assert asked(proxy) == [path]
+    assert upstream_paths(proxy) == [path]
 
 
 @pytest.mark.parametrize("path", KEPT_INSIDE)
-def test_keeps_inside(proxy: Proxy, path: str) -> None:
+def test_internal_path_gets_404(proxy: Proxy, path: str) -> None:
     answer = raw_request(proxy.port, path)
     assert answer.startswith("HTTP/1.1 404")
     assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["type"] == "NotFoundError"
-    assert asked(proxy) == []
+    assert upstream_paths(proxy) == []
 
 
-def test_path_goes_on_as_it_was_judged(proxy: Proxy) -> None:
-    # The server takes all that begins with /metrics for /metrics.
+def test_upstream_gets_the_normalised_path(proxy: Proxy) -> None:
+    # The server would answer any path that begins with /metrics as /metrics.
     assert raw_request(proxy.port, "/metrics/../v1/models").startswith("HTTP/1.1 200")
-    assert asked(proxy) == ["/v1/models"]
+    assert upstream_paths(proxy) == ["/v1/models"]
 
 
-def test_ratio_passes_both_ways(proxy: Proxy) -> None:
+def test_ratio_header_passes_in_both_directions(proxy: Proxy) -> None:
     answer = httpx.post(
         f"{proxy.url}/v1/chat/completions", headers={"X-Pruning-Ratio": "0.889"}, json={}
     )
@@ -187,23 +188,23 @@ def test_ratio_passes_both_ways(proxy: Proxy) -> None:
     assert answer.headers["X-Pruning-Ratio"] == "0.889"
 
 
-def test_two_ratios_stay_two(proxy: Proxy) -> None:
-    # The server refuses them, which it can only if it sees them.
+def test_a_repeated_ratio_header_is_not_merged(proxy: Proxy) -> None:
+    # The server refuses a repeated header, so it must receive both.
     headers = [("X-Pruning-Ratio", "0.5"), ("X-Pruning-Ratio", "0.7")]
     answer = httpx.post(f"{proxy.url}/v1/chat/completions", headers=headers, json={})
     assert answer.json()["ratios"] == ["0.5", "0.7"]
 
 
-def test_events_are_not_held_back(proxy: Proxy) -> None:
+def test_events_are_not_buffered(proxy: Proxy) -> None:
     with httpx.stream("POST", f"{proxy.url}/v1/stream", timeout=10) as answer:
         lines = answer.iter_lines()
-        assert next(lines) == "data: first"  # The second is not even sent.
+        assert next(lines) == "data: first"  # Upstream has not sent the second event.
         for replica in proxy.replicas:
             replica.continue_stream.set()
         assert "data: second" in list(lines)
 
 
-def test_session_stays_with_a_replica(proxy: Proxy) -> None:
+def test_a_session_stays_with_one_replica(proxy: Proxy) -> None:
     assert len({replica_of(proxy, "a") for _ in range(5)}) == 1
 
 
@@ -215,7 +216,7 @@ def test_requests_without_a_session_are_spread(proxy: Proxy) -> None:
     assert len({replica_of(proxy, None) for _ in range(30)}) == 2
 
 
-def test_other_replica_answers_for_one_that_drains(proxy: Proxy) -> None:
+def test_the_other_replica_answers_for_a_draining_one(proxy: Proxy) -> None:
     draining, other = proxy.replicas
     session = session_of(proxy, draining)
     draining.unavailable = True
@@ -224,19 +225,19 @@ def test_other_replica_answers_for_one_that_drains(proxy: Proxy) -> None:
     assert (answer.status_code, answer.json()["port"]) == (200, other.port)
     assert answer.json()["body_bytes"] > 0
     draining.unavailable = False
-    assert replica_of(proxy, session) == draining.port  # At once: 503 is not held against it.
+    assert replica_of(proxy, session) == draining.port  # At once: a 503 does not mark it as down.
 
 
-def test_refusal_of_all_is_passed_on(proxy: Proxy) -> None:
+def test_the_client_gets_the_503_if_all_replicas_answer_503(proxy: Proxy) -> None:
     for replica in proxy.replicas:
         replica.unavailable = True
     answer = httpx.post(f"{proxy.url}/v1/chat/completions", json={})
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
     assert answer.json() == {"error": "draining"}
-    assert [len(replica.asked) for replica in proxy.replicas] == [1, 1]
+    assert [len(replica.paths) for replica in proxy.replicas] == [1, 1]
 
 
-def test_large_body_passes(proxy: Proxy) -> None:
+def test_a_body_of_8_mib_passes(proxy: Proxy) -> None:
     answer = httpx.post(f"{proxy.url}/v1/chat/completions", content=bytes(8 << 20))
     assert answer.json()["body_bytes"] == 8 << 20
 
@@ -249,26 +250,28 @@ def test_large_body_passes(proxy: Proxy) -> None:
         ("/v1/messages/count_tokens", {"type": "error"}, "request_too_large"),
     ],
 )
-def test_larger_body_is_refused(proxy: Proxy, path: str, outer: dict[str, str], kind: str) -> None:
-    # Told from its declared length, before it is sent.
+def test_a_body_above_65_mib_gets_413(
+    proxy: Proxy, path: str, outer: dict[str, str], kind: str
+) -> None:
+    # The proxy refuses the declared length; the body is not sent.
     request = f"POST {path} HTTP/1.0\r\nHost: x\r\nContent-Length: {66 << 20}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", proxy.port), 10) as connection:
         connection.sendall(request.encode())
         answer = connection.recv(65536).decode()
     assert answer.startswith("HTTP/1.1 413")
-    told = json.loads(answer.partition("\r\n\r\n")[2])
-    assert told.pop("error")["type"] == kind
-    assert told == outer
-    assert asked(proxy) == []
+    document = json.loads(answer.partition("\r\n\r\n")[2])
+    assert document.pop("error")["type"] == kind
+    assert document == outer
+    assert upstream_paths(proxy) == []
 
 
-def test_other_replica_answers_for_a_dead_one(tmp_path: Path) -> None:
+def test_the_other_replica_answers_for_a_dead_one(tmp_path: Path) -> None:
     with upstream() as alive, proxy_before(tmp_path, [free_port(), alive.port]) as (url, _):
         answers = [httpx.post(f"{url}/v1/chat/completions", json={}) for _ in range(20)]
     assert {answer.status_code for answer in answers} == {200}
 
 
-def test_no_replica_is_a_503(tmp_path: Path) -> None:
+def test_the_proxy_answers_503_without_a_live_replica(tmp_path: Path) -> None:
     with proxy_before(tmp_path, [free_port(), free_port()]) as (url, _):
         answer = httpx.post(f"{url}/v1/chat/completions", json={})
         anthropic = httpx.post(f"{url}/v1/messages", json={})
@@ -280,8 +283,8 @@ def test_no_replica_is_a_503(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_else_of_the_real_server_is_reached(server_url: str, tmp_path: Path) -> None:
-    # Made when first asked for, which takes a slow machine seconds.
+def test_no_internal_path_of_the_real_server_is_reached(server_url: str, tmp_path: Path) -> None:
+    # The first request builds the schema, which takes seconds on a slow machine.
     schema = httpx.get(f"{server_url}/openapi.json", timeout=60)
     paths = [*schema.json()["paths"], "/metrics", "/docs"]
     inside = [path for path in paths if not re.match("/(v1/|(health|ready|ui)$)", path)]

@@ -1,4 +1,4 @@
-"""Something for the proxy to stand in front of: answers what it was asked."""
+"""A server behind the proxy; its answers describe the requests."""
 
 import json
 import threading
@@ -10,17 +10,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Upstream:
-    """A server on a port of its own.
+    """State of a running upstream server.
 
     Attributes:
-        port: Where it listens.
-        asked: The request lines' paths, as they came.
-        unavailable: Whether it answers 503, as one does that drains.
+        port: Port on which it listens.
+        paths: Paths of the requests, in order.
+        unavailable: Whether it answers 503, like a draining server.
         continue_stream: Once set, ``/v1/stream`` sends its second event.
     """
 
     port: int
-    asked: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     unavailable: bool = False
     continue_stream: threading.Event = field(default_factory=threading.Event)
 
@@ -34,15 +34,15 @@ def upstream() -> Iterator[Upstream]:
             pass
 
         def do_GET(self) -> None:
-            here.asked.append(self.path)
+            state.paths.append(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if here.unavailable:
+            if state.unavailable:
                 self._send(503, {"error": "draining"}, {"Retry-After": "5"})
             elif self.path == "/v1/stream":
                 self._stream()
             else:
                 ratios = self.headers.get_all("X-Pruning-Ratio", [])
-                answer = {"port": here.port, "ratios": ratios, "body_bytes": len(body)}
+                answer = {"port": state.port, "ratios": ratios, "body_bytes": len(body)}
                 self._send(200, answer, {"X-Pruning-Ratio": ratios[0]} if ratios else {})
 
         def do_POST(self) -> None:
@@ -62,18 +62,18 @@ def upstream() -> Iterator[Upstream]:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             self.wfile.write(b"d\r\ndata: first\n\n\r\n")
-            here.continue_stream.wait(30)
+            state.continue_stream.wait(30)
             self.wfile.write(b"e\r\ndata: second\n\n\r\n0\r\n\r\n")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    here = Upstream(server.server_address[1])
+    state = Upstream(server.server_address[1])
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield here
+        yield state
     finally:
-        here.continue_stream.set()
+        state.continue_stream.set()
         server.shutdown()
         server.server_close()
         thread.join()

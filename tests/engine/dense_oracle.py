@@ -1,8 +1,8 @@
 """Models with three-stage pruning as one dense forward in plain PyTorch, float32.
 
 No cache, no paging, no batching, no vLLM: the whole sequence goes through every layer, and
-rows are dropped between stages. Selection, by any selector, is the slow oracle's, written
-from the methods' descriptions. Slow and obvious; what the engine must equal.
+rows are dropped between stages. ``tests.pruning.oracle`` selects the kept tokens. The code is
+slow and obvious; the engine must give the same log-probabilities.
 """
 
 from abc import ABC, abstractmethod
@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor
 
-from tests.engine.requests import Answer, Ask, sample_image
+from tests.engine.requests import Answer, RequestSpec, sample_image
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
 
 @dataclass
-class _Seen:
-    """Query (T, heads, D) and keys (T, kv_heads, D) of a layer, after rotary embedding."""
+class _QueriesAndKeys:
+    """Queries (T, heads, D) and keys (T, kv_heads, D) of a layer, after rotary embedding."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -34,12 +34,12 @@ class _Seen:
 
 @dataclass
 class _Row:
-    """A token alive in some layer.
+    """A token that a layer computes.
 
     Attributes:
-        position: Its index in the prompt.
-        image: Its image's number in the prompt, if it is a visual token.
-        place: What its query and key are rotated by: one number, or one per axis of M-RoPE.
+        position: Index in the prompt.
+        image: Number of its image in the prompt; ``None`` for text.
+        place: Position for the rotary embedding: one number, or one per axis of M-RoPE.
     """
 
     position: int
@@ -49,13 +49,13 @@ class _Row:
 
 @dataclass
 class Encoded:
-    """What is left of an image after Stage I.
+    """The tokens of an image that Stage I keeps.
 
     Attributes:
-        embeds: (n1, H), the kept tokens, projected.
-        labels: Their clusters; empty where nothing is merged.
-        offsets: Where each stands, counted on each axis from where the image begins.
-        advance: How much farther than the image the text after it begins.
+        embeds: (n1, H), projected.
+        labels: Cluster of each token; empty if Stage II merges nothing.
+        offsets: Rotary position of each token on each axis, relative to the image's start.
+        advance: Rotary position of the next text token, relative to the image's start.
     """
 
     embeds: torch.Tensor
@@ -65,11 +65,11 @@ class Encoded:
 
 
 class DenseModel(ABC):
-    """A decoder whose tokens are dropped and merged between stages; an encoder of images.
+    """An image encoder, and a decoder that drops and merges tokens between stages.
 
     Attributes:
-        axes: Which number of a token's place each frequency of the rotary embedding takes.
-        image_token: The placeholder of a visual token.
+        axes: Axis of each rotary frequency: an index into a token's ``place``.
+        image_token: Id of the placeholder token.
     """
 
     axes: list[int]
@@ -93,11 +93,11 @@ class DenseModel(ABC):
 
     @abstractmethod
     def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
-        """The encoder and Stage I."""
+        """Run the encoder and Stage I."""
 
     @abstractmethod
     def visual_tokens(self, image: Image.Image) -> int:
-        """V, the tokens of an image before Stage I."""
+        """V, the number of an image's tokens before Stage I."""
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
@@ -118,56 +118,56 @@ class DenseModel(ABC):
         counts: list[VisualTokenCounts],
         prompt_length: int,
     ) -> torch.Tensor:
-        """(answer tokens, vocabulary): logits after the prompt and each answer token."""
+        """(1 + answer tokens, vocabulary): logits after the prompt and after each answer token."""
         text = self.config.text_config
         embeds = self.weights["model.language_model.embed_tokens.weight"][torch.tensor(tokens)]
         rows: list[_Row] = []
         labels = []
         place = 0
-        for number, (image, one) in enumerate(zip(images, counts, strict=True)):
+        for number, (image, image_counts) in enumerate(zip(images, counts, strict=True)):
             start = tokens.index(self.image_token, len(rows))
             place += start - len(rows)
             rows += self.text_rows(range(len(rows), start), place)
-            encoded = self.encode(image, one)
-            assert len(encoded.embeds) == len(encoded.offsets) == one.stages[0]
-            embeds[start : start + one.stages[0]] = encoded.embeds
+            encoded = self.encode(image, image_counts)
+            assert len(encoded.embeds) == len(encoded.offsets) == image_counts.stages[0]
+            embeds[start : start + len(encoded.embeds)] = encoded.embeds
             for i, offsets in enumerate(encoded.offsets, start):
                 rows.append(_Row(i, number, tuple(place + offset for offset in offsets)))
             labels.append(encoded.labels)
             place += encoded.advance
         rows += self.text_rows(range(len(rows), len(tokens)), place + len(tokens) - len(rows))
 
-        x, seen = embeds, None
+        x, last_layer = embeds, None
         places = [row.place for row in rows]
         for layer in range(text.num_hidden_layers):
             if layer == self.boundaries[0]:
                 last = prompt_length - 1
                 if self.selector == "vitcop":
-                    x, rows = self.merge(x, rows, seen, labels, counts)
+                    x, rows = self.merge(x, rows, last_layer, labels, counts)
                 else:
-                    x, rows = self.drop(x, rows, seen, counts, 1, last)
+                    x, rows = self.drop(x, rows, last_layer, counts, 1, last)
                 places = [row.place for row in rows]
             if layer == self.boundaries[1]:
                 compact = {row.position: i for i, row in enumerate(rows)}
-                x, rows = self.drop(x, rows, seen, counts, 2, None)
+                x, rows = self.drop(x, rows, last_layer, counts, 2, None)
                 places = [
                     (compact[row.position],)
                     if self.renumber_deep and row.position < prompt_length
                     else row.place
                     for row in rows
                 ]
-            x, seen = self.layer(layer, x, places)
+            x, last_layer = self.layer(layer, x, places)
         x = self.norm("model.language_model.norm", x)
         answer = len(tokens) - prompt_length + 1
         return self.linear("lm_head", x[-answer:])
 
     def text_rows(self, positions: range, place: int) -> list[_Row]:
-        """Tokens of text in front of ``place``, where the next token stands on every axis."""
+        """Rows of text tokens; the token after them has position ``place`` on every axis."""
         return [_Row(i, None, (place + i - positions.stop,) * self.num_axes) for i in positions]
 
     def layer(
         self, layer: int, x: torch.Tensor, places: list[tuple[int, ...]]
-    ) -> tuple[torch.Tensor, _Seen]:
+    ) -> tuple[torch.Tensor, _QueriesAndKeys]:
         text = self.config.text_config
         name = f"model.language_model.layers.{layer}"
         heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
@@ -186,7 +186,7 @@ class DenseModel(ABC):
         y = self.norm(f"{name}.post_attention_layernorm", x)
         gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
         y = self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y))
-        return x + y, _Seen(query, key)
+        return x + y, _QueriesAndKeys(query, key)
 
     def rotate(self, x: torch.Tensor, places: list[tuple[int, ...]]) -> torch.Tensor:
         half = x.shape[-1] // 2
@@ -203,8 +203,8 @@ class DenseModel(ABC):
     def key_norm(keys: torch.Tensor) -> torch.Tensor:
         return keys.mean(dim=1).norm(dim=-1)
 
-    def merge(self, x, rows, seen, labels, counts):
-        norms = self.key_norm(seen.keys)
+    def merge(self, x, rows, last_layer, labels, counts):
+        norms = self.key_norm(last_layer.keys)
         out_x, out_rows = [], []
         i = 0
         while i < len(rows):
@@ -232,8 +232,8 @@ class DenseModel(ABC):
             i += n1
         return torch.stack(out_x), out_rows
 
-    def drop(self, x, rows, seen, counts, stage, last):
-        """``last``: row of the prompt's last token, at the shallow boundary."""
+    def drop(self, x, rows, last_layer, counts, stage, last):
+        """``last``: row of the prompt's last token; ``None`` at the deep boundary."""
         keep = []
         i = 0
         while i < len(rows):
@@ -244,25 +244,25 @@ class DenseModel(ABC):
                 continue
             before, after = counts[number].stages[stage - 1 : stage + 1]
             span = range(i, i + before)
-            chosen = self.choose_tokens(x, seen, span, after, last)
+            chosen = self.choose_tokens(x, last_layer, span, after, last)
             assert len(chosen) == after
             keep.extend(i + j for j in chosen)
             i += before
         return x[keep], [rows[j] for j in keep]
 
-    def choose_tokens(self, x, seen, span, count, last):
+    def choose_tokens(self, x, last_layer, span, count, last):
         if count == len(span):
             return list(range(count))
         visual = list(span)
         if self.selector == "fastv":
-            scale = seen.query.shape[-1] ** -0.5
-            query, keys = seen.query[last].numpy(), seen.keys[: last + 1].numpy()
+            scale = last_layer.query.shape[-1] ** -0.5
+            query, keys = last_layer.query[last].numpy(), last_layer.keys[: last + 1].numpy()
             return oracle.last_token_attention(query, keys, scale, visual, count)
         if self.selector == "dart":
             states = self.norm("model.language_model.norm", x[visual])
-            return oracle.least_duplicated(seen.keys[visual].numpy(), states.numpy(), count)
+            return oracle.least_duplicated(last_layer.keys[visual].numpy(), states.numpy(), count)
         assert self.selector in ("vitcop", "key_norm")
-        return oracle.smallest(self.key_norm(seen.keys[visual]).tolist(), count)
+        return oracle.smallest(self.key_norm(last_layer.keys[visual]).tolist(), count)
 
 
 class DenseLlava(DenseModel):
@@ -281,7 +281,7 @@ class DenseLlava(DenseModel):
         return (config.image_size // config.patch_size) ** 2
 
     def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
-        """The vision tower, up to the layer whose output LLaVA uses."""
+        """Run the vision tower up to the layer whose output LLaVA uses, then Stage I."""
         config = self.config.vision_config
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
         tower = "model.vision_tower.vision_model"
@@ -313,7 +313,7 @@ class DenseLlava(DenseModel):
             y = self.linear(f"{name}.mlp.fc1", self.norm(f"{name}.layer_norm2", x))
             y = y * torch.sigmoid(1.702 * y)
             x = x + self.linear(f"{name}.mlp.fc2", y)
-        if self.selector == "received":  # by all tokens, not by [CLS] alone
+        if self.selector == "received":  # attention from all tokens, not from [CLS] alone
             saliency = attention[:, :, 1:].mean(1).sum(0)
         else:
             saliency = attention[:, 0, 1:].sum(0)
@@ -352,18 +352,21 @@ class DenseLlava(DenseModel):
 
 
 def assert_equals_oracle(
-    model: DenseModel, ask: Ask, answer: Answer, settings: PruningSettings | None = None
+    model: DenseModel, spec: RequestSpec, answer: Answer, settings: PruningSettings | None = None
 ) -> None:
-    """Tokens, unless sampled, and log-probabilities, each given the tokens before it."""
-    assert ask.ratio is not None
+    """Compare an answer's log-probabilities, and its tokens if decoding was greedy.
+
+    The oracle gets the answer's own tokens, so one difference does not change later steps.
+    """
+    assert spec.ratio is not None
     layers = model.config.text_config.num_hidden_layers
-    images = [sample_image(seed) for seed in ask.images]
+    images = [sample_image(seed) for seed in spec.images]
     logits = model.logits(
         answer.prompt + answer.tokens[:-1],
         images,
         [
             plan_counts(
-                settings or PruningSettings(), ask.ratio, layers, model.visual_tokens(image)
+                settings or PruningSettings(), spec.ratio, layers, model.visual_tokens(image)
             )
             for image in images
         ],
@@ -371,6 +374,6 @@ def assert_equals_oracle(
     )
     expected = logits.log_softmax(-1)
     for step, (token, entries) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
-        assert ask.sampling or token == int(expected[step].argmax())
+        assert spec.sampling or token == int(expected[step].argmax())
         for other, logprob in entries.items():
             assert logprob == pytest.approx(float(expected[step, other]), abs=1e-3)

@@ -1,10 +1,10 @@
-"""A program: what start-up settles on NVIDIA GPUs that are not there.
+"""A program that prints the backend and worker chosen at start-up on simulated NVIDIA GPUs.
 
-Arguments: a checkpoint, and a JSON list of [compute capability, options of the engine]. Prints a
-JSON list of what became of each: the attention backend and the worker, or the error.
+Arguments: a checkpoint, and a JSON list of [compute capability, engine options]. Prints a JSON
+list with the attention backend and the worker, or the error, of each case.
 
-vLLM's own CUDA platform decides, with its compiled parts stubbed and a card that answers with
-the capability of the case.
+vLLM's own CUDA platform makes the choice. Its compiled operators are stubs, and the simulated
+GPU reports the case's capability.
 """
 
 import json
@@ -22,7 +22,7 @@ OPERATORS = (
     "cutlass_scaled_mm_supports_fp8",
     "rotary_embedding",
 )
-"""Of vLLM's compiled operators those that it looks up while it is imported. None is run."""
+"""Compiled operators that vLLM looks up at import. The program calls none of them."""
 
 capability = (0, 0)
 
@@ -34,11 +34,11 @@ def stub(name: str, **attributes: Any) -> None:
 
 
 def become_cuda() -> None:
-    """Have vLLM believe that it is its CUDA build, on a machine with such a card."""
+    """Make this CPU build of vLLM use its CUDA platform with the simulated GPU."""
     stub("vllm._C_stable_libtorch")
     for name in OPERATORS:
         setattr(torch.ops._C, name, MagicMock())
-    # FlashAttention 2, 3 and 4 are installed; vLLM itself says on which cards each runs.
+    # FlashAttention 2, 3 and 4 seem installed; vLLM knows on which GPUs each runs.
     stub("vllm.vllm_flash_attn._vllm_fa2_C")
     stub("vllm.vllm_flash_attn._vllm_fa3_C")
     from vllm.platforms import cuda
@@ -65,7 +65,7 @@ def become_cuda() -> None:
     flash_attn_interface.FA4_AVAILABLE = True
 
 
-def settle(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
+def choose(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
     from vllm.engine.arg_utils import EngineArgs
 
     try:
@@ -83,11 +83,11 @@ def main() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    settled = []
+    choices = []
     for (major, minor), options in json.loads(sys.argv[2]):
         capability = (major, minor)
-        settled.append(settle(sys.argv[1], options))
-    print(json.dumps(settled))
+        choices.append(choose(sys.argv[1], options))
+    print(json.dumps(choices))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""A worker that computes nothing and knows what every KV slot ought to hold.
+"""A worker that computes nothing and checks the content of every KV slot that it reads.
 
-It keeps block tables as vLLM's runner does, from what the scheduler sends. What it writes
-into a slot names the prefix that the slot's content is a function of. So whatever it reads
-that is not its own request's prefix was cached, copied or evicted wrongly.
+It builds block tables from the scheduler's output, as vLLM's runner does. Into each slot it
+writes a hash of the prefix that determines the slot's keys and values. If a request reads a
+hash of another prefix, a block was cached, copied or evicted wrongly.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _name(*parts: object) -> bytes:
 
 @dataclass
 class _State:
-    """A request as a runner keeps it; ``contents`` is what its slots ought to hold, by stage."""
+    """A runner's state of a request; ``contents`` is the expected content of slots, by stage."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -40,7 +40,7 @@ class _State:
         self.length = 0
 
     def extend(self, end: int) -> None:
-        """Have ``contents`` reach ``end`` prompt positions."""
+        """Extend ``contents`` to the first ``end`` tokens."""
         images = {f.mm_position.offset: f.identifier for f in self.features}
         for position in range(self.length, end):
             self.prefix = _name(self.prefix, self.tokens[position], images.get(position))
@@ -48,7 +48,7 @@ class _State:
                 slots = self.plan.num_slots(position + 1, stage)
                 if stage and self.plan.cuts_span(position + 1):
                     continue
-                # Survivors of a span are functions of the prefix that ends with it.
+                # The kept tokens of a span depend on the prefix up to the span's end.
                 contents.extend((self.prefix, slot) for slot in range(len(contents), slots))
         self.length = max(self.length, end)
 
@@ -57,11 +57,11 @@ class FakeWorker:
     """Executes steps in the order in which they were scheduled.
 
     Attributes:
-        memory: Block -> slot -> content.
-        encoded: Images in the encoder cache, by identifier.
+        memory: Block -> content of its slots.
+        encoded: Identifiers of images in the encoder cache.
         copies: Blocks copied so far.
-        computed: Prompt and answer positions computed so far.
-        resent: Images that were encoded with data sent after the request itself.
+        computed: Tokens computed so far.
+        resent: Images encoded with data that the scheduler sent after the request.
     """
 
     def __init__(self, scheduler: Any, block_size: int, salts: dict[str, str | None]) -> None:
@@ -78,12 +78,12 @@ class FakeWorker:
         return self.memory.setdefault(block, [None] * self.block_size)
 
     def _update(self, scheduled: Any) -> dict[str, int]:
-        """Take over what the scheduler tells of requests; tokens computed before, by request."""
+        """Update the requests' states. Returns request -> tokens computed before the step."""
         for name in scheduled.finished_req_ids:
             self.states.pop(name, None)
         starts = {}
         for new in scheduled.scheduled_new_reqs:
-            # Model runner V2 gets resumed requests as new ones, with their answers so far.
+            # Model runner V2 receives a resumed request as a new one, with its answer so far.
             tokens = list(new.prefill_token_ids or new.prompt_token_ids)
             tables = tuple(map(list, new.block_ids))
             self.states[new.req_id] = _State(
@@ -108,7 +108,7 @@ class FakeWorker:
         return starts
 
     def execute(self, scheduled: Any) -> ModelRunnerOutput:
-        """Run a step, and check everything that it reads."""
+        """Run a step and check every slot that it reads."""
         starts = self._update(scheduled)
         self.encoded -= set(scheduled.free_encoder_mm_hashes)
         sent = scheduled.image_data if isinstance(scheduled, StagedSchedulerOutput) else {}
@@ -119,7 +119,7 @@ class FakeWorker:
                 self.resent += feature.data is None
             self.encoded |= {feature.identifier for feature in features}
         copies = scheduled.kv_cache_block_copies or ()
-        # All at once, as vLLM's copy does.
+        # vLLM reads all sources before it writes, so the copies are one update.
         self.memory |= {copy.dst_block_id: list(self.memory[copy.src_block_id]) for copy in copies}
         self.copies += len(copies)
         for name, count in scheduled.num_scheduled_tokens.items():
@@ -132,7 +132,7 @@ class FakeWorker:
             if end < state.prompt_tokens or end < len(state.tokens):
                 sampled.append([])
                 continue
-            # The same after the same prefix, and few enough that answers resemble each other.
+            # Equal prefixes get equal tokens. With three tokens, many answers share prefixes.
             token = 70 + state.prefix[0] % 3
             state.tokens.append(token)
             sampled.append([token])

@@ -1,7 +1,7 @@
-"""A program: mixed traffic on a GPU, as a server has it, on an engine with a tiny model.
+"""A program that sends mixed traffic to a tiny model's engine on a GPU.
 
-Ratios are mixed, prompts are chunked, requests preempted, prefixes reused. With
-``VLLM_GPU_SYNC_CHECK=error`` any wait of the host for the GPU ends it with an error.
+Ratios are mixed, prompts chunked, requests preempted and prefixes reused. With
+``VLLM_GPU_SYNC_CHECK=error`` it fails if the host waits for the GPU.
 """
 
 import argparse
@@ -14,10 +14,10 @@ ROUNDS = 4
 
 
 def describe_device() -> None:
-    """Print what there is.
+    """Print the GPU and the versions of CUDA, torch and vLLM.
 
     Raises:
-        SystemExit: If it is no NVIDIA GPU.
+        SystemExit: If there is no NVIDIA GPU.
     """
     import torch
     import vllm
@@ -33,8 +33,8 @@ def describe_device() -> None:
 
 
 def check(llm: Any) -> None:
-    """Send rounds of requests; every block must come back and every count must be the plan's."""
-    from tests.engine.requests import Ask, generate
+    """Send rounds of requests. Afterwards every KV block must be free again."""
+    from tests.engine.requests import RequestSpec, generate
     from tests.engine.scheduling import engine_core
 
     pool = engine_core(llm).scheduler.kv_cache_manager.block_pool
@@ -42,17 +42,17 @@ def check(llm: Any) -> None:
     free = pool.get_num_free_blocks()
     for round_number in range(ROUNDS):
         seeds = range(10 * round_number, 10 * round_number + 4)
-        asks = [
-            Ask("What is it?", (seeds[0],), 8 / 9, max_tokens=24),
-            Ask("Which is larger? " * 20, (seeds[1], seeds[2]), 2 / 3, max_tokens=40),
-            Ask("unpruned", (seeds[3],), 0.0, max_tokens=16),
-            Ask("no image, " * 60, max_tokens=32),
-            Ask("What is it?", (seeds[0],), 7 / 9, max_tokens=8),
-            *(Ask(f"number {n}", (seeds[0],), 8 / 9, max_tokens=12) for n in range(12)),
+        specs = [
+            RequestSpec("What is it?", (seeds[0],), 8 / 9, max_tokens=24),
+            RequestSpec("Which is larger? " * 20, (seeds[1], seeds[2]), 2 / 3, max_tokens=40),
+            RequestSpec("unpruned", (seeds[3],), 0.0, max_tokens=16),
+            RequestSpec("no image, " * 60, max_tokens=32),
+            RequestSpec("What is it?", (seeds[0],), 7 / 9, max_tokens=8),
+            *(RequestSpec(f"number {n}", (seeds[0],), 8 / 9, max_tokens=12) for n in range(12)),
         ]
-        answers = generate(llm, asks, reuse=round_number % 2 == 1)
-        assert [len(answer.tokens) for answer in answers] == [ask.max_tokens for ask in asks]
-        again = generate(llm, [asks[0]], reuse=True)
+        answers = generate(llm, specs, reuse=round_number % 2 == 1)
+        assert [len(answer.tokens) for answer in answers] == [spec.max_tokens for spec in specs]
+        again = generate(llm, [specs[0]], reuse=True)
         assert again[0].reused > 0
     assert llm.reset_prefix_cache()
     assert pool.get_num_free_blocks() == free
@@ -83,8 +83,7 @@ def main() -> None:
             max_num_batched_tokens=600,  # prompts are chunked
             max_num_seqs=16,
             limit_mm_per_prompt={"image": 4},
-            # Small enough that requests are preempted.
-            kv_cache_memory_bytes=8 << 20,
+            kv_cache_memory_bytes=8 << 20,  # requests are preempted
             additional_config={"pruning": {"kernels": options.kernels}},
         )
         check(llm)

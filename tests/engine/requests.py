@@ -1,7 +1,7 @@
-"""Requests that can be sent to any engine, in this process or another, and their answers.
+"""Requests that tests send to an engine, in this process or in a child process, and the answers.
 
-Run as a program it is an engine in a process of its own: reads one JSON job from standard
-input, writes the answers to the file the job names.
+As a program, this module runs an engine in the child process: it reads one JSON job from
+standard input and writes the answers to the file that the job names.
 """
 
 import json
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
 IMAGE_TOKEN = 3
-"""A placeholder, in the vocabulary of the LLaVA checkpoints that tests make."""
+"""Id of the placeholder token in the tests' LLaVA checkpoints."""
 
 IMAGE_MARKS = {
     "llava": "<image>\n",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
-"""What stands for an image in a prompt, per type of model."""
+"""Model type -> the text of an image in a prompt."""
 
 SIZES = {
     101: (840, 56),  # a strip: 2 rows of 30 columns, where tokens are 28 pixels wide
@@ -35,14 +35,14 @@ SIZES = {
     104: (140, 532),
     105: (560, 392),
     106: (420, 532),
-    # The soak's: photographs, as they are or scaled down to the model's limit,
+    # For soaks: photographs, some of which the processor scales down,
     201: (448, 448),
     202: (500, 400),
     203: (336, 392),
     204: (900, 700),
     205: (640, 1100),
     206: (1400, 500),
-    # images scaled up to its other limit, and thin ones: one or two visual tokens across.
+    # small images, which it scales up, and thin ones of one or two visual tokens across.
     207: (20, 20),
     208: (56, 56),
     209: (1200, 40),
@@ -50,7 +50,7 @@ SIZES = {
     211: (28, 560),
     212: (900, 60),
 }
-"""Width and height of images whose size their seed does not draw."""
+"""Seed -> fixed width and height in pixels. Other seeds draw a random size."""
 
 BLOCK = 32
 """Tokens of a KV block."""
@@ -59,24 +59,24 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 2048,
-    # Less than two unpruned images: prompts are chunked and spans must stay whole.
+    # Below the tokens of two unpruned images, so that prompts are chunked.
     "max_num_batched_tokens": 400,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 4},
-    "kv_cache_memory_bytes": 256 << 20,  # several engines live at a time, by the end of a run
+    "kv_cache_memory_bytes": 256 << 20,  # a session keeps several engines
     "block_size": BLOCK,
 }
-# Not torch.cuda.is_available(): torch takes its number of threads when it is imported, and
-# conftest.py, which imports this module, sets that number later.
+# Do not import torch here: it reads its number of threads at import, and conftest.py, which
+# imports this module, sets that number later.
 if Path("/dev/nvidiactl").exists():
-    ENGINE_OPTIONS["attention_backend"] = "TRITON_ATTN"  # in float32, as the oracle computes
+    ENGINE_OPTIONS["attention_backend"] = "TRITON_ATTN"  # runs in float32, like the oracle
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A request. ``images`` are seeds; ``ratio`` None sends no ratio at all.
+class RequestSpec:
+    """A request to send. ``images`` are seeds; with ``ratio`` None no ratio is sent.
 
-    ``priority`` is for engines that are driven step by step; smaller comes first.
+    ``priority`` is for engines that the test steps; smaller comes first.
     """
 
     text: str
@@ -104,7 +104,7 @@ class Ask:
             prompt["mm_processor_kwargs"] = {"pruning_ratio": self.ratio}
         return prompt
 
-    def params(self) -> Any:
+    def sampling_params(self) -> Any:
         from vllm import SamplingParams
 
         options = {"temperature": 0.0, **self.sampling}
@@ -113,9 +113,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """Prompt as the engine saw it, tokens, and log-probabilities of the best per step.
+    """An engine's answer.
 
-    ``reused`` is how many of the prompt's tokens came from the prefix cache.
+    Attributes:
+        prompt: Token ids of the prompt, with its placeholders.
+        tokens: Token ids of the answer.
+        logprobs: For each answer token, the log-probabilities of the best tokens.
+        reused: Prompt tokens read from the prefix cache.
     """
 
     prompt: list[int]
@@ -138,7 +142,7 @@ def answer_of(output: "RequestOutput") -> Answer:
 
 
 def sample_image(seed: int) -> Image.Image:
-    """An image with smooth regions and detail; size depends on the seed."""
+    """An image whose left half is smooth and whose right half is noisy."""
     rng = np.random.default_rng(seed)
     width, height = int(rng.integers(180, 420)), int(rng.integers(180, 420))
     width, height = SIZES.get(seed, (width, height))
@@ -150,47 +154,47 @@ def sample_image(seed: int) -> Image.Image:
 
 
 def model_type(engine: Any) -> str:
-    """That of the model of an ``LLM`` or of an engine."""
+    """Model type of an ``LLM`` or of an engine."""
     return str(engine.model_config.hf_config.model_type)
 
 
-def generate(llm: "LLM", asks: list[Ask], *, reuse: bool = False) -> list[Answer]:
-    """All at once, in one continuous batch; nothing asked before is reused without ``reuse``."""
+def generate(llm: "LLM", specs: list[RequestSpec], *, reuse: bool = False) -> list[Answer]:
+    """Answers of one continuous batch; clears the prefix cache first unless ``reuse``."""
     if not reuse:
         assert llm.reset_prefix_cache()
     outputs = llm.generate(
-        [ask.prompt(model_type(llm)) for ask in asks],
-        [ask.params() for ask in asks],
+        [spec.prompt(model_type(llm)) for spec in specs],
+        [spec.sampling_params() for spec in specs],
         use_tqdm=False,
     )
     return [answer_of(output) for output in outputs]
 
 
-def generate_in_turn(llm: "LLM", asks: list[Ask]) -> list[Answer]:
-    """One after the other; each reuses what it can of those before."""
+def generate_in_turn(llm: "LLM", specs: list[RequestSpec]) -> list[Answer]:
+    """Answers of requests sent one after the other; each can reuse the prefixes of earlier ones."""
     assert llm.reset_prefix_cache()
-    return [generate(llm, [ask], reuse=True)[0] for ask in asks]
+    return [generate(llm, [spec], reuse=True)[0] for spec in specs]
 
 
 def generate_in_process(
     checkpoint: Path,
-    asks: list[Ask],
+    specs: list[RequestSpec],
     *,
     env: dict[str, str] | None = None,
-    in_turn: list[Ask] | None = None,
+    in_turn: list[RequestSpec] | None = None,
     **options: Any,
 ) -> list[Answer]:
-    """Answers of an engine in a process of its own, started with ``options``.
+    """Answers of an engine in a child process, started with ``options``.
 
-    ``asks`` are sent at once and then those ``in_turn``, one after the other.
+    ``specs`` are sent as one batch, then ``in_turn`` one after the other.
     """
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
         job = {
             "checkpoint": str(checkpoint),
-            "asks": [asdict(ask) for ask in asks],
+            "specs": [asdict(spec) for spec in specs],
             "options": {**ENGINE_OPTIONS, **options},
             "answers": answers.name,
-            "in_turn": [asdict(ask) for ask in in_turn or ()],
+            "in_turn": [asdict(spec) for spec in in_turn or ()],
         }
         done = subprocess.run(
             [sys.executable, "-m", __name__],
@@ -215,10 +219,10 @@ def generate_in_process(
 
 STOCK: dict[str, Any] = {
     "block_size": BLOCK,
-    # Its CPU runner dies of a seeded request whose prompt is chunked.
+    # vLLM's CPU runner crashes on a seeded request whose prompt is chunked.
     "max_num_batched_tokens": 4096,
 }
-"""Options that stock vLLM needs to run as the pruned engine does."""
+"""Options with which stock vLLM runs like the pruned engine."""
 
 
 def _main() -> None:
@@ -227,8 +231,8 @@ def _main() -> None:
 
     llm = LLM(job["checkpoint"], **job["options"])
     together, in_turn = (
-        [Ask(**{**ask, "images": tuple(ask["images"])}) for ask in job[key]]
-        for key in ("asks", "in_turn")
+        [RequestSpec(**{**spec, "images": tuple(spec["images"])}) for spec in job[key]]
+        for key in ("specs", "in_turn")
     )
     answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
     Path(job["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))

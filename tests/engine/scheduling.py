@@ -1,4 +1,4 @@
-"""A scheduler with requests of a real engine, driven without a worker."""
+"""Helpers that drive a real scheduler without a worker."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from tests.engine.requests import Ask, model_type
+from tests.engine.requests import RequestSpec, model_type
 from vitcop_vllm.engine.scheduler import create_scheduler
 
 
@@ -22,14 +22,14 @@ def free_blocks(scheduler: Any) -> int:
     return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
 
-def start(engine: Any, name: str, ask: Ask) -> None:
-    """Give a request to an engine that is driven step by step."""
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
-    engine.add_request(name, prompt, ask.params(), priority=ask.priority)
+def start(engine: Any, name: str, spec: RequestSpec) -> None:
+    """Add a request to an engine that the test steps."""
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt(model_type(engine))])
+    engine.add_request(name, prompt, spec.sampling_params(), priority=spec.priority)
 
 
 def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = None) -> Any:
-    """A scheduler of its own; the KV cache is as large as the engine's unless given."""
+    """A new scheduler. ``cache`` defaults to the engine's KV cache configuration."""
     core = engine_core(llm)
     return create_scheduler(
         vllm_config=config,
@@ -41,7 +41,7 @@ def new_scheduler(llm: LLM, config: VllmConfig, cache: KVCacheConfig | None = No
 
 
 def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[SchedulerOutput]:
-    """Every step that the scheduler makes up from now on."""
+    """A list that receives every later output of the scheduler."""
     steps: list[SchedulerOutput] = []
     schedule = scheduler.schedule
 
@@ -53,23 +53,23 @@ def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Sche
     return steps
 
 
-def new_request(llm: LLM, name: str, ask: Ask, **options: Any) -> Request:
-    """A request as the engine gives it to its scheduler."""
+def new_request(llm: LLM, name: str, spec: RequestSpec, **options: Any) -> Request:
+    """The request that the engine would pass to its scheduler."""
     engine = llm.llm_engine
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt(model_type(engine))])
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt(model_type(engine))])
     request = engine.input_processor.process_inputs(
-        name, prompt, ask.params(), supported_tasks=("generate",), **options
+        name, prompt, spec.sampling_params(), supported_tasks=("generate",), **options
     )
     return engine_core(llm).preprocess_add_request(request)[0]
 
 
-def add_request(llm: LLM, scheduler: Any, name: str, ask: Ask, **options: Any) -> None:
-    """Give a request to a scheduler as the engine would."""
-    scheduler.add_request(new_request(llm, name, ask, **options))
+def add_request(llm: LLM, scheduler: Any, name: str, spec: RequestSpec, **options: Any) -> None:
+    """Add a request to a scheduler as the engine does."""
+    scheduler.add_request(new_request(llm, name, spec, **options))
 
 
 def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:
-    """What a runner would answer: a made-up token for each request whose prompt is complete."""
+    """A runner's output with token 77 for each request whose prompt is computed."""
     names = list(scheduled.num_scheduled_tokens)
     requests = [scheduler.requests[name] for name in names]
     return ModelRunnerOutput(
@@ -83,7 +83,7 @@ def result_of(scheduler: Any, scheduled: Any) -> ModelRunnerOutput:
 
 
 def one_step(scheduler: Any) -> dict[str, tuple[int, int]]:
-    """One step: request -> tokens before and after."""
+    """Run one step. Returns request -> tokens computed before and after it."""
     scheduled = scheduler.schedule()
     chunks = {}
     for name, count in scheduled.num_scheduled_tokens.items():

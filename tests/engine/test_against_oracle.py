@@ -1,4 +1,4 @@
-"""LLaVA with other settings equals a dense forward in plain PyTorch with the same settings."""
+"""With settings other than the defaults, pruned LLaVA equals the dense oracle."""
 
 from dataclasses import replace
 
@@ -6,70 +6,75 @@ import pytest
 import torch
 
 from tests.engine.dense_oracle import DenseLlava, assert_equals_oracle
-from tests.engine.requests import IMAGE_TOKEN, Ask, generate, generate_in_process, sample_image
-from tests.families.test_against_oracle import ASKS, RATIOS
+from tests.engine.requests import (
+    IMAGE_TOKEN,
+    RequestSpec,
+    generate,
+    generate_in_process,
+    sample_image,
+)
+from tests.families.family import LLAVA
+from tests.families.test_against_oracle import RATIOS, REQUESTS
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
-
-BOUNDARIES = PruningSettings().boundaries(TINY.layers)
-
-
-def counts_at(ratio: float, settings: PruningSettings | None = None) -> VisualTokenCounts:
-    return plan_counts(settings or PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
 
 
 @pytest.fixture(scope="module")
-def pruned_asks() -> list[Ask]:
-    return [replace(ask, ratio=ratio) for ratio in RATIOS for ask in ASKS]
+def pruned_specs() -> list[RequestSpec]:
+    return [replace(spec, ratio=ratio) for ratio in RATIOS for spec in REQUESTS]
 
 
-def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_asks):
+def test_reference_positions_equal_the_dense_oracle(checkpoint, pruned_specs):
     settings = {"positions": "reference", "default_ratio": 7 / 9}
-    # The last one names no ratio and gets the default.
-    asks = [*pruned_asks, replace(ASKS[0], ratio=None)]
-    answers = generate_in_process(checkpoint, asks, additional_config={"pruning": settings})
-    oracle = DenseLlava(checkpoint, BOUNDARIES, renumber_deep=True)
-    for ask, answer in zip(asks, answers, strict=True):
-        assert_equals_oracle(oracle, replace(ask, ratio=ask.ratio or 7 / 9), answer)
+    # The last request sends no ratio and gets the default.
+    specs = [*pruned_specs, replace(REQUESTS[0], ratio=None)]
+    answers = generate_in_process(checkpoint, specs, additional_config={"pruning": settings})
+    oracle = DenseLlava(checkpoint, LLAVA.boundaries, renumber_deep=True)
+    for spec, answer in zip(specs, answers, strict=True):
+        assert_equals_oracle(oracle, replace(spec, ratio=spec.ratio or 7 / 9), answer)
 
 
-def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_asks):
+def test_other_boundaries_equal_the_dense_oracle(checkpoint, pruned_specs):
     settings = PruningSettings(shallow_boundary=2, deep_boundary=5)
     answers = generate_in_process(
         checkpoint,
-        pruned_asks,
+        pruned_specs,
         additional_config={"pruning": settings.model_dump(mode="json")},
     )
     oracle = DenseLlava(checkpoint, settings.boundaries(TINY.layers))
-    for ask, answer in zip(pruned_asks, answers, strict=True):
-        assert_equals_oracle(oracle, ask, answer, settings)
+    for spec, answer in zip(pruned_specs, answers, strict=True):
+        assert_equals_oracle(oracle, spec, answer, settings)
 
 
 def test_reference_positions_differ_from_original_ones(checkpoint):
-    """Else the two modes would not test each other."""
-    ask = replace(ASKS[0], ratio=8 / 9)
-    tokens = [1] + [IMAGE_TOKEN] * counts_at(8 / 9).stages[0] + [50, 51, 52]
-    one, other = (
-        DenseLlava(checkpoint, BOUNDARIES, renumber_deep=mode).logits(
-            tokens, [sample_image(1)], [counts_at(8 / 9)], len(tokens)
+    """If both modes gave equal logits, the tests above could not tell them apart."""
+    counts = LLAVA.counts(8 / 9, image=1)
+    tokens = [1] + [IMAGE_TOKEN] * counts.stages[0] + [50, 51, 52]
+    original, reference = (
+        DenseLlava(checkpoint, LLAVA.boundaries, renumber_deep=mode).logits(
+            tokens, [sample_image(1)], [counts], len(tokens)
         )
         for mode in (False, True)
     )
-    assert ask.images == (1,)
-    assert not torch.allclose(one, other, atol=1e-2)
+    assert not torch.allclose(original, reference, atol=1e-2)
 
 
-def test_the_encoder_ends_with_what_stage_one_keeps(llm):
-    """Two images pruned and one whole: nothing is computed for patches that go."""
+def test_the_encoder_s_last_mlp_computes_kept_patches_only(llm):
+    """Two images are pruned and one is not."""
     (model,) = llm.collective_rpc("get_model")
     rows: list[torch.Size] = []
     mlp = model.vision_tower.vision_model.encoder.layers[-1].mlp
     hook = mlp.fc1.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1]))
     try:
-        generate(llm, [Ask("What is this?", (71, 72), 8 / 9, 1), Ask("And this?", (73,), 0.0, 1)])
+        generate(
+            llm,
+            [
+                RequestSpec("What is this?", (71, 72), 8 / 9, 1),
+                RequestSpec("And this?", (73,), 0.0, 1),
+            ],
+        )
     finally:
         hook.remove()
-    stays = 2 * counts_at(8 / 9).stages[0] + counts_at(0.0).encoder
-    # vLLM's own way, which a whole image takes when none beside it is pruned, computes [CLS].
-    assert sum(shape.numel() for shape in rows) in (stays, stays + 1)
+    kept = LLAVA.kept(8 / 9, 71, 72) + LLAVA.kept(0.0, 73)
+    # If the unpruned image is encoded by itself, vLLM's own code also computes its [CLS].
+    assert sum(shape.numel() for shape in rows) in (kept, kept + 1)

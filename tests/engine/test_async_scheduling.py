@@ -1,7 +1,7 @@
-"""The asynchronous scheduler, which GPUs use and the CPU platform turns off.
+"""The asynchronous scheduler, which vLLM uses on GPUs and disables on CPUs.
 
-Driven without a worker: each step is scheduled before the result of the one before it is in.
-What must hold is the accounting.
+The tests drive it without a worker: they schedule each step before the previous step's result
+arrives, and check blocks and plans.
 """
 
 from collections import deque
@@ -14,17 +14,17 @@ import pytest
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import BLOCK, Ask
+from tests.engine.requests import BLOCK, RequestSpec
 from tests.engine.scheduling import add_request, free_blocks, new_scheduler, result_of
 from vitcop_vllm.engine.kv_cache import StagedKVCacheManager
 from vitcop_vllm.engine.scheduler import StagedAsyncScheduler
 
-ASKS = [
-    Ask("How many?", (1,), 8 / 9, max_tokens=40),
-    Ask("x" * 50, (2, 3), 2 / 3, max_tokens=25),
-    Ask("unpruned", (4,), 0.0, max_tokens=33),
-    Ask("no image " * 40, max_tokens=12),
-    Ask("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
+REQUESTS = [
+    RequestSpec("How many?", (1,), 8 / 9, max_tokens=40),
+    RequestSpec("x" * 50, (2, 3), 2 / 3, max_tokens=25),
+    RequestSpec("unpruned", (4,), 0.0, max_tokens=33),
+    RequestSpec("no image " * 40, max_tokens=12),
+    RequestSpec("y" * 70, (5, 6, 7), 0.5, max_tokens=20),
 ]
 
 
@@ -42,7 +42,7 @@ def add(llm, scheduler):
 
 
 def check(scheduler, scheduled) -> None:
-    """No span is cut, and every stage holds the blocks of its physical length."""
+    """No chunk ends inside a span, and every stage holds the blocks of its slots."""
     for name in scheduled.num_scheduled_tokens:
         request = scheduler.requests[name]
         plan = scheduler.plans.get(name)
@@ -58,7 +58,7 @@ def check(scheduler, scheduled) -> None:
 
 
 def run(scheduler, *, abort: str | None = None) -> int:
-    """Two steps in flight until nothing is left; returns how many steps there were."""
+    """Run all requests with two steps in flight. Returns the number of steps."""
     in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
     steps = 0
     while scheduler.has_unfinished_requests() or in_flight:
@@ -77,18 +77,18 @@ def run(scheduler, *, abort: str | None = None) -> int:
 
 
 @pytest.mark.parametrize("abort", [None, "0", "1"])
-def test_plans_hold_with_steps_in_flight(scheduler, add, abort):
+def test_blocks_follow_the_plans_with_two_steps_in_flight(scheduler, add, abort):
     assert isinstance(scheduler, StagedAsyncScheduler)
     before = free_blocks(scheduler)
-    for i, ask in enumerate(ASKS):
-        add(str(i), ask)
+    for i, spec in enumerate(REQUESTS):
+        add(str(i), spec)
     assert set(scheduler.plans) == {"0", "1", "4"}
     assert run(scheduler, abort=abort) >= 33
     assert free_blocks(scheduler) == before
     assert not scheduler.plans
 
 
-def test_preemption_keeps_the_plan(scheduler, add):
+def test_a_preempted_request_keeps_its_plan(scheduler, add):
     pool = scheduler.kv_cache_manager.block_pool
     before = free_blocks(scheduler)
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - 110)
@@ -101,7 +101,7 @@ def test_preemption_keeps_the_plan(scheduler, add):
 
     scheduler._preempt_request = recorded
     for i in range(4):
-        add(str(i), Ask("z" * 20, (i,), 2 / 3, max_tokens=120))
+        add(str(i), RequestSpec("z" * 20, (i,), 2 / 3, max_tokens=120))
     run(scheduler)
     pool.free_blocks(taken)
     assert preempted

@@ -1,4 +1,4 @@
-"""What full CUDA graphs read of a stage's metadata, when vLLM replays them."""
+"""A stage's attention metadata, as a replayed full CUDA graph reads it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -27,16 +27,16 @@ CPU = torch.device("cpu")
 CAPTURED_REQUESTS = 4
 PLAN = RequestPlan((VisualSpan(2, VisualTokenCounts(30, 4, (12, 7, 3))),))
 
-# Requests that decode: plan, tokens computed before.
+# Decode steps: for each request its plan and the tokens computed before.
 STEPS: list[list[tuple[RequestPlan | None, int]]] = [
     [(PLAN, 20), (None, 9), (PLAN, 33)],
-    [(None, 15), (None, 4)],  # as when nobody prunes
+    [(None, 15), (None, 4)],  # no request is pruned
     [(PLAN, 21), (None, 10), (PLAN, 34), (PLAN, 40)],
 ]
 
 
 def staged_groups(llm, backend, stages=(1, 1, 1, 2, 2)):
-    """KV cache groups of stages, as vLLM's runners make them."""
+    """Attention groups with the given stages, built as vLLM's runners build them."""
     core = llm.llm_engine.engine_core.engine_core
     specs = {
         group.kv_cache_spec.stage: group.kv_cache_spec
@@ -51,7 +51,7 @@ def staged_groups(llm, backend, stages=(1, 1, 1, 2, 2)):
 
 
 class Buffers:
-    """The runner's own metadata, which stays where it is from step to step."""
+    """The runner's metadata, whose tensors keep their addresses from step to step."""
 
     def __init__(self):
         self.common = common_metadata([(0, 1)] * CAPTURED_REQUESTS)
@@ -65,7 +65,7 @@ class Buffers:
 
 
 def build_as_v1(groups, common):
-    """Once per stage; for its other groups the block table is exchanged."""
+    """Build the metadata once per stage; other groups of the stage replace the block table."""
     built: dict[KVCacheSpec, Any] = {}
     for group in groups:
         builder = group.get_metadata_builder()
@@ -76,13 +76,13 @@ def build_as_v1(groups, common):
 
 
 def build_as_v2(groups, common):
-    """For every group."""
+    """Build the metadata of every group."""
     for group in groups:
         group.build_metadata(common)
 
 
 @pytest.mark.parametrize("build", [build_as_v1, build_as_v2])
-def test_a_graph_sees_the_lengths_of_the_step_it_is_replayed_for(llm, build):
+def test_a_graph_reads_the_lengths_of_the_step_that_replays_it(llm, build):
     groups = staged_groups(llm, TritonAttentionBackend)
     buffers = Buffers()
     begin_builds(groups, {})
@@ -105,13 +105,13 @@ def test_a_graph_sees_the_lengths_of_the_step_it_is_replayed_for(llm, build):
             padding = [0] * (CAPTURED_REQUESTS - len(expected))
             assert metadata.seq_lens.tolist() == expected + padding
             for name in ("query_start_loc", "slot_mapping"):
-                vllm_s = getattr(buffers.common, name)
-                assert getattr(metadata, name).data_ptr() == vllm_s.data_ptr()
+                runner_tensor = getattr(buffers.common, name)
+                assert getattr(metadata, name).data_ptr() == runner_tensor.data_ptr()
 
 
 @pytest.mark.parametrize("build", [build_as_v1, build_as_v2])
 def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monkeypatch):
-    """Made on the device, here out of the lengths; vLLM V1 makes it for the first group only."""
+    """vLLM V1 builds the schedule for the first group only. Here it is the lengths times 10."""
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
     monkeypatch.setattr(  # no such kernel on a CPU
         flash_attn,
@@ -147,7 +147,7 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
         (CPUAttentionBackend, AttentionCGSupport.NEVER),
     ],
 )
-def test_no_graph_holds_a_prefill(llm, backend, support):
+def test_full_graphs_are_limited_to_decode_steps(llm, backend, support):
     (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
     builder = create_staged_attention_backend(backend).get_builder_cls()
     config = llm.llm_engine.vllm_config
@@ -155,7 +155,7 @@ def test_no_graph_holds_a_prefill(llm, backend, support):
 
 
 def test_renumbered_positions_have_no_full_graphs(llm, monkeypatch):
-    """A prompt's last token by itself would look like a decode step, and runs in stages."""
+    """A chunk with only a prompt's last token looks like a decode step, but runs in stages."""
     (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
     builder = create_staged_attention_backend(TritonAttentionBackend).get_builder_cls()
     config = llm.llm_engine.vllm_config

@@ -1,4 +1,4 @@
-"""The attention backend that start-up settles for each NVIDIA card, by vLLM's own rules."""
+"""The attention backend that start-up chooses for each NVIDIA GPU, by vLLM's own rules."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 CARDS = [
-    # capability, KV cache dtype, backend; None where no backend of ours works
+    # compute capability, KV cache dtype, backend; None: no staged backend supports it
     ((7, 5), "auto", "TRITON_ATTN"),
     ((7, 5), "fp8", None),
     ((7, 5), "bfloat16", None),
@@ -37,7 +37,7 @@ CARDS = [
 ]
 
 CHOSEN: list[tuple[tuple[int, int], dict[str, Any], str]] = [
-    # capability, options, backend or part of the error
+    # compute capability, options, backend or part of the error
     ((9, 0), {"attention_backend": "TRITON_ATTN"}, "TRITON_ATTN"),
     ((10, 0), {"attention_backend": "FLASH_ATTN"}, "FLASH_ATTN"),
     (
@@ -72,8 +72,8 @@ CHOSEN: list[tuple[tuple[int, int], dict[str, Any], str]] = [
 
 
 @pytest.fixture(scope="module")
-def settled(checkpoint):
-    """Compute capability, options -> what start-up settles, for all cases in one process."""
+def choices(checkpoint):
+    """(compute capability, options) -> start-up's choice or error; one process for all cases."""
     cases: list[Any] = [(card, {"kv_cache_dtype": dtype}) for card, dtype, _ in CARDS]
     cases += [(card, options) for card, options, _ in CHOSEN]
     given = json.dumps([(card, {"dtype": "float16", **options}) for card, options in cases])
@@ -92,10 +92,10 @@ def settled(checkpoint):
 
 
 @pytest.mark.parametrize(("card", "cache_dtype", "backend"), CARDS)
-def test_each_card_starts_with_default_settings_or_says_what_to_change(
-    settled, card, cache_dtype, backend
+def test_a_gpu_starts_with_default_settings_or_the_error_names_the_option_to_change(
+    choices, card, cache_dtype, backend
 ):
-    result = settled[card, json.dumps({"kv_cache_dtype": cache_dtype})]
+    result = choices[card, json.dumps({"kv_cache_dtype": cache_dtype})]
     if backend is None:
         assert f"with KV cache dtype {cache_dtype}; set --kv-cache-dtype auto" in result["error"]
     else:
@@ -106,14 +106,14 @@ def test_each_card_starts_with_default_settings_or_says_what_to_change(
 
 
 @pytest.mark.parametrize(("card", "options", "outcome"), CHOSEN)
-def test_a_backend_the_user_chose_is_kept_or_refused_with_those_valid_here(
-    settled, card, options, outcome
+def test_a_chosen_backend_is_kept_or_the_error_names_the_valid_options(
+    choices, card, options, outcome
 ):
-    result = settled[card, json.dumps(options)]
+    result = choices[card, json.dumps(options)]
     assert result.get("backend") == outcome or outcome in result["error"]
 
 
-def test_a_backend_that_start_up_never_saw_is_refused():
+def test_an_unknown_backend_is_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
     with pytest.raises(ValueError, match="cannot run on attention backend FLEX_ATTENTION"):

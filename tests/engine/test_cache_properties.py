@@ -1,7 +1,7 @@
-"""Whatever requests come and go, each finds its own prefix in its slots, and blocks come back.
+"""In random traffic every request reads its own prefix, and every block is freed.
 
-Hypothesis drives vLLM's scheduler, cache manager and block pool with our stages, and a worker
-that checks every slot it reads; see ``fake_worker``.
+Hypothesis drives the staged scheduler, vLLM's cache manager and block pool, and ``fake_worker``,
+which checks every slot that it reads.
 """
 
 from collections import Counter, deque
@@ -36,33 +36,29 @@ from vllm.v1.request import Request, RequestStatus
 from tests.engine.fake_worker import FakeWorker
 from tests.engine.requests import BLOCK, IMAGE_TOKEN
 from tests.engine.scheduling import engine_core, new_scheduler
-from vitcop_vllm.demo.checkpoint import TINY
+from tests.families.family import LLAVA
 from vitcop_vllm.pruning.identity import tag_identifier
-from vitcop_vllm.pruning.plan import RequestPlan, plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.plan import RequestPlan
 
 RATIOS = [0.0, 0.2, 2 / 3, 8 / 9, 17 / 18]
-COUNTS = {
-    ratio: plan_counts(PruningSettings(), ratio, TINY.layers, TINY.visual_tokens)
-    for ratio in RATIOS
-}
-"""Small numbers of blocks are then enough to make requests compete."""
+COUNTS = {ratio: LLAVA.counts(ratio, image=1) for ratio in RATIOS}
+"""Plans for the tiny model. They need few blocks, so in a small pool requests compete."""
 
 texts = st.integers(0, 2).flatmap(
     lambda kind: st.integers(0, 75).map(lambda length: [40 + kind] * length)
 )
 parts = st.lists(st.one_of(texts, st.integers(0, 2)), min_size=1, max_size=5)
-"""Of a prompt: token ids, or an image's number."""
+"""Parts of a prompt: lists of token ids, and numbers of images."""
 
 seen: Counter[str] = Counter()
 
 
 def cacheable_lengths(num_tokens: int, features: Sequence[Any]) -> set[int]:
-    """Lengths at which a prefix of a prompt is cached: whole blocks, and ends of pruned images.
+    """Lengths at which a prefix of a prompt can be cached: whole blocks, ends of pruned images.
 
     Args:
         num_tokens: Length of the prompt.
-        features: Its pruned images. A prefix that ends inside one is not cached.
+        features: The pruned images. A prefix that ends inside one of them is not cached.
     """
     spans = [(f.mm_position.offset, f.mm_position.offset + f.mm_position.length) for f in features]
     lengths = {*range(0, num_tokens + 1, BLOCK), *(end for _, end in spans if end <= num_tokens)}
@@ -70,7 +66,7 @@ def cacheable_lengths(num_tokens: int, features: Sequence[Any]) -> set[int]:
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests as they come and go; at most two steps are in flight."""
+    """Random requests; at most two steps are in flight."""
 
     llm: Any
 
@@ -88,7 +84,7 @@ class Traffic(RuleBasedStateMachine):
         config.scheduler_config.async_scheduling = is_async
         config.scheduler_config.policy = policy.value
         config.scheduler_config.max_num_batched_tokens = budget
-        # Long prompts then leave room for requests behind them, which may preempt them.
+        # A threshold leaves tokens of a step to later requests, which may preempt a long prompt.
         config.scheduler_config.long_prefill_token_threshold = threshold
         cache = replace(
             engine_core(self.llm).scheduler.kv_cache_manager.kv_cache_config, num_blocks=blocks
@@ -100,7 +96,7 @@ class Traffic(RuleBasedStateMachine):
         self.worker = FakeWorker(self.scheduler, BLOCK, self.salts)
         self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.in_flight: deque[Any] = deque()
-        self.asked: list[tuple[list[Any], float]] = []
+        self.history: list[tuple[list[Any], float]] = []
         self.live: dict[str, tuple[Request, list[Any], float]] = {}
         self.evicted: set[str] = set()
         self.pool = self.scheduler.kv_cache_manager.block_pool
@@ -116,23 +112,23 @@ class Traffic(RuleBasedStateMachine):
         again=st.one_of(st.none(), st.integers(0, 30)),
         times=st.integers(1, 3),
     )
-    def ask(self, parts, ratio, max_tokens, salt, priority, again, times):
-        """A new prompt, or one that goes on where an earlier one ended."""
-        if again is not None and self.asked:
-            earlier, ratio = self.asked[again % len(self.asked)]
+    def add_requests(self, parts, ratio, max_tokens, salt, priority, again, times):
+        """Add a new prompt, or the continuation of an earlier one."""
+        if again is not None and self.history:
+            earlier, ratio = self.history[again % len(self.history)]
             parts = [*earlier, *parts]
         for _ in range(times):
-            self._ask(parts, ratio, max_tokens, salt, priority)
+            self._add_request(parts, ratio, max_tokens, salt, priority)
 
-    def _ask(self, parts, ratio, max_tokens, salt, priority):
+    def _add_request(self, parts, ratio, max_tokens, salt, priority):
         self.counter += 1
         request = self._request(f"r{self.counter}", parts, ratio, max_tokens, salt, priority)
-        # What vLLM would refuse before it gets here: more than the cache or the model holds.
+        # vLLM's front end refuses requests that do not fit into the cache.
         groups = len(self.worker.stages)
         if (request.num_tokens + max_tokens) // BLOCK + 2 > self.free // groups:
             return
         self.live[request.request_id] = request, parts, ratio
-        self.asked.append((parts, ratio))
+        self.history.append((parts, ratio))
         self.scheduler.add_request(request)
 
     def _request(self, request_id, parts, ratio, max_tokens, salt=None, priority=0, **options):
@@ -182,11 +178,11 @@ class Traffic(RuleBasedStateMachine):
         for name, (request, parts, ratio) in list(self.live.items()):
             if request.is_finished():
                 del self.live[name]
-                self.asked.append(([*parts, list(request.output_token_ids)], ratio))
+                self.history.append(([*parts, list(request.output_token_ids)], ratio))
                 seen["preemptions"] += request.num_preemptions
 
     def _check_usage(self, output: Any) -> None:
-        """What a request reads from the cache and writes to it is all that can be cached."""
+        """Tokens read from the cache plus tokens written to it are all cacheable tokens."""
         stats = output.prefill_stats
         if stats is None or output.request_id not in self.live:
             return
@@ -196,13 +192,13 @@ class Traffic(RuleBasedStateMachine):
         cached = stats.num_cached_tokens + stats.num_cache_creation_tokens
         assert cached in lengths
         if output.request_id in self.evicted:
-            return  # blocks that it wrote may have lost their keys before vLLM counted them
+            return  # its blocks may have lost their keys before vLLM counted them
         if not request.num_preemptions:
             assert cached == max(lengths)
             seen["read and wrote"] += 0 < stats.num_cached_tokens < cached
         else:
-            # vLLM counts keys of the request's blocks. A resumed request may read a prefix that
-            # ends inside a block: its copy of that block has no key up to the next checkpoint.
+            # vLLM counts the request's blocks that have keys. A resumed request may read a prefix
+            # that ends inside a block. Its copy of that block gets a key at the next checkpoint.
             seen["preempted before the first token"] += 1
             seen["of these, all counted"] += cached == max(lengths)
 
@@ -215,7 +211,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(every=st.integers(2, 9), first=st.integers(0, 8))
     def evict(self, every, first):
-        """Blocks of some stages are lost, of others not."""
+        """Evict cached blocks of some stages only."""
         cached = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
         self.scheduler.kv_cache_manager.evict_blocks(set(cached[first::every]))
         self.evicted |= self.live.keys()
@@ -272,7 +268,7 @@ def test_every_slot_holds_its_request_s_prefix(llm):
             suppress_health_check=list(HealthCheck),
         ),
     )
-    # Else little was tested.
+    # Enough of each event occurred.
     assert seen["copies"] > 500
     assert seen["preemptions"] > 100
     assert seen["read and wrote"] > 10
@@ -280,19 +276,19 @@ def test_every_slot_holds_its_request_s_prefix(llm):
 
 
 @pytest.mark.parametrize("parts", [[[40] * 1199], [[40] * 700, 1, [40] * 400]])
-def test_what_a_preempted_step_did_not_write_is_not_found(llm, parts):
-    """A request that is preempted while the step is made up, after its chunk was scheduled."""
+def test_a_chunk_whose_request_is_preempted_in_its_step_is_not_cached(llm, parts):
+    """The scheduler preempts the request after it scheduled the request's chunk."""
     traffic = with_engine(llm)()
     traffic.start(
         blocks=600, is_async=False, policy=SchedulingPolicy.PRIORITY, budget=400, threshold=256
     )
-    traffic._ask(parts, 8 / 9, 3, None, 2)
+    traffic._add_request(parts, 8 / 9, 3, None, 2)
     traffic._step()
-    traffic._ask([[41] * 63], 0.0, 40, None, 0)
+    traffic._add_request([[41] * 63], 0.0, 40, None, 0)
     traffic._step()
     (victim, *_), (other, *_) = traffic.live.values()
     assert (victim.num_computed_tokens, other.num_computed_tokens) == (656, 64)
-    # Room for the next chunk of the one, which is scheduled first, but then not for the other.
+    # The victim's next chunk fits and is scheduled first. Then the other request does not fit.
     plan = traffic.scheduler.plans.get(victim.request_id) or RequestPlan(())
     spare = len(traffic.worker.stages) // 2
     for stage in traffic.worker.stages:
@@ -309,8 +305,8 @@ def test_what_a_preempted_step_did_not_write_is_not_found(llm, parts):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_session_s_first_image_is_reused_by_the_next(llm, is_async):
-    """Streaming input: each turn goes on where the answer before it ended."""
+def test_a_second_session_reuses_the_first_turn_of_an_equal_one(llm, is_async):
+    """Streaming input: each turn continues after the previous answer."""
     traffic = with_engine(llm)()
     traffic.start(
         blocks=600, is_async=is_async, policy=SchedulingPolicy.FCFS, budget=400, threshold=0
@@ -333,7 +329,7 @@ def test_a_session_s_first_image_is_reused_by_the_next(llm, is_async):
     before = traffic.worker.computed
     second = talk("second")
     assert list(second.all_token_ids) == list(first.all_token_ids)
-    # Whole blocks of the first turn; vLLM looks up no more than a request's beginning.
+    # vLLM looks up the first turn only, in whole blocks.
     first_turn = 51 + COUNTS[8 / 9].stages[0] + 20
     assert 2 * before - traffic.worker.computed == first_turn // BLOCK * BLOCK
     traffic._step()

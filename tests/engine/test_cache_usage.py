@@ -1,4 +1,4 @@
-"""The prompt tokens that a request reads from the prefix cache and writes to it."""
+"""Counts of prompt tokens that a request reads from the prefix cache and writes to it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,18 +11,18 @@ from tests.engine.requests import sample_image
 
 @dataclass
 class Conversation:
-    """A chat of which each turn may show images.
+    """A chat whose turns may have images.
 
     Attributes:
-        text: All turns so far.
-        images: Their images.
+        text: Text of all turns so far.
+        images: Images of all turns so far.
     """
 
     ratio: float
     text: str = ""
     images: list[Any] = field(default_factory=list)
 
-    def ask(self, question: str, *seeds: int) -> None:
+    def add_turn(self, question: str, *seeds: int) -> None:
         self.text += "USER: " + "<image>\n" * len(seeds) + question + " ASSISTANT:"
         self.images += [sample_image(seed) for seed in seeds]
 
@@ -40,26 +40,25 @@ TURNS = [
     [("Which is larger?", 5, 6), ("Look again.",), ("And these two, next to the first?", 7, 5)],
     [("x" * 17,), ("Name it.", 8), ("y" * 90,), ("z", 9)],
 ]
-"""Conversations: for each turn a question and the seeds of its images."""
+"""Conversations. A turn is a question and the seeds of its images."""
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 8 / 9, 17 / 18])
 @pytest.mark.parametrize("turns", TURNS)
-def test_the_same_request_again_reads_what_was_read_and_written(llm, turns, ratio):
-    """In every turn. Prompts are longer than a step; images end inside blocks of every stage."""
+def test_a_repeated_request_reads_every_token_that_the_first_read_or_wrote(llm, turns, ratio):
+    """Prompts are longer than a step; images end inside blocks of every stage."""
     assert llm.reset_prefix_cache()
     conversation = Conversation(ratio)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     written = 0
     for question, *seeds in turns:
-        conversation.ask(question, *seeds)
+        conversation.add_turn(question, *seeds)
         first, again = (
             llm.generate([conversation.prompt()], [params], use_tqdm=False)[0] for _ in range(2)
         )
         assert first.num_cached_tokens >= written
         written = first.num_cached_tokens + first.num_cache_creation_tokens
-        # A prompt that ends with a cached prefix is written whole, but its last token is
-        # computed again. These prompts do not.
+        # No prompt here ends at a block or image boundary, so some of its tokens are not cached.
         assert 0 < written < len(first.prompt_token_ids)
         assert (again.num_cached_tokens, again.num_cache_creation_tokens) == (written, 0)
         conversation.text += first.outputs[0].text

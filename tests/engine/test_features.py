@@ -1,4 +1,4 @@
-"""What people use vLLM for beside greedy answers, with pruned images."""
+"""Other features of vLLM than greedy decoding, with pruned images."""
 
 import re
 from typing import Any
@@ -14,31 +14,30 @@ from tests.engine.dense_oracle import DenseLlava
 from tests.engine.requests import (
     IMAGE_TOKEN,
     STOCK,
-    Ask,
+    RequestSpec,
     generate,
     generate_in_process,
     sample_image,
 )
 from tests.engine.scheduling import engine_core, recorded_steps
+from tests.families.family import LLAVA
 from vitcop_vllm.demo.checkpoint import TINY
-from vitcop_vllm.pruning.plan import plan_counts
-from vitcop_vllm.pruning.settings import PruningSettings
 
-ASK = Ask("What is it?", (1,), 8 / 9)
-COUNTS = plan_counts(PruningSettings(), 8 / 9, TINY.layers, TINY.visual_tokens)
+REQUEST = RequestSpec("What is it?", (1,), 8 / 9)
+COUNTS = LLAVA.counts(8 / 9, image=1)
 
 
-def ask(llm, *, of: Ask = ASK, **sampling):
+def generate_one(llm, *, spec: RequestSpec = REQUEST, **sampling):
     params = SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **sampling})
-    (output,) = llm.generate(of.prompt(), params, use_tqdm=False)
+    (output,) = llm.generate(spec.prompt(), params, use_tqdm=False)
     return output
 
 
 def test_several_answers_to_one_prompt(llm):
-    (alone,) = generate(llm, [ASK])
-    likeliest = ask(llm, n=3, temperature=1, top_k=1, seed=3).outputs
+    (alone,) = generate(llm, [REQUEST])
+    likeliest = generate_one(llm, n=3, temperature=1, top_k=1, seed=3).outputs
     assert [list(answer.token_ids) for answer in likeliest] == [alone.tokens] * 3
-    different = ask(llm, n=3, temperature=1, seed=3).outputs
+    different = generate_one(llm, n=3, temperature=1, seed=3).outputs
     assert len({tuple(answer.token_ids) for answer in different}) == 3
 
 
@@ -47,81 +46,88 @@ def test_several_answers_to_one_prompt(llm):
     [({"choice": ["yes", "no"]}, "yes|no"), ({"regex": "[a-c]{4}"}, "[a-c]{4}")],
 )
 def test_structured_outputs(llm, structure, pattern):
-    output = ask(llm, structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False)
+    output = generate_one(
+        llm, structured_outputs=StructuredOutputsParams(**structure), ignore_eos=False
+    )
     assert re.fullmatch(pattern, output.outputs[0].text)
 
 
 def test_stop_strings(llm):
-    text = ask(llm, max_tokens=30).outputs[0].text
+    text = generate_one(llm, max_tokens=30).outputs[0].text
     stop = text[len(text) // 2 :][:2]
     assert len(stop) == 2
-    (answer,) = ask(llm, max_tokens=30, stop=[stop]).outputs
+    (answer,) = generate_one(llm, max_tokens=30, stop=[stop]).outputs
     assert answer.finish_reason == "stop"
     assert answer.text == text[: text.index(stop)]
 
 
-def test_log_probabilities_of_a_prompt_s_text_are_those_of_the_dense_oracle(llm, checkpoint):
-    """Placeholders have entries too, which mean nothing: there is no telling a next patch."""
-    output = ask(llm, prompt_logprobs=2)
+def test_log_probabilities_of_a_prompt_s_text_equal_the_dense_oracle(llm, checkpoint):
+    """Entries of placeholders are not compared: they predict visual tokens and mean nothing."""
+    output = generate_one(llm, prompt_logprobs=2)
     prompt = list(output.prompt_token_ids)
     assert len(output.prompt_logprobs) == len(prompt)
     after = len(prompt) - prompt[::-1].index(IMAGE_TOKEN)
-    oracle = DenseLlava(checkpoint, PruningSettings().boundaries(TINY.layers))
+    oracle = DenseLlava(checkpoint, LLAVA.boundaries)
     logits = oracle.logits(prompt, [sample_image(1)], [COUNTS], after)
     expected = logits.log_softmax(-1)
     for i, token in enumerate(prompt[after:]):
-        told = output.prompt_logprobs[after + i]
-        assert token in told
-        for other, entry in told.items():
+        entries = output.prompt_logprobs[after + i]
+        assert token in entries
+        for other, entry in entries.items():
             assert entry.logprob == pytest.approx(float(expected[i, other]), abs=1e-3)
 
 
-def test_the_longest_prompt_and_answer_that_fit(llm):
+def test_a_prompt_of_the_maximum_length_is_answered_and_a_longer_one_refused(llm):
     room = llm.llm_engine.model_config.max_model_len
-    empty = len(ask(llm, of=Ask("", (1,), 8 / 9)).prompt_token_ids)
-    fits = Ask("x" * (room - empty - 1), (1,), 8 / 9)
-    (answer,) = ask(llm, of=fits, max_tokens=8).outputs
+    empty = len(generate_one(llm, spec=RequestSpec("", (1,), 8 / 9)).prompt_token_ids)
+    fits = RequestSpec("x" * (room - empty - 1), (1,), 8 / 9)
+    (answer,) = generate_one(llm, spec=fits, max_tokens=8).outputs
     assert (len(answer.token_ids), answer.finish_reason) == (1, "length")
     with pytest.raises(VLLMValidationError, match="maximum model length"):
-        ask(llm, of=Ask("x" * (room - empty + 1), (1,), 8 / 9))
-    assert ask(llm).outputs[0].token_ids
+        generate_one(llm, spec=RequestSpec("x" * (room - empty + 1), (1,), 8 / 9))
+    assert generate_one(llm).outputs[0].token_ids
 
 
-def test_images_too_many_for_stock_vllm_fit_when_pruned(llm):
-    """The length of a prompt is what it has after Stage I."""
+def test_a_prompt_too_long_unpruned_fits_when_pruned(llm):
+    """vLLM checks the prompt's length after Stage I."""
     text = "x" * 1100
-    four = (51, 52, 53, 54)  # vLLM believes that the engine has images of refused requests
+    # Images of no other test: vLLM takes images of a refused request for cached ones.
+    four = (51, 52, 53, 54)
     with pytest.raises(VLLMValidationError, match="maximum model length"):
-        ask(llm, of=Ask(text, four, 0.0))
-    assert ask(llm, of=Ask(text, four, 8 / 9)).outputs[0].token_ids
+        generate_one(llm, spec=RequestSpec(text, four, 0.0))
+    assert generate_one(llm, spec=RequestSpec(text, four, 8 / 9)).outputs[0].token_ids
 
 
 def test_a_step_encodes_no_more_patches_than_its_budget(llm, monkeypatch):
-    """Sixteen images keep 76 tokens each, but the encoder computes 256 patches of each."""
+    """Each of 16 images keeps 76 tokens, but the encoder computes its 256 patches."""
     scheduler = engine_core(llm).scheduler
     steps = recorded_steps(scheduler, monkeypatch)
     llm.llm_engine.reset_encoder_cache()
-    # Four requests of four images, none of them known.
-    asks = [Ask("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
-    generate(llm, asks)
+    # Four requests of four new images.
+    specs = [RequestSpec("Q", tuple(range(i, i + 4)), 8 / 9) for i in range(500, 516, 4)]
+    generate(llm, specs)
     encoded = [sum(map(len, step.scheduled_encoder_inputs.values())) for step in steps]
-    most = scheduler.max_num_encoder_input_tokens // TINY.visual_tokens
+    max_images = scheduler.max_num_encoder_input_tokens // TINY.visual_tokens
     assert sum(encoded) == 16
-    assert max(encoded) == most < 400 // COUNTS.stages[0]
+    assert max(encoded) == max_images < 400 // COUNTS.stages[0]
 
 
 @pytest.mark.skipif(
     not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()),
-    reason="vLLM's FP8 kernels for CPUs want AVX-512 or AMX",
+    reason="vLLM's FP8 kernels for CPUs need AVX-512 or AMX",
 )
 def test_an_fp8_kv_cache(checkpoint):
-    asks = [Ask(text, (1, 2), ratio) for ratio in (0.0, 8 / 9) for text in ("Which?", "Name one.")]
+    specs = [
+        RequestSpec(text, (1, 2), ratio)
+        for ratio in (0.0, 8 / 9)
+        for text in ("Which?", "Name one.")
+    ]
     options: dict[str, Any] = {"kv_cache_dtype": "fp8"}
-    ours = generate_in_process(checkpoint, [], in_turn=asks, **options)
-    computed = generate_in_process(checkpoint, asks, enable_prefix_caching=False, **options)
-    stock = generate_in_process(checkpoint, asks[:2], env=NO_PLUGIN, **{**STOCK, **options})
-    assert [answer.reused > 0 for answer in ours] == [False, True, False, True]
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in computed]
-    assert [answer.tokens for answer in ours[:2]] == [answer.tokens for answer in stock]
-    full = generate_in_process(checkpoint, asks)
+    reusing = generate_in_process(checkpoint, [], in_turn=specs, **options)
+    computed = generate_in_process(checkpoint, specs, enable_prefix_caching=False, **options)
+    stock = generate_in_process(checkpoint, specs[:2], env=NO_PLUGIN, **{**STOCK, **options})
+    assert [answer.reused > 0 for answer in reusing] == [False, True, False, True]
+    assert [answer.tokens for answer in reusing] == [answer.tokens for answer in computed]
+    assert [answer.tokens for answer in reusing[:2]] == [answer.tokens for answer in stock]
+    full = generate_in_process(checkpoint, specs)
     assert [answer.logprobs for answer in full] != [answer.logprobs for answer in computed]

@@ -1,6 +1,6 @@
-"""Selectors that read the question: their prompts are computed whole or not yet.
+"""Scheduling for a selector that reads the question: one step must hold the whole prompt.
 
-Driven without a worker, like the asynchronous scheduler.
+The tests drive the scheduler without a worker.
 """
 
 from copy import copy
@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask
+from tests.engine.requests import RequestSpec
 from tests.engine.scheduling import add_request, free_blocks, new_scheduler, one_step
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
@@ -19,8 +19,8 @@ SETTINGS = PruningSettings(selector="fastv", max_pruning_ratio=0.875)
 
 
 @pytest.fixture
-def info(llm):
-    """The processor's settings are what a request's counts come from."""
+def fastv_processor(llm):
+    """Replaces the processor's settings, from which a request's counts are computed."""
     info = llm.llm_engine.renderer.mm_processor.info
     before = info.settings
     vars(info)["settings"] = SETTINGS
@@ -29,7 +29,7 @@ def info(llm):
 
 
 @pytest.fixture
-def scheduler(llm, info):
+def scheduler(llm, fastv_processor):
     config = copy(llm.llm_engine.vllm_config)
     config.model_config = copy(config.model_config)
     config.model_config.hf_config = copy(config.model_config.hf_config)
@@ -51,13 +51,13 @@ def add(llm, scheduler):
 
 def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     before = free_blocks(scheduler)
-    add("text", Ask("x" * 500, max_tokens=3))
-    add("read", Ask("y" * 40, (1,), 0.8, max_tokens=2))
-    add("unpruned", Ask("z" * 40, (2,), 0.0, max_tokens=2))
+    add("text", RequestSpec("x" * 500, max_tokens=3))
+    add("read", RequestSpec("y" * 40, (1,), 0.8, max_tokens=2))
+    add("unpruned", RequestSpec("z" * 40, (2,), 0.0, max_tokens=2))
     prompts = {name: request.num_prompt_tokens for name, request in scheduler.requests.items()}
     assert prompts["text"] + prompts["read"] > BUDGET
     first, second = one_step(scheduler), one_step(scheduler)
-    # In order of arrival: nobody overtakes the prompt that waits.
+    # The scheduler keeps the order of arrival: no later prompt overtakes the waiting one.
     assert first == {"text": (0, prompts["text"])}
     assert second["read"] == (0, prompts["read"])
     assert second["unpruned"] == (0, prompts["unpruned"])
@@ -66,14 +66,14 @@ def test_a_prompt_waits_until_a_step_holds_it(scheduler, add):
     assert free_blocks(scheduler) == before
 
 
-def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add):
-    add("one", Ask("a", (2,), 0.8, max_tokens=1))
+def test_a_waiting_prompt_holds_no_image_in_the_encoder_cache(scheduler, add):
+    add("one", RequestSpec("a", (2,), 0.8, max_tokens=1))
     one_step(scheduler)
     manager = scheduler.encoder_cache_manager
-    assert manager.freeable, "its image is still there, and nobody's"
-    add("two", Ask("b", (2, 3), 0.8, max_tokens=2))
+    assert manager.freeable, "the image is cached, and no request refers to it"
+    add("two", RequestSpec("b", (2, 3), 0.8, max_tokens=2))
     request = scheduler.requests["two"]
-    # Not enough for the second image: vLLM would begin with the first, and the text.
+    # The budget does not hold the second image. vLLM would schedule the first one and the text.
     granted = scheduler._try_schedule_encoder_inputs(request, 0, request.num_tokens, 100)
     assert granted == ([], 0, 100, [], [])
     assert manager.freeable
@@ -84,29 +84,29 @@ def test_a_prompt_whose_images_find_no_room_waits_and_holds_none(scheduler, add)
     assert not scheduler.has_unfinished_requests()
 
 
-def test_a_step_that_ends_inside_the_prompt_is_none(scheduler, add):
-    add("read", Ask("question", (1,), 0.8))
+def test_no_step_computes_a_part_of_the_prompt(scheduler, add):
+    add("read", RequestSpec("question", (1,), 0.8))
     request = scheduler.requests["read"]
     length = request.num_prompt_tokens
     for tokens in range(1, length):
         assert scheduler._try_schedule_encoder_inputs(request, 0, tokens, 700)[1] == 0
     assert scheduler._try_schedule_encoder_inputs(request, 0, length, 700)[1] == length
-    # Resumed: answer tokens may follow in the same step, or some of them.
+    # A resumed request computes its answer tokens too, in the same step or in a later one.
     assert scheduler._try_schedule_encoder_inputs(request, 0, length + 5, 700)[1] == length + 5
     assert scheduler._try_schedule_encoder_inputs(request, length, 1, 700)[1] == 1
     scheduler.finish_requests("read", RequestStatus.FINISHED_ABORTED)
 
 
 def test_a_session_s_new_turn_computes_its_whole_prompt_again(scheduler, add):
-    """It has another last token, by which images of earlier turns are chosen again."""
+    """The prompt has a new last token, which selects the tokens of all images."""
     before = free_blocks(scheduler)
-    add("talk", Ask("one", (1,), 0.8, max_tokens=3), resumable=True)
+    add("talk", RequestSpec("one", (1,), 0.8, max_tokens=3), resumable=True)
     request = scheduler.requests["talk"]
     for _ in range(4):
         one_step(scheduler)
     computed = request.num_computed_tokens
     assert computed > 0
-    add("talk", Ask("two", (2,), 0.8, max_tokens=3), resumable=True)
+    add("talk", RequestSpec("two", (2,), 0.8, max_tokens=3), resumable=True)
     assert one_step(scheduler) == {"talk": (0, request.num_prompt_tokens)}
     assert request.num_prompt_tokens > computed + 256
     assert len(scheduler.plans["talk"].spans) == 2

@@ -1,4 +1,4 @@
-"""A request whose images contradict its prompt fails alone; the engine and all others go on."""
+"""A request whose counts contradict its prompt fails; the engine and other requests go on."""
 
 import logging
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 from vllm.v1.engine import FinishReason
 from vllm.v1.request import RequestStatus
 
-from tests.engine.requests import Ask, generate
+from tests.engine.requests import RequestSpec, generate
 from tests.engine.scheduling import (
     add_request,
     engine_core,
@@ -21,12 +21,12 @@ from vitcop_vllm.models.llava_processor import PrunedLlavaMultiModalProcessor
 from vitcop_vllm.models.processing import MisprocessedImageError
 from vitcop_vllm.pruning.identity import counts_of_identifier, tag_identifier
 
-GOOD = Ask("What is it?", (11,), 8 / 9)
-BAD = Ask("What is it?", (12,), 8 / 9)
+GOOD = RequestSpec("What is it?", (11,), 8 / 9)
+BAD = RequestSpec("What is it?", (12,), 8 / 9)
 
 
 def forge(identifier: str) -> str:
-    """An identifier whose counts are possible, but not those of the prompt."""
+    """An identifier with valid counts that differ from the prompt's."""
     counts = counts_of_identifier(identifier)
     n1, n2, n3 = counts.stages
     return tag_identifier("f0", replace(counts, stages=(n1 - 1, min(n2, n1 - 1), n3)))
@@ -38,7 +38,7 @@ def mismatches(found_by: str) -> float:
 
 @pytest.fixture
 def logged(caplog):
-    """What our modules log: vLLM's loggers do not pass it on."""
+    """Captures our modules' logs; vLLM's parent logger does not propagate them."""
     names = ("engine.scheduler", "models.llava_processor")
     loggers = [logging.getLogger(f"vllm.vitcop_vllm.{name}") for name in names]
     for logger in loggers:
@@ -48,8 +48,8 @@ def logged(caplog):
         logger.removeHandler(caplog.handler)
 
 
-def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
-    """In the process that asks, before the engine has the request."""
+def test_wrong_counts_from_the_processor_raise(llm, monkeypatch, logged):
+    """The error is raised in the client process, before the engine gets the request."""
     (expected,) = generate(llm, [GOOD])
     before = mismatches("processor")
     get_hashes = PrunedLlavaMultiModalProcessor._get_mm_hashes
@@ -60,7 +60,7 @@ def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
     with monkeypatch.context() as patch:
         patch.setattr(PrunedLlavaMultiModalProcessor, "_get_mm_hashes", forged)
         with pytest.raises(MisprocessedImageError, match="placeholders in the prompt") as caught:
-            llm.generate([BAD.prompt()], [BAD.params()], use_tqdm=False)
+            llm.generate([BAD.prompt()], [BAD.sampling_params()], use_tqdm=False)
     assert caught.value.http_status == 503
     assert mismatches("processor") == before + 1
     assert "placeholders in the prompt" in logged.text
@@ -71,26 +71,28 @@ def test_a_fault_of_the_processor_raises(llm, monkeypatch, logged):
 @pytest.mark.parametrize(
     "identifier", [None, "f00d@5.1.9.9.9"], ids=["contradictory", "impossible"]
 )
-def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged, identifier):
-    """Beside others: one that runs, one that waits."""
+def test_a_forged_request_in_the_engine_ends_with_an_error(llm, logged, identifier):
+    """A running and a waiting request still get their answers."""
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
     expected = generate(llm, [GOOD, replace(GOOD, text="And now?")])
     assert llm.reset_prefix_cache()
     before = mismatches("scheduler")
 
-    def render(name, ask):
-        (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    def render(name, spec):
+        (prompt,) = engine.renderer.render_cmpl([spec.prompt()])
         return engine.input_processor.process_inputs(
-            name, prompt, ask.params(), supported_tasks=("generate",)
+            name, prompt, spec.sampling_params(), supported_tasks=("generate",)
         )
 
     bad = render("bad", BAD)
     (feature,) = bad.mm_features
     feature.identifier = identifier or forge(feature.identifier)
-    engine.add_request("running", render("running", GOOD), GOOD.params())
+    engine.add_request("running", render("running", GOOD), GOOD.sampling_params())
     assert not any(output.finished for output in engine.step())
-    engine.add_request("bad", bad, BAD.params())
-    engine.add_request("waiting", render("waiting", replace(GOOD, text="And now?")), GOOD.params())
+    engine.add_request("bad", bad, BAD.sampling_params())
+    engine.add_request(
+        "waiting", render("waiting", replace(GOOD, text="And now?")), GOOD.sampling_params()
+    )
     answers = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -107,17 +109,17 @@ def test_a_forged_request_that_reaches_the_engine_ends_with_an_error(llm, logged
     assert llm.reset_prefix_cache()  # no block is held
 
 
-def test_an_image_that_another_processor_named_is_not_pruned(llm):
-    """A prompt may be processed elsewhere: its identifiers end with no counts."""
+def test_an_image_whose_identifier_has_no_counts_is_not_pruned(llm):
+    """A prompt processed elsewhere has such identifiers."""
     engine = llm.llm_engine
-    ask = Ask("What is it?", (1301,), 0.0)
-    (prompt,) = engine.renderer.render_cmpl([ask.prompt()])
+    spec = RequestSpec("What is it?", (1301,), 0.0)
+    (prompt,) = engine.renderer.render_cmpl([spec.prompt()])
     prompt["mm_hashes"]["image"] = ["who@knows"]
-    engine.add_request("other", prompt, ask.params())
+    engine.add_request("other", prompt, spec.sampling_params())
     while engine.has_unfinished_requests():
         outputs = engine.step()
     engine.reset_mm_cache()
-    (expected,) = generate(llm, [ask])
+    (expected,) = generate(llm, [spec])
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
 
 

@@ -1,12 +1,12 @@
-"""What each layer computes, counted in rows: what the plan says, and no more."""
+"""Every layer computes as many rows as the plan says."""
 
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from tests.engine.requests import Ask, generate
-from tests.engine.test_against_oracle import counts_at
+from tests.engine.requests import RequestSpec, generate
+from tests.families.family import LLAVA
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def rows(llm) -> Any:
-    """Rows that went through a part of a layer since it began to be counted."""
+    """(part, layer) -> rows that the part computed so far."""
     (model,) = llm.collective_rpc("get_model")
     counted: Counter[tuple[str, int]] = Counter()
     hooks = []
@@ -40,15 +40,15 @@ def rows(llm) -> Any:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
-def test_rows_of_every_layer(llm, rows, ratio):
-    (answer,) = generate(llm, [Ask("what is this?", (1,), ratio, max_tokens=1)])
+def test_every_layer_computes_the_rows_of_the_plan(llm, rows, ratio):
+    (answer,) = generate(llm, [RequestSpec("what is this?", (1,), ratio, max_tokens=1)])
     shallow, deep = PruningSettings().boundaries(TINY.layers)
-    n1, n2, n3 = counts_at(ratio).stages
+    n1, n2, n3 = LLAVA.counts(ratio, image=1).stages
     text = len(answer.prompt) - n1
     computed = {part: [rows[part, i] for i in range(TINY.layers)] for part in ("qkv", "mlp")}
     stages = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)
     assert computed["qkv"] == [text + n for n in stages]
-    # Stage III has chosen when the layer before it has attended.
+    # Stage III selects after the attention of the layer before the boundary.
     stages[deep - 1] = n3
     assert computed["mlp"] == [text + n for n in stages]
     patches = 1 + TINY.visual_tokens

@@ -11,7 +11,7 @@ from tests.engine.dense_oracle import DenseLlava, assert_equals_oracle
 from tests.engine.requests import (
     ENGINE_OPTIONS,
     IMAGE_TOKEN,
-    Ask,
+    RequestSpec,
     generate,
     generate_in_process,
     sample_image,
@@ -32,14 +32,14 @@ READERS = [name for name in OTHERS if SELECTORS[name].reads_question]
 LONGEST = 1200
 
 ASKS = [
-    Ask("What is this?", (1,), 0.5, max_tokens=6),
-    Ask("Which is larger, first or second?", (2, 3), 0.8, max_tokens=6),
-    Ask("A question of some length " * 3, (4,), LIMIT, max_tokens=4),
-    Ask("first or second?", (3, 2), 0.1, max_tokens=4),
-    Ask("the same images again", (2, 3), 0.8, max_tokens=4),
-    Ask("unpruned", (4,), 0.0, max_tokens=6),
-    Ask("no image, " * 20),
-    Ask("seeded", (5,), 0.8, sampling={"temperature": 1.0, "seed": 7}),
+    RequestSpec("What is this?", (1,), 0.5, max_tokens=6),
+    RequestSpec("Which is larger, first or second?", (2, 3), 0.8, max_tokens=6),
+    RequestSpec("A question of some length " * 3, (4,), LIMIT, max_tokens=4),
+    RequestSpec("first or second?", (3, 2), 0.1, max_tokens=4),
+    RequestSpec("the same images again", (2, 3), 0.8, max_tokens=4),
+    RequestSpec("unpruned", (4,), 0.0, max_tokens=6),
+    RequestSpec("no image, " * 20),
+    RequestSpec("seeded", (5,), 0.8, sampling={"temperature": 1.0, "seed": 7}),
 ]
 
 
@@ -164,10 +164,10 @@ def test_a_prompt_that_is_read_is_never_split(llm_with, selector):
     llm = llm_with(selector)
     scheduler = scheduler_of(llm)
     asks = [
-        Ask("x" * (19 * i), tuple(range(i, i + 1 + i % 4)), ratio, max_tokens=6)
+        RequestSpec("x" * (19 * i), tuple(range(i, i + 1 + i % 4)), ratio, max_tokens=6)
         for i, ratio in enumerate([0.5, LIMIT, 0.3, 0.8, 0.5, 0.7, 0.4, 0.6])
     ]
-    text = Ask("t" * (LONGEST - 100), max_tokens=20)
+    text = RequestSpec("t" * (LONGEST - 100), max_tokens=20)
     prompts: dict[str, int] = {}
     update_plan = scheduler._update_plan
 
@@ -198,7 +198,9 @@ def test_after_preemption_the_prompt_s_last_token_is_the_same(llm_with, selector
     llm = llm_with(selector)
     core, scheduler = llm.llm_engine, scheduler_of(llm)
     asks = [
-        Ask("Count the " + "very " * i + "small things.", (i, i + 1)[: 1 + i % 2], ratio, 10)
+        RequestSpec(
+            "Count the " + "very " * i + "small things.", (i, i + 1)[: 1 + i % 2], ratio, 10
+        )
         for i, ratio in enumerate([0.8, 0.5, 0.7, LIMIT], start=1)
     ]
     alone = [generate(llm, [ask])[0].tokens for ask in asks]
@@ -225,7 +227,7 @@ def test_after_preemption_the_prompt_s_last_token_is_the_same(llm_with, selector
 @pytest.mark.parametrize("selector", READERS)
 def test_the_choice_depends_on_the_question(llm_with, checkpoint, selector):
     """And on nothing else would the oracle agree: it is shown another last token."""
-    ask = Ask("What is this?", (1,), 0.8, max_tokens=1)
+    ask = RequestSpec("What is this?", (1,), 0.8, max_tokens=1)
     (answer,) = generate(llm_with(selector), [ask])
     counts = plan_counts(settings_with(selector), 0.8, TINY.layers, TINY.visual_tokens)
     oracle = DenseLlava(checkpoint, BOUNDARIES, selector=selector)

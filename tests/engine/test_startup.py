@@ -51,13 +51,13 @@ def test_a_pruned_image_must_fit_into_the_request_s_part_of_a_step(checkpoint, o
 
 
 def test_an_image_too_large_for_a_step_is_refused_if_pruned(llm, monkeypatch):
-    from tests.engine.requests import Ask, generate
+    from tests.engine.requests import RequestSpec, generate
 
     config = llm.llm_engine.model_config.hf_config
     monkeypatch.setattr(config, SPAN_LIMIT_KEY, 100)
     with pytest.raises(ValueError, match=r"holds 100 tokens, .* keeps 128 in Stage I"):
-        generate(llm, [Ask("Q", (1,), 2 / 3)])
-    whole, small = generate(llm, [Ask("Q", (1,), 0.0), Ask("Q", (1,), 8 / 9)])
+        generate(llm, [RequestSpec("Q", (1,), 2 / 3)])
+    whole, small = generate(llm, [RequestSpec("Q", (1,), 0.0), RequestSpec("Q", (1,), 8 / 9)])
     assert whole.tokens
     assert small.tokens
 
@@ -296,14 +296,14 @@ def test_another_vllm_is_not_touched(version, monkeypatch, caplog):
 
 
 def test_a_ratio_out_of_range_fails_the_request_and_nothing_else(llm):
-    from tests.engine.requests import Ask, generate
+    from tests.engine.requests import RequestSpec, generate
 
     for ratio in (-0.1, 1.5, 0.96, float("nan"), "abc", None, True):
-        prompt = Ask("Q", (1,), 0.5).prompt()
+        prompt = RequestSpec("Q", (1,), 0.5).prompt()
         prompt["mm_processor_kwargs"]["pruning_ratio"] = ratio
         with pytest.raises(ValueError, match="pruning_ratio must be a decimal number"):
             llm.generate(prompt, use_tqdm=False)
-    assert generate(llm, [Ask("Q", (1,), 0.5)])[0].tokens
+    assert generate(llm, [RequestSpec("Q", (1,), 0.5)])[0].tokens
 
 
 def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint, monkeypatch):
@@ -325,9 +325,9 @@ def test_compiled_code_of_a_pruned_model_is_not_taken_for_stock_vllms(checkpoint
 def test_a_image_known_by_its_uuid_need_not_be_sent_again(llm):
     from vllm import SamplingParams
 
-    from tests.engine.requests import Ask, generate
+    from tests.engine.requests import RequestSpec, generate
 
-    ask = Ask("Q", (1,), 0.5)
+    ask = RequestSpec("Q", (1,), 0.5)
     prompt = ask.prompt() | {"multi_modal_uuids": {"image": ["known"]}}
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     first = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].token_ids

@@ -1,4 +1,4 @@
-"""Every test that uses an engine here is run for each family."""
+"""Every test in this folder that uses an engine runs for each model family."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,7 +10,7 @@ import pytest
 from benchmarks.serving import NO_PLUGIN
 from tests.engine.requests import STOCK, Answer, generate_in_process
 from tests.families.family import FAMILIES, Family
-from tests.families.stock import IN_TURN, PRUNED_IN_VAIN, TOGETHER
+from tests.families.stock import IN_TURN, TOGETHER, WITH_RATIO
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -31,7 +31,7 @@ def checkpoint(family: Family, checkpoint_of: Callable[[Family], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def llm(family: Family, engine_of: Callable[[Family], "LLM"]) -> "LLM":
-    """The pruned engine of a family, in this process."""
+    """The family's pruned engine, in this process."""
     return engine_of(family)
 
 
@@ -42,12 +42,14 @@ def oracle(family: Family, checkpoint: Path) -> "DenseModel":
 
 @pytest.fixture(scope="session")
 def stock_of(checkpoint_of: Callable[[Family], Path]) -> Callable[[Family], list[Answer]]:
+    """Family -> answers of stock vLLM to all requests of ``stock.py``."""
+
     @cache
     def stock_of(family: Family) -> list[Answer]:
         return generate_in_process(
             checkpoint_of(family),
             TOGETHER,
-            in_turn=[*IN_TURN, PRUNED_IN_VAIN],
+            in_turn=[*IN_TURN, WITH_RATIO],
             env=NO_PLUGIN,
             **STOCK | {"enable_prefix_caching": True},
         )
@@ -57,11 +59,11 @@ def stock_of(checkpoint_of: Callable[[Family], Path]) -> Callable[[Family], list
 
 @pytest.fixture(scope="session")
 def stock(family: Family, stock_of: Callable[[Family], list[Answer]]) -> list[Answer]:
-    """Answers of stock vLLM, in a process of its own, to ``TOGETHER``."""
+    """Answers of stock vLLM, in a child process, to ``TOGETHER``."""
     return stock_of(family)[: len(TOGETHER)]
 
 
 @pytest.fixture(scope="session")
 def stock_in_turn(family: Family, stock_of: Callable[[Family], list[Answer]]) -> list[Answer]:
-    """Answers of the same engine to ``IN_TURN``, with prefix caching."""
+    """Answers of the same stock engine to ``IN_TURN``, with prefix caching."""
     return stock_of(family)[len(TOGETHER) : -1]

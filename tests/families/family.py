@@ -1,4 +1,4 @@
-"""Model families that are pruned; every proof in this folder is run for each of them."""
+"""The model families that the tests of this folder run for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """What the proofs must know of a family and its tiny checkpoint.
+    """A model family and its tiny checkpoint.
 
     Attributes:
-        name: vLLM's name for the type of the model.
-        placeholder: The word of the image token in a prompt.
-        image_token: The token.
+        name: Model type, as in the checkpoint's configuration.
+        placeholder: Text of the image token in a prompt.
+        image_token: Id of the image token.
         layers: Decoder layers of the tiny checkpoint.
         save: Writes the checkpoint to a folder.
-        oracle: Module and name of the dense forward's class. It is imported late: conftest.py
-            settles how many threads there are before torch is imported.
-        grid: Rows and columns of visual tokens of an image, from its width and height.
+        oracle: ``module:class`` of the dense oracle. It is imported late, because conftest.py
+            must set the number of threads before the first import of torch.
+        grid: (width, height) of an image -> rows and columns of its visual tokens.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Family:
 
     @property
     def opening(self) -> str:
-        """What marks an image, up to its placeholder."""
+        """Text of an image in a prompt, up to and including its placeholder."""
         mark = IMAGE_MARKS[self.name]
         return mark[: mark.index(self.placeholder) + len(self.placeholder)]
 
     @property
     def offset(self) -> int:
-        """Where the first placeholder of an Ask stands in its prompt."""
+        """Prompt position of the first placeholder of a :class:`RequestSpec`."""
         return len("USER: ") + (self.opening != self.placeholder)
 
     def oracle_class(self) -> "type[DenseModel]":
@@ -67,7 +67,7 @@ class Family:
         return plan_counts(PruningSettings(), ratio, self.layers, rows * columns)
 
     def kept(self, ratio: float, *images: int) -> int:
-        """Placeholders of some images: what Stage I keeps."""
+        """Number of tokens that Stage I keeps of these images, each with a placeholder."""
         return sum(self.counts(ratio, image).stages[0] for image in images)
 
 

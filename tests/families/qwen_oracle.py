@@ -1,7 +1,7 @@
 """Qwen2.5-VL with three-stage pruning as one dense forward in plain PyTorch, float32.
 
-Transformers' vision tower computes what goes into its last block. That block, all selection and
-the decoder with M-RoPE are written out here, from the method's description.
+Transformers' vision tower computes the input of its last block. This module computes that block,
+every selection and the decoder with M-RoPE, from the method's description.
 """
 
 from pathlib import Path
@@ -26,8 +26,8 @@ class DenseQwen(DenseModel):
 
     Args:
         path: The checkpoint.
-        boundaries: First layers of the second and third stage.
-        density_scale: d_c as a share of the root mean square of all distances between features.
+        boundaries: First layer after the shallow and after the deep boundary.
+        density_scale: d_c as a share of the root mean square distance between features.
     """
 
     num_axes = 3
@@ -46,7 +46,7 @@ class DenseQwen(DenseModel):
     # An image's grid.
 
     def processed(self, image: Image.Image) -> tuple[torch.Tensor, Grid]:
-        """Pixels of the patches, those of a visual token one after the other; the grid."""
+        """The patches' pixels, with the four patches of a visual token adjacent, and the grid."""
         inputs = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
         ((frames, height, width),) = inputs["image_grid_thw"].tolist()
         assert frames == 1
@@ -86,21 +86,21 @@ class DenseQwen(DenseModel):
 
     def last_block_input(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
         """(V, 4, C), tokens row by row."""
-        seen = []
+        captured = []
         hook = self.tower.blocks[-1].register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0])
+            lambda _, inputs: captured.append(inputs[0])
         )
         rows, columns = grid
         with torch.no_grad():
             self.tower(pixels, torch.tensor([[1, 2 * rows, 2 * columns]]))
         hook.remove()
-        by_window = seen[0].unflatten(0, (-1, 4))
+        by_window = captured[0].unflatten(0, (-1, 4))
         x = torch.empty_like(by_window)
         x[self.window_order(grid)] = by_window
         return x
 
     def window_order(self, grid: Grid) -> list[int]:
-        """Tokens as the tower has them: window by window, row by row inside each."""
+        """Token indices in the tower's order: window by window, row by row inside a window."""
         config = self.config.vision_config
         side = config.window_size // config.patch_size // 2
         rows, columns = grid
@@ -113,7 +113,7 @@ class DenseQwen(DenseModel):
         ]
 
     def query_key_value(self, name: str, x: torch.Tensor) -> list[torch.Tensor]:
-        """Three times (V, 4, heads, D), before the rotary embedding."""
+        """Query, key and value, each (V, 4, heads, D), before the rotary embedding."""
         y = self.linear(f"{name}.attn.qkv", self.norm(f"{name}.norm1", x))
         heads = self.config.vision_config.num_heads
         return [t.unflatten(-1, (heads, -1)) for t in y.chunk(3, dim=-1)]
@@ -136,7 +136,7 @@ class DenseQwen(DenseModel):
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
     def rest_of_block(self, name, x, query, key, value):
-        """The block's output at the rows of ``x`` and ``query``; all keys attend."""
+        """The block's output for the kept rows ``x`` and ``query``, which attend to all keys."""
         scores = torch.einsum("qphd,krhd->hqpkr", query, key) * query.shape[-1] ** -0.5
         attention = scores.flatten(-2).softmax(-1).unflatten(-1, key.shape[:2])
         y = torch.einsum("hqpkr,krhd->qphd", attention, value).flatten(2)
@@ -155,7 +155,10 @@ class DenseQwen(DenseModel):
 
 
 def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(V, 4, heads, D) twice -> (V,): how much all of an image attends to each token."""
+    """(V, 4, heads, D) twice -> (V,): mean attention that each token receives from the image.
+
+    A token's query is the mean over its four patches.
+    """
     mean = query.mean(1)
     received = torch.zeros(key.shape[:2])
     for head in range(key.shape[2]):
@@ -166,6 +169,6 @@ def attention_received(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def root_mean_square_distance(features: np.ndarray) -> float:
-    """(n, C): over all ordered pairs, each token with itself among them."""
+    """(n, C) -> root mean square distance over all ordered pairs, self-pairs included."""
     wide = features.astype(np.float64)
     return float(np.sqrt(np.mean([((wide - row) ** 2).sum(-1) for row in wide])))

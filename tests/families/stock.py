@@ -1,26 +1,28 @@
-"""What is asked of stock vLLM, all of it in one process per family."""
+"""Requests sent to stock vLLM, in one child process per family."""
 
-from tests.engine.requests import Ask
+from tests.engine.requests import RequestSpec
 
 TOGETHER = [
-    Ask("What is this?", (1,), 0.0),
-    Ask("What is this?", (2,), 0.0, max_tokens=24),
-    Ask("Compare the two images, please.", (3, 4), 0.0),
-    Ask("And without a ratio?", (5,)),
-    Ask("No image at all."),
-    Ask("Tell me a story", (6,), 0.0, sampling={"temperature": 1.0, "seed": 7}),
-    Ask("Tell me a story", (6,), 0.0, sampling={"temperature": 0.8, "top_p": 0.9, "seed": 8}),
-    Ask("Hello", sampling={"temperature": 1.2, "top_k": 20, "seed": 9}),
-    Ask("Three, of which two are thin", (101, 7, 102), 0.0),
+    RequestSpec("What is this?", (1,), 0.0),
+    RequestSpec("What is this?", (2,), 0.0, max_tokens=24),
+    RequestSpec("Compare the two images, please.", (3, 4), 0.0),
+    RequestSpec("And without a ratio?", (5,)),
+    RequestSpec("No image at all."),
+    RequestSpec("Tell me a story", (6,), 0.0, sampling={"temperature": 1.0, "seed": 7}),
+    RequestSpec(
+        "Tell me a story", (6,), 0.0, sampling={"temperature": 0.8, "top_p": 0.9, "seed": 8}
+    ),
+    RequestSpec("Hello", sampling={"temperature": 1.2, "top_k": 20, "seed": 9}),
+    RequestSpec("Three, of which two are thin", (101, 7, 102), 0.0),
 ]
 
 IN_TURN = [
-    Ask(text, images, system="x" * length, max_tokens=2)
+    RequestSpec(text, images, system="x" * length, max_tokens=2)
     for length in (0, 7, 13, 20, 26)
     for images in ((1,), (2, 3))
     for text in ("What is it?", "And where was that, please?", "Name it.")
 ]
-"""Questions of which each shares its images and what stands before them with two others."""
+"""Requests in groups of three that share their images and the text before them."""
 
-PRUNED_IN_VAIN = Ask("Q", (1,), 8 / 9)
-"""Has a ratio, which stock vLLM does not know."""
+WITH_RATIO = RequestSpec("Q", (1,), 8 / 9)
+"""A request with a ratio, which stock vLLM ignores."""

@@ -1,50 +1,50 @@
-"""Pruned requests equal a dense forward in plain PyTorch with the same stages."""
+"""Answers to pruned requests equal the dense oracle's."""
 
 from dataclasses import replace
 
 import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
-from tests.engine.requests import Answer, Ask, generate, model_type, sample_image
+from tests.engine.requests import Answer, RequestSpec, generate, model_type, sample_image
 from tests.engine.scheduling import engine_core
 
 RATIOS = (2 / 3, 7 / 9, 8 / 9, 0.2)
-"""At the last, which is mild, Stage II merges nothing and Stage III drops the rest."""
+"""At 0.2, Stages I and III drop tokens and Stage II merges nothing."""
 
-ASKS = [
-    Ask("What is this?", (1,)),
-    Ask("Describe the image in one word.", (2,), max_tokens=12),
-    Ask("Which is larger, first or second?", (3, 4)),
+REQUESTS = [
+    RequestSpec("What is this?", (1,)),
+    RequestSpec("Describe the image in one word.", (2,), max_tokens=12),
+    RequestSpec("Which is larger, first or second?", (3, 4)),
 ]
 
 MIXED_SIZES = [
-    Ask("A strip: what is on it?", (101,)),
-    Ask("A strip that stands", (102,), max_tokens=4),
-    Ask("Which of the three is thin?", (103, 101, 104)),
-    Ask("A large one beside a strip", (105, 102), max_tokens=5),
+    RequestSpec("A strip: what is on it?", (101,)),
+    RequestSpec("A strip that stands", (102,), max_tokens=4),
+    RequestSpec("Which of the three is thin?", (103, 101, 104)),
+    RequestSpec("A large one beside a strip", (105, 102), max_tokens=5),
 ]
 
 
-def assert_equal(oracle, asks: list[Ask], answers: list[Answer]) -> None:
-    for ask, answer in zip(asks, answers, strict=True):
-        assert_equals_oracle(oracle, ask, answer)
+def assert_equal(oracle, specs: list[RequestSpec], answers: list[Answer]) -> None:
+    for spec, answer in zip(specs, answers, strict=True):
+        assert_equals_oracle(oracle, spec, answer)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_pruned_tokens_equal_the_dense_oracle(llm, oracle, ratio):
-    asks = [replace(ask, ratio=ratio) for ask in (*ASKS, *MIXED_SIZES)]
-    assert_equal(oracle, asks, generate(llm, asks))
+    specs = [replace(spec, ratio=ratio) for spec in (*REQUESTS, *MIXED_SIZES)]
+    assert_equal(oracle, specs, generate(llm, specs))
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_prompt_holds_one_placeholder_per_token_that_stage_one_keeps(family, llm, ratio):
-    asks = [replace(ask, ratio=ratio, max_tokens=1) for ask in (*ASKS, *MIXED_SIZES)]
-    for ask, answer in zip(asks, generate(llm, asks), strict=True):
-        assert answer.prompt.count(family.image_token) == family.kept(ratio, *ask.images)
+    specs = [replace(spec, ratio=ratio, max_tokens=1) for spec in (*REQUESTS, *MIXED_SIZES)]
+    for spec, answer in zip(specs, generate(llm, specs), strict=True):
+        assert answer.prompt.count(family.image_token) == family.kept(ratio, *spec.images)
 
 
 def test_a_prompt_may_end_with_its_image(family, llm, oracle):
-    """The answer then begins from the last survivor."""
+    """The first answer token then comes from the image's last kept token."""
     from vllm import SamplingParams
 
     (output,) = llm.generate(
@@ -62,17 +62,17 @@ def test_a_prompt_may_end_with_its_image(family, llm, oracle):
         [{t: e.logprob for t, e in step.items()} for step in output.outputs[0].logprobs],
     )
     assert answer.prompt[-1] == family.image_token
-    assert_equals_oracle(oracle, Ask("", (9,), 8 / 9), answer)
+    assert_equals_oracle(oracle, RequestSpec("", (9,), 8 / 9), answer)
 
 
 @pytest.mark.parametrize("edge", ["begins", "ends", "is cut"])
 def test_a_step_may_end_where_a_span_does(family, llm, oracle, monkeypatch, edge):
-    """One that would end inside a span ends in front of it."""
+    """A step that would end inside a span ends before it."""
     scheduler = engine_core(llm).scheduler
     budget = scheduler.max_num_scheduled_tokens
     kept = family.kept(2 / 3, 105)
     before = {"begins": budget, "ends": budget - kept, "is cut": budget - kept // 2}[edge]
-    ask = Ask("What is it?", (105, 101), 2 / 3, system="x" * (before - family.offset))
+    spec = RequestSpec("What is it?", (105, 101), 2 / 3, system="x" * (before - family.offset))
     ends: list[int] = []
     schedule = scheduler.schedule
 
@@ -82,10 +82,10 @@ def test_a_step_may_end_where_a_span_does(family, llm, oracle, monkeypatch, edge
         return output
 
     monkeypatch.setattr(scheduler, "schedule", recording)
-    (answer,) = generate(llm, [ask])
+    (answer,) = generate(llm, [spec])
     assert answer.prompt[before] == family.image_token != answer.prompt[before - 1]
     assert ends[0] == before + (kept if edge == "ends" else 0)
-    assert_equals_oracle(oracle, ask, answer)
+    assert_equals_oracle(oracle, spec, answer)
 
 
 def test_the_checkpoint_is_of_the_family(family, llm):

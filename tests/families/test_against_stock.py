@@ -1,4 +1,4 @@
-"""Ratio 0 is stock vLLM, token for token."""
+"""Ratio 0 gives the answers of stock vLLM, token for token."""
 
 from dataclasses import replace
 
@@ -6,31 +6,31 @@ import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import generate
-from tests.families.stock import PRUNED_IN_VAIN, TOGETHER
+from tests.families.stock import TOGETHER, WITH_RATIO
 
 
 def test_ratio_zero_gives_the_tokens_of_stock_vllm(llm, stock):
-    ours = generate(llm, TOGETHER)
-    assert [answer.prompt for answer in ours] == [answer.prompt for answer in stock]
-    assert [answer.tokens for answer in ours] == [answer.tokens for answer in stock]
+    answers = generate(llm, TOGETHER)
+    assert [answer.prompt for answer in answers] == [answer.prompt for answer in stock]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in stock]
 
 
 def test_ratio_zero_gives_the_log_probabilities_of_stock_vllm(llm, stock):
-    for ours, theirs in zip(generate(llm, TOGETHER), stock, strict=True):
-        assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
+    for answer, expected in zip(generate(llm, TOGETHER), stock, strict=True):
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 
 
 def test_tokens_differ_between_requests(stock):
-    """Else the comparisons above would compare nothing."""
+    """If all answers were equal, the comparisons above would prove nothing."""
     assert len({tuple(answer.tokens) for answer in stock}) == len(stock)
 
 
-def test_the_unpruned_dense_oracle_is_stock_vllm(oracle, stock):
-    for ask, answer in zip(TOGETHER, stock, strict=True):
-        assert_equals_oracle(oracle, replace(ask, ratio=0.0), answer)
+def test_the_unpruned_dense_oracle_equals_stock_vllm(oracle, stock):
+    for spec, answer in zip(TOGETHER, stock, strict=True):
+        assert_equals_oracle(oracle, replace(spec, ratio=0.0), answer)
 
 
 def test_plugin_is_absent_from_the_stock_engine(family, stock_of):
-    """A ratio means nothing to stock vLLM: it must see every placeholder."""
+    """Stock vLLM ignores the ratio, so the prompt has a placeholder per visual token."""
     answer = stock_of(family)[-1]
-    assert answer.prompt.count(family.image_token) == family.kept(0.0, *PRUNED_IN_VAIN.images)
+    assert answer.prompt.count(family.image_token) == family.kept(0.0, *WITH_RATIO.images)

@@ -1,7 +1,7 @@
-"""Stages that vLLM's compiler has traced give what the same layers give one by one.
+"""Compiled stages give the same answers as uncompiled ones.
 
-Dynamo and vLLM's dispatch are the real ones; of the code they make nothing is generated in
-C++, which would take minutes.
+The tests use the real Dynamo and vLLM's dispatch. The ``eager`` backend skips the generation of
+C++ code, which would take minutes.
 """
 
 from functools import cache
@@ -10,24 +10,27 @@ import pytest
 from vllm import LLM
 from vllm.config import CompilationMode
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.requests import ENGINE_OPTIONS, RequestSpec, generate
 from tests.engine.scheduling import engine_core
 from tests.families.family import Family
 
 pytestmark = pytest.mark.slow
 
-ASKS = [
-    Ask("two of three stages", (1,), 8 / 9),
-    Ask("first or second?", (2, 3), 2 / 3, max_tokens=12),
-    Ask("nothing dropped after the encoder", (4,), 0.3),
-    Ask("unpruned", (5,), 0.0),
-    Ask("no image, " * 20),
+REQUESTS = [
+    RequestSpec("two of three stages", (1,), 8 / 9),
+    RequestSpec("first or second?", (2, 3), 2 / 3, max_tokens=12),
+    RequestSpec("nothing dropped after the encoder", (4,), 0.3),
+    RequestSpec("unpruned", (5,), 0.0),
+    RequestSpec("no image, " * 20),
 ]
 
 
 @pytest.fixture(scope="session")
 def compiled_of(checkpoint_of):
-    """Kept to the end: with one would go the process groups of every engine in this process."""
+    """Family -> its engine with compiled stages.
+
+    Engines live until the session ends: deleting one destroys the process groups of all engines.
+    """
 
     @cache
     def compiled_of(family: Family) -> LLM:
@@ -46,10 +49,10 @@ def compiled(family, compiled_of):
     return compiled_of(family)
 
 
-def test_compiled_stages_answer_as_uncompiled_ones(llm, compiled):
-    for ours, theirs in zip(generate(compiled, ASKS), generate(llm, ASKS), strict=True):
-        assert ours.tokens == theirs.tokens
-        assert ours.logprobs == [pytest.approx(step, abs=1e-4) for step in theirs.logprobs]
+def test_compiled_stages_give_the_answers_of_uncompiled_ones(llm, compiled):
+    for answer, expected in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
+        assert answer.tokens == expected.tokens
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 
 
 def test_every_stage_is_compiled_at_start(llm, compiled):

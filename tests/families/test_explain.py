@@ -1,50 +1,50 @@
-"""What is told of an image's patches is what the dense oracle chooses."""
+"""Recorded selections of an image's patches equal the dense oracle's."""
 
 from typing import Any
 
 import pytest
 
 from tests.engine.dense_oracle import DenseModel
-from tests.engine.requests import Ask, generate, model_type, sample_image
+from tests.engine.requests import RequestSpec, generate, model_type, sample_image
 from tests.worker.test_explain import sink_of
 
-ASKS = [
-    Ask("Which?", (3, 101, 4), 8 / 9, max_tokens=2),
-    Ask("What is this?", (1,), 2 / 3, max_tokens=2),
-    Ask("What is this?", (1,), 0.2, max_tokens=2),
-    Ask("What is this?", (1,), 0.0, max_tokens=2),
+REQUESTS = [
+    RequestSpec("Which?", (3, 101, 4), 8 / 9, max_tokens=2),
+    RequestSpec("What is this?", (1,), 2 / 3, max_tokens=2),
+    RequestSpec("What is this?", (1,), 0.2, max_tokens=2),
+    RequestSpec("What is this?", (1,), 0.0, max_tokens=2),
 ]
 
 
-class Witness(DenseModel):
-    """Before an oracle's class: writes down what that chooses."""
+class RecordingOracle(DenseModel):
+    """Mix-in for an oracle's class; records the oracle's selections."""
 
-    def choices(self, family: Any, ask: Ask, prompt: list[int]) -> list[list[list[int]]]:
-        """For each image, patches alive in each stage."""
+    def choices(self, family: Any, spec: RequestSpec, prompt: list[int]) -> list[list[list[int]]]:
+        """For each image and stage, the kept patches."""
         self.patches: list[list[int]] = []
         self.alive: list[dict[int, list[int]]] = []
-        assert ask.ratio is not None
-        counts = [family.counts(ask.ratio, seed) for seed in ask.images]
-        self.logits(prompt, [sample_image(seed) for seed in ask.images], counts, len(prompt))
+        assert spec.ratio is not None
+        counts = [family.counts(spec.ratio, seed) for seed in spec.images]
+        self.logits(prompt, [sample_image(seed) for seed in spec.images], counts, len(prompt))
         placeholders = iter(i for i, token in enumerate(prompt) if token == self.image_token)
-        told = []
+        choices = []
         for number, patches in enumerate(self.patches):
             patch_at = {next(placeholders): patch for patch in patches}
             later = [[patch_at[position] for position in alive[number]] for alive in self.alive]
-            told.append([patches, *later])
-        return told
+            choices.append([patches, *later])
+        return choices
 
     def choose_patches(self, *args: Any) -> list[int]:
         self.patches.append(super().choose_patches(*args))  # type: ignore[misc]
         return self.patches[-1]
 
     def merge(self, *args):
-        return self._written_down(super().merge(*args))
+        return self._record(super().merge(*args))
 
     def drop(self, *args):
-        return self._written_down(super().drop(*args))
+        return self._record(super().drop(*args))
 
-    def _written_down(self, outcome):
+    def _record(self, outcome):
         alive: dict[int, list[int]] = {}
         for row in outcome[1]:
             if row.image is not None:
@@ -54,57 +54,61 @@ class Witness(DenseModel):
 
 
 @pytest.fixture(scope="module")
-def witness(family, checkpoint):
-    return type("WitnessOf", (Witness, family.oracle_class()), {})(checkpoint, family.boundaries)
+def recording_oracle(family, checkpoint):
+    return type("RecordingOracleOf", (RecordingOracle, family.oracle_class()), {})(
+        checkpoint, family.boundaries
+    )
 
 
-def explained(llm, ask: Ask, request: str) -> tuple[list[int], list[dict[str, Any]]]:
-    """Prompt and records of a request that asks to be explained, at the same answer."""
-    prompt = ask.prompt(model_type(llm))
+def explained(llm, spec: RequestSpec, request: str) -> tuple[list[int], list[dict[str, Any]]]:
+    """Prompt and records of an explained request.
+
+    Checks that the explanation does not change the answer.
+    """
+    prompt = spec.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = request
-    (output,) = llm.generate([prompt], [ask.params()], use_tqdm=False)
-    (plain,) = generate(llm, [ask])
+    (output,) = llm.generate([prompt], [spec.sampling_params()], use_tqdm=False)
+    (plain,) = generate(llm, [spec])
     assert list(output.outputs[0].token_ids) == plain.tokens
     assert list(output.prompt_token_ids) == plain.prompt
     kept = sink_of(llm)._records
     names = [name for name in kept if name.startswith(f"explain:{request}:")]
-    (told,) = llm.collective_rpc("take_selections", args=(names,))
-    assert not kept, "what was asked for is forgotten"
-    return plain.prompt, [told[name] for name in names]
+    (taken,) = llm.collective_rpc("take_selections", args=(names,))
+    assert not kept, "the sink forgets records that were taken"
+    return plain.prompt, [taken[name] for name in names]
 
 
-@pytest.mark.parametrize("ask", ASKS, ids=lambda ask: f"{len(ask.images)}@{ask.ratio:.2f}")
-def test_choices_are_the_oracle_s(family, llm, witness, ask):
-    prompt, told = explained(llm, ask, "one")
-    expected = witness.choices(family, ask, prompt)
-    if ask.ratio == 0:
-        assert told == []
+@pytest.mark.parametrize("spec", REQUESTS, ids=lambda spec: f"{len(spec.images)}@{spec.ratio:.2f}")
+def test_recorded_choices_equal_the_oracle_s(family, llm, recording_oracle, spec):
+    prompt, recorded = explained(llm, spec, "one")
+    expected = recording_oracle.choices(family, spec, prompt)
+    if spec.ratio == 0:
+        assert recorded == []
         return
-    for mine, seed, stages in zip(told, ask.images, expected, strict=True):
-        patches = mine["patches"]
-        shallow = [patches[i] for i in mine.get("shallow", range(len(patches)))]
-        deep = [shallow[i] for i in mine["deep"]]
+    for choice, seed, stages in zip(recorded, spec.images, expected, strict=True):
+        patches = choice["patches"]
+        shallow = [patches[i] for i in choice.get("shallow", range(len(patches)))]
+        deep = [shallow[i] for i in choice["deep"]]
         assert [patches, shallow, deep] == stages
-        whole = range(family.kept(0.0, seed))
-        assert len(mine["saliency"]) == len(whole)
-        assert set(patches) == set(
-            sorted(whole, key=lambda p: -mine["saliency"][p])[: len(patches)]
-        )
+        saliency = choice["saliency"]
+        assert len(saliency) == family.kept(0.0, seed)
+        ranking = sorted(range(len(saliency)), key=lambda p: -saliency[p])
+        assert set(patches) == set(ranking[: len(patches)])
 
 
-def test_the_same_image_twice_is_told_twice(llm):
-    ask = Ask("Which?", (1, 1), 8 / 9, max_tokens=1)
-    _, (first, second) = explained(llm, ask, "two")
+def test_an_image_sent_twice_is_recorded_twice(llm):
+    spec = RequestSpec("Which?", (1, 1), 8 / 9, max_tokens=1)
+    _, (first, second) = explained(llm, spec, "two")
     assert first["patches"] == second["patches"]
 
 
-def test_every_token_that_stays_or_is_merged_is_told_once(llm):
-    _, (told,) = explained(llm, ASKS[1], "three")
-    merged = [member for group in told["merged"] for member in group]
-    whole = set(told["shallow"]) - {group[0] for group in told["merged"]}
-    assert sorted([*merged, *whole]) == list(range(len(told["patches"])))
+def test_every_kept_or_merged_token_is_recorded_once(llm):
+    _, (choice,) = explained(llm, REQUESTS[1], "three")
+    merged = [member for group in choice["merged"] for member in group]
+    whole = set(choice["shallow"]) - {group[0] for group in choice["merged"]}
+    assert sorted([*merged, *whole]) == list(range(len(choice["patches"])))
 
 
-def test_nothing_is_kept_of_images_that_nobody_asked_about(llm):
-    generate(llm, ASKS)
+def test_requests_without_an_explanation_record_nothing(llm):
+    generate(llm, REQUESTS)
     assert not sink_of(llm)._records

@@ -1,11 +1,11 @@
-"""KV memory: exactly the plan's blocks while a request runs, none of them after it."""
+"""A running request holds exactly the plan's KV blocks; a finished request holds none."""
 
 from contextlib import contextmanager
 from math import ceil
 
 import pytest
 
-from tests.engine.requests import BLOCK, Ask, generate
+from tests.engine.requests import BLOCK, RequestSpec, generate
 from tests.engine.scheduling import free_blocks, start
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
@@ -32,22 +32,23 @@ def _every_block_comes_back(scheduler):
 
 
 def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
-    """Request -> stage -> numbers of blocks its groups hold; nulls are not held."""
+    """Request -> stage -> block counts of the stage's groups, without null blocks."""
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     held: dict[str, dict[int, set[int]]] = {}
     for name in scheduler.requests:
         blocks = scheduler.kv_cache_manager.get_blocks(name).blocks
         held[name] = {}
-        for group, mine in zip(groups, blocks, strict=True):
+        for group, group_blocks in zip(groups, blocks, strict=True):
             spec = group.kv_cache_spec
             assert isinstance(spec, StagedAttentionSpec)
-            held[name].setdefault(spec.stage, set()).add(len([b for b in mine if not b.is_null]))
+            count = sum(not block.is_null for block in group_blocks)
+            held[name].setdefault(spec.stage, set()).add(count)
     return held
 
 
-def needed_blocks(family, scheduler, ask: Ask, tokens: int) -> int:
-    """What the plan says of a request's first ``tokens``, its images among them."""
-    plans = [family.counts(ask.ratio or 0.0, image) for image in ask.images]
+def needed_blocks(family, scheduler, spec: RequestSpec, tokens: int) -> int:
+    """Blocks that the plan needs for a request's first ``tokens``, all its images included."""
+    plans = [family.counts(spec.ratio or 0.0, image) for image in spec.images]
     return sum(
         ceil((tokens - sum(plan.dropped[group.kv_cache_spec.stage] for plan in plans)) / BLOCK)
         for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
@@ -62,7 +63,7 @@ def run(engine, steps: int = 1000):
 
 @contextmanager
 def only_blocks(scheduler, count: int):
-    """Leave ``count`` free blocks, with nothing cached; a few requests already do not fit."""
+    """Empty the prefix cache and leave ``count`` free blocks, too few for several requests."""
     pool = scheduler.kv_cache_manager.block_pool
     assert pool.reset_prefix_cache()
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - count)
@@ -74,11 +75,11 @@ def only_blocks(scheduler, count: int):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 7 / 9, 8 / 9])
 @pytest.mark.parametrize("images", [(1,), (101, 4, 105)])
-def test_a_running_request_holds_what_the_plan_says_in_every_stage(
+def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(
     family, engine, scheduler, ratio, images
 ):
     plans = [family.counts(ratio, image) for image in images]
-    start(engine, "r", Ask("How many?", images, ratio, max_tokens=40))
+    start(engine, "r", RequestSpec("How many?", images, ratio, max_tokens=40))
     seen = 0
     while engine.has_unfinished_requests():
         (request,) = scheduler.requests.values()
@@ -92,8 +93,8 @@ def test_a_running_request_holds_what_the_plan_says_in_every_stage(
     assert seen > 30
 
 
-def test_a_text_request_holds_the_same_in_every_stage(engine, scheduler):
-    start(engine, "r", Ask("words " * 30, max_tokens=5))
+def test_a_text_request_holds_equally_many_blocks_in_every_stage(engine, scheduler):
+    start(engine, "r", RequestSpec("words " * 30, max_tokens=5))
     for _ in range(2):
         engine.step()
     (held,) = held_blocks(scheduler).values()
@@ -101,7 +102,7 @@ def test_a_text_request_holds_the_same_in_every_stage(engine, scheduler):
     run(engine)
 
 
-def test_layers_of_a_stage_share_groups_of_that_stage(family, scheduler):
+def test_every_group_holds_layers_of_one_stage(family, scheduler):
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     shallow, deep = family.boundaries
     for group in groups:
@@ -113,9 +114,9 @@ def test_layers_of_a_stage_share_groups_of_that_stage(family, scheduler):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_an_aborted_request_gives_its_blocks_back(engine, steps):
-    start(engine, "gone", Ask("How many?", (1, 2), 8 / 9, max_tokens=50))
-    start(engine, "stays", Ask("How many?", (3,), 2 / 3, max_tokens=8))
+def test_an_aborted_request_frees_its_blocks(engine, steps):
+    start(engine, "gone", RequestSpec("How many?", (1, 2), 8 / 9, max_tokens=50))
+    start(engine, "stays", RequestSpec("How many?", (3,), 2 / 3, max_tokens=8))
     for _ in range(steps):
         engine.step()
     engine.abort_request(["gone"])
@@ -123,15 +124,17 @@ def test_an_aborted_request_gives_its_blocks_back(engine, steps):
 
 
 def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler):
-    asks = [
-        Ask("Count the " + "very " * i + "small things.", (i, 104 + i % 3), ratio, max_tokens=60)
+    specs = [
+        RequestSpec(
+            "Count the " + "very " * i + "small things.", (i, 104 + i % 3), ratio, max_tokens=60
+        )
         for i, ratio in enumerate([8 / 9, 2 / 3, 7 / 9, 8 / 9], start=1)
     ]
-    answers = [generate(llm, [ask])[0] for ask in asks]
+    answers = [generate(llm, [spec])[0] for spec in specs]
     alone = [answer.tokens for answer in answers]
     needed = [
-        needed_blocks(family, scheduler, ask, len(answer.prompt) + ask.max_tokens)
-        for ask, answer in zip(asks, answers, strict=True)
+        needed_blocks(family, scheduler, spec, len(answer.prompt) + spec.max_tokens)
+        for spec, answer in zip(specs, answers, strict=True)
     ]
     preemptions = 0
     preempt = scheduler._preempt_request
@@ -144,7 +147,7 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
     scheduler._preempt_request = counted
     try:
         with only_blocks(scheduler, max(max(needed), sum(needed) // 2)):
-            together = [answer.tokens for answer in generate(llm, asks, reuse=True)]
+            together = [answer.tokens for answer in generate(llm, specs, reuse=True)]
     finally:
         del scheduler._preempt_request
     assert preemptions > 0
@@ -153,18 +156,18 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
 
 @pytest.mark.parametrize("ratio", [0.0, 8 / 9])
 def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler, ratio):
-    """The memory of dropped tokens is never taken, so others can take it."""
+    """Dropped tokens take no memory, so more requests fit."""
     budget, answer = 200, 30
-    ask = Ask("What?", (106,), ratio, max_tokens=answer)
-    start(engine, "probe", ask)
+    spec = RequestSpec("What?", (106,), ratio, max_tokens=answer)
+    start(engine, "probe", spec)
     (request,) = scheduler.requests.values()
-    fit = budget // needed_blocks(family, scheduler, ask, request.num_prompt_tokens + answer)
+    fit = budget // needed_blocks(family, scheduler, spec, request.num_prompt_tokens + answer)
     assert fit >= (6 if ratio else 2)
     with only_blocks(scheduler, budget):
         for i in range(11):
-            start(engine, f"r{i}", ask)
-        most = 0
+            start(engine, f"r{i}", spec)
+        max_running = 0
         while engine.has_unfinished_requests():
             engine.step()
-            most = max(most, len(scheduler.running))
-    assert most >= fit
+            max_running = max(max_running, len(scheduler.running))
+    assert max_running >= fit

@@ -1,4 +1,4 @@
-"""Prefix caching: what is reused is as right as what is computed, and all that can be is."""
+"""Prefix caching: a request reuses the longest cached prefix, and its answer does not change."""
 
 import pickle
 from dataclasses import replace
@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 from vllm.v1.core.kv_cache_utils import get_block_hash, get_group_id
 
-from tests.engine.requests import BLOCK, Answer, Ask, generate, generate_in_turn
+from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
 from tests.engine.scheduling import engine_core, recorded_steps, start
 from tests.families.family import Family
 from tests.families.stock import IN_TURN
 
 
-def ask_twice(llm, asks: list[Ask], *, together: bool = False) -> list[Answer]:
-    """Answers with whatever can be reused, checked against answers with nothing reused."""
-    expected = [generate(llm, [ask])[0] for ask in asks]
-    answers = generate(llm, asks) if together else generate_in_turn(llm, asks)
+def generate_with_cache(llm, specs: list[RequestSpec], *, together: bool = False) -> list[Answer]:
+    """Answers with prefix caching, compared with answers from an empty cache."""
+    expected = [generate(llm, [spec])[0] for spec in specs]
+    answers = generate(llm, specs) if together else generate_in_turn(llm, specs)
     for answer, alone in zip(answers, expected, strict=True):
         assert alone.reused == 0
         assert answer.prompt == alone.prompt
@@ -27,8 +27,8 @@ def ask_twice(llm, asks: list[Ask], *, together: bool = False) -> list[Answer]:
 
 
 def reusable(family: Family, answer: Answer, earlier: Answer) -> int:
-    """The longest prefix that both share and at which a request may go on: a whole block that
-    ends in text, or an image's end. Their images are the same as far as they share text."""
+    """Longest shared prefix that can be cached: it ends at a block boundary in text, or at the
+    end of an image. The prompts' images must be equal as far as their tokens are."""
     shared = 0
     for a, b in zip(answer.prompt[:-1], earlier.prompt, strict=False):
         if a != b:
@@ -45,12 +45,12 @@ def reusable(family: Family, answer: Answer, earlier: Answer) -> int:
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 2 / 3, 7 / 9, 8 / 9])
 def test_a_new_question_reuses_the_whole_image(family, llm, ratio):
-    first, second, third = ask_twice(
+    first, second, third = generate_with_cache(
         llm,
         [
-            Ask("What is it?", (1,), ratio),
-            Ask("Where is the dog that you can see?", (1,), ratio),
-            Ask("Which one is larger?", (1, 2), ratio),
+            RequestSpec("What is it?", (1,), ratio),
+            RequestSpec("Where is the dog that you can see?", (1,), ratio),
+            RequestSpec("Which one is larger?", (1, 2), ratio),
         ],
     )
     assert first.reused == 0
@@ -58,27 +58,29 @@ def test_a_new_question_reuses_the_whole_image(family, llm, ratio):
     assert third.reused == max(reusable(family, third, earlier) for earlier in (first, second))
 
 
-def test_the_second_of_two_images_is_reused_too(family, llm):
-    asks = [Ask(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one of them a dog?")]
-    first, second = ask_twice(llm, asks)
+def test_a_new_question_reuses_both_images(family, llm):
+    specs = [
+        RequestSpec(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one of them a dog?")
+    ]
+    first, second = generate_with_cache(llm, specs)
     assert second.reused == reusable(family, second, first) > family.kept(8 / 9, 1, 2)
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_questions_about_a_document_of_many_images(family, llm, together):
-    """All at once too: who comes in the same step waits for the one that computes them."""
-    asks = [Ask(f"{i}: what is on this page?", (1, 2, 3, 4), 8 / 9) for i in range(8)]
-    first, *others = ask_twice(llm, asks, together=together)
+def test_many_questions_reuse_the_same_images(family, llm, together):
+    """In one batch, later requests wait for the first, which computes the images."""
+    specs = [RequestSpec(f"{i}: what is on this page?", (1, 2, 3, 4), 8 / 9) for i in range(8)]
+    first, *others = generate_with_cache(llm, specs, together=together)
     for answer in others:
         assert answer.reused == reusable(family, answer, first) > family.kept(8 / 9, 1, 2, 3, 4)
 
 
 def test_a_second_turn_computes_new_text_only(family, llm, monkeypatch):
-    first = Ask("What is it?", (1,), 7 / 9, max_tokens=70)
-    (told,) = generate(llm, [first])
-    said = llm.get_tokenizer().decode(told.tokens)
-    second = replace(first, text=f"What is it? ASSISTANT:{said} USER: And where?", max_tokens=8)
-    one, two = ask_twice(llm, [first, second])
+    first = RequestSpec("What is it?", (1,), 7 / 9, max_tokens=70)
+    (answer,) = generate(llm, [first])
+    text = llm.get_tokenizer().decode(answer.tokens)
+    second = replace(first, text=f"What is it? ASSISTANT:{text} USER: And where?", max_tokens=8)
+    one, two = generate_with_cache(llm, [first, second])
     assert two.reused == reusable(family, two, one) > len(one.prompt) - BLOCK
 
     llm.llm_engine.reset_encoder_cache()
@@ -86,58 +88,62 @@ def test_a_second_turn_computes_new_text_only(family, llm, monkeypatch):
     assert generate(llm, [second], reuse=True)[0].tokens == two.tokens
     assert not any(step.scheduled_encoder_inputs for step in steps)
     assert generate(llm, [second])[0].tokens == two.tokens
-    assert any(step.scheduled_encoder_inputs for step in steps)  # else nothing was tested above
+    assert any(
+        step.scheduled_encoder_inputs for step in steps
+    )  # without reuse the image is encoded
 
 
 def test_other_images_and_other_ratios_are_not_reused(family, llm):
-    asks = [
-        Ask("What is it?", (1,), 8 / 9),
-        Ask("What is it?", (2,), 8 / 9),
-        Ask("What is it?", (1,), 7 / 9),
-        Ask("What is it?", (1,), 0.0),
-        Ask("What is it?", (2, 1), 8 / 9),
+    specs = [
+        RequestSpec("What is it?", (1,), 8 / 9),
+        RequestSpec("What is it?", (2,), 8 / 9),
+        RequestSpec("What is it?", (1,), 7 / 9),
+        RequestSpec("What is it?", (1,), 0.0),
+        RequestSpec("What is it?", (2, 1), 8 / 9),
     ]
-    reused = [answer.reused for answer in ask_twice(llm, asks)]
+    reused = [answer.reused for answer in generate_with_cache(llm, specs)]
     assert reused == [0, 0, 0, 0, family.offset + family.kept(8 / 9, 2)]
 
 
-def test_swapped_images_share_nothing(llm):
-    _, swapped = ask_twice(llm, [Ask("Which?", (1, 2), 8 / 9), Ask("Which?", (2, 1), 8 / 9)])
+def test_swapped_images_are_not_reused(llm):
+    _, swapped = generate_with_cache(
+        llm, [RequestSpec("Which?", (1, 2), 8 / 9), RequestSpec("Which?", (2, 1), 8 / 9)]
+    )
     assert swapped.reused == 0
 
 
-def test_a_salt_isolates_users(family, llm):
-    asks = [
-        Ask("What is it?", (1,), 8 / 9, cache_salt=salt) for salt in ("one", "other", "one", None)
+def test_requests_with_different_salts_share_nothing(family, llm):
+    specs = [
+        RequestSpec("What is it?", (1,), 8 / 9, cache_salt=salt)
+        for salt in ("one", "other", "one", None)
     ]
-    first, other, again, none = ask_twice(llm, asks)
+    first, other, again, none = generate_with_cache(llm, specs)
     assert (first.reused, other.reused, none.reused) == (0, 0, 0)
     assert again.reused == reusable(family, again, first)
 
 
-def test_what_stands_before_a_image_is_shared_across_ratios(family, llm):
+def test_text_before_an_image_is_reused_at_every_ratio(family, llm):
     system = "You look closely and answer in one word, which is never a long one. " * 3
-    asks = [
-        Ask("What is it?", (1,), 8 / 9, system=system),
-        Ask("What is it?", (2,), 2 / 3, system=system),
-        Ask("What is it?", (2,), 0.0, system=system),
-        Ask("What is it?", system=system),
+    specs = [
+        RequestSpec("What is it?", (1,), 8 / 9, system=system),
+        RequestSpec("What is it?", (2,), 2 / 3, system=system),
+        RequestSpec("What is it?", (2,), 0.0, system=system),
+        RequestSpec("What is it?", system=system),
     ]
-    reused = [answer.reused for answer in ask_twice(llm, asks)]
+    reused = [answer.reused for answer in generate_with_cache(llm, specs)]
     before = (len(system) + family.offset) // BLOCK * BLOCK
     assert reused == [0, before, before, before]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("block", [0, 1, 3])
-def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
-    """All stages then go on from the same place."""
-    asks = [
-        Ask("First or second? " + "Say it well. " * 8 + end, (105, 106), 2 / 3)
+def test_a_block_evicted_in_one_stage_shortens_the_hit_of_all_stages(family, llm, stage, block):
+    specs = [
+        RequestSpec("First or second? " + "Say it well. " * 8 + end, (105, 106), 2 / 3)
         for end in ("a", "b")
     ]
-    expected = [generate(llm, [ask])[0] for ask in asks]
-    earlier = generate_in_turn(llm, asks[:1])[0]
+    expected = [generate(llm, [spec])[0] for spec in specs]
+    earlier = generate_in_turn(llm, specs[:1])[0]
     manager = engine_core(llm).scheduler.kv_cache_manager
     group = next(
         i
@@ -146,12 +152,12 @@ def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
     )
     lost = blocks_of(manager.block_pool, group)[block]
     manager.evict_blocks({lost})
-    (answer,) = generate(llm, asks[1:], reuse=True)
+    (answer,) = generate(llm, specs[1:], reuse=True)
     assert answer.tokens == expected[1].tokens
     assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected[1].logprobs]
 
     mark = family.image_token
-    dropped = [family.counts(2 / 3, image).dropped[stage] for image in asks[0].images]
+    dropped = [family.counts(2 / 3, image).dropped[stage] for image in specs[0].images]
     whole, kept = reusable(family, answer, earlier), 0
     for end in range(whole + 1):
         images = 0
@@ -166,10 +172,10 @@ def test_what_one_stage_has_lost_is_computed_again(family, llm, stage, block):
 
 
 def blocks_of(pool: Any, group: int) -> list[int]:
-    """Cached blocks of a group, in the order in which their prefixes grow.
+    """Cached blocks of a group, shortest prefix first.
 
-    All blocks of a span are found by the prefix at its end. The keys of all but the last of them
-    end with their place in the request's block table.
+    All blocks of a span are keyed by the prefix at the span's end. Each key but the last
+    block's also holds the block's index in the request's block table.
     """
     found = [
         (block.block_hash_num_tokens, get_block_hash(block.block_hash), block.block_id)
@@ -185,7 +191,7 @@ def blocks_of(pool: Any, group: int) -> list[int]:
     return [block_id for _, _, block_id in sorted(found, key=order)]
 
 
-def test_vllm_s_counters_tell_the_truth(llm):
+def test_vllm_s_prefix_cache_counters_match_the_answers(llm):
     def counters() -> dict[str, float]:
         return {
             metric.name: metric.value
@@ -195,7 +201,7 @@ def test_vllm_s_counters_tell_the_truth(llm):
 
     before = counters()
     answers = generate_in_turn(
-        llm, [Ask(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one a dog?")]
+        llm, [RequestSpec(text, (1, 2), 8 / 9) for text in ("Which is larger?", "Is one a dog?")]
     )
     after = counters()
     assert [after[name] - before[name] for name in sorted(after)] == [
@@ -204,20 +210,22 @@ def test_vllm_s_counters_tell_the_truth(llm):
     ]
 
 
-def test_prompt_log_probabilities_are_computed_and_not_reused(llm):
-    ask = Ask("What is it?", (1,), 8 / 9)
-    generate(llm, [ask])
-    (answer,) = generate(llm, [replace(ask, sampling={"prompt_logprobs": 1})], reuse=True)
+def test_a_request_for_prompt_log_probabilities_reuses_nothing(llm):
+    spec = RequestSpec("What is it?", (1,), 8 / 9)
+    generate(llm, [spec])
+    (answer,) = generate(llm, [replace(spec, sampling={"prompt_logprobs": 1})], reuse=True)
     assert answer.reused == 0
 
 
-def test_a_request_that_reused_a_image_can_compute_it_after_preemption(family, llm):
-    """vLLM's runner is not sent the pixels of an image that it need not compute at first."""
+def test_a_request_with_a_reused_image_can_encode_it_after_preemption(family, llm):
+    """The scheduler sent no pixels with the request, because its image was a cache hit."""
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
-    asks = [Ask(text, (1,), 8 / 9, max_tokens=12) for text in ("What is it?", "Is it a dog?")]
-    _, expected = [generate(llm, [ask])[0] for ask in asks]
-    generate(llm, asks[:1])
-    start(engine, "second", asks[1])
+    specs = [
+        RequestSpec(text, (1,), 8 / 9, max_tokens=12) for text in ("What is it?", "Is it a dog?")
+    ]
+    _, expected = [generate(llm, [spec])[0] for spec in specs]
+    generate(llm, specs[:1])
+    start(engine, "second", specs[1])
     for _ in range(3):
         engine.step()
     request = scheduler.running.pop()
@@ -232,22 +240,26 @@ def test_a_request_that_reused_a_image_can_compute_it_after_preemption(family, l
 
 
 def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(llm, monkeypatch):
-    asks = [Ask(text, (1,), 8 / 9, max_tokens=2) for text in ("What is it?", "Is it a dog?")]
+    specs = [
+        RequestSpec(text, (1,), 8 / 9, max_tokens=2) for text in ("What is it?", "Is it a dog?")
+    ]
     steps = recorded_steps(engine_core(llm).scheduler, monkeypatch)
-    generate_in_turn(llm, asks)
+    generate_in_turn(llm, specs)
     first, second = (step for step in steps if step.scheduled_new_reqs)
     pixels = first.scheduled_new_reqs[0].mm_features[0].data["pixel_values"].data
     assert len(pickle.dumps(first)) > pixels.nbytes > 100_000
-    # Of a model with M-RoPE, vLLM sends the grid all the same.
+    # For a model with M-RoPE, vLLM still sends the grid.
     assert "pixel_values" not in (second.scheduled_new_reqs[0].mm_features[0].data or {})
     assert len(pickle.dumps(second)) < 5000
 
 
 @pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
-def test_no_more_of_a_known_image_is_computed_than_by_stock_vllm(llm, stock_in_turn, ratio):
-    """Wherever blocks end. What follows the images begins anew in each question."""
-    ours = ask_twice(llm, [replace(ask, ratio=ratio) for ask in IN_TURN])
-    left = [len(answer.prompt) - answer.reused for answer in ours]
+def test_a_repeated_prefix_computes_at_most_as_many_tokens_as_in_stock_vllm(
+    llm, stock_in_turn, ratio
+):
+    """The requests' system texts place block boundaries differently relative to the images."""
+    answers = generate_with_cache(llm, [replace(spec, ratio=ratio) for spec in IN_TURN])
+    left = [len(answer.prompt) - answer.reused for answer in answers]
     stock = [len(answer.prompt) - answer.reused for answer in stock_in_turn]
     assert sum(answer.reused > BLOCK for answer in stock_in_turn) == 20
-    assert all(mine <= theirs for mine, theirs in zip(left, stock, strict=True))
+    assert all(n <= limit for n, limit in zip(left, stock, strict=True))

@@ -1,6 +1,7 @@
-"""Which rows of a vision tower's last layer are computed, without an engine."""
+"""The vision tower's last layer computes kept rows only. No engine runs."""
 
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,6 @@ WHOLE = ImageShape(VisualTokenCounts.unpruned(V), 2, 3)
 
 
 class Attention(nn.Module):
-    """As vLLM's: its projections also return a bias."""
-
     def __init__(self, backend: AttentionBackendEnum) -> None:
         super().__init__()
         self.qkv_proj = Projection(WIDTH, 3 * WIDTH)
@@ -46,17 +45,15 @@ class Mixing(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         if self.attn_backend != AttentionBackendEnum.TORCH_SDPA:
-            assert query.shape == key.shape, "as vLLM's FlashAttention wrapper takes for granted"
+            assert query.shape == key.shape, "vLLM's FlashAttention wrapper needs equal shapes"
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
 
-class Projection(nn.Module):
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, out)
+class Projection(nn.Linear):
+    """Returns (output, bias), like vLLM's parallel linear layers."""
 
-    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.linear(hidden), None
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return super().forward(hidden), None
 
 
 class Layer(nn.Module):
@@ -96,7 +93,7 @@ KEPT = {PRUNED: kept([0, 2, 5], [1, 3, 4]), MILDER: kept([0, 1, 2, 3])}
 OF_IMAGE = [[1, 3, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [2, 4, 5]]
 
 
-def test_kept_rows_are_those_of_each_image_behind_its_cls():
+def test_kept_rows_of_an_image_are_offset_by_its_cls():
     assert GROUPS == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
     rows = kept_rows(GROUPS, KEPT, torch.device("cpu"))
     padded = [index + [0] * (V - len(index)) for index in OF_IMAGE]
@@ -117,7 +114,7 @@ def test_equal_counts_need_no_padding():
 
 @torch.inference_mode()
 @pytest.mark.parametrize("groups", [GROUPS, {MILDER: [0]}], ids=["mixed", "one"])
-def test_kept_rows_come_out_as_they_do_otherwise(layer, hidden, groups):
+def test_kept_rows_equal_those_of_the_whole_layer(layer, hidden, groups):
     hidden = hidden[: sum(map(len, groups.values()))]
     rows = kept_rows(groups, KEPT, torch.device("cpu"))
     computed: list[int] = []
@@ -127,14 +124,14 @@ def test_kept_rows_come_out_as_they_do_otherwise(layer, hidden, groups):
     assert computed == [hidden[..., 0].numel()] * 3
     computed.clear()
     with skip_dropped_rows(layer, lambda _: rows):
-        some = layer(hidden)
+        output = layer(hidden)
     assert computed == [len(rows.of_batch)] * 3
-    assert some.shape == hidden.shape
-    torch.testing.assert_close(some.flatten(0, 1)[rows.of_batch], whole[rows.of_batch])
+    assert output.shape == hidden.shape
+    torch.testing.assert_close(output.flatten(0, 1)[rows.of_batch], whole[rows.of_batch])
 
 
 @torch.inference_mode()
-def test_attention_that_can_computes_only_kept_rows(layer, hidden):
+def test_attention_skips_dropped_queries_if_the_backend_allows_it(layer, hidden):
     rows = kept_rows({PRUNED: [0, 1]}, KEPT, torch.device("cpu"))
     queries: list[int] = []
     layer.self_attn.attn.register_forward_hook(
@@ -147,7 +144,7 @@ def test_attention_that_can_computes_only_kept_rows(layer, hidden):
 
 
 @torch.inference_mode()
-def test_it_tells_what_the_layer_attends_by_and_may_compute_everything(layer, hidden):
+def test_the_callback_gets_qkv_and_may_keep_all_rows(layer, hidden):
     outputs: list[torch.Tensor] = []
     all_rows = torch.arange(len(hidden) * (1 + V))
 
@@ -156,13 +153,13 @@ def test_it_tells_what_the_layer_attends_by_and_may_compute_everything(layer, hi
         return KeptRows(torch.arange(1 + V).expand(len(hidden), -1), None, all_rows)
 
     with skip_dropped_rows(layer, keep_all):
-        watched = layer(hidden)
+        output = layer(hidden)
     assert torch.equal(outputs[0], layer.self_attn.qkv_proj(hidden)[0])
-    assert torch.equal(watched, layer(hidden))
+    assert torch.equal(output, layer(hidden))
 
 
 @torch.inference_mode()
-def test_nothing_is_left_of_it(layer, hidden):
+def test_the_layer_is_restored_after_an_error(layer, hidden):
     whole = layer(hidden)
     beyond = torch.tensor([[1 + V]])
     with (
@@ -173,7 +170,7 @@ def test_nothing_is_left_of_it(layer, hidden):
     assert torch.equal(layer(hidden), whole)
 
 
-def test_all_images_of_a_batch_are_no_copy():
+def test_selecting_all_images_does_not_copy():
     rows = torch.randn(3, 2)
     assert select_items(rows, [0, 1, 2]) is rows
     assert torch.equal(select_items(rows, [0, 2]), rows[[0, 2]])
@@ -185,7 +182,7 @@ def test_all_images_of_a_batch_are_no_copy():
     "backend", [AttentionBackendEnum.TORCH_SDPA, AttentionBackendEnum.FLASH_ATTN]
 )
 @pytest.mark.parametrize("groups", [GROUPS, {MILDER: [0]}], ids=["mixed", "one"])
-def test_nothing_waits_for_the_gpu(backend, groups):
+def test_skipping_rows_does_not_make_the_host_wait_for_the_gpu(backend, groups):
     chosen = {shape: kept_on(CUDA, shape, len(groups.get(shape, [0]))) for shape in KEPT}
     with torch.device(CUDA):
         layer = Layer(backend).eval()

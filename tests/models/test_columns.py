@@ -1,4 +1,4 @@
-"""Integers survive as columns of embeddings of any dtype."""
+"""Integers appended to embeddings as columns come back exactly, in any dtype."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def embeddings(num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("labels", [True, False])
-def test_columns_come_back(dtype, labels):
+def test_split_returns_the_appended_columns(dtype, labels):
     columns = Columns(HIDDEN, labels=labels, places=True)
     plain, index = embeddings(300, dtype), torch.arange(300) * 54  # up to 16,146
     label = torch.arange(300) % 251
@@ -28,14 +28,14 @@ def test_columns_come_back(dtype, labels):
     assert torch.equal(places, torch.stack((index // 127, index % 127), dim=1))
 
 
-def test_images_without_columns_lie_where_they_are():
+def test_an_image_without_columns_has_no_labels_and_zero_offsets():
     columns = Columns(HIDDEN, labels=True, places=True)
     whole = embeddings(4, torch.float32)
     pruned = columns.append(
         embeddings(3, torch.float32), torch.tensor([1, 0, 1]), torch.tensor([2, 5, 7]), 4
     )
     plain, labels, places = columns.split([whole, pruned, whole])
-    assert [one.shape for one in plain] == [(4, HIDDEN), (3, HIDDEN), (4, HIDDEN)]
+    assert [image.shape for image in plain] == [(4, HIDDEN), (3, HIDDEN), (4, HIDDEN)]
     assert [label.tolist() for label in labels] == [[1, 0, 1]]
     assert places is not None
     zeros = [[0, 0]] * 4
@@ -44,7 +44,7 @@ def test_images_without_columns_lie_where_they_are():
     assert columns.split([]) == ([], [], None)
 
 
-def test_models_that_need_no_columns_have_none():
+def test_nothing_is_appended_if_the_model_needs_no_columns():
     columns = Columns(HIDDEN, labels=False, places=False)
     plain = embeddings(3, torch.float16)
     assert columns.append(plain, None, torch.arange(3), 3) is plain

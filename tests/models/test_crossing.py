@@ -1,4 +1,4 @@
-"""Crossing a boundary, without an engine."""
+"""Selection at a boundary between stages. No engine runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,9 +23,9 @@ V, KEPT, DEEP = 20, 13, 5
 CENTRES = 6
 HIDDEN = 20
 CPU = torch.device("cpu")
-IMAGES = (2, 3 + V)  # where they begin in their prompt
-PROMPT = 2 * V + 6
-FIRST_ROW = 7  # of that prompt in the step
+IMAGES = (2, 3 + V)  # first positions in the prompt
+PROMPT = 2 * V + 6  # tokens
+FIRST_ROW = 7  # first row of the prompt in the step
 ROWS = FIRST_ROW + PROMPT + 3 + 4
 
 
@@ -35,7 +35,7 @@ def _one_rank(monkeypatch):
 
 
 def step_of(counts: VisualTokenCounts, device: torch.device = CPU, **options: Any) -> StagedForward:
-    """Text of another request, then a prompt of two images that has answers already."""
+    """A text request, a prompt with two images and three answer tokens, and a text request."""
     plan = RequestPlan(tuple(VisualSpan(offset, counts) for offset in IMAGES))
     requests = [
         ScheduledRequest(None, 0, FIRST_ROW, FIRST_ROW),
@@ -60,7 +60,7 @@ def layer_before(rows: int = ROWS, device: torch.device = CPU) -> LayerBefore:
 
 
 def crossing_of(selector: str, device: torch.device = CPU) -> Crossing:
-    """With a norm of random weight."""
+    """A crossing whose norm has random weights."""
     norm = nn.Module()
     norm.weight = torch.rand(HIDDEN, device=device)
     return Crossing(SELECTORS[selector], TORCH, norm)
@@ -73,7 +73,7 @@ def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
 DROPPED_AT_ONCE = VisualTokenCounts(V, 0, (V, KEPT, KEPT))
 
 
-def test_rows_that_fastv_keeps():
+def test_fastv_keeps_the_oracle_s_rows():
     (group,), layer = step_of(DROPPED_AT_ONCE).groups, layer_before()
     rows, _, stream = crossing_of("fastv").select_rows(group, 1, layer, [])
     assert stream is None
@@ -86,20 +86,20 @@ def test_rows_that_fastv_keeps():
         assert rows[member].tolist() == [FIRST_ROW + offset + i for i in kept]
 
 
-def test_rows_that_dart_keeps():
+def test_dart_keeps_the_oracle_s_rows():
     (group,), layer, dart = step_of(DROPPED_AT_ONCE).groups, layer_before(), crossing_of("dart")
     rows, _, stream = dart.select_rows(group, 1, layer, [])
     assert stream is None
     for member, offset in enumerate(IMAGES):
         visual = slice(FIRST_ROW + offset, FIRST_ROW + offset + V)
-        # A cosine does not change with the length that the norm divides by.
+        # A cosine ignores length, so this test leaves out the norm's division.
         states = ((layer.hidden + layer.residual)[visual] * dart.norm.weight).numpy()
         kept = oracle.least_duplicated(layer.key[visual].numpy(), states, KEPT)
         assert rows[member].tolist() == [FIRST_ROW + offset + i for i in kept]
 
 
 @pytest.mark.parametrize("selector", ["fastv", "dart"])
-def test_where_nothing_is_lost_nothing_is_chosen(selector):
+def test_a_boundary_that_drops_nothing_selects_nothing(selector):
     (group,) = step_of(DROPPED_AT_ONCE).groups
     rows, chosen, stream = crossing_of(selector).select_rows(group, 2, layer_before(), [])
     assert chosen is None
@@ -107,13 +107,13 @@ def test_where_nothing_is_lost_nothing_is_chosen(selector):
     assert torch.equal(rows, group.rows(1))
 
 
-def test_a_selector_cannot_drop_where_it_has_no_function():
+def test_dropping_without_a_selector_function_is_an_error():
     (group,) = step_of(VisualTokenCounts(V, 0, (V, 5, 3))).groups
     with pytest.raises(AssertionError, match="drops no token at boundary 2"):
         crossing_of("fastv").select_rows(group, 2, layer_before(), [])
 
 
-def test_a_merged_row_holds_its_group_and_other_rows_hold_what_they_held():
+def test_a_merged_row_adds_its_group_s_mean_and_other_rows_do_not_change():
     step, layer = step_of(VisualTokenCounts(V, CENTRES, (V, KEPT, DEEP))), layer_before()
     positions = torch.arange(ROWS)
     after, hidden, residual = crossing_of("vitcop")(1, step, positions, layer, labels_of())

@@ -1,4 +1,4 @@
-"""LLaVA's encoder without an engine: a tower of one layer."""
+"""LLaVA's encoder with a tower of one layer. No engine runs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ HIDDEN = 12
 
 
 class OneLayerLlava(PrunedLlavaForConditionalGeneration):
-    """The parts that encode images, with random weights."""
+    """The parts of LLaVA that encode images, with random weights."""
 
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
@@ -53,13 +53,13 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
 
 
 def images_of(selector: SelectorName) -> list[ImageShape]:
-    """Four images, of three counts; clustered where the selector needs clusters."""
+    """Four images with three different counts. ViTCoP clusters the pruned images."""
     pruned, milder = (
         VisualTokenCounts(V, 4 if selector == "vitcop" else 0, stages)
         for stages in ((20, 10, 2), (30, 12, 3))
     )
     counts = [pruned, VisualTokenCounts.unpruned(V), milder, pruned]
-    return [ImageShape(one, SIDE, SIDE) for one in counts]
+    return [ImageShape(image_counts, SIDE, SIDE) for image_counts in counts]
 
 
 @no_host_sync()

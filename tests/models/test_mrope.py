@@ -1,11 +1,11 @@
-"""Positions of prompts with images, against vLLM's own rule."""
+"""M-RoPE positions of prompts with images."""
 
 import torch
 
 from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions, positions_beyond_tokens
 
 
-def test_a_whole_image_stands_as_in_vllm():
+def test_an_unpruned_image_has_vllm_s_positions():
     positions, delta = mrope_positions(11, [MRoPEImage(2, 6, 2, 3, is_whole=True)])
     assert positions.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7],
@@ -15,7 +15,7 @@ def test_a_whole_image_stands_as_in_vllm():
     assert delta == 8 - 11
 
 
-def test_text_after_a_pruned_image_stands_where_it_stands_unpruned():
+def test_text_after_a_pruned_image_has_its_unpruned_positions():
     images = [MRoPEImage(2, 2, 2, 3, is_whole=False), MRoPEImage(5, 1, 4, 1, is_whole=False)]
     positions, delta = mrope_positions(8, images)
     #                                  text  image  t  image  text
@@ -30,7 +30,7 @@ def test_a_prompt_may_end_with_its_image():
     assert delta == 1 + 7 - 3
 
 
-def test_text_alone():
+def test_text_positions_count_from_zero():
     positions, delta = mrope_positions(4, [])
     assert torch.equal(positions, torch.arange(4).expand(3, -1))
     assert delta == 0

@@ -1,4 +1,4 @@
-"""What the processor makes of an image is what was planned for it; no engine runs."""
+"""The processor resizes an image to the planned number of visual tokens. No engine runs."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
 @pytest.fixture(scope="module")
 def processor_of(checkpoint_of: Any) -> Any:
-    """The processor of the tiny Qwen2.5-VL whose operator set some processor keywords."""
+    """Processor keywords of the operator -> the tiny Qwen2.5-VL's processor."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.plugins import load_general_plugins
@@ -33,7 +33,7 @@ def processor_of(checkpoint_of: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("processor_kwargs", "least", "most"),
+    ("processor_kwargs", "min_tokens", "max_tokens"),
     [
         ({}, 1, 10_000),
         ({"max_pixels": 100_352}, 1, 128),
@@ -41,17 +41,17 @@ def processor_of(checkpoint_of: Any) -> Any:
     ],
 )
 @pytest.mark.parametrize(("width", "height"), SIZES)
-def test_the_operator_s_pixel_limits_are_part_of_the_plan(
+def test_the_plan_follows_the_operator_s_pixel_limits(
     processor_of: Any,
     processor_kwargs: dict[str, Any],
-    least: int,
-    most: int,
+    min_tokens: int,
+    max_tokens: int,
     width: int,
     height: int,
 ) -> None:
     processor = processor_of(processor_kwargs)
     planned = processor.info.layout(width, height)
-    assert least <= planned.num_tokens <= most
+    assert min_tokens <= planned.num_tokens <= max_tokens
     if not processor_kwargs:
         assert (planned.rows, planned.columns) == TINY.grid(width, height)
 

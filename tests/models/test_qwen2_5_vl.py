@@ -1,4 +1,4 @@
-"""Qwen2.5-VL's encoder without an engine: a tower of one block."""
+"""Qwen2.5-VL's encoder with a tower of one block. No engine runs."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from tests.device_guard import CUDA, no_host_sync
+from tests.models.test_clip_rows import Projection
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
@@ -19,11 +20,6 @@ HEADS, HEAD_SIZE, WIDTH, HIDDEN, PATCHES = 2, 4, 8, 12, 4
 GRIDS = [(1, 6, 10), (1, 8, 4), (1, 6, 10)]  # patches: 15, 8 and 15 visual tokens
 
 
-class Projection(nn.Linear):
-    def forward(self, hidden: torch.Tensor) -> Any:
-        return super().forward(hidden), None
-
-
 class Mixing(nn.Module):
     scale = 0.5
 
@@ -32,7 +28,7 @@ class Mixing(nn.Module):
             nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in parts))
             for parts in zip(*(x.split(LENGTHS, dim=1) for x in (query, key, value)), strict=True)
         ]
-        return torch.cat([one.transpose(1, 2) for one in mixed], dim=1)
+        return torch.cat([image.transpose(1, 2) for image in mixed], dim=1)
 
 
 LENGTHS = [h * w for _, h, w in GRIDS]
@@ -75,7 +71,7 @@ class Block(nn.Module):
 
 
 class Tower(nn.Module):
-    """As vLLM's: tokens stand in another order than in their image until the last line."""
+    """Like vLLM's tower: tokens are in another order until the last line restores image order."""
 
     spatial_merge_unit = PATCHES
 
@@ -116,7 +112,7 @@ class Tower(nn.Module):
 
 
 class OneBlockQwen(PrunedQwenForConditionalGeneration):
-    """The parts that encode images, with random weights."""
+    """The parts of Qwen2.5-VL that encode images, with random weights."""
 
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
@@ -137,7 +133,7 @@ class OneBlockQwen(PrunedQwenForConditionalGeneration):
 
 
 def images_of(selector: SelectorName) -> list[ImageShape]:
-    """Two pruned images of two shapes, and one that is not."""
+    """Two pruned images of different shapes, and an unpruned image."""
     centres = 3 if selector == "vitcop" else 0
     return [
         ImageShape(VisualTokenCounts(15, centres, (6, 4, 2)), 3, 5),
@@ -162,7 +158,7 @@ ENCODER_SELECTORS = [
 
 @torch.inference_mode()
 @pytest.mark.parametrize("selector", ENCODER_SELECTORS)
-def test_kept_tokens_come_out_as_they_do_otherwise(selector):
+def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
     torch.manual_seed(0)
     qwen, inputs, images = (
         OneBlockQwen(selector),
@@ -207,7 +203,7 @@ def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
 
 @no_host_sync()
 @torch.inference_mode()
-def test_places_reach_positions_without_a_wait():
+def test_scattering_offsets_does_not_make_the_host_wait_for_the_gpu():
     from vitcop_vllm.models.pruned_model import _scatter_rows
 
     is_multimodal = torch.tensor([False, True, True, False, True])
@@ -215,17 +211,17 @@ def test_places_reach_positions_without_a_wait():
     assert _scatter_rows(rows, is_multimodal).shape == (2, 5)
 
 
-def test_images_are_cut_out_by_their_patches():
+def test_slicing_images_slices_their_patches():
     qwen, inputs = OneBlockQwen("vitcop"), inputs_on(torch.device("cpu"))
     part = qwen.slice_images(inputs, 1, 3)
     assert torch.equal(part["pixel_values"], inputs["pixel_values"][60:])
     assert part["image_grid_thw"].tolist() == [[*grid] for grid in GRIDS[1:]]
 
 
-def test_images_are_encoded_by_a_running_sum_of_tokens():
+def test_images_are_batched_up_to_the_token_limit():
     qwen = OneBlockQwen("vitcop")
     qwen._encoder_tokens = 30
     images = images_of("vitcop")
     assert qwen._batches(images) == [(0, 2), (2, 3)]
-    qwen._encoder_tokens = 7  # less than any: one at a time
+    qwen._encoder_tokens = 7  # below every image's tokens: one image per batch
     assert qwen._batches(images) == [(0, 1), (1, 2), (2, 3)]

@@ -1,4 +1,4 @@
-"""A decoder's layers, cut into stages."""
+"""A decoder's layers, split into stages."""
 
 from itertools import chain
 from typing import Any
@@ -12,7 +12,7 @@ from vitcop_vllm.models.stages import layers_by_stage
 
 
 class Layer(nn.Module):
-    """As vLLM's Llama has it: a norm adds its two inputs up."""
+    """A layer like vLLM's Llama layer, whose norms add the residual to the hidden states."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,27 +42,27 @@ class Layer(nn.Module):
 @torch.inference_mode()
 @pytest.mark.parametrize("boundaries", [(1, 2), (2, 3)])
 @pytest.mark.parametrize("selector", ["vitcop", "key_norm", "fastv", "dart", "cls"])
-def test_the_stages_are_the_layers_wherever_a_boundary_cuts(selector, boundaries):
+def test_stages_compute_the_same_as_the_layers(selector, boundaries):
     torch.manual_seed(0)
     layers = [Layer() for _ in range(4)]
     positions, hidden = torch.arange(5.0), torch.randn(5, 8)
-    ours: Any
-    theirs: Any
+    staged: Any
+    unstaged: Any
     stages = layers_by_stage(layers, boundaries, SELECTORS[selector])
-    ours, theirs = (hidden, None), (hidden, None)
+    staged, unstaged = (hidden, None), (hidden, None)
     for layer in layers:
-        theirs = layer(positions, *theirs)
+        unstaged = layer(positions, *unstaged)
     for layer in chain(*stages):
-        ours = layer(positions, *ours)
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
+        staged = layer(positions, *staged)
+    assert torch.equal(staged[0], unstaged[0])
+    assert torch.equal(staged[1], unstaged[1])
 
 
 @pytest.mark.parametrize(
     ("selector", "cuts"),
     [("vitcop", [2]), ("key_norm", [1, 2]), ("fastv", [1]), ("dart", []), ("cls", [])],
 )
-def test_a_boundary_lies_before_the_mlp_where_the_selector_lets_it(selector, cuts):
+def test_a_boundary_splits_a_layer_before_the_mlp_if_the_selector_allows_it(selector, cuts):
     layers = [Layer() for _ in range(6)]
     stages = layers_by_stage(layers, (2, 4), SELECTORS[selector])
     assert [len(stage) for stage in stages] == [2, 2 + (1 in cuts), 2 + (2 in cuts)]

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks, each a thread, combine values by vLLM's own functions."""
+"""Tensor-parallel ranks, simulated by threads, combine values with vLLM's functions."""
 
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, local
@@ -26,7 +26,7 @@ RANKS = 2
 
 
 class Communicator:
-    """In place of vLLM's group. Takes what its strictest communicators take, and no more."""
+    """Replaces vLLM's group; accepts only tensors that all of vLLM's communicators accept."""
 
     world_size = RANKS
 
@@ -35,11 +35,11 @@ class Communicator:
         self.held: list[torch.Tensor] = [torch.empty(0)] * RANKS
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        assert x.dim() == 1, "FlashInfer takes 2-D tensors if their rows suit it"
+        assert x.dim() == 1, "FlashInfer accepts only some 2-D tensors"
         return sum(self.exchange(x), torch.zeros(()))
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        assert dim % x.dim() != 0, "the result may be a buffer of the communicator's"
+        assert dim % x.dim() != 0, "in dimension 0 the result may be a shared buffer"
         return torch.cat(self.exchange(x), dim=dim)
 
     def exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -51,7 +51,7 @@ class Communicator:
         return held
 
     def run(self, function, *per_rank):
-        """The results of each rank, called with its own arguments."""
+        """Call the function on each rank with the rank's arguments. Returns the results."""
 
         def of_rank(number, args):
             self.rank.number = number
@@ -69,14 +69,14 @@ def communicator(monkeypatch) -> Communicator:
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 7), (2, 7, 5)])
-def test_the_mean_over_ranks_is_their_sum_divided(shape, communicator):
+def test_mean_over_ranks(shape, communicator):
     held = [torch.rand(*reversed(shape)).permute(*reversed(range(len(shape)))) for _ in range(2)]
     assert mean_over_ranks(held[0], 1) is held[0]
     for mean in communicator.run(mean_over_ranks, *((x, RANKS) for x in held)):
         torch.testing.assert_close(mean, (held[0] + held[1]) / 2)
 
 
-def test_values_of_ranks_stand_side_by_side(communicator):
+def test_concat_over_ranks_concatenates_the_last_dimension(communicator):
     held = [torch.rand(4, 7, 2).transpose(0, 1) for _ in range(2)]
     assert concat_over_ranks(held[0], 1) is held[0]
     for whole in communicator.run(concat_over_ranks, *((x, RANKS) for x in held)):
@@ -92,8 +92,8 @@ def test_values_of_ranks_stand_side_by_side(communicator):
         ("dart", DROPPED_AT_ONCE),
     ],
 )
-def test_all_ranks_let_the_same_rows_cross(selector, counts, communicator):
-    # Each rank has half of the heads.
+def test_all_ranks_keep_the_same_rows(selector, counts, communicator):
+    # Each rank holds half of the heads.
     layer, cross = layer_before(), crossing_of(selector)
     halves = [
         layer._replace(query=query, key=key)
@@ -103,8 +103,8 @@ def test_all_ranks_let_the_same_rows_cross(selector, counts, communicator):
     first, second = communicator.run(
         lambda half: cross(1, *args, half, labels_of()), *((half,) for half in halves)
     )
-    for ours, theirs in zip(first, second, strict=True):
-        assert torch.equal(ours, theirs)
+    for value, other_value in zip(first, second, strict=True):
+        assert torch.equal(value, other_value)
     communicator.world_size = 1
-    for ours, alone in zip(first, cross(1, *args, layer, labels_of()), strict=True):
-        torch.testing.assert_close(ours, alone)
+    for value, alone in zip(first, cross(1, *args, layer, labels_of()), strict=True):
+        torch.testing.assert_close(value, alone)

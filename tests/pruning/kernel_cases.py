@@ -1,7 +1,7 @@
-"""The kernels against the torch functions: run by ``test_kernels``, not collected with the rest.
+"""Compares the Triton kernels with the torch functions. ``test_kernels`` runs this file.
 
-In Triton's interpreter (``TRITON_INTERPRET=1``, read when ``kernels`` is imported) on the CPU,
-or compiled on a GPU.
+With ``TRITON_INTERPRET=1``, which ``kernels`` reads at import, Triton's interpreter runs the
+kernels on the CPU. Otherwise they are compiled for a GPU.
 """
 
 import os
@@ -21,7 +21,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 def some_norms(n):
-    """(5, n): random, tied, equal, zero, and some that are not finite."""
+    """(5, n): rows of random, tied, equal, zero and partly non-finite values."""
     torch.manual_seed(n)
     norms = torch.stack(
         [
@@ -52,20 +52,20 @@ SIZES = [  # n1, K, n2
 
 
 @pytest.mark.parametrize(("n1", "num_centres", "n2"), SIZES)
-def test_stage_two_is_the_same_to_the_bit(n1, num_centres, n2):
+def test_stage_two_selections_are_equal(n1, num_centres, n2):
     norms = some_norms(n1)
     labels = [some_labels(n1, num_centres, seed, skew=seed % 3) for seed in range(5)]
     args = (norms, torch.stack(labels).to(DEVICE), num_centres, n2)
     wanted = select_stage_two(*args)
     got = TRITON.select_stage_two(*args)
-    for field, ours, theirs in zip(wanted._fields, got, wanted, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs), field
+    for field, result, expected in zip(wanted._fields, got, wanted, strict=True):
+        assert result.dtype == expected.dtype
+        assert torch.equal(result, expected), field
 
 
 @pytest.mark.parametrize("step", [1.0, -1.0], ids=["ascending", "descending"])
 @pytest.mark.parametrize(("sizes", "n2", "whole"), HALVES)
-def test_float32_decides_halves_of_quotas(sizes, n2, whole, step):
+def test_exact_halves_of_quotas_round_as_in_float32(sizes, n2, whole, step):
     norms, labels = tokens_of_clusters(sizes, [100.0 + step * k for k in range(len(sizes))])
     got = TRITON.select_stage_two(norms.to(DEVICE), labels.to(DEVICE), len(sizes), n2)
     kept = labels[got.groups.cpu() == len(sizes)]
@@ -76,7 +76,7 @@ def test_float32_decides_halves_of_quotas(sizes, n2, whole, step):
     ("n1", "num_centres", "n2", "dtype"),
     [(1, 1, 1, torch.float32), (40, 3, 9, torch.bfloat16), (40, 12, 4, torch.float32)],
 )
-def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype):
+def test_merged_rows_are_close_and_unmerged_rows_equal(n1, num_centres, n2, dtype):
     torch.manual_seed(n1)
     labels = torch.stack([some_labels(n1, num_centres, seed) for seed in range(2)])
     selection = select_stage_two(torch.rand(2, n1), labels, num_centres, n2)
@@ -94,13 +94,13 @@ def test_merged_rows_differ_in_the_last_place_at_most(n1, num_centres, n2, dtype
 
 
 @pytest.mark.parametrize(("n", "count"), [(1, 1), (33, 32), (128, 77)])
-def test_the_first_are_the_same(n, count):
+def test_rankings_are_equal(n, count):
     values = some_norms(n)
     assert torch.equal(TRITON.select_stage_three(values, count), select_stage_three(values, count))
     assert torch.equal(TRITON.most_salient(values, count), most_salient(values, count))
 
 
-def agrees(features, index, side, num_centres, *options):
+def assert_labels_agree(features, index, side, num_centres, *options):
     places = patch_positions(index, side, side).to(DEVICE)
     args = (features.to(DEVICE), places, num_centres, *options)
     assert torch.equal(TRITON.cluster_labels(*args), cluster_labels(*args))
@@ -110,25 +110,25 @@ def agrees(features, index, side, num_centres, *options):
     ("n", "num_centres", "radius"),
     [(1, 1, 0.6), (2, 1, 0.0), (40, 40, 0.2), (65, 7, 0.1), (130, 20, 0.6)],
 )
-def test_labels_are_the_same(n, num_centres, radius):
+def test_labels_are_equal(n, num_centres, radius):
     features = torch.stack([clumps(n, 32, seed) for seed in range(2)])
     index = torch.stack([some_patches(n, 14, 14, seed) for seed in range(2)])
-    agrees(features, index, 14, num_centres, 7.0, radius)
+    assert_labels_agree(features, index, 14, num_centres, 7.0, radius)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_labels_are_the_same_when_tokens_tie(seed):
+def test_labels_are_equal_when_tokens_tie(seed):
     torch.manual_seed(seed)
     features = 4.0 * torch.randint(-2, 3, (2, 49, 2))
     features[1] = 0.1
     index = torch.arange(49).expand(2, -1)
-    agrees(features, index, 7, 1 + 12 * seed, 8.0, [0.3, 0.6][seed % 2])
+    assert_labels_agree(features, index, 7, 1 + 12 * seed, 8.0, [0.3, 0.6][seed % 2])
 
 
 def test_long_chains_end_at_their_centre():
     steps = torch.arange(60)
     features = torch.cat([torch.zeros(10), 100 + steps + steps.square() / 100])[None, :, None]
-    agrees(features, torch.zeros(1, 70), 1, 2, 1.0)
+    assert_labels_agree(features, torch.zeros(1, 70), 1, 2, 1.0)
 
 
 def test_labels_stay_in_range_when_features_are_not_finite():

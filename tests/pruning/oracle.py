@@ -1,6 +1,6 @@
-"""The method once more, slow and obvious: one image, loops and dictionaries.
+"""A slow, obvious implementation of the method and of the other selectors, for one image.
 
-Written from the paper and its published program, not from the tensor code it judges.
+Written from the papers and their published programs, independently of the tensor code.
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def saliency(query, keys, scale):
-    """(heads, D), (1 + V, heads, D) -> V floats."""
+    """(heads, D), (1 + V, heads, D) -> V floats: attention of [CLS], summed over heads."""
     heads, _ = query.shape
     total = np.zeros(len(keys) - 1)
     for head in range(heads):
@@ -38,7 +38,7 @@ def positions(index, height, width):
 
 
 def labels(features, places, num_centres, density_scale=8.0, radius=0.6):
-    """(n, C), n pairs -> n labels."""
+    """(n, C) features, n (row, column) pairs -> n cluster labels."""
     n = len(features)
     rows = np.asarray(features, dtype=np.float64)
     distance = [[np.float32(math.sqrt(((rows[i] - rows[j]) ** 2).sum())) for j in range(n)]
@@ -77,13 +77,13 @@ def labels(features, places, num_centres, density_scale=8.0, radius=0.6):
 
 
 def share(size, n1, num_clusters, n2):
-    """Tokens a cluster keeps whole, before the total is made up; float32 rounds each step."""
+    """Unmerged tokens of a cluster before the total is corrected; each step rounds to float32."""
     quotient = np.float32(size - 1) / np.float32(n1 - num_clusters)
     return round(float(quotient * np.float32(n2 - num_clusters)))  # halves to even
 
 
 def quotas(sizes, sums, n1, n2):
-    """Tokens each cluster keeps whole, in total n2 - len(sizes)."""
+    """Unmerged tokens of each cluster; they sum to n2 - len(sizes)."""
     clusters = range(len(sizes))
     wanted = n2 - len(sizes)
     quota = {
@@ -101,7 +101,7 @@ def quotas(sizes, sums, n1, n2):
 
 
 def stage_two(key_norm, cluster_of, num_centres, n2):
-    """Rows as (source token, members); members is None for a token kept whole."""
+    """Rows as (source token, members); members is None for an unmerged token."""
     n1 = len(key_norm)
     clusters = defaultdict(list)
     for token in range(n1):
@@ -137,7 +137,7 @@ def merged(hidden, output):
     return np.stack(result)
 
 
-# Selectors other than ViTCoP: each chooses ``count`` tokens of one image, ascending.
+# Other selectors: each returns ``count`` token indices of one image, ascending.
 
 
 def scatter(x):
@@ -148,7 +148,7 @@ def scatter(x):
 
 
 def random_subset(pixels, patches, count):
-    """Float32 pixels of an image in any shape; the choice hangs on every bit of them."""
+    """A random subset of patches, seeded by every bit of the image's float32 pixels."""
     seed = 0
     for place, bits in enumerate(np.asarray(pixels, dtype=np.float32).reshape(-1).view(np.uint32)):
         seed = (seed + scatter(int(bits) ^ scatter(place))) % 2**32
@@ -156,7 +156,7 @@ def random_subset(pixels, patches, count):
 
 
 def even_grid(height, width, count):
-    """By thresholds of ordered dithering: each square holds four smaller copies of itself."""
+    """Patches with the smallest thresholds of a Bayer matrix (ordered dithering)."""
     matrix = [[0]]
     while len(matrix) < max(height, width):
         matrix = [
@@ -175,7 +175,7 @@ def cosine(a, b):
 
 
 def max_min_diversity(embeddings, count):
-    """(V, H)."""
+    """(V, H) embeddings -> greedy max-min selection by cosine distance."""
     tokens = range(len(embeddings))
     distance = [[1 - cosine(embeddings[i], embeddings[j]) for j in tokens] for i in tokens]
     chosen: list[int] = []

@@ -1,4 +1,4 @@
-"""The table of selectors, and the counts its rules give."""
+"""The table of selectors, and the counts of their budgets."""
 
 import subprocess
 import sys
@@ -96,18 +96,20 @@ def test_ratio_zero_prunes_nothing(name):
 
 @settings(max_examples=400)
 @given(names, ratios, layers, tokens)
-def test_layer_average_is_as_asked(name, ratio, num_layers, encoder_tokens):
+def test_layer_average_matches_the_ratio(name, ratio, num_layers, encoder_tokens):
     chosen = settings_of(name)
     ratio = reachable(chosen, ratio, num_layers)
     counts = plan_counts(chosen, ratio, num_layers, encoder_tokens)
     if 1 in counts.stages:
-        return  # one token is the least there can be, whatever was asked
+        return  # a stage keeps at least one token, so the average may be larger
     average = counts.layer_average(chosen.boundaries(num_layers), num_layers)
     assert abs(average - (1 - ratio) * encoder_tokens) <= 2
 
 
 @given(names, ratios, layers, tokens)
-def test_tokens_are_lost_only_where_a_function_chooses_them(name, ratio, num_layers, tokens):
+def test_a_stage_drops_tokens_only_if_the_selector_has_a_function_for_it(
+    name, ratio, num_layers, tokens
+):
     chosen, row = settings_of(name), SELECTORS[name]
     counts = plan_counts(chosen, reachable(chosen, ratio, num_layers), num_layers, tokens)
     n1, n2, n3 = counts.stages

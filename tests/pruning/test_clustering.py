@@ -13,8 +13,8 @@ def some_patches(count, height, width, seed):
     return torch.randperm(height * width, generator=generator)[:count].sort().values
 
 
-def agrees(features, index, height, width, num_centres, **options):
-    """Tensor labels of one image, having compared them with the oracle's."""
+def checked(features, index, height, width, num_centres, **options):
+    """Compare an image's labels with the oracle's. Returns the labels."""
     places = patch_positions(index[None], height, width)
     got = cluster_labels(features[None], places, num_centres, *options.values())[0].tolist()
     wanted = oracle.labels(
@@ -25,7 +25,7 @@ def agrees(features, index, height, width, num_centres, **options):
 
 
 def clumps(count, channels, seed, spread=3.0):
-    """Features around a few means, at distances that d_c = 8 tells apart."""
+    """Features around six means; with d_c = 8 their densities differ."""
     generator = torch.Generator().manual_seed(seed)
     means = torch.randn(6, channels, generator=generator) * 12 / channels**0.5
     which = torch.randint(6, (count,), generator=generator)
@@ -36,7 +36,7 @@ def clumps(count, channels, seed, spread=3.0):
 @pytest.mark.parametrize(("count", "num_centres"), [(172, 20), (230, 34), (288, 51)])
 def test_labels_agree_with_the_oracle_at_published_sizes(count, num_centres):
     features = clumps(count, 1024, seed=count)
-    got = agrees(features, some_patches(count, 24, 24, seed=1), 24, 24, num_centres)
+    got = checked(features, some_patches(count, 24, 24, seed=1), 24, 24, num_centres)
     assert set(got) == set(range(num_centres))
 
 
@@ -47,14 +47,14 @@ def test_labels_agree_with_the_oracle_on_random_images(seed):
     count = int(torch.randint(1, height * width + 1, ()))
     num_centres = int(torch.randint(1, count + 1, ()))
     index = some_patches(count, height, width, seed)
-    agrees(clumps(count, 16, seed), index, height, width, num_centres)
+    checked(clumps(count, 16, seed), index, height, width, num_centres)
 
 
 @pytest.mark.parametrize(("density_scale", "radius"), [(2.0, 0.6), (30.0, 0.25), (8.0, 2.0)])
 def test_labels_follow_scale_and_radius(density_scale, radius):
     index = some_patches(60, 10, 10, seed=3)
     features = clumps(60, 16, seed=3)
-    agrees(features, index, 10, 10, 7, density_scale=density_scale, radius=radius)
+    checked(features, index, 10, 10, 7, density_scale=density_scale, radius=radius)
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,17 +66,19 @@ def test_labels_agree_with_the_oracle_when_tokens_tie(points, data):
     num_centres = data.draw(st.integers(1, len(points)))
     radius = data.draw(st.sampled_from([0.0, 0.2, 0.4, 0.6, 2.0]))
     features = 4 * torch.tensor(points, dtype=torch.float32)
-    agrees(features, torch.arange(len(points)), 5, 5, num_centres, density_scale=8.0, radius=radius)
+    checked(
+        features, torch.arange(len(points)), 5, 5, num_centres, density_scale=8.0, radius=radius
+    )
 
 
 @pytest.mark.parametrize("num_centres", [1, 2, 7, 36])
 def test_identical_features_are_labelled_by_index(num_centres):
     features = torch.full((36, 64), 0.1)
-    got = agrees(features, torch.arange(36), 6, 6, num_centres)
+    got = checked(features, torch.arange(36), 6, 6, num_centres)
     assert set(got) == set(range(num_centres))
 
 
-def test_every_label_has_its_centre():
+def test_with_as_many_centres_as_tokens_every_token_has_its_own_label():
     features = clumps(3 * 50, 16, seed=8).view(3, 50, 16)
     places = patch_positions(torch.arange(50).expand(3, 50), 5, 10)
     got = cluster_labels(features, places, 50)
@@ -92,16 +94,16 @@ def test_first_label_is_the_densest_token():
     ]  # fmt: skip
 
 
-def test_radius_includes_its_own_length():
-    # Token 1 is densest, token 0 next and 0.6 away from it.
+def test_a_distance_equal_to_the_radius_is_near():
+    # Token 1 is the densest, token 0 the second densest. They are 0.6 apart.
     features = torch.tensor([[[0.0], [0.5], [6.0]]])
     places = torch.tensor([[[0.0, 0.0], [0.6, 0.0], [0.1, 0.0]]])
     assert cluster_labels(features, places, 2, spatial_radius=0.6).tolist() == [[0, 0, 1]]
     assert cluster_labels(features, places, 2, spatial_radius=0.55).tolist() == [[0, 1, 1]]
 
 
-def test_lonely_token_joins_the_centre_nearest_in_features():
-    # Nobody is near anybody: five infinite deltas compete for two centres.
+def test_a_token_without_near_tokens_joins_the_centre_with_the_nearest_features():
+    # No two tokens are near each other, so all five deltas are infinite.
     features = torch.tensor([[0.0], [10.0], [9.0], [1.0], [5.0]])
     places = patch_positions(torch.arange(5)[None], 1, 5)
     got = cluster_labels(features[None], places, 2, spatial_radius=0.1)
@@ -109,8 +111,8 @@ def test_lonely_token_joins_the_centre_nearest_in_features():
 
 
 def test_long_chains_end_at_their_centre():
-    # Ten equal tokens, and far from them 200 with gaps that widen to the right, so that
-    # the nearest denser token of each but the first is its left neighbour.
+    # Ten equal tokens and, far from them, 200 tokens whose gaps widen to the right. Except for
+    # the first, the nearest denser token of each is its left neighbour.
     steps = torch.arange(200)
     chain = 100 + steps + steps.square() / 100
     features = torch.cat([torch.zeros(10), chain])[None, :, None]
@@ -118,7 +120,7 @@ def test_long_chains_end_at_their_centre():
     assert labels.tolist() == [[0] * 10 + [1] * 200]
 
 
-def test_equal_densities_compare_equal_whatever_the_order_of_their_terms():
+def test_densities_do_not_depend_on_the_order_of_the_distances():
     torch.manual_seed(0)
     distances = 20 * torch.rand(500)
     rows = torch.stack([distances[torch.randperm(500)] for _ in range(100)])[None]
@@ -126,7 +128,7 @@ def test_equal_densities_compare_equal_whatever_the_order_of_their_terms():
 
 
 @pytest.mark.parametrize("num_centres", [1, 5])
-def test_one_batch_is_its_images(num_centres):
+def test_an_image_has_the_same_labels_in_any_batch(num_centres):
     features = torch.stack([clumps(40, 32, seed) for seed in range(4)])
     features[3] = 1.0
     index = torch.stack([some_patches(40, 8, 9, seed) for seed in range(4)])

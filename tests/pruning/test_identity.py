@@ -1,4 +1,4 @@
-"""An image's identity says what is kept of it."""
+"""An image's identifier holds the counts of its plan."""
 
 from types import SimpleNamespace
 
@@ -21,20 +21,20 @@ def feature(identifier: str, offset: int, length: int = 172):
     )
 
 
-def test_counts_survive_the_trip():
+def test_an_identifier_returns_its_counts():
     assert counts_of_identifier(tag_identifier("f00d", COUNTS)) == COUNTS
 
 
-def test_a_lora_prefix_does_not_matter():
+def test_a_lora_prefix_does_not_change_the_counts():
     assert counts_of_identifier("adapter:" + tag_identifier("f00d", COUNTS)) == COUNTS
 
 
-def test_a_client_cannot_name_its_own_counts():
+def test_counts_in_a_client_s_identifier_are_ignored():
     forged = tag_identifier("f00d@576.1.1.1.1", COUNTS)
     assert counts_of_identifier(forged) == COUNTS
 
 
-def test_equal_images_with_other_counts_have_other_names():
+def test_equal_images_with_different_counts_have_different_identifiers():
     other = VisualTokenCounts.unpruned(576)
     assert tag_identifier("f00d", COUNTS) != tag_identifier("f00d", other)
 
@@ -45,7 +45,7 @@ def test_a_request_without_pruned_images_has_no_plan():
     assert plan_request([feature(whole, 3)]) is None
 
 
-def test_a_plan_lists_spans_where_the_placeholders_are():
+def test_a_plan_s_spans_are_the_placeholders_positions():
     plan = plan_request([feature(tag_identifier("a", COUNTS), 3)])
     assert plan is not None
     assert [(span.offset, span.end) for span in plan.spans] == [(3, 175)]
@@ -54,7 +54,7 @@ def test_a_plan_lists_spans_where_the_placeholders_are():
 @pytest.mark.parametrize(
     "name", ["f00d", "me@example.org", "f00d@1.2.3", "f00d@1.2.3.4.x", "1.1.1.1.1"]
 )
-def test_an_image_processed_elsewhere_has_as_many_tokens_as_placeholders(name):
+def test_an_identifier_without_counts_is_an_unpruned_image(name):
     assert plan_request([feature(name, 3)]) is None
     plan = plan_request([feature(name, 3), feature(tag_identifier("a", COUNTS), 200)])
     assert plan is not None
@@ -79,12 +79,12 @@ def test_impossible_counts_are_an_error():
         plan_request([feature("f00d@5.1.9.9.9", 3, length=9)])
 
 
-def test_an_error_does_not_repeat_a_long_name():
+def test_an_error_shortens_a_long_identifier():
     with pytest.raises(CountsMismatchError) as caught:
         plan_request([feature("x" * 5000 + "@" + "9" * 5000 + ".1.1.1.1", 3)])
     assert len(str(caught.value)) < 300
 
 
-def test_an_identity_without_counts_is_an_error_to_who_must_know_them():
+def test_reading_counts_from_an_identifier_without_them_is_an_error():
     with pytest.raises(RuntimeError, match="without visual token counts"):
         counts_of_identifier("f00d")

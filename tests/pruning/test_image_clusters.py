@@ -33,7 +33,7 @@ def test_rms_distance_is_over_all_ordered_pairs():
     torch.testing.assert_close(rms_distance(features), expected.float())
 
 
-def test_a_published_scale_is_a_distance():
+def test_the_family_s_or_the_operator_s_density_scale_is_used_as_it_is():
     features, index = features_of(60), all_of(6, 10)
     expected = cluster_labels(features, patch_positions(index, 6, 10), 7, density_scale=3.0)
     assert torch.equal(label(DEFAULTS, features, index, (6, 10), 7, 3.0), expected)
@@ -41,7 +41,7 @@ def test_a_published_scale_is_a_distance():
     assert torch.equal(label(chosen, features, index, (6, 10), 7, 8.0), expected)
 
 
-def test_a_relative_scale_does_not_see_how_wide_features_are():
+def test_without_a_scale_labels_do_not_depend_on_the_features_magnitude():
     features, index = features_of(60), all_of(6, 10)
     labels = label(DEFAULTS, features, index, (6, 10), 7, None)
     assert torch.equal(label(DEFAULTS, features * 4, index, (6, 10), 7, None), labels)
@@ -50,7 +50,7 @@ def test_a_relative_scale_does_not_see_how_wide_features_are():
     assert torch.equal(label(absolute, features[:1], index[:1], (6, 10), 7, None), labels[:1])
 
 
-def test_equal_features_are_no_division_by_zero():
+def test_equal_features_do_not_divide_by_zero():
     labels = label(DEFAULTS, torch.ones(1, 12, 4), all_of(3, 4, 1), (3, 4), 3, None)
     assert {*labels.flatten().tolist()} == {0, 1, 2}
 
@@ -64,7 +64,7 @@ def test_a_large_image_is_clustered_in_blocks(grid, num_centres):
     assert {*labels.flatten().tolist()} == {*range(num_centres)}
 
 
-def test_blocks_are_compact_and_in_order_of_the_curve():
+def test_blocks_are_compact_and_follow_the_z_curve():
     order = _block_order(all_of(4, 4, 1), (4, 4))[0].tolist()
     assert [{*order[i : i + 4]} for i in (0, 4, 8, 12)] == [
         {0, 1, 4, 5},
@@ -74,7 +74,7 @@ def test_blocks_are_compact_and_in_order_of_the_curve():
     ]
 
 
-def test_a_batch_is_clustered_as_its_images_are():
+def test_an_image_has_the_same_clusters_in_any_batch():
     features, index = features_of(2304), all_of(48, 48)
     both = label(DEFAULTS, features, index, (48, 48), 200, None)
     for i in range(2):

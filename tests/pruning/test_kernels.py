@@ -1,4 +1,4 @@
-"""The kernels that choose tokens on a GPU, mostly without one."""
+"""The Triton kernels for selection: interpreted, compiled for GPUs, and run if there is a GPU."""
 
 import os
 import re
@@ -25,7 +25,7 @@ MODES = ["interpreted", *(["compiled"] if torch.cuda.is_available() else [])]
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels_agree_with_torch(mode):
     environment = {**os.environ, "TRITON_INTERPRET": "1" if mode == "interpreted" else "0"}
-    # No number is what numpy, which interprets, warns of.
+    # Triton's interpreter uses numpy, which warns of NaN.
     options = ["--noconftest", "-W", "ignore::RuntimeWarning"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/pruning/kernel_cases.py"],
@@ -38,14 +38,14 @@ def test_kernels_agree_with_torch(mode):
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-class _Launches:
-    """Stands in for a kernel and takes down what it would be launched with."""
+class _RecordedKernel:
+    """Replaces a kernel and records the arguments of its launches."""
 
-    def __init__(self, kernel, taken):
-        self.kernel, self.taken = kernel, taken
+    def __init__(self, kernel, recorded):
+        self.kernel, self.recorded = kernel, recorded
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.taken.append((self.kernel, grid, args, options))
+        return lambda *args, **options: self.recorded.append((self.kernel, grid, args, options))
 
 
 LARGEST_OF_LLAVA = (288, 51, 253)  # n1, K, n2
@@ -57,14 +57,14 @@ def launches(n1, num_centres, n2):
     """(kernel, grid, arguments, options) of every kernel, for one image of these counts."""
     from vitcop_vllm.pruning.kernels import clustering, order, selection
 
-    taken: list[tuple[Any, ...]] = []
+    recorded: list[tuple[Any, ...]] = []
     kernels = set()
     with pytest.MonkeyPatch.context() as patch:
         for module in (clustering, order, selection):
             for name, value in vars(module).copy().items():
                 if name.endswith("_kernel"):
                     kernels.add(value)
-                    patch.setattr(module, name, _Launches(value, taken))
+                    patch.setattr(module, name, _RecordedKernel(value, recorded))
         TRITON.most_salient(torch.rand(1, min(2 * n1, MAX_TOKENS)), n1)
         TRITON.cluster_labels(torch.rand(1, n1, 8), torch.rand(1, n1, 2), num_centres)
         norms, labels = torch.rand(1, n1), torch.zeros(1, n1, dtype=torch.int64)
@@ -72,8 +72,8 @@ def launches(n1, num_centres, n2):
         TRITON.select_stage_two(norms, labels, num_centres, num_centres - 1)
         TRITON.merge_tokens(torch.rand(1, n1, 4096).bfloat16(), selected)
         TRITON.select_stage_three(norms[:, :n2], n2 // 5)
-    assert {kernel for kernel, *_ in taken} == kernels
-    return taken
+    assert {kernel for kernel, *_ in recorded} == kernels
+    return recorded
 
 
 def _signature(argument) -> str:
@@ -92,7 +92,7 @@ def _compile(kernel, args, options, capability):
     given = dict(zip(kernel.arg_names, args, strict=True))
     fixed = {p.name: given[p.name] for p in kernel.params if p.is_constexpr}
     types = {k: "constexpr" if k in fixed else _signature(v) for k, v in given.items()}
-    # Tensors begin at multiples of 16 bytes on a GPU, and Triton compiles for that.
+    # On a GPU, tensors are aligned to 16 bytes, and Triton specialises kernels for that.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(args)
@@ -117,16 +117,16 @@ def test_kernels_compile_for_gpus(capability, image):
         assert compiled.metadata.shared <= 4096  # bytes per program; every GPU has 48 KiB
         ptx = compiled.asm["ptx"]
         if kernel.__name__ in ("_stage_two_kernel", "_parent_kernel"):
-            # A product fused into a sum is not rounded: a radius that is met exactly would come
-            # out otherwise than torch's.
+            # A fused multiply-add does not round the product. Comparisons with the radius and
+            # halves of quotas could then differ from torch's.
             assert "fma." not in ptx
-        # Approximate division would round halves of quotas otherwise than torch does.
+        # Approximate division could round halves of quotas differently from torch.
         assert not re.search(r"div\.(full|approx)", ptx)
         if dict(zip(kernel.arg_names, args, strict=True)).get("MANY_CLUSTERS") is False:
             assert "div.rn.f32" in ptx
 
 
-def test_the_setting_chooses_the_kernels():
+def test_the_setting_selects_the_kernels():
     assert kernel_set("auto") is TORCH
     assert kernel_set("torch") is TORCH
     assert kernel_set("triton") is TRITON
@@ -144,6 +144,6 @@ def test_images_too_large_for_one_program_use_torch():
     }
     assert set(arguments) == set(KernelSet._fields)
     for name, given in arguments.items():
-        ours, theirs = getattr(TRITON, name)(*given), getattr(TORCH, name)(*given)
-        for one, other in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        results, expected = getattr(TRITON, name)(*given), getattr(TORCH, name)(*given)
+        for one, other in zip(tree_leaves(results), tree_leaves(expected), strict=True):
             assert torch.equal(one, other), name

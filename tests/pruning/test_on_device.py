@@ -1,4 +1,4 @@
-"""Choosing tokens never makes the host wait for the GPU, whatever the default dtype is."""
+"""Selection never makes the host wait for the GPU, and ignores the default dtype."""
 
 from functools import partial
 
@@ -74,7 +74,7 @@ def test_choosing_patches_stays_on_the_device(name):
 
 @no_host_sync()
 @pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.shallow])
-def test_choosing_tokens_stays_on_the_device(name):
+def test_selecting_tokens_stays_on_the_device(name):
     ones = partial(torch.ones, device="cuda", dtype=torch.float16)
     view = BoundaryView(
         rows=torch.ones(2, 576, device="cuda", dtype=torch.int64),
@@ -96,14 +96,14 @@ def test_choosing_tokens_stays_on_the_device(name):
 
 @pytest.fixture
 def half_precision_default():
-    """Engines load models with a half-precision default dtype."""
+    """Sets bfloat16 as the default dtype, as an engine does while it loads a model."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     yield
     torch.set_default_dtype(before)
 
 
-def everything(query, keys, features):
+def all_results(query, keys, features):
     patches = EncoderView(
         queries=lambda: keys,
         cls_query=query,
@@ -157,11 +157,11 @@ def inputs():
 
 @pytest.fixture
 def usual_results(inputs):
-    return everything(*inputs)
+    return all_results(*inputs)
 
 
 @pytest.mark.usefixtures("half_precision_default")
 def test_results_do_not_depend_on_the_default_dtype(usual_results, inputs):
-    for usual, now in zip(usual_results, everything(*inputs), strict=True):
+    for usual, now in zip(usual_results, all_results(*inputs), strict=True):
         assert usual.dtype == now.dtype
         assert torch.equal(usual, now)

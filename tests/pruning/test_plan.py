@@ -60,25 +60,25 @@ def test_counts_never_grow_from_stage_to_stage(ratio, num_layers, encoder_tokens
 
 @settings(max_examples=400)
 @given(ratios, layers, tokens)
-def test_layer_average_is_as_asked(ratio, num_layers, encoder_tokens):
+def test_layer_average_matches_the_ratio(ratio, num_layers, encoder_tokens):
     counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
     if 1 in counts.stages:
-        return  # one token is the least there can be, whatever was asked
-    asked = (1 - ratio) * encoder_tokens
-    assert abs(average(ratio, num_layers, encoder_tokens) - asked) <= 2
+        return  # a stage keeps at least one token, so the average may be larger
+    wanted = (1 - ratio) * encoder_tokens
+    assert abs(average(ratio, num_layers, encoder_tokens) - wanted) <= 2
 
 
 @settings(max_examples=400)
 @given(ratios, ratios, layers, tokens)
 @example(0.11, 0.115, 70, 10)
-def test_higher_ratio_keeps_no_more(one, other, num_layers, encoder_tokens):
+def test_a_higher_ratio_does_not_keep_more_tokens(one, other, num_layers, encoder_tokens):
     low, high = sorted((one, other))
-    # Counts are whole: one token more or less in a stage is rounding.
+    # Counts are integers, so rounding may add one token.
     assert average(high, num_layers, encoder_tokens) <= average(low, num_layers, encoder_tokens) + 1
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 0.2, 0.3])
-def test_mild_ratios_prune_in_the_deep_stage_alone(ratio):
+def test_mild_ratios_drop_no_token_in_stage_two(ratio):
     n1, n2, n3 = plan_counts(DEFAULTS, ratio, 32, 576).stages
     assert n1 == n2 > n3
 
@@ -88,10 +88,11 @@ def test_fractions_are_interpolated_between_rows():
     assert middle.stages[0] == pytest.approx((low.stages[0] + high.stages[0]) / 2, abs=1)
 
 
-def test_a_single_row_serves_every_ratio():
-    one = PruningSettings(fractions=(FractionRow(keep=0.2, encoder=0.6, centres=0.1),))
+def test_a_single_row_of_fractions_applies_at_every_ratio():
+    row = FractionRow(keep=0.2, encoder=0.6, centres=0.1)
     for ratio in (0.5, 0.7, 0.8):
-        assert plan_counts(one, ratio, 32, 1000).stages[0] == 600
+        counts = plan_counts(PruningSettings(fractions=(row,)), ratio, 32, 1000)
+        assert counts.stages[0] == 600
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
@@ -120,7 +121,7 @@ def test_counts_survive_encoding(ratio, num_layers, encoder_tokens):
     assert VisualTokenCounts.decode(counts.encode()) == counts
 
 
-def test_encoding_tells_plans_apart():
+def test_different_counts_have_different_encodings():
     plans = [plan_counts(DEFAULTS, ratio, 32, 576) for ratio in (0.0, 0.5, 2 / 3, 7 / 9, 8 / 9)]
     assert len({counts.encode() for counts in plans}) == len(plans)
 
@@ -148,7 +149,7 @@ PLAN = RequestPlan((VisualSpan(5, STRONG), VisualSpan(177, MILD), VisualSpan(200
     [
         (0, (0, 0, 0)),
         (5, (5, 5, 5)),
-        (176, (176, 176, 176)),  # one token short of the first span's end
+        (176, (176, 176, 176)),  # one token before the first span's end
         (177, (177, 82, 20)),
         (186, (186, 91, 29)),
         (187, (187, 92, 24)),
@@ -158,7 +159,7 @@ PLAN = RequestPlan((VisualSpan(5, STRONG), VisualSpan(177, MILD), VisualSpan(200
         (1000, (1000, 810, 680)),
     ],
 )
-def test_physical_length_drops_a_span_at_its_end(num_tokens, lengths):
+def test_slots_of_a_span_are_dropped_at_its_end(num_tokens, lengths):
     assert tuple(PLAN.num_slots(num_tokens, stage) for stage in range(3)) == lengths
 
 
@@ -181,7 +182,7 @@ def cuts_no_span(plan, end):
 
 
 @given(request_plans())
-def test_physical_length_is_a_count_of_slots(plan):
+def test_slots_are_tokens_minus_the_dropped_ones(plan):
     whole = [end for end in range(150) if cuts_no_span(plan, end)]
     for stage in range(3):
         dropped = 0
@@ -203,19 +204,19 @@ def test_last_whole_end_is_the_largest_that_cuts_no_span(plan, start, length):
     assert plan.last_whole_end(start, start + length) == wanted
 
 
-def test_last_whole_end_of_a_span_too_long_for_the_step_is_its_start():
+def test_last_whole_end_is_the_start_of_a_span_that_does_not_fit():
     assert PLAN.last_whole_end(5, 100) == 5
     assert PLAN.last_whole_end(0, 100) == 5
     assert PLAN.last_whole_end(0, 177) == 177
 
 
 @given(request_plans(), st.integers(0, 100), st.integers(0, 100))
-def test_spans_in_begin_inside(plan, start, end):
+def test_spans_in_returns_the_spans_that_begin_in_the_range(plan, start, end):
     inside = plan.spans_in(start, end)
     assert list(inside) == [s for s in plan.spans if s.offset in range(start, end)]
 
 
-def test_plan_without_images_changes_nothing():
+def test_plan_without_images_drops_nothing():
     plan = RequestPlan(())
     assert not plan.is_pruned
     assert not plan.drops_slots
@@ -230,8 +231,8 @@ def test_plan_pruned_in_the_encoder_alone_drops_no_slots():
     assert PLAN.drops_slots
 
 
-def test_an_unpruned_span_may_be_computed_in_parts():
-    """Beside a pruned one, too: none of its tokens is selected."""
+def test_an_unpruned_span_may_be_computed_in_chunks():
+    """The same holds beside a pruned span."""
     pruned = VisualTokenCounts(20, 1, (8, 4, 2))
     plan = RequestPlan((VisualSpan(10, VisualTokenCounts.unpruned(20)), VisualSpan(40, pruned)))
     assert not any(plan.cuts_span(length) for length in range(41))

@@ -29,7 +29,7 @@ def test_saliency_is_the_attention_of_cls_summed_over_heads(scale):
         np.testing.assert_allclose(got[image].numpy(), wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_saliency_leaves_out_what_cls_gives_itself():
+def test_saliency_leaves_out_the_attention_of_cls_to_itself():
     query, keys = attention_inputs()
     assert (cls_saliency(query, keys, 0.3).sum(dim=1) < 4).all()
     keys[:, 0] = -1e4 * query
@@ -56,7 +56,7 @@ def test_saliency_survives_scores_past_the_range_of_exp():
     assert cls_saliency(1e3 * query, 1e3 * keys, 1.0).isfinite().all()
 
 
-def test_saliency_of_a_batch_is_that_of_its_images():
+def test_saliency_of_a_batch_equals_that_of_its_images():
     query, keys = attention_inputs()
     single = [cls_saliency(query[i : i + 1], keys[i : i + 1], 0.3) for i in range(3)]
     torch.testing.assert_close(cls_saliency(query, keys, 0.3), torch.cat(single))
@@ -82,7 +82,7 @@ def test_most_salient_at_published_sizes(count):
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (5, 7), (1, 9), (9, 1)])
-def test_positions_are_row_and_column_shares(height, width):
+def test_positions_are_fractions_of_height_and_width(height, width):
     index = torch.arange(height * width)[None]
     got = patch_positions(index, height, width)
     assert got.dtype == torch.float32
@@ -122,7 +122,7 @@ def test_an_image_gets_the_same_bits_in_any_batch():
 
 
 @pytest.mark.parametrize("grid", [(128, 128), (48, 48), (27, 19), (4097, 1), (20, 800)])
-def test_of_many_queries_an_even_sample_stands_for_all(grid):
+def test_the_sample_of_queries_is_spread_evenly_over_the_grid(grid):
     rows, columns = grid
     sample = saliency._spread(rows * columns, torch.device("cpu"))
     assert len(sample.unique()) == len(sample) == saliency.MAX_QUERIES
@@ -132,7 +132,7 @@ def test_of_many_queries_an_even_sample_stands_for_all(grid):
             assert abs(float(part.sum()) - len(part) / extent) < 0.01
 
 
-def test_a_sample_is_what_attention_received_averages_over(monkeypatch):
+def test_attention_received_averages_over_the_sample(monkeypatch):
     torch.manual_seed(2)
     monkeypatch.setattr(saliency, "MAX_QUERIES", 16)
     queries, keys = torch.randn(1, 50, 2, 8), torch.randn(1, 20, 2, 8)

@@ -18,7 +18,7 @@ PUBLISHED = [(172, 20, 77, 15), (230, 34, 165, 33), (288, 51, 253, 51)]
 
 
 def rows(selection: StageTwoSelection, image: int):
-    """An image's selection as the oracle writes it."""
+    """An image's selection in the oracle's form."""
     members = {}
     group_of = selection.groups[image].tolist()
     for group, row in enumerate(selection.merged[image].tolist()):
@@ -30,7 +30,7 @@ def rows(selection: StageTwoSelection, image: int):
 
 
 def some_labels(n1, num_centres, seed, skew=0.0):
-    """Labels that leave no cluster empty; ``skew`` makes the first clusters larger."""
+    """Labels without an empty cluster; ``skew`` makes the first clusters larger."""
     generator = torch.Generator().manual_seed(seed)
     odds = torch.arange(1, num_centres + 1).float() ** -skew
     free = torch.multinomial(odds, n1, replacement=True, generator=generator)
@@ -38,7 +38,7 @@ def some_labels(n1, num_centres, seed, skew=0.0):
     return free
 
 
-def agrees(key_norm, labels, num_centres, n2):
+def assert_agrees(key_norm, labels, num_centres, n2):
     got = select_stage_two(key_norm[None], labels[None], num_centres, n2)
     assert got.index.shape == (1, n2)
     assert got.index.dtype == torch.int64
@@ -67,7 +67,7 @@ def test_mean_key_norm_of_half_precision_is_float32():
 @pytest.mark.parametrize("skew", [0.0, 1.5])
 def test_stages_agree_with_the_oracle_at_published_sizes(n1, num_centres, n2, n3, skew):
     torch.manual_seed(n1)
-    agrees(torch.rand(n1), some_labels(n1, num_centres, n1, skew), num_centres, n2)
+    assert_agrees(torch.rand(n1), some_labels(n1, num_centres, n1, skew), num_centres, n2)
     norms = torch.rand(n2)
     assert select_stage_three(norms[None], n3)[0].tolist() == oracle.smallest(norms.tolist(), n3)
 
@@ -79,7 +79,7 @@ def test_stage_two_agrees_with_the_oracle_on_random_images(seed):
     num_centres = int(torch.randint(1, n1 + 1, ()))
     n2 = int(torch.randint(1, n1 + 1, ()))
     norms = torch.rand(n1) if seed % 2 else torch.randint(1, 4, (n1,)).float()
-    agrees(norms, some_labels(n1, num_centres, seed, skew=seed % 3), num_centres, n2)
+    assert_agrees(norms, some_labels(n1, num_centres, seed, skew=seed % 3), num_centres, n2)
 
 
 @settings(max_examples=300, deadline=None)
@@ -90,37 +90,37 @@ def test_stage_two_agrees_with_the_oracle_when_sums_and_norms_tie(data):
     labels = data.draw(st.permutations([*range(num_centres), *rest]))
     n2 = data.draw(st.integers(1, len(labels)))
     norms = data.draw(st.lists(st.integers(1, 3), min_size=len(labels), max_size=len(labels)))
-    agrees(torch.tensor(norms, dtype=torch.float32), torch.tensor(labels), num_centres, n2)
+    assert_agrees(torch.tensor(norms, dtype=torch.float32), torch.tensor(labels), num_centres, n2)
 
 
 @pytest.mark.parametrize("n2", [1, 2, 6, 7, 8, 20, 29, 30])
-def test_stage_two_of_equal_norms_goes_by_label_and_index(n2):
-    agrees(torch.ones(30), some_labels(30, 7, seed=n2), 7, n2)
+def test_stage_two_breaks_ties_of_norms_by_label_and_index(n2):
+    assert_agrees(torch.ones(30), some_labels(30, 7, seed=n2), 7, n2)
 
 
 @pytest.mark.parametrize("n2", [40, 52, 100, 165, 253, 287, 288])
-def test_stage_two_of_many_equal_sums_goes_by_label(n2):
-    # Sorts of a few elements are stable even where nobody asked for it.
+def test_stage_two_breaks_ties_of_many_sums_by_label(n2):
+    # Many elements: a sort of few elements is stable even without ``stable=True``.
     pairs = torch.arange(48).repeat_interleave(6)
-    agrees(torch.ones(288), pairs[torch.randperm(288)], 48, n2)
+    assert_agrees(torch.ones(288), pairs[torch.randperm(288)], 48, n2)
 
 
-def test_more_clusters_than_rows_merges_the_rest_to_one():
+def test_with_more_clusters_than_rows_the_last_row_merges_the_remaining_clusters():
     norms = torch.tensor([[1.0, 1.0, 9.0, 4.0, 5.0, 2.0]])
     labels = torch.tensor([[0, 0, 1, 2, 2, 3]])
-    # Sums are 2, 9, 9, 2: clusters 0 and 3 stay clusters, 1 and 2 become one group.
+    # Sums are 2, 9, 9, 2: clusters 0 and 3 are groups of their own, 1 and 2 form one group.
     got = select_stage_two(norms, labels, 4, 3)
     assert rows(got, 0) == [(1, [0, 1]), (3, [2, 3, 4]), (5, [5])]
 
 
-def test_within_a_cluster_the_smallest_norms_stay_whole():
+def test_tokens_with_the_smallest_norms_of_a_cluster_are_not_merged():
     norms = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
     got = select_stage_two(norms, torch.zeros(1, 5, dtype=torch.int64), 1, 3)
     assert rows(got, 0) == [(1, None), (2, [0, 2, 4]), (3, None)]
 
 
-def test_missing_rows_are_handed_to_the_smallest_sums_first():
-    # Six clusters of two tokens, three rows to share: every half rounds to zero.
+def test_missing_rows_go_to_the_clusters_with_the_smallest_sums():
+    # Six clusters of two tokens share three rows: each quota is 0.5 and rounds to zero.
     labels = torch.arange(6).repeat_interleave(2)
     sums = torch.tensor([4.0, 1.0, 5.0, 3.0, 6.0, 2.0])
     got = select_stage_two((sums / 2).repeat_interleave(2)[None], labels[None], 6, 9)
@@ -128,8 +128,9 @@ def test_missing_rows_are_handed_to_the_smallest_sums_first():
     assert [source for source, members in rows(got, 0) if members is None] == [2, 6, 10]
 
 
-def test_rows_too_many_are_taken_from_the_largest_sums_first():
-    # Clusters of four have quotas of 1.5, rounded to two. The last, of one, has none to give.
+def test_surplus_rows_are_taken_from_the_clusters_with_the_largest_sums():
+    # Four clusters of four tokens have quotas of 1.5, rounded to two. The last cluster has one
+    # token and a quota of zero.
     labels = torch.cat([torch.arange(4).repeat_interleave(4), torch.tensor([4])])
     norms = torch.tensor([1.0, 4.0, 3.0, 2.0, 99.0])[labels]
     got = rows(select_stage_two(norms[None], labels[None], 5, 11), 0)
@@ -138,31 +139,31 @@ def test_rows_too_many_are_taken_from_the_largest_sums_first():
 
 
 @pytest.mark.parametrize("sums", [[1, 2, 3, 4, 5, 6, 7], [3, 3, 3, 1, 1, 1, 3]])
-def test_quotas_add_up_when_one_cluster_is_rich(sums):
-    # One rich cluster and six of two tokens: (13 - 1) / 18 * 11 = 7.33, 1 / 18 * 11 = 0.6.
+def test_quotas_sum_to_the_rows_when_one_cluster_is_large(sums):
+    # For n2 = 18, quotas are (13 - 1) / 18 * 11 = 7.33 and 1 / 18 * 11 = 0.6.
     sizes = [13, 2, 2, 2, 2, 2, 2]
     labels = torch.tensor([k for k, size in enumerate(sizes) for _ in range(size)])
     norms = torch.tensor([sums[k] / sizes[k] for k in labels.tolist()])
     for n2 in range(7, 26):
-        agrees(norms, labels, 7, n2)
+        assert_agrees(norms, labels, 7, n2)
 
 
-HALVES = [  # cluster sizes, n2, tokens kept whole: (size - 1) / (n1 - K) * (n2 - K)
+HALVES = [  # cluster sizes, n2, unmerged tokens: (size - 1) / (n1 - K) * (n2 - K)
     # ViTCoP at 8/9 on LLaVA-1.5-7B: 31.5 is 31 in float32 and 32 in float64; 13.5 is 14 in both.
     ((85, 37, 33, *[1] * 17), 77, (31, 14, 12, *[0] * 17)),
-    # 3.5: float64, a reciprocal of the divisor, and the product before the quotient round to 4.
+    # 3.5: wrongly 4 in float64, with the divisor's reciprocal, or with the product first.
     ((8, 40), 25, (3, 20)),
-    # 7.5: float64, and a product that is not rounded to float32, round to 7.
+    # 7.5: wrongly 7 in float64, or with a product that is not rounded to float32.
     ((16, 38), 28, (8, 18)),
-    # 4.5: a reciprocal rounds to 5.
+    # 4.5: wrongly 5 with the divisor's reciprocal.
     ((10, 20), 16, (4, 10)),
-    # 0.5: a product that is not rounded rounds to 1.
+    # 0.5: wrongly 1 with a product that is not rounded.
     ((2, 12), 8, (0, 6)),
 ]
 
 
 def tokens_of_clusters(sizes, sums):
-    """(1, n1) norms and labels of clusters with these sizes and sums of norms."""
+    """(1, n1) norms and labels of clusters with the given sizes and sums of norms."""
     size = torch.tensor(sizes)
     labels = torch.arange(len(sizes)).repeat_interleave(size)
     return (torch.tensor(sums) / size)[labels][None], labels[None]
@@ -170,8 +171,8 @@ def tokens_of_clusters(sizes, sums):
 
 @pytest.mark.parametrize("step", [1.0, -1.0], ids=["ascending", "descending"])
 @pytest.mark.parametrize(("sizes", "n2", "whole"), HALVES)
-def test_float32_decides_halves_of_quotas(sizes, n2, whole, step):
-    # These quotas add up to n2 - K, so the order of the sums changes none of them.
+def test_exact_halves_of_quotas_round_as_in_float32(sizes, n2, whole, step):
+    # The rounded quotas sum to n2 - K, so no correction depends on the order of the sums.
     sums = [100.0 + step * k for k in range(len(sizes))]
     norms, labels = tokens_of_clusters(sizes, sums)
     got = select_stage_two(norms, labels, len(sizes), n2)
@@ -181,7 +182,7 @@ def test_float32_decides_halves_of_quotas(sizes, n2, whole, step):
 
 @st.composite
 def halves(draw):
-    """Cluster sizes, their sums and n2, where the first cluster's quota is an exact half.
+    """Cluster sizes, sums and n2 such that the first cluster's quota is an exact half.
 
     (size - 1) / (n1 - K) * (n2 - K) = a c / (2 g a) * g b = b c / 2, with odd b and c.
     """
@@ -199,14 +200,14 @@ def halves(draw):
 
 @settings(max_examples=500, deadline=None)
 @given(halves())
-def test_quotas_agree_with_a_float32_model_where_one_is_a_half(case):
+def test_quotas_with_an_exact_half_agree_with_the_oracle(case):
     sizes, sums, n2 = case
     n1 = sum(sizes)
     got = _quotas(torch.tensor([sums]).double(), torch.tensor([sizes]), n1, n2)
     assert got.tolist() == [oracle.quotas(sizes, sums, n1, n2)]
 
 
-def test_quotas_are_zero_where_there_is_nothing_to_share():
+def test_quotas_are_zero_if_every_row_is_a_merged_one():
     ones = torch.ones(1, 5, dtype=torch.int64)
     assert _quotas(ones.double(), ones, 5, 5).tolist() == [[0] * 5]
     assert _quotas(ones.double(), 3 * ones, 15, 5).tolist() == [[0] * 5]
@@ -217,18 +218,18 @@ def test_a_single_row_merges_everything():
     assert rows(got, 0) == [(4, list(range(9)))]
 
 
-def test_as_many_clusters_as_tokens_merges_each_with_itself():
+def test_with_as_many_clusters_as_tokens_every_group_has_one_member():
     got = select_stage_two(torch.rand(1, 5), torch.tensor([[3, 1, 0, 4, 2]]), 5, 5)
     assert rows(got, 0) == [(i, [i]) for i in range(5)]
 
 
-def test_one_token_is_enough():
-    agrees(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
+def test_an_image_of_one_token():
+    assert_agrees(torch.ones(1), torch.zeros(1, dtype=torch.int64), 1, 1)
     assert select_stage_three(torch.ones(1, 1), 1).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("n2", [1, 5, 12, 30, 40])
-def test_one_batch_is_its_images(n2):
+def test_an_image_has_the_same_selection_in_any_batch(n2):
     torch.manual_seed(n2)
     norms = torch.rand(4, 40)
     norms[2] = 1.0
@@ -263,7 +264,7 @@ def test_counts_hold_when_norms_are_not_finite(bad, n2):
     assert (select_stage_three(norms, n2).diff(dim=1) > 0).all()
 
 
-def test_merging_leaves_kept_rows_and_adds_means_to_medians():
+def test_merging_adds_a_group_s_mean_to_its_middle_row_only():
     norms = torch.tensor([[5.0, 1.0, 4.0, 2.0, 3.0]])
     hidden = torch.tensor([[[1.0], [20.0], [4.0], [30.0], [7.0]]])
     got = merge_tokens(hidden, select_stage_two(norms, torch.zeros_like(norms).long(), 1, 3))

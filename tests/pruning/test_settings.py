@@ -9,7 +9,7 @@ from vitcop_vllm.pruning.settings import PUBLISHED_ROWS, FractionRow, PruningSet
 def test_defaults_are_the_published_settings():
     settings = PruningSettings()
     assert settings.boundaries(32) == (2, 22)
-    assert settings.density_scale is None  # of the family; 8 for LLaVA-1.5
+    assert settings.density_scale is None  # the model family sets it; 8 for LLaVA-1.5
     assert settings.spatial_radius == 0.6
     assert settings.default_ratio == 0.0
     assert [(row.encoder, row.centres) for row in PUBLISHED_ROWS] == [
@@ -37,7 +37,7 @@ def test_settings_survive_a_round_trip():
     assert PruningSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
-def test_unknown_key_lists_the_known_and_the_nearest():
+def test_the_error_for_an_unknown_key_lists_all_keys_and_suggests_the_nearest():
     with pytest.raises(ValidationError) as caught:
         PruningSettings.model_validate({"defualt_ratio": 0.5})
     text = str(caught.value)
@@ -47,20 +47,20 @@ def test_unknown_key_lists_the_known_and_the_nearest():
         assert known in text
 
 
-def test_unknown_key_like_nothing_gets_no_suggestion():
+def test_a_key_unlike_every_known_key_gets_no_suggestion():
     with pytest.raises(ValidationError) as caught:
         PruningSettings.model_validate({"zzz": 1})
     assert "Allowed: " in str(caught.value)
     assert "Did you mean" not in str(caught.value)
 
 
-def test_unknown_key_of_a_row_lists_the_row_s_keys():
+def test_the_error_for_an_unknown_key_of_a_row_lists_the_row_s_keys():
     row = {"keep": 0.5, "encoders": 0.5, "centres": 0.1}
     with pytest.raises(ValidationError, match=r"'encoder'\? Allowed: centres, encoder, keep"):
         PruningSettings.model_validate({"fractions": [row]})
 
 
-def test_key_that_is_no_text_is_unknown():
+def test_a_key_that_is_not_a_string_is_unknown():
     with pytest.raises(ValidationError, match="unknown setting 7"):
         PruningSettings.model_validate({7: 1})
 
@@ -127,7 +127,7 @@ def test_boundaries_that_do_not_fit_the_model_are_refused(chosen, num_layers):
         PruningSettings(**chosen).boundaries(num_layers)
 
 
-def test_default_deep_boundary_makes_way_for_a_chosen_shallow_one():
+def test_a_large_shallow_boundary_moves_the_default_deep_boundary():
     assert PruningSettings(shallow_boundary=22).boundaries(32) == (22, 23)
 
 
@@ -153,7 +153,7 @@ BAD_RATIOS = [
 
 
 @pytest.mark.parametrize("value", BAD_RATIOS, ids=lambda value: repr(value)[:20])
-def test_bad_ratio_is_refused_with_name_range_and_value(value):
+def test_the_error_for_a_bad_ratio_has_name_range_and_value(value):
     with pytest.raises(ValueError, match="X-Ratio must be a decimal number") as caught:
         PruningSettings().parse_ratio(value, name="X-Ratio")
     text = str(caught.value)
@@ -170,17 +170,17 @@ def deeply_nested():
 
 
 @pytest.mark.parametrize("make", [lambda: 10**5000, deeply_nested], ids=["integer", "list"])
-def test_bad_ratio_that_cannot_be_quoted_is_refused_all_the_same(make):
+def test_a_bad_ratio_whose_repr_fails_is_refused(make):
     value = make()
     try:
         with pytest.raises(ValueError, match="X-Ratio must be a decimal number"):
             PruningSettings().parse_ratio(value, name="X-Ratio")
     finally:
-        while isinstance(value, list):  # freed one by one: nested frees may overflow the stack
+        while isinstance(value, list):  # a nested free may overflow the stack
             value = value[0]
 
 
-def test_largest_ratio_is_the_operator_s():
+def test_a_ratio_above_the_operator_s_maximum_is_refused():
     strict = PruningSettings(max_pruning_ratio=0.5)
     assert strict.parse_ratio("0.5") == 0.5
     with pytest.raises(ValueError, match=r"from 0 to 0\.5: "):

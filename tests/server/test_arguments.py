@@ -62,7 +62,7 @@ def test_additional_config_is_kept() -> None:
         (["--pruning.default_ratio", "2"], "default_ratio: Input should be less than 1"),
         (["--pruning.default_ratio", "0.96"], "above max_pruning_ratio"),
         (["--pruning", "0.5"], "--pruning must be a mapping"),
-        (["--pruning.selector", "fast"], "selector: Input should be 'vitcop', 'cls'"),
+        (["--pruning.selector", "fast"], "selector: no selector is called 'fast'; choose cls"),
         (["--pruning.selector", "fastv", "--enable-prefix-caching"], "reads the question"),
         (["--pruning.positions", "reference", "--enable-prefix-caching"], "positions: original"),
         (["--runner", "pooling"], "--runner pooling"),

@@ -21,7 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import LLM
 
 from benchmarks import qwen_checkpoint
-from tests.engine.requests import ENGINE_OPTIONS, Answer, Ask, answer_of, generate
+from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.scheduling import engine_core, start
 from tests.families.family import LLAVA, QWEN2_5_VL, Family
 from tests.soak.traffic import MAX_TEXT_TOKENS, Traffic
@@ -77,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def held(llm: LLM) -> dict[str, int]:
     """What an idle engine holds; all of it must be as before."""
-    generate(llm, [Ask("hello", max_tokens=2)], reuse=True)
+    generate(llm, [RequestSpec("hello", max_tokens=2)], reuse=True)
     llm.llm_engine.step()  # The runner forgets the last request in the next step.
     core = engine_core(llm)
     manager = core.scheduler.kv_cache_manager
@@ -100,15 +100,15 @@ def held(llm: LLM) -> dict[str, int]:
 
 def hammer(
     llm: LLM, traffic: Traffic, num_requests: int, concurrency: int
-) -> tuple[list[tuple[Ask, Answer]], int]:
+) -> tuple[list[tuple[RequestSpec, Answer]], int]:
     """Send requests, ``concurrency`` at a time; some are aborted on the way.
 
     Returns:
         All that were completed, and how many were aborted.
     """
     engine, tokenizer = llm.llm_engine, llm.get_tokenizer()
-    live: dict[str, Ask] = {}
-    done: list[tuple[Ask, Answer]] = []
+    live: dict[str, RequestSpec] = {}
+    done: list[tuple[RequestSpec, Answer]] = []
     aborted = sent = 0
     with tqdm(total=num_requests, desc="soak") as bar:
         while sent < num_requests or live:
@@ -146,14 +146,14 @@ def compare_tokens(
     return None
 
 
-def compare(llm: LLM, done: list[tuple[Ask, Answer]]) -> dict[str | None, list[str]]:
+def compare(llm: LLM, done: list[tuple[RequestSpec, Answer]]) -> dict[str | None, list[str]]:
     """Completed requests by :func:`compare_tokens`, with the answers that ``llm`` gives alone."""
 
-    def question(ask: Ask) -> tuple[Any, ...]:
+    def question(ask: RequestSpec) -> tuple[Any, ...]:
         return ask.system, ask.text, ask.images, ask.ratio
 
     # One run answers all requests with the same prompt, for the longest of their answers.
-    longest: dict[tuple[Any, ...], Ask] = {}
+    longest: dict[tuple[Any, ...], RequestSpec] = {}
     for ask, _ in sorted(done, key=lambda pair: pair[0].max_tokens):
         longest[question(ask)] = replace(ask, cache_salt=None, priority=0)
     alone = {

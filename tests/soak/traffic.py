@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
-from tests.engine.requests import Ask
+from tests.engine.requests import RequestSpec
 
 RATIOS = (0.0, 0.3, 0.5, 2 / 3, 7 / 9, 8 / 9, 17 / 18)
 
@@ -27,9 +27,9 @@ class Traffic:
     def __init__(self, seed: int, images: Sequence[int]) -> None:
         self.rng = Random(seed)
         self.images = images
-        self._finished: list[tuple[Ask, str]] = []
+        self._finished: list[tuple[RequestSpec, str]] = []
 
-    def finished(self, ask: Ask, answer: str) -> None:
+    def finished(self, ask: RequestSpec, answer: str) -> None:
         """Add a conversation that may go on."""
         self._finished.append((ask, answer))
         del self._finished[:-40]
@@ -38,9 +38,9 @@ class Traffic:
         most = self.rng.choice((3, 12, 40))
         return " ".join(self.rng.choice(_WORDS) for _ in range(self.rng.randint(1, most)))
 
-    def next(self) -> Ask:
+    def next(self) -> RequestSpec:
         rng = self.rng
-        new = Ask(
+        new = RequestSpec(
             "",
             max_tokens=rng.randint(1, rng.choice((1, 4, 12, 40))),
             cache_salt=rng.choice((None,) * 12 + ("a", "b")),

@@ -1,8 +1,7 @@
-"""Full CUDA graphs of decode steps in vLLM's real model runners, without the GPU.
+"""Simulates full CUDA graphs of decode steps in vLLM's real model runners, on the CPU.
 
-A graph of a GPU does again, when it is replayed, what was done when it was captured, on the
-same memory. So does what stands in for it here: it calls the model again, with the inputs and
-the metadata that were captured.
+A replayed CUDA graph repeats the captured computation on the captured memory. Here, a replay
+calls the model again with the captured inputs and metadata.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ CAPTURED_SIZES = [2, 4, 8, 16]
 
 
 class GraphsOfV1(CUDAGraphWrapper):
-    """What model runner V1 puts around the model."""
+    """Replaces the wrapper that model runner V1 puts around the model."""
 
     def __init__(self, model: torch.nn.Module, replayed: list[int]) -> None:
         self.runnable = model
@@ -75,15 +74,19 @@ def _capture_v2(runner: Any, replayed: list[int], monkeypatch: pytest.MonkeyPatc
         runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
     )
     monkeypatch.setattr(runner, "cudagraph_manager", manager)
-    runner.capture_model(profile_only=True)  # else it locks a workspace that CPUs have none of
+    runner.capture_model(profile_only=True)  # CPUs have no workspace to lock
 
 
 def capture_decode_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Have decode steps run from graphs; sizes of the graphs that ran, in a list that grows."""
+    """Make decode steps run from simulated graphs.
+
+    Returns:
+        A list to which each replay appends its graph's size.
+    """
     forward = CPUAttentionBackendImpl.forward
 
     def planned(impl, layer, query, key, value, kv_cache, metadata, *args, **kwargs):
-        # The CPU kernel's schedule is made on the host, and would stay what was captured.
+        # The host computes the CPU kernel's schedule, so a replay must compute it again.
         metadata.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=metadata.seq_lens.shape[0],
             num_heads=impl.num_heads,

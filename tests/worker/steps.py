@@ -1,4 +1,4 @@
-"""Steps as vLLM describes them, for tests of what stages make of them."""
+"""Builds steps and vLLM's metadata for tests."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,13 +16,13 @@ CPU = torch.device("cpu")
 
 
 class ScheduledRequest(NamedTuple):
-    """A request's part in a step.
+    """A request's part of a step.
 
     Attributes:
-        plan: Its plan, ``None`` where it prunes nothing.
+        plan: ``None`` if nothing is pruned.
         start: Tokens computed before the step.
-        end: Tokens computed after it.
-        prompt_tokens: Length of its prompt, placeholders included.
+        end: Tokens computed after the step.
+        prompt_tokens: Length of the prompt, placeholders included.
     """
 
     plan: RequestPlan | None
@@ -54,9 +54,10 @@ def common_metadata(
     num_blocks: int = 8,
     device: torch.device = CPU,
 ) -> CommonAttentionMetadata:
-    """vLLM's metadata of requests that compute [start, end), with requests that pad a graph.
+    """vLLM's metadata of requests that compute the tokens [start, end).
 
-    Slots and block tables are empty; there is a row for each request that pads.
+    Slots and block tables are empty. ``padding`` requests with a row each pad the batch to a
+    graph's size.
     """
     starts = torch.tensor([start for start, _ in spans] + [0] * padding)
     ends = torch.tensor([end for _, end in spans] + [0] * padding)

@@ -1,4 +1,4 @@
-"""Slots of all groups at once, against the definition, slot by slot."""
+"""Slot mappings of all KV cache groups, compared with a slot-by-slot computation."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from tests.device_guard import CUDA, no_host_sync
-from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.engine.attention import DecodeView, PrefillView
 from vitcop_vllm.worker import block_tables
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 
@@ -30,7 +30,7 @@ def vllm_tables(block_sizes, device=CPU):
 
 @pytest.fixture
 def tables():
-    """Tables of three requests, each with blocks of its own in every group."""
+    """Tables of three requests with distinct blocks in every group."""
     tables = StagedBlockTables.adopt(vllm_tables([BLOCK_SIZE] * len(STAGES)), STAGES)
     blocks = iter(np.random.default_rng(0).permutation(200).tolist())
     for request in range(3):
@@ -41,7 +41,7 @@ def tables():
 
 
 def rows_of(spans):
-    """(first row of each request, positions) of requests that compute [start, end)."""
+    """First row of each request, and positions, for requests that compute [start, end)."""
     starts = torch.tensor([0, *(end - start for start, end in spans)], dtype=torch.int32)
     positions = torch.cat([torch.arange(start, end) for start, end in spans])
     return starts.cumsum(0, dtype=torch.int32), positions
@@ -51,7 +51,7 @@ def stage_rows(spans):
     first, positions = rows_of(spans)
     lengths = torch.tensor([end for _, end in spans], dtype=torch.int32)
     longest = max(end - start for start, end in spans)
-    return StageRows(
+    return PrefillView(
         first, first, lengths, lengths, positions, len(positions), longest, int(lengths.max())
     )
 
@@ -69,13 +69,13 @@ def assert_slots(tables, spans_of_stage):
         assert set(slots[len(expected) :]) == {UNWRITTEN}
 
 
-def test_all_stages_alike(tables):
+def test_all_stages_share_the_slots_of_an_unpruned_step(tables):
     spans = [(0, 9), (30, 31), (5, 12)]
     tables.compute_slot_mapping(3, *rows_of(spans))
     assert_slots(tables, [spans] * 3)
 
 
-def test_stages_with_rows_of_their_own(tables):
+def test_each_stage_maps_its_own_rows(tables):
     spans = [(0, 9), (30, 31), (5, 12)], [(0, 6), (21, 22), (5, 12)], [(0, 3), (11, 12), (4, 4)]
     tables.rows = {stage: stage_rows(spans[stage]) for stage in (1, 2)}
     tables.compute_slot_mapping(3, *rows_of(spans[0]))
@@ -85,7 +85,7 @@ def test_stages_with_rows_of_their_own(tables):
     assert_slots(tables, [spans[0]] * 3)
 
 
-def test_rows_move_as_vllm_moves_them(tables):
+def test_row_operations_equal_vllm_s(tables):
     plain = vllm_tables([BLOCK_SIZE] * len(STAGES))
     blocks = [table.block_table.np.copy() for table in tables.block_tables]
     for request in range(3):
@@ -96,9 +96,9 @@ def test_rows_move_as_vllm_moves_them(tables):
         each.append_row(tuple([group] for group in range(len(STAGES))), 4)
         each.clear_row(2)
         each.commit_block_table(6)
-    for ours, theirs in zip(tables.block_tables, plain.block_tables, strict=True):
-        np.testing.assert_array_equal(ours.block_table.np, theirs.block_table.np)
-        assert torch.equal(ours.get_device_tensor(6), theirs.get_device_tensor(6))
+    for actual, expected in zip(tables.block_tables, plain.block_tables, strict=True):
+        np.testing.assert_array_equal(actual.block_table.np, expected.block_table.np)
+        assert torch.equal(actual.get_device_tensor(6), expected.get_device_tensor(6))
 
 
 def test_unequal_blocks_are_refused():
@@ -106,13 +106,13 @@ def test_unequal_blocks_are_refused():
         StagedBlockTables.adopt(vllm_tables([4, 8]), [0, 1])
 
 
-def test_the_device_gets_all_groups_in_one_transfer_of_the_columns_in_use(monkeypatch):
+def test_one_transfer_sends_the_used_columns_of_all_groups(monkeypatch):
     transfers = []
 
     def buffer(*shape, like):
-        made = CpuGpuBuffer(*shape, dtype=like.cpu.dtype, device=torch.device("cpu"))
-        made.gpu.fill_(UNWRITTEN)  # a device of its own: nothing is shared with the host
-        return made
+        separate = CpuGpuBuffer(*shape, dtype=like.cpu.dtype, device=torch.device("cpu"))
+        separate.gpu.fill_(UNWRITTEN)  # shares no memory with the host tensor, as on a GPU
+        return separate
 
     def transfer(values, device):
         transfers.append(values.shape)
@@ -147,6 +147,6 @@ def test_slots_do_not_make_the_host_wait_for_the_gpu(alike):
     positions = torch.arange(6, device=CUDA)
     shorter = torch.ones(2, dtype=torch.int32, device=CUDA)
     if not alike:
-        rows = StageRows(first, shorter, shorter, shorter, positions[:4], 4, 3, 7)
-        tables.rows = {1: rows, 2: StageLengths(shorter, shorter, 7)}
+        rows = PrefillView(first, shorter, shorter, shorter, positions[:4], 4, 3, 7)
+        tables.rows = {1: rows, 2: DecodeView(shorter, shorter, 7)}
     tables.compute_slot_mapping(2, first, positions)

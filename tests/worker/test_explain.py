@@ -60,7 +60,7 @@ def test_an_image_that_is_not_encoded_is_no_other_run_s():
     assert [*sink._records] == NAMES[3:4]
 
 
-def test_groups_begin_with_the_row_that_stands_for_them():
+def test_a_merged_group_begins_with_its_output_row():
     norms = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 9.0]])
     labels = torch.tensor([[0, 0, 0, 1, 1, 1]])
     sink = SelectionSink()
@@ -76,8 +76,8 @@ def test_groups_begin_with_the_row_that_stands_for_them():
     ]
 
 
-def test_what_is_seen_of_a_image_is_what_the_processor_shows(llm):
-    """A ramp of colours goes in, and its corners come out."""
+def test_the_layout_s_box_is_the_part_that_the_processor_crops(llm):
+    """The image is a colour ramp, so a pixel's colour gives its position in the original."""
     info = llm.llm_engine.renderer.mm_processor.info
     processor = info.get_hf_processor().image_processor
     side = processor.crop_size["height"]

@@ -1,4 +1,4 @@
-"""A planner that has seen every step before plans the next one as a new planner does."""
+"""A planner with earlier steps plans the next step as a new planner does."""
 
 from dataclasses import fields, is_dataclass
 
@@ -9,35 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.worker.steps import ScheduledRequest, build_step
-from vitcop_vllm.engine.attention import StageLengths
+from vitcop_vllm.engine.attention import DecodeView
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.planner import StepPlanner
 
 CPU = torch.device("cpu")
 
 
-def assert_same(ours, expected):
+def assert_same(actual, expected):
     if isinstance(expected, torch.Tensor):
-        assert ours.tolist() == expected.tolist()
-        assert ours.dtype == expected.dtype
+        assert actual.tolist() == expected.tolist()
+        assert actual.dtype == expected.dtype
     elif is_dataclass(expected):
         for field in fields(expected):
-            assert_same(getattr(ours, field.name), getattr(expected, field.name))
+            assert_same(getattr(actual, field.name), getattr(expected, field.name))
     elif isinstance(expected, dict):
-        assert ours.keys() == expected.keys()
+        assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            assert_same(ours[key], value)
+            assert_same(actual[key], value)
     elif isinstance(expected, tuple):
-        assert len(ours) == len(expected)
-        for one, other in zip(ours, expected, strict=True):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
             assert_same(one, other)
     else:
-        assert ours == expected
+        assert actual == expected
 
 
 @st.composite
 def prompts(draw):
-    """A plan, or ``None``, and the length of its prompt."""
+    """(plan or ``None``, length of the prompt)."""
     spans, length = [], draw(st.integers(0, 3))
     for _ in range(draw(st.integers(0, 3))):
         n1, n2, n3 = sorted((draw(st.integers(1, 8)) for _ in range(3)), reverse=True)
@@ -48,13 +48,15 @@ def prompts(draw):
 
 
 @given(st.data(), st.booleans())
-def test_the_past_makes_no_difference(data, renumber_deep):
-    """Requests come, are chunked, decode, are preempted to any cut, leave, and come again."""
+def test_earlier_steps_do_not_change_a_plan(data, renumber_deep):
+    """Requests start, are chunked, decode, are preempted, finish, and start again."""
     planner = StepPlanner(CPU, renumber_deep=renumber_deep)
     alive: dict[str, tuple[RequestPlan | None, int, int]] = {}
     names = st.sampled_from("abcdef")
     for _ in range(data.draw(st.integers(1, 8))):
-        for name in data.draw(st.sets(names, max_size=3)):  # new, or with another prompt
+        for name in data.draw(
+            st.sets(names, max_size=3)
+        ):  # a new request, or one with another prompt
             plan, prompt = data.draw(prompts())
             planner.track(name, plan, prompt)
             alive[name] = plan, prompt, 0
@@ -71,18 +73,18 @@ def test_the_past_makes_no_difference(data, renumber_deep):
             spans = plan.spans if plan else ()
             cuts = [i for i in range(prompt + 9) if not any(s.offset < i < s.end for s in spans)]
             start = computed
-            if data.draw(st.integers(0, 5)) == 0:  # preempted, with any prefix hit
+            if data.draw(st.integers(0, 5)) == 0:  # preempted, then a cache hit of any length
                 start = data.draw(st.sampled_from([i for i in cuts if i <= computed]))
             end = data.draw(st.sampled_from([i for i in cuts if i > start] or [start + 1]))
             batch.append(ScheduledRequest(plan, start, end, prompt))
             alive[name] = plan, prompt, end
         starts = np.array([request.start for request in batch], dtype=np.int32)
         ends = np.array([request.end for request in batch], dtype=np.int32)
-        ours = planner.plan_step(rows, starts, ends)
-        assert_same(ours, build_step(batch, renumber_deep=renumber_deep))
+        actual = planner.plan_step(rows, starts, ends)
+        assert_same(actual, build_step(batch, renumber_deep=renumber_deep))
 
 
-def test_decode_steps_look_at_no_request_by_itself():
+def test_decode_steps_do_not_loop_over_requests():
     counts = VisualTokenCounts(9, 2, (6, 4, 2))
     planner = StepPlanner(CPU)
     names = [str(number) for number in range(40)]
@@ -91,24 +93,24 @@ def test_decode_steps_look_at_no_request_by_itself():
     starts = np.zeros(40, dtype=np.int32)
     planner.plan_step(names, starts, starts + 8)
 
-    planner._requests.clear()  # to look at one would raise
+    planner._requests.clear()  # a look-up would raise
     for length in (8, 9, 200):
         step = planner.plan_step(names, starts + length, starts + length + 1)
         assert step is not None
         assert step.forward is None
         lengths = step.stages[2]
-        assert isinstance(lengths, StageLengths)
+        assert isinstance(lengths, DecodeView)
         assert lengths.missing.tolist() == [4] * 40
 
 
-def test_requests_that_prune_nothing_are_not_kept():
+def test_unpruned_requests_take_no_slot_in_the_planner():
     planner = StepPlanner(CPU)
     planner.track("text", None, 5)
     assert not planner._slots
     assert planner.plan_step(["text"], np.array([0]), np.array([5])) is None
 
 
-def test_slots_are_used_again():
+def test_planner_slots_are_reused():
     plan = RequestPlan((VisualSpan(0, VisualTokenCounts(9, 2, (6, 4, 2))),))
     planner = StepPlanner(CPU)
     for round_number in range(50):
@@ -120,7 +122,7 @@ def test_slots_are_used_again():
 
 
 @pytest.mark.parametrize("pruned", [0, 1])
-def test_images_of_a_step_are_named_in_row_order(pruned):
+def test_images_of_a_step_are_listed_in_row_order(pruned):
     counts = VisualTokenCounts(9, 2, (6, 4, 2))
     mild = VisualTokenCounts(9, 0, (6, 6, 6))
     whole = VisualTokenCounts.unpruned(6)

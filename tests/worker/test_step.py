@@ -1,4 +1,4 @@
-"""A step's arithmetic, against rows written out one by one."""
+"""A step's arithmetic, compared with rows listed one by one."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from vitcop_vllm.worker.step import StagedForward
 
 @st.composite
 def requests(draw):
-    """A request with up to three images between texts, and a chunk that cuts none."""
+    """A request with up to three images between texts, and a chunk that cuts no image."""
     spans, length = [], draw(st.integers(0, 5))
     for _ in range(draw(st.integers(0, 3))):
         n1, n2, n3 = sorted((draw(st.integers(1, 12)) for _ in range(3)), reverse=True)
@@ -33,14 +33,14 @@ batches = st.lists(requests(), min_size=1, max_size=4)
 
 
 def rows_of(request: ScheduledRequest, stage: int) -> list[int]:
-    """Prompt positions that have a row in a stage; survivors stand first in their span."""
+    """Positions that have a row in a stage. A span's rows take its first positions."""
     plan = request.plan or RequestPlan(())
-    gone = {
+    dropped = {
         position
         for span in plan.spans
         for position in range(span.offset + span.counts.stages[stage], span.end)
     }
-    return [i for i in range(request.start, request.end) if i not in gone]
+    return [i for i in range(request.start, request.end) if i not in dropped]
 
 
 def forward_of(batch: list[ScheduledRequest]) -> StagedForward | None:
@@ -55,7 +55,7 @@ def test_a_step_without_dropped_slots_is_none():
 
 
 @given(batches)
-def test_stages_hold_the_rows_that_are_left(batch):
+def test_stages_hold_the_kept_rows(batch):
     step = build_step(batch)
     if step is None:
         return
@@ -75,7 +75,7 @@ def test_stages_hold_the_rows_that_are_left(batch):
         ]
         assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == physical
         assert seen.max_seq_len == max(physical)
-        # Slots follow on from those of earlier steps, without a gap.
+        # The step's slots directly follow those of earlier steps.
         first, positions = rows.slot_inputs(common.query_start_loc, common.positions)
         assert first.tolist() == starts
         assert positions.tolist() == [
@@ -86,7 +86,7 @@ def test_stages_hold_the_rows_that_are_left(batch):
 
 
 @given(batches)
-def test_sources_lead_back_to_the_rows_before(batch):
+def test_sources_are_row_numbers_of_the_previous_stage(batch):
     forward = forward_of(batch)
     if forward is None:
         return
@@ -99,7 +99,7 @@ def test_sources_lead_back_to_the_rows_before(batch):
 
 
 @given(batches)
-def test_groups_name_the_rows_of_their_spans(batch):
+def test_groups_hold_the_rows_of_their_spans(batch):
     forward = forward_of(batch)
     images = [
         (i, span)
@@ -121,8 +121,8 @@ def test_groups_name_the_rows_of_their_spans(batch):
 
 
 @given(batches)
-def test_groups_name_the_rows_of_their_prompts(batch):
-    """Where the step computes the whole prompt, as selectors that read the question need."""
+def test_groups_hold_the_rows_of_their_prompts(batch):
+    """Selectors that read the question use these rows. Their step computes the whole prompt."""
     whole = [r._replace(start=0, end=max(r.end, r.prompt_tokens)) for r in batch]
     plain = forward_of(whole)
     assert plain is None or all(group.prompt_rows is None for group in plain.groups)
@@ -141,13 +141,13 @@ def test_groups_name_the_rows_of_their_prompts(batch):
                 ids = [(r, p) for r in whole for p in rows_of(r, stage)]
                 first, last = group.prompt_rows[stage, :, member].tolist()
                 request = requests[image]
-                mine = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
-                assert [p for _, p in ids[first : last + 1]] == mine
+                positions = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
+                assert [p for _, p in ids[first : last + 1]] == positions
                 assert all(r is request for r, _ in ids[first : last + 1])
 
 
 @given(batches)
-def test_outputs_repeat_the_last_survivor_of_a_span(batch):
+def test_outputs_of_dropped_tokens_repeat_the_last_kept_row_of_the_span(batch):
     forward = forward_of(batch)
     if forward is None:
         return
@@ -158,7 +158,7 @@ def test_outputs_repeat_the_last_survivor_of_a_span(batch):
 
 
 @given(batches)
-def test_reference_positions_count_the_prompt_compacted_and_the_answer_not(batch):
+def test_reference_positions_renumber_the_prompt_but_not_the_answer(batch):
     step = build_step(batch, renumber_deep=True)
     if step is None:
         return
@@ -198,7 +198,7 @@ def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
         assert seen.seq_lens.tolist() == alone.seq_lens.tolist() + [0] * padding
         assert seen.seq_lens_cpu_upper_bound.tolist() == seen.seq_lens.tolist()
         assert seen.seq_lens.data_ptr() == place.data_ptr()
-        # The rest is vLLM's, which is where a graph reads it.
+        # A graph reads these tensors from vLLM's own buffers.
         assert seen.query_start_loc.data_ptr() == padded.query_start_loc.data_ptr()
         assert seen.slot_mapping.data_ptr() == padded.slot_mapping.data_ptr()
         assert seen.num_actual_tokens == padded.num_actual_tokens == len(batch) + padding

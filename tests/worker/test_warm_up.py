@@ -1,4 +1,4 @@
-"""Before the first request, an engine has run one staged step and kept nothing of it."""
+"""At start-up, the engine runs one staged step and keeps no state of it."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.forward_context import set_forward_context
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate
+from tests.engine.requests import ENGINE_OPTIONS, RequestSpec, generate
 from tests.engine.scheduling import engine_core
 from vitcop_vllm.pruning.plan import NUM_STAGES
 from vitcop_vllm.worker.warm_up import run_staged_step
@@ -23,7 +23,7 @@ def worker(llm):
 
 @pytest.fixture
 def staged(worker, monkeypatch):
-    """Every staged forward from now on: the step, and rows of its embeddings."""
+    """A list that receives (step, number of embedding rows) of every later staged forward."""
     model = worker.model_runner.get_model()
     decoder, calls = model.staged_decoder, []
 
@@ -41,13 +41,13 @@ def test_start_up_ran_the_encoder_and_the_stages(worker):
     assert model._stages_ran
 
 
-def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, staged):
-    ask = Ask("What is it?", (1,), 8 / 9)
-    before = generate(llm, [ask])
+def test_the_warm_up_step_has_the_maximum_size_and_leaves_no_state(llm, worker, staged):
+    spec = RequestSpec("What is it?", (1,), 8 / 9)
+    before = generate(llm, [spec])
     staged.clear()
     runner, scheduler = worker.model_runner, engine_core(llm).scheduler
-    encoded, free = set(runner.encoder_cache), scheduler.kv_cache_manager.block_pool
-    num_free = free.get_num_free_blocks()
+    encoded, pool = set(runner.encoder_cache), scheduler.kv_cache_manager.block_pool
+    num_free = pool.get_num_free_blocks()
 
     run_staged_step(worker)
 
@@ -58,11 +58,11 @@ def test_the_step_is_as_large_as_a_step_can_be_and_leaves_nothing(llm, worker, s
     assert len(group.images) == rows // n1
     assert not any(name.startswith("warm-up") for name in runner.requests)
     assert set(runner.encoder_cache) == encoded
-    assert free.get_num_free_blocks() == num_free
-    assert generate(llm, [ask])[0].tokens == before[0].tokens
+    assert pool.get_num_free_blocks() == num_free
+    assert generate(llm, [spec])[0].tokens == before[0].tokens
 
 
-def test_blocks_of_all_requests_lie_inside_the_cache_and_none_is_shared(worker, monkeypatch):
+def test_warm_up_requests_have_distinct_blocks_inside_the_cache(worker, monkeypatch):
     steps: list[Any] = []
     monkeypatch.setattr(worker, "execute_model", steps.append)
     monkeypatch.setattr(worker, "sample_tokens", lambda grammar: None)
@@ -75,18 +75,18 @@ def test_blocks_of_all_requests_lie_inside_the_cache_and_none_is_shared(worker, 
     assert clean_up.finished_req_ids == set(step.num_scheduled_tokens)
 
 
-def test_a_cache_too_small_for_one_image_is_no_error(worker, monkeypatch):
+def test_the_warm_up_is_skipped_if_the_cache_is_too_small_for_an_image(worker, monkeypatch):
     monkeypatch.setattr(worker.model_runner.kv_cache_config, "num_blocks", 5)
     monkeypatch.setattr(worker, "execute_model", lambda step: pytest.fail("a step ran"))
     run_staged_step(worker)
 
 
-def test_vllm_s_memory_profile_runs_the_stages_on_as_many_rows_as_a_step_has(llm, worker, staged):
+def test_vllm_s_memory_profile_runs_the_stages_on_a_step_of_maximum_size(llm, worker, staged):
     model = worker.model_runner.get_model()
     model._stages_ran = False
     embeds = torch.zeros(STEP_TOKENS, model.config.text_config.hidden_size)
     positions = torch.zeros(STEP_TOKENS, dtype=torch.int64)
-    for _ in range(2):  # once only
+    for _ in range(2):  # the second forward runs no stages
         with (
             torch.inference_mode(),
             set_forward_context(None, llm.llm_engine.vllm_config, num_tokens=STEP_TOKENS),
@@ -98,7 +98,7 @@ def test_vllm_s_memory_profile_runs_the_stages_on_as_many_rows_as_a_step_has(llm
     assert len(step.sources) == NUM_STAGES - 1
 
 
-def test_vllm_s_memory_profile_encodes_pruned_images_too(worker, monkeypatch):
+def test_vllm_s_memory_profile_encodes_pruned_images(worker, monkeypatch):
     runner = worker.model_runner
     model = runner.get_model()
     calls = []
@@ -111,7 +111,7 @@ def test_vllm_s_memory_profile_encodes_pruned_images_too(worker, monkeypatch):
     monkeypatch.setattr(model, "_embed_pruned", recording)
     model._encoder_ran = False
     batch = runner._get_mm_dummy_batch("image", 1)
-    for _ in range(2):  # once only
+    for _ in range(2):  # the second call encodes no pruned images
         with torch.inference_mode():
             (whole,) = model.embed_multimodal(**batch)
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size

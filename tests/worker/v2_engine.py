@@ -1,8 +1,8 @@
-"""A program: an engine with vLLM's model runner V2 and our Triton kernels, on a CPU.
+"""A program that runs an engine with model runner V2 and the Triton kernels, on a CPU.
 
-Reads a path to a checkpoint and one to write to; writes what :class:`Seen` describes. vLLM has
-that runner for CPUs on which Triton can compile. Where it cannot, Triton's own interpreter runs
-the same kernels; vLLM has only to believe that there is a backend.
+Arguments: the checkpoint's folder, and a file to which it writes :class:`Results` as JSON. vLLM
+supports this runner on CPUs for which Triton can compile. On other CPUs Triton's interpreter runs
+the same kernels; vLLM checks that a Triton backend exists, so :func:`main` registers an empty one.
 """
 
 import json
@@ -14,36 +14,42 @@ from typing import Any
 
 import pytest
 
-from tests.engine.requests import ENGINE_OPTIONS, Ask, generate, generate_in_turn, model_type
+from tests.engine.requests import (
+    ENGINE_OPTIONS,
+    RequestSpec,
+    generate,
+    generate_in_turn,
+    model_type,
+)
 
-ASKS = [
-    Ask("short", (1,), 8 / 9, max_tokens=3),
-    Ask("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
-    Ask("first or second?", (2, 3), 7 / 9, max_tokens=6),
-    Ask("unpruned", (4,), 0.0, max_tokens=4),
-    Ask("no image, " * 40, max_tokens=7),
+REQUESTS = [
+    RequestSpec("short", (1,), 8 / 9, max_tokens=3),
+    RequestSpec("a somewhat longer question about it " * 3, (1,), 2 / 3, max_tokens=5),
+    RequestSpec("first or second?", (2, 3), 7 / 9, max_tokens=6),
+    RequestSpec("unpruned", (4,), 0.0, max_tokens=4),
+    RequestSpec("no image, " * 40, max_tokens=7),
 ]
 
 TURNS = [
-    Ask("What is it?", (5, 6), 8 / 9, max_tokens=2),
-    Ask("And how many are there?", (5, 6), 8 / 9, max_tokens=3),
+    RequestSpec("What is it?", (5, 6), 8 / 9, max_tokens=2),
+    RequestSpec("And how many are there?", (5, 6), 8 / 9, max_tokens=3),
 ]
 
-EXPLAINED = Ask("What is this?", (7,), 2 / 3, max_tokens=2)
+EXPLAINED = RequestSpec("What is this?", (7,), 2 / 3, max_tokens=2)
 
 
 @dataclass
-class Seen:
-    """What an engine answers, in ways that model runners have code of their own for.
+class Results:
+    """An engine's answers, for each feature that the model runners implement separately.
 
     Attributes:
-        together: Tokens of ``ASKS``, in one batch.
-        preempted: The same, where all requests are preempted after some steps.
-        from_graphs: The same, where decode steps are run from graphs.
+        together: Tokens of ``REQUESTS``, in one batch.
+        preempted: The same, with all requests preempted after some steps.
+        from_graphs: The same, with decode steps run from graphs.
         graphs: Sizes of the graphs that ran.
         turns: Tokens of ``TURNS``, one after the other.
-        reused: Tokens that each of them had from the prefix cache.
-        explained: What was chosen for the image of ``EXPLAINED``.
+        reused: Prompt tokens of each turn that came from the prefix cache.
+        explained: Recorded selections of the image of ``EXPLAINED``.
     """
 
     together: list[list[int]]
@@ -60,10 +66,10 @@ def tokens(answers: list[Any]) -> list[list[int]]:
 
 
 def preempted(llm: Any, after: int) -> list[list[int]]:
-    """Answers to ``ASKS`` of requests that lose their blocks after that many steps."""
+    """Answers to ``REQUESTS`` if all requests lose their blocks after that many steps."""
     engine = llm.llm_engine
-    for number, ask in enumerate(ASKS):
-        engine.add_request(str(number), ask.prompt(model_type(llm)), ask.params())
+    for number, spec in enumerate(REQUESTS):
+        engine.add_request(str(number), spec.prompt(model_type(llm)), spec.sampling_params())
     answers = {}
     steps = 0
     while engine.has_unfinished_requests():
@@ -73,19 +79,19 @@ def preempted(llm: Any, after: int) -> list[list[int]]:
         steps += 1
         if steps == after:
             assert engine.reset_prefix_cache(reset_running_requests=True)
-    return [answers[str(number)] for number in range(len(ASKS))]
+    return [answers[str(number)] for number in range(len(REQUESTS))]
 
 
 def explained(llm: Any) -> dict[str, Any]:
     prompt = EXPLAINED.prompt(model_type(llm))
     prompt["mm_processor_kwargs"]["explain_as"] = "one"
-    (feature,) = recorded_features(llm, prompt)
-    (told,) = llm.collective_rpc("take_selections", args=([feature],))
-    return dict(told[feature])
+    (image,) = answered_images(llm, prompt)
+    (records,) = llm.collective_rpc("take_selections", args=([image],))
+    return dict(records[image])
 
 
-def recorded_features(llm: Any, prompt: dict[str, Any]) -> list[str]:
-    """Names of the images of a prompt, after the engine has answered it."""
+def answered_images(llm: Any, prompt: dict[str, Any]) -> list[str]:
+    """Answer a prompt. Returns the identifiers of its images."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     names: list[str] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -96,15 +102,15 @@ def recorded_features(llm: Any, prompt: dict[str, Any]) -> list[str]:
             add_request(request)
 
         monkeypatch.setattr(scheduler, "add_request", recording)
-        llm.generate([prompt], [EXPLAINED.params()], use_tqdm=False)
+        llm.generate([prompt], [EXPLAINED.sampling_params()], use_tqdm=False)
     return names
 
 
-def see(llm: Any) -> Seen:
-    """Everything that is to be compared, of an engine with either runner."""
+def collect_results(llm: Any) -> Results:
+    """All results of an engine, with either runner."""
     turns = generate_in_turn(llm, TURNS)
-    seen = Seen(
-        together=tokens(generate(llm, ASKS)),
+    results = Results(
+        together=tokens(generate(llm, REQUESTS)),
         preempted=preempted(llm, after=5),
         from_graphs=[],
         graphs=[],
@@ -115,21 +121,22 @@ def see(llm: Any) -> Seen:
     from tests.worker.graphs import capture_decode_graphs
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        seen.graphs = capture_decode_graphs(llm, monkeypatch)
-        seen.from_graphs = tokens(generate(llm, ASKS))
-    return seen
+        results.graphs = capture_decode_graphs(llm, monkeypatch)
+        results.from_graphs = tokens(generate(llm, REQUESTS))
+    return results
 
 
-def encode_for_a_request_that_left(llm: Any) -> None:
-    """The scheduler counts on images of a request preempted in the step that encodes them.
+def encode_for_a_removed_request(llm: Any) -> None:
+    """A request preempted in the step that encodes its images still gets them encoded.
 
-    V2 has forgotten the request before it runs the encoder.
+    V2 removes the request before it runs the encoder, but the scheduler expects its images to be
+    encoded.
     """
     from tests.engine.scheduling import add_request, new_scheduler
 
     state = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model_state
     scheduler = new_scheduler(llm, llm.llm_engine.vllm_config)
-    add_request(llm, scheduler, "gone", Ask("Q", (41, 42), 8 / 9))
+    add_request(llm, scheduler, "gone", RequestSpec("Q", (41, 42), 8 / 9))
     features = scheduler.requests["gone"].mm_features
     cache = state.encoder_cache
     cache.add_request("gone", features)
@@ -161,9 +168,9 @@ def main(checkpoint: str, path: str) -> None:
     assert not state.step_adapter.planner._slots
     assert not state.encoder_cache.encoder_outputs
     assert runner.model.kernels is TRITON
-    seen = see(llm)
-    encode_for_a_request_that_left(llm)
-    Path(path).write_text(json.dumps(asdict(seen)))
+    results = collect_results(llm)
+    encode_for_a_removed_request(llm)
+    Path(path).write_text(json.dumps(asdict(results)))
 
 
 if __name__ == "__main__":

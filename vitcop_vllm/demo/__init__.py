@@ -1,1 +1,1 @@
-"""Checkpoints that the project makes itself, for tests, benches and a first look."""
+"""The demo model, and small random checkpoints for tests and benches."""

@@ -1,8 +1,8 @@
-"""LLaVA-1.5 checkpoints in the form Hugging Face and vLLM load: the demo model, random ones.
+"""Writes LLaVA-1.5 checkpoints that Hugging Face and vLLM load, and locates the demo model.
 
-Random weights answer nonsense; they are right for tests and for cost. Everything about the
-form is real: a CLIP tower with [CLS], a two-layer projector, Llama decoder layers, a processor
-and a chat template.
+A checkpoint has a CLIP tower with [CLS], a two-layer projector, Llama decoder layers, a processor
+and a chat template. Random weights give meaningless answers, but suffice for tests and for
+measurements of speed.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     import torch
 
 DEMO_NAME = "demo"
-"""What stands for the demo model wherever a model is named."""
+"""Name of the demo model on the command line and in configurations."""
 
 DEMO_MODEL = Path(__file__).parent / "model"
-"""The demo model's folder, trained by ``demo.train``."""
+"""Folder of the demo model, which ``demo.train`` trained."""
 
 FEATURE_LAYER = -2
-"""Of the vision tower's hidden states, the one that LLaVA-1.5 reads."""
+"""Index of the vision tower's hidden states that LLaVA-1.5 reads."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
@@ -43,11 +43,11 @@ class LlavaShape:
     Attributes:
         image_size: Image height and width in pixels after preprocessing.
         patch_size: Height and width of a patch in pixels; V = (image_size/patch_size)^2.
-        vision_hidden, vision_layers, vision_heads: The CLIP tower.
-        hidden, layers, heads, kv_heads, intermediate: The Llama decoder.
-        max_positions: Longest sequence the rotary embedding is made for, in tokens.
+        vision_hidden, vision_layers, vision_heads: Sizes of the CLIP tower.
+        hidden, layers, heads, kv_heads, intermediate: Sizes of the Llama decoder.
+        max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
-        vocabulary: Least rows of the embedding, which has one for each token at any rate.
+        vocabulary: Minimum rows of the embedding; it has at least one row per token.
     """
 
     image_size: int = 336
@@ -80,7 +80,7 @@ TINY = LlavaShape(
     kv_heads=2,
     intermediate=256,
 )
-"""256 visual tokens and grouped-query heads: for tests, and to hammer an engine with."""
+"""256 visual tokens and grouped-query heads, for tests and soak runs."""
 
 DEMO = LlavaShape(
     vision_hidden=256,
@@ -91,10 +91,10 @@ DEMO = LlavaShape(
     heads=3,
     kv_heads=3,
     intermediate=384,
-    # With heads so thin, more of their width must tell what a token is, wherever it stands.
+    # Heads are narrow. With a larger base, fewer of their channels depend on position.
     rope_theta=500_000.0,
 )
-"""The demo model's: wide enough to see, thin enough for a package."""
+"""The demo model: large enough to answer, small enough for a package."""
 
 SMALL = LlavaShape(
     vision_hidden=256,
@@ -106,7 +106,7 @@ SMALL = LlavaShape(
     kv_heads=16,
     intermediate=2816,
 )
-"""Large enough that tokens decide what a prefill costs, small enough for a CPU."""
+"""Large enough that a prefill's time grows with its tokens, small enough for a CPU."""
 
 LLAVA_1_5_7B = LlavaShape(
     vision_hidden=1024,
@@ -136,13 +136,13 @@ LLAVA_1_5_13B = LlavaShape(
 def save_config(
     path: Path, shape: LlavaShape, tokenizer: Any = None, vocabulary_size: int = 0
 ) -> None:
-    """Write everything but the weights (enough for ``--load-format dummy``).
+    """Write a checkpoint without weights, enough for ``--load-format dummy``.
 
     Args:
         path: Folder to write to.
         shape: Sizes of the model.
-        tokenizer: Its tokenizer; by default every byte is a token.
-        vocabulary_size: Least rows of the embedding, if more than the shape asks for.
+        tokenizer: By default, a tokenizer in which every byte is a token.
+        vocabulary_size: Minimum rows of the embedding, if larger than the shape's.
     """
     from transformers import (
         CLIPImageProcessor,
@@ -200,7 +200,7 @@ def save_config(
 def save_random_llava(
     path: Path, shape: LlavaShape, *, seed: int = 0, dtype: str = "float32"
 ) -> None:
-    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
+    """Write a checkpoint with seeded random weights. ``dtype`` is the name of a torch dtype."""
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -211,8 +211,8 @@ def save_random_llava(
         state = {}
         for name, weight in model.state_dict().items():
             if weight.dim() >= 2:
-                # Transformers' 0.02 makes every prompt continue alike. Weights scaled by
-                # fan-in, and inputs of order one, make keys and answers differ.
+                # With transformers' standard deviation of 0.02, all prompts get the same
+                # answer. Weights scaled by fan-in make keys and answers differ.
                 scale = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
                 weight = torch.randn_like(weight) * scale
             state[name] = weight.to(getattr(torch, dtype))
@@ -225,7 +225,7 @@ def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
 
     named = {}
     for name, weight in state.items():
-        # transformers 5 drops a level of the tower that vLLM and older files have.
+        # transformers 5 dropped a level of the tower's names that vLLM and older files have.
         if name.startswith("model.vision_tower.") and ".vision_model." not in name:
             name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
         named[name] = weight.detach().cpu().contiguous()
@@ -233,5 +233,5 @@ def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
 
 
 def resolve(model: str) -> str:
-    """The folder or repository that a model's name stands for."""
+    """The folder of the demo model if ``model`` is its name, else ``model``."""
     return str(DEMO_MODEL) if model == DEMO_NAME else model

@@ -1,4 +1,4 @@
-"""The demo model's own tokenizer: byte-level BPE over the words of its small world."""
+"""The demo model's tokenizer: byte-level BPE, trained on its small world's questions."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -12,10 +12,10 @@ def byte_tokenizer(corpus: Iterable[str] = (), size: int = 0) -> Any:
     """A ``PreTrainedTokenizerFast`` that takes any text.
 
     Args:
-        corpus: Texts whose frequent words become tokens; without one a token is a byte.
-            What they never hold, such as words in capitals, is spelled letter by letter;
-            numbers are spelled digit by digit.
-        size: Most tokens to make.
+        corpus: Texts whose frequent words become tokens. Without it every byte is a token.
+            Words that do not occur in it, such as words in capitals, are spelled letter by
+            letter, and numbers digit by digit.
+        size: Maximum size of the vocabulary.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

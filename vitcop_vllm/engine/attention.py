@@ -30,25 +30,27 @@ from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
 
 def by_row(of_request: torch.Tensor, query_start_loc: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """What is known of each request, for each of its rows.
+    """A value per request, repeated for each of its rows.
 
     Args:
         of_request: (R,).
-        query_start_loc: (R + 1,) int32, first row of each request, which has one at least.
+        query_start_loc: (R + 1,) int32, first row of each request. Each has at least one row.
         num_rows: T.
 
     Returns:
         (T,)
     """
-    if num_rows == of_request.shape[0]:  # all decode, a row each
+    if num_rows == of_request.shape[0]:  # a decode step: one row per request
         return of_request
-    # With its length given, nothing waits for the device.
+    # Without output_size, the host would wait for the device.
     return torch.repeat_interleave(of_request, query_start_loc.diff(), output_size=num_rows)
 
 
 @dataclass(frozen=True)
-class StageRows:
-    """A step in which a stage has rows of its own; R requests, T rows.
+class PrefillView:
+    """What a stage sees of a step in which it has fewer rows than vLLM; R requests, T rows.
+
+    Such a step computes part of a prompt with a pruned image.
 
     Attributes:
         query_start_loc, query_start_loc_cpu: (R + 1,) int32, first row of each request.
@@ -68,7 +70,7 @@ class StageRows:
     def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as this stage sees it; ``seq_lens`` is left alone."""
+        """vLLM's metadata of the step, with the stage's rows; does not use ``seq_lens``."""
         return common.replace(
             query_start_loc=self.query_start_loc,
             query_start_loc_cpu=self.query_start_loc_cpu,
@@ -86,13 +88,15 @@ class StageRows:
     def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """First row of each request and position of each row, which decide the KV slots."""
+        """First row of each request and position of each row, from which KV slots follow."""
         return self.query_start_loc, self.positions
 
 
 @dataclass(frozen=True)
-class StageLengths:
-    """A step in which a stage has vLLM's rows, of requests that are shorter in it; R requests.
+class DecodeView:
+    """What a stage sees of a step with vLLM's rows, in which requests are shorter; R requests.
+
+    Such a step decodes, or computes text after an image.
 
     Attributes:
         missing, missing_cpu: (R,) int32, tokens of each request without a slot in the stage.
@@ -109,8 +113,8 @@ class StageLengths:
         """vLLM's metadata of the step, as this stage sees it.
 
         Args:
-            common: Of at least R requests; those past them pad a CUDA graph.
-            seq_lens: (max R,) int32, where the physical lengths are put.
+            common: Of at least R requests; further requests pad a CUDA graph.
+            seq_lens: (max R,) int32, the buffer for the physical lengths.
         """
         num_reqs = self.missing.shape[0]
         lengths = seq_lens[: common.num_reqs].copy_(common.seq_lens)
@@ -123,14 +127,14 @@ class StageLengths:
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=upper_bound,
             max_seq_len=self.max_seq_len,
-            positions=None,  # not the stage's, and no backend of ours reads them
+            positions=None,  # vLLM's are not the stage's, and no backend of ours reads them
             _num_computed_tokens_cache=None,
         )
 
     def slot_inputs(
         self, query_start_loc: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :meth:`StageRows.slot_inputs`.
+        """See :meth:`PrefillView.slot_inputs`.
 
         Args:
             query_start_loc: (R + 1,) int32, first row of each request.
@@ -142,18 +146,18 @@ class StageLengths:
 
 @dataclass
 class StageBuild:
-    """What builders of one stage's groups share: a step is built once, and for all of them.
+    """State that the builders of one stage's groups share, to build a step once for all.
 
     Attributes:
-        seq_lens: (max R,) int32, physical lengths. A full CUDA graph reads them here, so all
-            steps that may be one put them here; zero for requests that pad it.
-        rows: What the stage sees of the step to build for; ``None`` where no request of it
-            prunes, and the stage sees what vLLM planned.
-        metadata: What was built for the step; ``None`` until then.
+        seq_lens: (max R,) int32, physical lengths; zero for requests that pad a graph. A full
+            CUDA graph reads them here, so every step that may run as a graph writes them here.
+        rows: The stage's view of the step; ``None`` if no request of the step prunes, and the
+            stage sees what vLLM planned.
+        metadata: The metadata built for the step; ``None`` before.
     """
 
     seq_lens: torch.Tensor
-    rows: StageRows | StageLengths | None = None
+    rows: PrefillView | DecodeView | None = None
     metadata: Any = None
 
     def to_metadata(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
@@ -164,26 +168,26 @@ class StageBuild:
 
 
 class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """What the worker sees of a stage's builder, whatever backend it builds for."""
+    """The part of a stage's builder that is the same for all backends."""
 
     stage_build: StageBuild
 
 
 def begin_builds(
-    groups: Iterable[AttentionGroup], rows: Mapping[int, StageRows | StageLengths]
+    groups: Iterable[AttentionGroup], rows: Mapping[int, PrefillView | DecodeView]
 ) -> None:
-    """Tell the builders of all groups what a step is in their stages, before they build for it.
+    """Give the builders of all groups their stage's view of a step, before they build for it.
 
     Args:
-        groups: Of all layers, in any order.
-        rows: Stage -> what it sees of the step; absent where it sees what vLLM planned.
+        groups: Groups of all layers, in any order.
+        rows: Stage -> its view of the step; a stage without one sees what vLLM planned.
     """
     first: dict[KVCacheSpec, Any] = {}
     for group in groups:
         builder: Any = group.get_metadata_builder()
         if (leader := first.setdefault(group.kv_cache_spec, builder)) is not builder:
-            # Where vLLM builds once for equal groups, the graphs of all groups must read what
-            # the first one wrote. FlashAttention 3 keeps its schedule in a buffer of its own.
+            # vLLM builds once for equal groups. The graphs of all groups must then read what the
+            # first group wrote. FlashAttention 3 has its schedule in a buffer of the builder.
             if hasattr(leader, "scheduler_metadata"):
                 builder.scheduler_metadata = leader.scheduler_metadata
             if isinstance(builder, StagedMetadataBuilder):
@@ -198,19 +202,19 @@ def begin_builds(
 def create_staged_attention_backend(
     underlying: type[AttentionBackend],
 ) -> type[AttentionBackend]:
-    """A backend whose queries, lengths and slots are those of a stage.
+    """A backend that computes with the queries, lengths and slots of a stage.
 
     Raises:
         ValueError: If ``underlying`` is not among :data:`BACKENDS`.
     """
     if underlying.get_name() not in BACKENDS:
-        # Start-up chooses or refuses; this is for engines that skip our start-up hook.
+        # For engines that skip our start-up hook, which chooses a backend.
         raise ValueError(f"stages cannot run on attention backend {underlying.get_name()}")
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
 
     class StagedBuilder(underlying_builder, StagedMetadataBuilder):
-        # Groups of one stage differ in block table and slots alone: build once for all.
+        # Groups of one stage differ only in block table and slots: build once for all.
         supports_update_block_table = True
 
         def __init__(
@@ -232,11 +236,11 @@ def create_staged_attention_backend(
         ) -> AttentionCGSupport:
             settings = pruning_settings_of(vllm_config.model_config.hf_config)
             if settings.positions == "reference":
-                # A prompt's last token, by itself in a step, looks like a decode step to vLLM,
-                # but runs in stages, which no full graph holds.
+                # A step of a prompt's last token alone looks like a decode step to vLLM, but
+                # runs in stages, which a full graph cannot.
                 return AttentionCGSupport.NEVER
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            # Never of prefill: a graph of it would be run for steps that drop rows too.
+            # No graphs of prefill: vLLM would also run them for steps that drop rows.
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
         def build(
@@ -246,7 +250,7 @@ def create_staged_attention_backend(
             fast_build: bool = False,
         ) -> Any:
             step = self.stage_build
-            if step.metadata is not None:  # model runner V2 asks each group's builder
+            if step.metadata is not None:  # model runner V2 calls each group's builder
                 return self.update_block_table(
                     step.metadata,
                     common_attn_metadata.block_table_tensor,
@@ -282,8 +286,8 @@ def create_staged_attention_backend(
             *args: Any,
             **kwargs: Any,
         ) -> torch.Tensor:
-            # Written here, with the stage's slots: outside of the implementation vLLM
-            # would write with the runner's, one for each unpruned token.
+            # vLLM would write the KV cache outside of the implementation, with the runner's
+            # slots, which are those of unpruned tokens.
             if not underlying.forward_includes_kv_cache_update and attn_metadata is not None:
                 slots = attn_metadata.slot_mapping
                 count = slots.shape[0]
@@ -306,7 +310,7 @@ def create_staged_attention_backend(
 
 
 def _features_that_would_be_lost(attention: Any) -> list[str]:
-    """Arguments of vLLM's attention layer that :meth:`StagedAttention.replacing` does not pass."""
+    """Features of an attention layer that :meth:`StagedAttention.replacing` would drop."""
     impl = attention.impl
     features = {
         "a sliding window": attention.sliding_window is not None,
@@ -321,7 +325,7 @@ def _features_that_would_be_lost(attention: Any) -> list[str]:
 
 
 class StagedAttention(Attention):
-    """An attention layer of a stage; stage 0 computes as vLLM's own, in vLLM's own backend."""
+    """An attention layer of a stage. In stage 0 it uses vLLM's backend unchanged."""
 
     def __init__(self, *args: Any, stage: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -333,8 +337,8 @@ class StagedAttention(Attention):
     ) -> "StagedAttention":
         """The layer that takes ``attention``'s place, under the same name.
 
-        vLLM's decoder layers make their attention themselves and offer no seam for
-        another class; an attention layer without weights is cheap to make anew.
+        vLLM's decoder layers construct their attention and take no other class. An attention
+        layer has no weights, so constructing it again is cheap.
 
         Raises:
             NotImplementedError: If the layer has a feature that the new one would not have.

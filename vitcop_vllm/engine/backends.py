@@ -10,44 +10,44 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
-"""Backends whose metadata holds block table and slots as plain fields. Others plan kernels from
-them while they build metadata, so groups of one stage could not share one build."""
+"""Backends whose metadata holds block table and slots as plain fields. Other backends plan kernels
+from block table and slots while they build metadata, so groups of a stage cannot share a build."""
 
 _TRITON_KV_CAPABILITY = {"fp8": (8, 9), "bfloat16": (8, 0)}
-"""Least compute capability of a KV cache dtype with TRITON_ATTN. vLLM 0.32 lists the backend as
-valid below it too and raises in the worker (``TritonAttentionImpl.__init__``)."""
+"""KV cache dtype -> minimum compute capability for TRITON_ATTN. On older GPUs vLLM 0.32 lists the
+backend as valid all the same, then raises in the worker (``TritonAttentionImpl.__init__``)."""
 
 
 def choose_backend(vllm_config: "VllmConfig") -> None:
-    """Set the attention backend of an NVIDIA GPU, where the user set none.
+    """Set the attention backend of an NVIDIA GPU if the user set none.
 
-    vLLM's default is FLASHINFER for some pairs of GPU and KV cache dtype. Stages then take the
-    next of vLLM's own order that is one of :data:`BACKENDS`.
+    For some pairs of GPU and KV cache dtype vLLM's default is FLASHINFER, which stages cannot use.
+    So this sets the first backend in vLLM's order that is one of :data:`BACKENDS`.
 
     Raises:
         ValueError: If no backend of :data:`BACKENDS` is valid for this GPU, model and KV cache
-            dtype, or if the user chose another one.
+            dtype, or if the user chose an invalid backend.
     """
     attention = vllm_config.attention_config
-    kind = "full_attention"  # of all layers that are staged
+    kind = "full_attention"  # the kind of all staged layers
     chosen = attention.backend_per_kind.get(kind, attention.backend)
     cache_dtype = vllm_config.cache_config.cache_dtype
     valid = _valid_backends(vllm_config, cache_dtype)
     if not valid:
-        raise ValueError(_why_none(vllm_config, cache_dtype))
+        raise ValueError(_no_backend_message(vllm_config, cache_dtype))
     names = [backend.name for backend in valid]
     if chosen is None:
         attention.backend = valid[0]
-        logger.info("Attention backend of the stages: %s.", names[0])
+        logger.info("Visual token pruning uses attention backend %s.", names[0])
     elif chosen.name not in names:
         raise ValueError(
             f"visual token pruning cannot use attention backend {chosen.name} on "
-            f"{_here(cache_dtype)}; set --attention-backend to {' or '.join(names)}, or leave it "
-            "out"
+            f"{_describe_gpu(cache_dtype)}; set --attention-backend to {' or '.join(names)}, or "
+            "leave it out"
         )
 
 
-def _here(cache_dtype: str) -> str:
+def _describe_gpu(cache_dtype: str) -> str:
     from vllm.platforms import current_platform
 
     capability = current_platform.get_device_capability()
@@ -59,7 +59,7 @@ def _here(cache_dtype: str) -> str:
 
 
 def _valid_backends(vllm_config: "VllmConfig", cache_dtype: str) -> list[Any]:
-    """Backends of :data:`BACKENDS` that work here, in vLLM's order."""
+    """Backends of :data:`BACKENDS` that support this GPU and model, in vLLM's order."""
     from vllm import envs
     from vllm.platforms import current_platform
     from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -78,17 +78,19 @@ def _valid_backends(vllm_config: "VllmConfig", cache_dtype: str) -> list[Any]:
         ),
         num_heads=model.get_num_attention_heads(vllm_config.parallel_config),
     )
-    least = next((c for d, c in _TRITON_KV_CAPABILITY.items() if cache_dtype.startswith(d)), (0, 0))
+    triton_capability = next(
+        (c for dtype, c in _TRITON_KV_CAPABILITY.items() if cache_dtype.startswith(dtype)), (0, 0)
+    )
     return [
         candidate.backend
         for candidate in candidates
         if candidate.backend.name in BACKENDS
-        and (candidate.backend.name != "TRITON_ATTN" or capability >= least)
+        and (candidate.backend.name != "TRITON_ATTN" or capability >= triton_capability)
     ]
 
 
-def _why_none(vllm_config: "VllmConfig", cache_dtype: str) -> str:
-    sentence = f"visual token pruning has no attention backend for {_here(cache_dtype)}"
+def _no_backend_message(vllm_config: "VllmConfig", cache_dtype: str) -> str:
+    sentence = f"visual token pruning has no attention backend for {_describe_gpu(cache_dtype)}"
     if cache_dtype != "auto" and _valid_backends(vllm_config, "auto"):
         return f"{sentence}; set --kv-cache-dtype auto"
     return (

@@ -71,6 +71,10 @@ class StartUp:
         return self.model.hf_text_config
 
     @property
+    def decoder_names(self) -> str:
+        return " or ".join(self.decoders)
+
+    @property
     def multimodal(self) -> Any:
         return self.model.get_multimodal_config()
 

@@ -1,4 +1,4 @@
-"""KV cache of a stage: block tables filled compactly, dropped tokens never take a slot."""
+"""KV cache of a stage: compact block tables, in which dropped tokens take no slot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from vitcop_vllm.pruning.plan import RequestPlan
 
 
 class StagedKVCacheManager(SingleTypeKVCacheManager):
-    """Asks vLLM's manager for the blocks of a request's *physical* length.
+    """vLLM's manager, with requests of their *physical* length: dropped tokens take no slot.
 
     Attributes:
         stage: 0, 1 or 2.
-        plans: Request id -> plan, shared by all stages and kept by the scheduler;
-            requests without pruned images are not in it.
-        writes: What the step being scheduled writes, shared by all stages.
+        plans: Request id -> plan, shared by all stages and owned by the scheduler; without the
+            requests that prune nothing.
+        writes: Blocks that the step being scheduled will write, shared by all stages.
     """
 
     plans: Mapping[str, RequestPlan]
@@ -41,7 +41,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         self.stage = self.kv_cache_spec.stage
         self.plans = {}
         self.writes = StepWrites()
-        # Request id -> tokens up to which its blocks are cached, a checkpoint.
+        # Request id -> the checkpoint up to which its blocks are cached.
         self._cached_tokens: dict[str, int] = {}
 
     def num_slots(self, request_id: str, num_tokens: int) -> int:
@@ -62,7 +62,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         plan = self.plans.get(request_id)
         if plan is not None:
             num_tokens = plan.num_slots(num_tokens, self.stage)
-            # A request that runs has no new hits, and vLLM does not look at the others.
+            # A running request has no new hits, and vLLM ignores these two numbers.
             if request_id not in self.num_cached_block:
                 total_computed_tokens = plan.num_slots(total_computed_tokens, self.stage)
                 num_local_computed_tokens = plan.num_slots(num_local_computed_tokens, self.stage)
@@ -98,7 +98,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         return super().allocate_new_blocks(request_id, slots, num_tokens_main_model)
 
     def passes_checkpoint(self, request: Request, num_tokens: int) -> bool:
-        """Whether among the request's first ``num_tokens`` there is something new to cache."""
+        """Whether the request's first ``num_tokens`` reach a checkpoint that is not cached yet."""
         if not self.enable_caching:
             return False
         hashes = request.block_hashes
@@ -128,12 +128,12 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
             self.num_cached_block[name] = checkpoint.slots // self.block_size
 
     def _add_key(self, block: KVCacheBlock, key: BlockHash, num_tokens: int) -> None:
-        """Make a block findable by one more key: that of a prefix of ``num_tokens``.
+        """Register a block under one more key: that of a prefix of ``num_tokens``.
 
-        vLLM's own methods remove a block's shorter keys when they add a longer one. Here
-        they stay, because a prefix may end at any checkpoint inside the block. As in vLLM the
-        longest prefix is the block's first key: vLLM reads the length of a block's first key
-        to count the prompt tokens that a request wrote to the cache.
+        vLLM's methods remove a block's shorter keys when they add a longer one. Here they stay,
+        because a hit may end at any checkpoint inside the block. As in vLLM, the first key is
+        that of the longest prefix: from its length vLLM counts the prompt tokens that a request
+        wrote to the cache.
         """
         shorter = self.block_pool._remove_cached_block_hashes(block)
         longest = make_block_hash_with_group_id(key, self.kv_cache_group_id)
@@ -161,8 +161,11 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Blocks of each group for the longest checkpoint, at most ``max_length``, that all
-        of them hold; and its length in prompt positions."""
+        """The longest cache hit of at most ``max_length`` prompt positions.
+
+        Returns:
+            Blocks of each group, and the length of the hit, which all groups have.
+        """
         assert isinstance(block_hashes, PrefixHashes)
         assert isinstance(kv_cache_spec, StagedAttentionSpec)
         block_size = kv_cache_spec.block_size
@@ -180,7 +183,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
             if not has_tail:
                 hit, length = [*whole], checkpoint.length
             elif tail is not None:
-                # To be copied before this step runs, it must not be written by it.
+                # It will be copied before this step runs, so this step must not write it.
                 if checkpoint.keys[-1][1] in block_hashes.writes.keys:
                     block_hashes.awaits_copy = True
                 else:
@@ -188,7 +191,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         return tuple([blocks[i] for blocks in hit] for i in range(len(kv_cache_group_ids))), length
 
 
-# Registering a class of ours while the table is empty would keep vLLM's own out of it.
+# vLLM fills its registry on first use, and only if it is empty: fill it before we add to it.
 KVCacheSpecRegistry._ensure_registered()
 
 
@@ -197,18 +200,18 @@ KVCacheSpecRegistry._ensure_registered()
 class StagedAttentionSpec(AttentionSpec):
     """Full attention over the tokens alive in one stage.
 
-    Not a FullAttentionSpec: vLLM takes those for groups whose blocks follow logical
-    positions, and would fold the stages into one group.
+    Not a FullAttentionSpec: vLLM would merge the stages into one group, whose blocks follow
+    prompt positions.
 
     Attributes:
-        stage: 0, 1 or 2. In stage 0 slots are prompt positions and blocks are vLLM's, but a
-            prefix may end inside one there as in the others.
+        stage: 0, 1 or 2. In stage 0 slots are prompt positions, as in vLLM, but a hit may end
+            inside a block as in the other stages.
     """
 
     stage: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        """Bytes for the longest request, which may be one that prunes nothing."""
+        """Bytes of the longest request, which may prune nothing."""
         max_model_len = vllm_config.model_config.max_model_len
         return cdiv(max_model_len, self.block_size) * self.page_size_bytes
 

@@ -1,4 +1,4 @@
-"""What the scheduler sends to workers beside vLLM's own output of a step."""
+"""Data that the scheduler sends to the workers in addition to vLLM's output of a step."""
 
 from dataclasses import dataclass, field
 
@@ -10,10 +10,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 class StagedSchedulerOutput(SchedulerOutput):
     """A step that encodes images of preempted requests, for model runner V1.
 
-    vLLM sends an image's data to the workers with a new request, except where a prefix hit
-    covers the image. V1 gets nothing again when a preempted request resumes (V2 gets all). So
-    without this, V1 would lack the data of an image that the hit covered before the
-    preemption and does not cover after it.
+    vLLM sends an image's data to the workers with a new request, unless a prefix cache hit covers
+    the image. When a preempted request resumes, vLLM sends the data again to V2, but not to V1.
+    If the hit no longer covers the image by then, V1 does not have the image's data.
 
     Attributes:
         image_data: Request id -> index of an image -> its data, for images that the step

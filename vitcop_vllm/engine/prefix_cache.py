@@ -1,11 +1,15 @@
-"""Where a request's prefix may be taken up again, and under which keys its blocks lie.
+"""Prefix lengths at which a cache hit may end, and the keys of their blocks.
 
-vLLM caches a block once it is full and finds it again by the hash of the prompt up to its
-end. A pruned request's blocks in a stage do not end where blocks of prompt positions do. So
-prefixes are reused at *checkpoints*, equal in all stages: at each whole block of prompt
-positions, as in vLLM, except inside a pruned image's span, which is never computed in parts; and
-at each span's end, so that an image is reused whole whatever is asked about it. A stage's last
-block is then partly filled, and the request that reuses it gets a copy, by vLLM's own means.
+vLLM caches a block when it is full, under the hash of the prompt up to the block's end. The blocks
+of a pruned request in a stage do not end at multiples of prompt positions. So cache hits end at
+*checkpoints*, which are the same in all stages:
+
+- each whole block of prompt positions, as in vLLM, unless it ends inside the span of a pruned
+  image, because no step computes part of such a span;
+- the end of each span, so that any question about an image reuses all of it.
+
+At a checkpoint the last block of a stage may be partly filled. A request that hits it gets a copy
+of that block, which vLLM makes (copy-on-write).
 """
 
 from collections.abc import Callable, Iterator
@@ -25,14 +29,14 @@ from vitcop_vllm.pruning.plan import RequestPlan
 
 
 class Checkpoint(NamedTuple):
-    """A prefix length at which a later request may go on, seen by one stage.
+    """A prefix length at which a cache hit may end, in one stage.
 
     Attributes:
         length: Prompt positions, placeholders included.
-        slots: KV slots that they take in the stage.
-        keys: For each block that has slots since the checkpoint before: its place in the
-            request's block table, and the key of its content up to here. Only the last of
-            them may be partly filled.
+        slots: KV slots of the prefix in the stage.
+        keys: For each block with slots after the previous checkpoint: its index in the
+            request's block table, and the key of its content up to this checkpoint. Only the
+            last block may be partly filled.
     """
 
     length: int
@@ -42,14 +46,15 @@ class Checkpoint(NamedTuple):
 
 @dataclass
 class StepWrites:
-    """What the step being scheduled will have written when it has run.
+    """Blocks that the step being scheduled will write.
 
-    Blocks are found from the moment they are scheduled: whoever reads them in the same step
-    reads after they were written, layer by layer. Copies are made before the step.
+    Another request of the same step may hit a full block: in each layer, blocks are written
+    before they are read. It may not hit a block that it must copy, because copies are made before
+    the step.
 
     Attributes:
-        keys: Of checkpoints registered in this step.
-        block_ids: Of the blocks registered under them, by request.
+        keys: Keys of the checkpoints registered in this step.
+        block_ids: Request id -> its blocks registered under these keys.
     """
 
     keys: set[BlockHash] = field(default_factory=set)
@@ -86,8 +91,8 @@ class PrefixHashes(list[BlockHash]):
         writes: Of the scheduler that the request is given to.
 
     Attributes:
-        awaits_copy: Whether the last look-up passed over a checkpoint for nothing but that
-            its last block is written in this very step.
+        awaits_copy: True if the last look-up skipped a hit only because its last block is
+            written in this same step.
     """
 
     def __init__(
@@ -107,7 +112,7 @@ class PrefixHashes(list[BlockHash]):
         for end in (span.end for span in plan.spans):
             start = end // block_size * block_size
             if start == end:
-                continue  # vLLM's own
+                continue  # vLLM has this hash
             extra_keys, _ = generate_block_hash_extra_keys(request, start, end, 0)
             self._span_ends[end] = hash_block_tokens(
                 hash_function,
@@ -126,29 +131,29 @@ class PrefixHashes(list[BlockHash]):
         return whole if span_end is None else min(whole, span_end)
 
     def next_length(self, after: int) -> int:
-        """Length of the first checkpoint past ``after``, which is one, or 0."""
-        # Asked for by each KV cache group in each step, and the answer seldom changes.
+        """Length of the first checkpoint past ``after``; ``after`` is a checkpoint, or 0."""
+        # Each KV cache group calls this in each step, and the result seldom changes.
         if self._next[0] != after:
             self._next = after, self._find_next(after)
         return self._next[1]
 
     def passed(self, stage: int, after: int, until: int) -> list[Checkpoint]:
-        """All of :meth:`checkpoints`."""
-        # Asked for by each KV cache group of a stage in turn.
-        asked = stage, after, until
-        if self._passed[0] != asked:
-            self._passed = asked, [*self.checkpoints(*asked)]
+        """:meth:`checkpoints` as a list."""
+        # The KV cache groups of a stage call this one after another.
+        key = stage, after, until
+        if self._passed[0] != key:
+            self._passed = key, [*self.checkpoints(*key)]
         return self._passed[1]
 
     def checkpoints(self, stage: int, after: int, until: int) -> Iterator[Checkpoint]:
-        """Those in (after, until], ascending; ``after`` is one, or 0."""
+        """Checkpoints in (after, until], ascending; ``after`` is a checkpoint, or 0."""
         slots = self.plan.num_slots(after, stage)
         length = self._find_next(after)
         while length <= until:
             first, slots = slots // self.block_size, self.plan.num_slots(length, stage)
             last = cdiv(slots, self.block_size) - 1
             key = self._span_ends.get(length) or self[length // self.block_size - 1]
-            # The prefix names its last block. Other blocks that it fills add their place.
+            # The key of the prefix is that of its last block. Other blocks add their index.
             keys = [(i, BlockHash(key + i.to_bytes(4))) for i in range(first, last)]
             yield Checkpoint(length, slots, [*keys, (last, key)])
             length = self._find_next(length)

@@ -1,4 +1,4 @@
-"""vLLM's schedulers, told each request's plan."""
+"""vLLM's schedulers, extended with the plan of each request."""
 
 from typing import Any
 
@@ -29,10 +29,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class StagedScheduler(Scheduler):
-    """Keeps the plans of unfinished requests and never splits a pruned image's span.
+    """Keeps the plans of unfinished requests, and never splits a pruned image's span.
 
-    Nor, where the selector reads the question, the prompt of a pruned image: its last
-    token and all before it must be there when the image's tokens are chosen.
+    If the selector reads the question, it never splits the prompt of a pruned image either: the
+    selection needs the whole prompt.
 
     Attributes:
         plans: Request id -> plan, for requests with pruned images.
@@ -44,15 +44,15 @@ class StagedScheduler(Scheduler):
         self._reads_question = selector_of(settings.selector).reads_question
         self.plans: dict[str, RequestPlan] = {}
         self._writes = StepWrites()
-        # Whether a request with pruned images waits for more room than the step has left.
+        # Whether a waiting request with pruned images needs more tokens than the step has left.
         self._holds_back = False
-        # Request id -> its images that the next step to run is to encode.
+        # Request id -> images that the next step will encode.
         self._to_encode: dict[str, list[int]] = {}
         self._hash_function = get_hash_fn_by_name(
             self.vllm_config.cache_config.prefix_caching_hash_algo
         )
         coordinator = self.kv_cache_manager.coordinator
-        # Or vLLM would round what is cached down to whole blocks, and miss a span's end.
+        # Otherwise vLLM rounds a hit down to whole blocks, and never hits at a span's end.
         coordinator.enable_partial_hash_hits = True
         StagedCoordinator.adopt(coordinator)
         for manager in coordinator.single_type_managers:
@@ -64,9 +64,9 @@ class StagedScheduler(Scheduler):
         try:
             plan = plan_request(request.mm_features)
         except CountsMismatchError as error:
-            # The processor refuses such a request. An error here would stop the engine, so a
-            # prompt that did not pass the processor is finished with an error: vLLM does so
-            # with these requests at the end of the step.
+            # The processor refuses such a request, but a prompt may come from elsewhere. An
+            # exception here would stop the engine. vLLM finishes these requests with an error
+            # at the end of the step.
             self.encoder_cache_mismatch_reqs.add(request.request_id)
             COUNTS_MISMATCHES.labels("scheduler").inc()
             logger.error("Request %s refused: %s", request.request_id, error)
@@ -84,7 +84,7 @@ class StagedScheduler(Scheduler):
             )
 
     def _blocks_not_taken(self, request: Request, plan: RequestPlan) -> int:
-        """What its prompt would take of all KV cache groups, unpruned, less what it takes."""
+        """Blocks of all KV cache groups that the unpruned prompt would take in addition."""
         prompt = request.num_prompt_tokens
         unpruned = prompt + sum(s.counts.encoder - s.counts.stages[0] for s in plan.spans)
         return sum(
@@ -94,7 +94,7 @@ class StagedScheduler(Scheduler):
         )
 
     def add_request(self, request: Request) -> None:
-        # Before vLLM sees it: the first thing it may do is count the request's blocks.
+        # Before super, which may count the request's blocks.
         if request.request_id not in self.requests:
             self._update_plan(request)
         super().add_request(request)
@@ -103,14 +103,14 @@ class StagedScheduler(Scheduler):
         super()._update_request_as_session(session, update)
         self._update_plan(session)
         if self._reads_question and session.request_id in self.plans:
-            # The prompt has another last token now: it is computed again, as one.
+            # The prompt has another last token now, so all of it is computed again.
             self._free_request_blocks(session)
             self.encoder_cache_manager.free(session)
             session.num_computed_tokens = 0
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        # Not at preemption, which frees blocks too: a resumed request needs its plan.
+        # A preemption does not call this: a resumed request needs its plan.
         self.plans.pop(request.request_id, None)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -120,7 +120,7 @@ class StagedScheduler(Scheduler):
         return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
 
     def _with_image_data(self, scheduled: SchedulerOutput) -> SchedulerOutput:
-        """The step, with data of images that model runner V1 may lack."""
+        """``scheduled`` with the data of images that model runner V1 does not have."""
         new = {request.req_id for request in scheduled.scheduled_new_reqs}
         data: dict[str, dict[int, MultiModalKwargsItem]] = {}
         for name, input_ids in scheduled.scheduled_encoder_inputs.items():
@@ -137,10 +137,10 @@ class StagedScheduler(Scheduler):
         self._to_encode.setdefault(request.request_id, []).extend(input_ids)
 
     def _reschedule_lost_encoder_inputs(self, scheduled: SchedulerOutput) -> None:
-        """Have the runner encode the images of requests preempted in this very step.
+        """Let the runner encode images of requests that were preempted in this same step.
 
-        vLLM takes such a request out of the step, but goes on believing that its images
-        are in the encoder cache; whoever needs them next would kill the engine.
+        vLLM removes such a request from the step, but keeps its images marked as cached. The next
+        request that needs them would stop the engine.
         """
         for name, input_ids in self._to_encode.items():
             request = self.requests.get(name)
@@ -149,11 +149,12 @@ class StagedScheduler(Scheduler):
             cached = self.encoder_cache_manager.cached
             if lost := [i for i in input_ids if request.mm_features[i].identifier in cached]:
                 scheduled.scheduled_encoder_inputs[name] = lost
-        if scheduled.total_num_scheduled_tokens:  # else the runner does nothing
+        if scheduled.total_num_scheduled_tokens:  # otherwise the runner skips the step
             self._to_encode.clear()
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        # vLLM 0.33 goes on to later requests, whose prompts could fill every next step too.
+        # vLLM 0.33 would schedule later requests now, and their prompts could fill each next
+        # step too.
         if self._holds_back or request.request_id in self.encoder_cache_mismatch_reqs:
             return False
         if not super()._handle_blocked_waiting_request(request):
@@ -161,15 +162,15 @@ class StagedScheduler(Scheduler):
         hashes = request.block_hashes
         if not isinstance(hashes, PrefixHashes) or not hashes.plan.spans or not self._writes.keys:
             return True
-        # Another request computes its images in this very step: in the next one it can
-        # have them as they are. vLLM, which copies nothing, would compute them twice.
+        # Another request computes the same images in this step. In the next step this request
+        # can copy the result; now it would compute them again.
         hashes.awaits_copy = False
         if request.num_computed_tokens == 0:
             self.kv_cache_manager.get_computed_blocks(request)
         return not hashes.awaits_copy
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        # If the step being scheduled was to write some of its blocks, nobody may find them.
+        # This step will not write the blocks that it registered, so no request may hit them.
         if block_ids := self._writes.block_ids.pop(request.request_id, None):
             self.kv_cache_manager.evict_blocks(block_ids)
         if (stats := request.prefill_stats) is not None:
@@ -216,7 +217,7 @@ class StagedScheduler(Scheduler):
         num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
         if encoder_compute_budget >= patches:
-            # A session's images may differ in ratio: any one of them must find room.
+            # Images of a session may have different ratios: the longest must fit.
             budget = max(budget, plan.longest_span)
         inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
@@ -224,20 +225,20 @@ class StagedScheduler(Scheduler):
         used = (budget - left) * patches // placeholders
         encoder_compute_budget = max(encoder_compute_budget - used, 0)
         if num_new_tokens < min_new_tokens:
-            # Not all of its images fit: those that are cached must not take room from others.
+            # Not all of its images fit, so it must not hold those that are cached.
             self.encoder_cache_manager.free(request)
             return deferred
         return inputs, num_new_tokens, encoder_compute_budget, *others
 
 
 class StagedAsyncScheduler(StagedScheduler, AsyncScheduler):
-    """The same for vLLM's asynchronous scheduler."""
+    """:class:`StagedScheduler` for asynchronous scheduling."""
 
 
 def create_scheduler(*args: Any, **kwargs: Any) -> Scheduler:
-    """The scheduler vLLM would have chosen, with plans.
+    """vLLM's scheduler of the configuration, with plans.
 
-    A function, because which one it is is settled after our start-up hook has run.
+    A function, because vLLM decides about asynchronous scheduling after our start-up hook.
     """
     is_async = kwargs["vllm_config"].scheduler_config.async_scheduling
     return (StagedAsyncScheduler if is_async else StagedScheduler)(*args, **kwargs)

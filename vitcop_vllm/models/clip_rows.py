@@ -1,6 +1,6 @@
-"""The last layer of a CLIP tower computes only the rows that are kept.
+"""Dropped rows skip most of the last layer of a CLIP tower.
 
-Stage I selects by that layer's queries and keys, before the layer has done most of its work.
+Stage I selects by that layer's queries and keys, which exist before the layer computes the rest.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,13 @@ from vitcop_vllm.models.stage_one import Groups, Kept, gather_rows
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows of the layer that are read later: N of B images with T rows each.
+    """The N kept rows of B images with T rows each.
 
     Attributes:
-        of_image: (B, n) int64 in [0, T); images with fewer than n are padded with 0.
-        unpadded: (N,) int64 in [0, B * n), which of them are no padding; ``None``: all.
-        of_batch: (N,) int64 in [0, B * T), the same rows without padding.
+        of_image: (B, n) int64 in [0, T), kept rows of each image, padded with 0 to n.
+        unpadded: (N,) int64 in [0, B * n), entries of ``of_image`` that are not padding; ``None``
+            if there is no padding.
+        of_batch: (N,) int64 in [0, B * T), the kept rows in the whole batch, without padding.
     """
 
     of_image: torch.Tensor
@@ -32,7 +33,7 @@ class KeptRows:
 
 
 def kept_rows(groups: Groups, kept: Kept, device: torch.device) -> KeptRows:
-    """Rows of the kept tokens, of images with [CLS] in front."""
+    """Rows of the kept tokens, in images whose first row is [CLS]."""
     (num_rows,) = {1 + shape.counts.encoder for shape in groups}
     lengths = torch.zeros(sum(map(len, groups.values())), dtype=torch.int64)
     for shape, numbers in groups.items():
@@ -49,37 +50,39 @@ def kept_rows(groups: Groups, kept: Kept, device: torch.device) -> KeptRows:
     of_batch = (first[:, None] + of_image).flatten()
     if len(groups) == 1:
         return KeptRows(of_image, None, of_batch)
-    # On the host, which knows all lengths: a device would have to be waited for.
+    # nonzero runs on the host, which knows all lengths: on a device, the host would wait for it.
     is_kept = torch.arange(of_image.shape[1]) < lengths[:, None]
     unpadded = async_tensor_h2d(is_kept.flatten().nonzero().squeeze(1), device=device)
     return KeptRows(of_image, unpadded, of_batch[unpadded])
 
 
-_TAKES_FEWER_QUERIES = (AttentionBackendEnum.TORCH_SDPA,)
-"""Encoder attention of vLLM's that need not have as many queries as keys."""
+_ALLOW_FEWER_QUERIES = (AttentionBackendEnum.TORCH_SDPA,)
+"""Backends of vLLM's encoder attention that allow fewer queries than keys."""
 
 
 @contextmanager
-def skip_dropped_rows(layer: Any, rows_after: Callable[[torch.Tensor], KeptRows]) -> Iterator[None]:
+def skip_dropped_rows(
+    layer: Any, select_rows: Callable[[torch.Tensor], KeptRows]
+) -> Iterator[None]:
     """Report a layer's Q, K and V, then compute the rest of the layer for the kept rows only.
 
-    Dropped rows contribute K and V. If the attention backend takes fewer queries than keys,
+    Dropped rows contribute K and V. If the attention backend allows fewer queries than keys,
     their queries are skipped too.
 
     Args:
-        layer: Residual around ``self_attn``, which is ``qkv_proj``, ``attn`` and ``out_proj``,
-            then around ``layer_norm2`` and ``mlp``.
-        rows_after: Takes (B, T, 3 * local heads * D), the output of ``qkv_proj``, and returns
-            the kept rows. The layer's output is of no use in dropped rows.
+        layer: A residual around ``self_attn`` (``qkv_proj``, ``attn``, ``out_proj``), then a
+            residual around ``layer_norm2`` and ``mlp``.
+        select_rows: Takes (B, T, 3 * local heads * D), the output of ``qkv_proj``, and returns
+            the kept rows. The layer's output in dropped rows is meaningless.
     """
     attention = layer.self_attn
-    fewer_queries = attention.attn.attn_backend in _TAKES_FEWER_QUERIES
+    fewer_queries = attention.attn.attn_backend in _ALLOW_FEWER_QUERIES
     rows: KeptRows
     batch: torch.Size
 
     def after_qkv(_: nn.Module, __: object, output: Any) -> None:
         nonlocal rows, batch
-        rows, batch = rows_after(output[0]), output[0].shape[:2]
+        rows, batch = select_rows(output[0]), output[0].shape[:2]
 
     def before_attention(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         if not fewer_queries:
@@ -94,18 +97,18 @@ def skip_dropped_rows(layer: Any, rows_after: Callable[[torch.Tensor], KeptRows]
         return attended if rows.unpadded is None else attended[rows.unpadded]
 
     def after_out_proj(_: nn.Module, __: object, output: Any) -> Any:
-        return put_back(output[0]), *output[1:]
+        return scatter(output[0]), *output[1:]
 
     def before_norm(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return inputs[0].flatten(0, 1)[rows.of_batch]
 
     def after_mlp(_: nn.Module, __: object, output: torch.Tensor) -> torch.Tensor:
-        return put_back(output)
+        return scatter(output)
 
-    def put_back(some: torch.Tensor) -> torch.Tensor:
-        """(N, C) rows where they stand in (B, T, C), for the residual."""
-        whole = some.new_zeros(*batch, some.shape[-1])
-        whole.flatten(0, 1)[rows.of_batch] = some
+    def scatter(kept: torch.Tensor) -> torch.Tensor:
+        """(N, C) kept rows at their places in (B, T, C), the shape of the residual."""
+        whole = kept.new_zeros(*batch, kept.shape[-1])
+        whole.flatten(0, 1)[rows.of_batch] = kept
         return whole
 
     hooks = (

@@ -1,7 +1,7 @@
-"""Integers that travel with an image's embeddings, as columns after them.
+"""Integers that travel with an image's embeddings, as extra columns.
 
-Wherever vLLM keeps, sends or caches the embeddings, the columns go too. They hold the bits of
-the integers, because values would round.
+vLLM stores, sends and caches the columns together with the embeddings. A column holds the bits of
+the integers, because a conversion to the embeddings' dtype would round them.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 
 class Columns(NamedTuple):
-    """Which columns the embeddings of a pruned image carry.
+    """Extra columns of a pruned image's embeddings, in this order.
 
     Attributes:
         width: H, columns of the embeddings themselves.
-        labels: Whether a cluster label of each token follows.
-        places: Whether the row and the column of each token in the image's grid follow.
+        labels: Whether there is a column with each token's cluster label.
+        places: Whether there are two columns with each token's row and column in the image's grid.
     """
 
     width: int
@@ -32,16 +32,16 @@ class Columns(NamedTuple):
         index: torch.Tensor,
         num_grid_columns: int,
     ) -> torch.Tensor:
-        """Embeddings of images of one grid and what travels with them.
+        """Append the extra columns to the embeddings of images with the same grid.
 
         Args:
             embeddings: (..., n, H).
             labels: (..., n) int64 cluster labels; ``None`` without clusters.
-            index: (..., n) int64 places in the images' grid, row-major.
-            num_grid_columns: Columns of that grid.
+            index: (..., n) int64 positions in the grid, row-major.
+            num_grid_columns: Number of columns of the grid.
 
         Returns:
-            (..., n, H + number of columns)
+            (..., n, H + number of extra columns)
         """
         integers = []
         if self.labels:
@@ -59,20 +59,21 @@ class Columns(NamedTuple):
     def split(
         self, embeddings: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
-        """What a step's images carry.
+        """Split the embeddings of a step's images from their extra columns.
 
         Args:
-            embeddings: Per image (n, H), or with columns.
+            embeddings: Per image, (n, H) or (n, H + number of extra columns).
 
         Returns:
-            The embeddings alone, (n, H) each; the labels, (n,) int64 of each image that has
-            columns; and (N, 2) int64 row and column of all images' tokens, 0 where an image has
-            no columns, or ``None`` where none has.
+            Embeddings: (n, H) per image.
+            Labels: (n,) int64 per image with extra columns.
+            Places: (N, 2) int64, row and column of all images' tokens, 0 for an image without
+            extra columns; ``None`` if no image has any.
         """
-        plain = [one[:, : self.width] for one in embeddings]
+        plain = [image[:, : self.width] for image in embeddings]
         integers = [
-            one[:, self.width :].contiguous().view(_BITS[one.dtype]).to(torch.int64)
-            for one in embeddings
+            image[:, self.width :].contiguous().view(_BITS[image.dtype]).to(torch.int64)
+            for image in embeddings
         ]
         labels = [columns[:, 0] for columns in integers if self.labels and columns.shape[1]]
         places = None

@@ -1,4 +1,4 @@
-"""Pruned dummy data for the runs in which vLLM compiles and measures memory before it serves."""
+"""Pruned dummy data for vLLM's start-up runs, which compile the model and measure memory."""
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from vitcop_vllm.worker.step import StagedForward
 def dummy_counts(
     settings: PruningSettings, num_layers: int, encoder_tokens: int
 ) -> VisualTokenCounts | None:
-    """Counts of a dummy image; ``None`` where the settings prune no image.
+    """Counts of a dummy image; ``None`` if the settings prune no image.
 
     Args:
-        settings: The operator's.
+        settings: The operator's settings.
         num_layers: L, decoder layers.
         encoder_tokens: V, the image's visual tokens from the encoder.
     """
@@ -36,13 +36,13 @@ def dummy_step(
     """A prefill of as many images as fit into a step, and their cluster labels.
 
     Args:
-        counts: Of each image.
-        num_rows: Most rows of the step.
-        device: Where the tensors are needed.
+        counts: Counts of each image.
+        num_rows: Maximum rows of the step.
+        device: Device of the returned tensors.
         find_prompts: Whether the selector reads the question, and so the rows of a prompt.
 
     Returns:
-        ``None`` where no stage after the first drops tokens, or no image fits.
+        ``None`` if Stages II and III drop no tokens, or if no image fits.
     """
     n1 = counts.stages[0]
     num_images = num_rows // n1

@@ -1,15 +1,15 @@
-"""How an image lies in its visual tokens."""
+"""Grid of an image's visual tokens."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """An image as the decoder would see it unpruned.
+    """Layout of an image without pruning.
 
     Attributes:
-        rows, columns: Grid of its visual tokens, in row-major order.
-        box: Left, top, right, bottom of what the encoder sees, in the image's own pixels.
+        rows, columns: Grid of the visual tokens, in row-major order.
+        box: Left, top, right, bottom of the part that the encoder sees, in pixels of the image.
     """
 
     rows: int
@@ -18,5 +18,5 @@ class ImageLayout:
 
     @property
     def num_tokens(self) -> int:
-        """V, its visual tokens."""
+        """V, number of visual tokens."""
         return self.rows * self.columns

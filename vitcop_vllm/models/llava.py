@@ -1,4 +1,4 @@
-"""LLaVA-1.5 with visual tokens dropped in three stages."""
+"""LLaVA-1.5 with visual token pruning."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -49,19 +49,19 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
         layer = self.vision_tower.vision_model.encoder.layers[-1]
         kept: Kept = {}
 
-        def rows_after(qkv: torch.Tensor) -> KeptRows:
+        def select_rows(qkv: torch.Tensor) -> KeptRows:
             nonlocal kept
             kept = keep(partial(self._view_of, layer.self_attn, qkv, pixels))
             return kept_rows(groups, kept, qkv.device)
 
-        with skip_dropped_rows(layer, rows_after):
+        with skip_dropped_rows(layer, select_rows):
             features = self._image_pixels_to_features(self.vision_tower, pixels)
         embedded = {}
         for shape, numbers in groups.items():
-            of_shape = select_items(features, numbers)
+            rows = select_items(features, numbers)
             if shape in kept:
-                of_shape = gather_rows(of_shape, kept[shape].index)
-            embedded[shape] = self.multi_modal_projector(of_shape)
+                rows = gather_rows(rows, kept[shape].index)
+            embedded[shape] = self.multi_modal_projector(rows)
         return embedded
 
     def _view_of(
@@ -75,11 +75,11 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
         """The tower's last layer on the images ``numbers``.
 
         Args:
-            attention: Of that layer.
+            attention: Attention module of that layer.
             qkv: (B, 1 + V, 3 * local heads * D) of all images, [CLS] first.
             pixels: (B, 3, height, width) of all images.
-            shape: Of the images.
-            numbers: Which of the B images.
+            shape: Shape of the images ``numbers``.
+            numbers: Indices among the B images.
         """
         query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv.chunk(3, dim=-1))
         keys = select_items(key, numbers)

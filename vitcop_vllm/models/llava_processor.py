@@ -1,4 +1,4 @@
-"""LLaVA-1.5's prompts and images."""
+"""Processing of LLaVA-1.5's prompts and images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from vitcop_vllm.models.processing import PrunedProcessingInfo, PrunedProcessor
 
 
 class PrunedLlavaProcessingInfo(PrunedProcessingInfo, LlavaProcessingInfo):
-    """All images are scaled to one square and have equally many tokens."""
+    """All images are scaled to the same square and have equally many visual tokens."""
 
     def layout(
         self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
     ) -> ImageLayout:
-        """See :meth:`PrunedProcessingInfo.layout`; no processor keyword changes it.
+        """See :meth:`PrunedProcessingInfo.layout`. Processor keywords do not change the layout.
 
-        CLIP's processor scales the shorter side to the model's input and crops the middle.
-        Where an image is not cropped it is seen whole.
+        CLIP's processor scales the shorter side to the model's input and crops the middle. If it
+        is configured not to crop, the encoder sees the whole image.
         """
         vision: Any = self.get_hf_config().vision_config
         side = vision.image_size // vision.patch_size
@@ -40,9 +40,9 @@ class PrunedLlavaProcessingInfo(PrunedProcessingInfo, LlavaProcessingInfo):
 
 
 def _resized_side(shortest_edge: int, side: int, shorter: int) -> int:
-    # As the processor of Hugging Face rounds.
+    # Hugging Face's processor rounds like this.
     return shortest_edge if side == shorter else int(shortest_edge * side / shorter)
 
 
 class PrunedLlavaMultiModalProcessor(PrunedProcessor, LlavaMultiModalProcessor):
-    """vLLM's processor, with prompts as long as what images keep."""
+    """vLLM's processor, with as many placeholders per image as Stage I keeps."""

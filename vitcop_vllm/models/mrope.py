@@ -1,9 +1,9 @@
-"""M-RoPE positions of a prompt whose images are pruned, as far as the host knows them.
+"""M-RoPE positions of a prompt with pruned images: the part that the host computes.
 
-Where a kept token lies in its image is known to the device alone. The host gives all tokens of
-a pruned image the position at which the image begins; the device adds rows and columns, which
-travel as columns of the embeddings. Text after an image stands where it stands unpruned, so
-positions are a function of the prefix and prefix caching stays exact.
+Only the device knows which tokens of an image are kept. The host gives all tokens of a pruned image
+the position at which the image begins. The device adds each token's row and column, which travel as
+columns of the embeddings. Text after an image has the same positions as without pruning. So
+positions depend on the prefix only, and prefix caching stays exact.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ class MRoPEImage(NamedTuple):
 
     Attributes:
         offset: Index of its first token in the prompt.
-        num_tokens: Its tokens in the prompt.
-        rows, columns: Grid of its tokens, if unpruned.
-        is_whole: Whether all tokens of the grid are in the prompt; the host then knows where
-            each lies.
+        num_tokens: Number of its tokens in the prompt.
+        rows, columns: Grid of its visual tokens without pruning.
+        is_whole: Whether all tokens of the grid are in the prompt. The host then knows the row
+            and column of each.
     """
 
     offset: int
@@ -32,19 +32,21 @@ class MRoPEImage(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Positions that the image takes: text after it begins so far from its first."""
+        """Number of positions from the image's first position to that of the text after it."""
         return max(self.rows, self.columns)
 
 
 def mrope_positions(num_tokens: int, images: Iterable[MRoPEImage]) -> tuple[torch.Tensor, int]:
-    """Positions (time, row, column) of a prompt, without the places of pruned images' tokens.
+    """Positions (time, row, column) of a prompt's tokens.
+
+    All tokens of a pruned image have the position at which the image begins.
 
     Args:
-        num_tokens: N, of the prompt.
-        images: In prompt order.
+        num_tokens: N, tokens of the prompt.
+        images: Images in prompt order.
 
     Returns:
-        (3, N) int64; and what to add to a later token's index for its position.
+        (3, N) int64 positions, and the difference between position and index of later tokens.
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     token = position = 0
@@ -64,5 +66,5 @@ def mrope_positions(num_tokens: int, images: Iterable[MRoPEImage]) -> tuple[torc
 
 
 def positions_beyond_tokens(images: Iterable[MRoPEImage]) -> int:
-    """An upper bound on how far any position of a prompt lies past its token's index."""
+    """An upper bound on position minus index of any token of a prompt."""
     return sum(max(0, image.extent - image.num_tokens) for image in images)

@@ -1,7 +1,10 @@
-"""Prompts and images of a pruned model: shortened by what pruning drops, and named so.
+"""Processing of prompts and images for a pruned model.
 
-Mixins for vLLM's classes of a model family. A family says how an image of a size lies in
-visual tokens (``layout``); all else is here.
+A prompt has one placeholder for each visual token that Stage I keeps, and an image's identifier
+carries its visual token counts.
+
+The classes are mixins for vLLM's classes of a model family. A family adds ``layout``: the grid of
+visual tokens of an image of a given size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,15 +48,14 @@ from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 logger = init_logger(f"vllm.{__name__}")
 
 COUNTS_FIELD = "visual_token_counts"
-"""Field of a processed image that brings its counts and grid to the encoder; see
-:func:`shape_row`."""
+"""Field of a processed image with its counts and grid, for the encoder; see :func:`shape_row`."""
 
-_MAX_REMEMBERED = 8192
-"""Images sent with a uuid whose layouts are remembered, some 100 bytes each."""
+_MAX_LAYOUTS = 8192
+"""Maximum number of cached layouts of images sent with a uuid, some 100 bytes each."""
 
 
 class MisprocessedImageError(GracefulHTTPError, CountsMismatchError):
-    """A fault of the processor: vLLM's server answers the request with status 503."""
+    """A fault of the processor. vLLM's server answers the request with status 503."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
@@ -69,22 +71,22 @@ def shape_row(shape: ImageShape) -> list[int]:
 
 
 def shape_of_row(row: Sequence[int]) -> ImageShape:
-    """The shape that :func:`shape_row` made ``row`` of."""
+    """The shape of a row of :func:`shape_row`."""
     encoder, centres, n1, n2, n3, rows, columns = row
     return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), rows, columns)
 
 
-def without_ours(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The processor keywords that are meant for the processor of Hugging Face."""
+def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The processor keywords for Hugging Face's processor, without those of this plugin."""
     return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
 
 
 class PrunedProcessingInfo:
-    """What the processor knows of a model, and of pruning. A mixin of vLLM's ``ProcessingInfo``.
+    """A model's data that the processor needs for pruning. A mixin of vLLM's ``ProcessingInfo``.
 
     Attributes:
-        position_slack: For models with M-RoPE, rows of the rotary table per position of the
-            model's; ``None`` for models without.
+        position_slack: Length of the rotary table as a multiple of ``max_position_embeddings``,
+            for models with M-RoPE; ``None`` for models without M-RoPE.
     """
 
     position_slack: int | None = None
@@ -95,21 +97,21 @@ class PrunedProcessingInfo:
         """Grid of visual tokens and visible part of an image.
 
         Args:
-            width, height: Of the image as it was sent, in pixels.
+            width, height: Size of the image as it was sent, in pixels.
             processor_kwargs: The request's processor keywords.
         """
         raise NotImplementedError
 
     def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
-        """Width and height of a dummy image of at most so many visual tokens.
+        """Width and height of a dummy image with at most ``max_tokens`` visual tokens.
 
-        ``None`` if the largest image has no more, or all have equally many.
+        ``None`` if the largest image has no more tokens, or if all images have equally many.
         """
         return None
 
     @property
     def has_cls(self) -> bool:
-        """Whether Stage I reads the attention of [CLS]; else the attention received."""
+        """Whether the encoder has [CLS]. Without it, Stage I reads the attention received."""
         this: Any = self
         return FAMILIES[this.ctx.model_config.architecture].has_cls
 
@@ -123,24 +125,24 @@ class PrunedProcessingInfo:
         return pruning_settings_of(self._config)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Images only: no other modality is pruned yet."""
+        """Images only: other modalities cannot be pruned yet."""
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
         return {"image": limits["image"]}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
-        """Budgets are for the largest image a request may have: one not pruned."""
+        """Tokens of the largest image that a request may have, which is unpruned."""
         this: Any = self
         return {"image": this.get_max_image_tokens()}
 
     def counts(
         self, num_image_tokens: int, processor_kwargs: Mapping[str, object]
     ) -> VisualTokenCounts:
-        """Counts of one image under a request's processor keywords.
+        """Visual token counts of one image, by the ratio in a request's processor keywords.
 
         Raises:
-            ValueError: If the ratio among them is not acceptable.
+            ValueError: If the ratio is invalid.
         """
         settings = self.settings
         ratio = settings.default_ratio
@@ -150,20 +152,20 @@ class PrunedProcessingInfo:
         return plan_counts(settings, ratio, num_layers, num_image_tokens)
 
     def check_admissible(self, images: Sequence[ImageShape]) -> None:
-        """Refuse images that the engine could not compute.
+        """Refuse images that the engine cannot compute.
 
         Raises:
-            ValueError: If a pruned image does not fit into one step, or the prompt's positions
-                could leave the rotary table.
+            ValueError: If a pruned image does not fit into one step, or if the prompt's positions
+                could exceed the rotary table.
         """
         limit = span_limit_of(self._config)
         for counts, *_ in images:
             if counts.is_pruned and counts.stages[0] > limit:
                 raise ValueError(
-                    f"a pruned image is computed in one step, which holds {limit} tokens, and "
-                    f"one of this request's keeps {counts.stages[0]} in Stage I: ask for a "
-                    "higher pruning ratio or ratio 0, send a smaller image, or have the "
-                    "operator raise --max-num-batched-tokens"
+                    f"a pruned image is computed in one step, which holds {limit} tokens, but an "
+                    f"image of this request keeps {counts.stages[0]} in Stage I; set a higher "
+                    "pruning ratio or ratio 0, send a smaller image, or have the operator raise "
+                    "--max-num-batched-tokens"
                 )
         if self.position_slack is None:
             return
@@ -175,21 +177,24 @@ class PrunedProcessingInfo:
         table = self.position_slack * self._config.get_text_config().max_position_embeddings
         if this.ctx.model_config.max_model_len + beyond > table:
             raise ValueError(
-                f"rotary positions of this prompt could pass the model's last, {table - 1}: its "
-                f"images take {beyond} positions more than tokens; ask for a lower pruning ratio "
-                "or send less elongated images"
+                f"rotary positions of this prompt could exceed the model's largest, {table - 1}, "
+                f"because its images take {beyond} more positions than tokens; set a lower pruning "
+                "ratio or send less elongated images"
             )
 
 
 class PrunedProcessor:
-    """Shortens prompts to the tokens that images keep. A mixin of vLLM's processor."""
+    """Shortens prompts to the visual tokens that Stage I keeps. A mixin of vLLM's processor."""
 
     info: Any
 
     @cached_property
     def _layouts(self) -> LRUCache[str, ImageLayout]:
-        """Layouts of images that were sent with a uuid, and may come again without data."""
-        return LRUCache(_MAX_REMEMBERED)
+        """Layouts of images that were sent with a uuid, by uuid.
+
+        A client may send such an image again without its data.
+        """
+        return LRUCache(_MAX_LAYOUTS)
 
     def _shapes(
         self,
@@ -203,8 +208,8 @@ class PrunedProcessor:
         if isinstance(images, (EmbeddingItems, DictEmbeddingItems)):
             if processor_kwargs.get(RATIO_KEY):
                 raise ValueError(
-                    f"{RATIO_KEY} needs images: image embeddings come without the encoder's "
-                    "attention, by which they would be pruned"
+                    "image embeddings cannot be pruned, because Stage I needs the encoder's "
+                    f"attention; send the image itself or leave {RATIO_KEY} out"
                 )
             return [self._embedded_shape(images, i) for i in range(images.get_count())]
         assert isinstance(images, ImageProcessorItems)
@@ -228,8 +233,8 @@ class PrunedProcessor:
             if uuid is not None:
                 self._layouts[uuid] = layout
             return layout
-        # Sent by its uuid alone. vLLM has the processed image cached, under a name that ends
-        # with counts, and these follow from its size.
+        # The image was sent by its uuid only. vLLM caches the processed image under an identifier
+        # that ends with counts, and the counts follow from the image's size.
         known = self._layouts.get(uuid) if uuid is not None else None
         if known is None:
             raise ValueError(f"the image with uuid {uuid!r} is not cached: send its data again")
@@ -245,7 +250,7 @@ class PrunedProcessor:
 
         Raises:
             MisprocessedImageError: If an image's identifier contradicts its placeholders.
-                Here the error costs one request; in the engine it would cost all.
+                An error here fails one request. An error in the engine would fail all requests.
         """
         processed: MultiModalInput = super().apply(*args, **kwargs)  # type: ignore[misc]
         names = processed["mm_hashes"].get("image", ())
@@ -260,7 +265,7 @@ class PrunedProcessor:
         return processed
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
-        """Inputs for memory profiling: images that are not pruned."""
+        """Inputs for memory profiling: unpruned images."""
         inputs: ProcessorInputs = super().get_dummy_inputs(*args, **kwargs)  # type: ignore[misc]
         return replace(inputs, hf_processor_mm_kwargs={RATIO_KEY: 0})
 
@@ -269,8 +274,8 @@ class PrunedProcessor:
         uuids = (inputs.mm_uuid_items or {}).get("image")
         shapes = self._shapes(inputs.mm_data_items, kwargs, uuids)
         self.info.check_admissible(shapes)
-        # The counts tell images apart; the ratio itself would split equal counts.
-        plain = replace(inputs, hf_processor_mm_kwargs=without_ours(kwargs))
+        # Hash without the ratio: it would separate images of equal counts. The counts are appended.
+        plain = replace(inputs, hf_processor_mm_kwargs=without_pruning_keys(kwargs))
         hashes: MultiModalHashes = super()._get_mm_hashes(plain)  # type: ignore[misc]
         if "image" in hashes:
             hashes["image"] = [
@@ -289,8 +294,8 @@ class PrunedProcessor:
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
     ) -> BatchFeature:
-        theirs = without_ours(hf_kwargs)
-        processed: BatchFeature = super()._apply_hf_processor_main(mm_items, theirs)  # type: ignore[misc]
+        plain = without_pruning_keys(hf_kwargs)
+        processed: BatchFeature = super()._apply_hf_processor_main(mm_items, plain)  # type: ignore[misc]
         if "pixel_values" in processed:
             shapes = self._shapes(mm_items, hf_kwargs)
             processed[COUNTS_FIELD] = torch.tensor([shape_row(shape) for shape in shapes])
@@ -300,9 +305,9 @@ class PrunedProcessor:
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields: Mapping[str, MultiModalFieldConfig] = super()._get_mm_fields_config(  # type: ignore[misc]
-            hf_inputs, without_ours(hf_processor_mm_kwargs)
+            hf_inputs, without_pruning_keys(hf_processor_mm_kwargs)
         )
-        # On the CPU: the encoder needs them as shapes, without waiting for a device.
+        # On the CPU: the encoder uses the counts as shapes and must not wait for a device.
         counts = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
         return {**fields, COUNTS_FIELD: counts}
 
@@ -313,7 +318,7 @@ class PrunedProcessor:
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         updates: Sequence[Any] = super()._get_prompt_updates(  # type: ignore[misc]
-            mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs
+            mm_items, without_pruning_keys(hf_processor_mm_kwargs), out_mm_kwargs
         )
         images = out_mm_kwargs.get("image", ())
         return [
@@ -324,11 +329,11 @@ class PrunedProcessor:
 
 
 def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], list[int]]:
-    """A prompt update that puts as many tokens in an image's place as Stage I keeps.
+    """Replacement of an image's placeholder by as many tokens as Stage I keeps.
 
     Args:
-        content: vLLM's update, of one kind of token.
-        images: Processed images, with their shapes unless they came as embeddings.
+        content: vLLM's replacement: equal tokens, or a function from an image's index to them.
+        images: Processed images. Images that were sent as embeddings have no :data:`COUNTS_FIELD`.
     """
 
     def replacement(i: int) -> list[int]:
@@ -339,7 +344,7 @@ def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], list[int]
         counts = shape_of_row(image[COUNTS_FIELD].data.tolist()).counts
         if len(tokens) != counts.encoder:
             raise MisprocessedImageError(
-                f"it has {len(tokens)} visual tokens, and {counts.encoder} were planned"
+                f"it has {len(tokens)} visual tokens, but {counts.encoder} were planned"
             )
         return tokens[: counts.stages[0]]
 

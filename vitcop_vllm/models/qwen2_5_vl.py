@@ -1,8 +1,8 @@
-"""Qwen2.5-VL with visual tokens dropped in three stages.
+"""Qwen2.5-VL with visual token pruning.
 
-Its encoder has no [CLS]: Stage I reads the attention that each token receives in the last
-block, which attends over the whole image. A visual token is a square of patches, so queries,
-features and attention are averaged over them.
+The encoder has no [CLS]. Stage I reads the attention that each token receives in the last block,
+which attends over the whole image. A visual token is a square of patches, so its query, features
+and attention are averages over its patches.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from vitcop_vllm.models.processing import (
     PrunedProcessingInfo,
     PrunedProcessor,
     shape_of_row,
-    without_ours,
+    without_pruning_keys,
 )
 from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
 from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
@@ -41,14 +41,14 @@ from vitcop_vllm.pruning.views import EncoderView
 
 
 class PrunedQwenProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
-    """Images of any size, scaled to whole squares of patches."""
+    """Images of any size, scaled to a whole number of visual tokens per side."""
 
-    position_slack = 4  # vLLM's MRotaryEmbedding makes its table so much longer
+    position_slack = 4  # vLLM's MRotaryEmbedding makes its table 4 times as long
 
     def layout(
         self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
     ) -> ImageLayout:
-        kwargs = without_ours(processor_kwargs or {})
+        kwargs = without_pruning_keys(processor_kwargs or {})
         size, _ = self._get_vision_info(
             image_width=width,
             image_height=height,
@@ -66,14 +66,14 @@ class PrunedQwenProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
         return side, side
 
     def _token_side(self) -> int:
-        """Pixels along a side of a visual token."""
+        """Side length of a visual token, in pixels."""
         vision: Any = self.get_hf_config().vision_config
         side: int = vision.patch_size * vision.spatial_merge_size
         return side
 
 
 class PrunedQwenProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
-    """vLLM's processor, with prompts as long as what images keep."""
+    """vLLM's processor, with as many placeholders per image as Stage I keeps."""
 
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:
         _, height, width = images.get(i)["image_grid_thw"].tolist()
@@ -88,7 +88,7 @@ class PrunedQwenProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
 class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGeneration):
-    """vLLM's Qwen2.5-VL; rotary positions of kept tokens are those of the whole image."""
+    """vLLM's Qwen2.5-VL. Kept tokens have the rotary positions of the unpruned image."""
 
     def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
         grids = inputs["image_grid_thw"]
@@ -106,14 +106,15 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
         patches = tower.spatial_merge_unit
         images = _images_of(tower, grids)
         metadata = tower.prepare_encoder_metadata(grids)
-        # Rows leave the last block in the images' own order, and only those that are kept.
+        # The last block outputs only the kept rows, already in the order of the images' grids. So
+        # the tower must not reorder them.
         lengths = [0] * len(images)
         for shape, numbers in groups.items():
             for number in numbers:
                 lengths[number] = shape.counts.stages[0]
         metadata["reverse_indices"] = torch.arange(sum(lengths), device=pixels.device)
 
-        def rows_after(last: _LastBlock) -> torch.Tensor:
+        def select_rows(last: _LastBlock) -> torch.Tensor:
             kept: Kept = keep(partial(self._view_of, last, pixels, images))
             orders = [image.order for image in images]
             for shape, tokens in kept.items():
@@ -125,7 +126,7 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             rows = torch.cat(rows_of)[:, None] * patches
             return (rows + torch.arange(patches, device=rows.device)).flatten()
 
-        with _keep_rows(tower.blocks[-1], rows_after):
+        with _skip_dropped_rows(tower.blocks[-1], select_rows):
             embedded = tower(pixels, None, encoder_metadata=metadata)
         split = embedded.split(lengths)
         return {
@@ -147,11 +148,11 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
         ranks = attention.tp_size
 
         def tokens_of(rows: torch.Tensor, number: int) -> torch.Tensor:
-            """(S, ...) rows of all images: (V, P, ...) of one, in the order of its grid."""
+            """(S, ...) rows of all images to (V, P, ...) rows of one image, in grid order."""
             image = images[number]
             first = image.first_token * patches
-            own = rows[first : first + image.order.shape[0] * patches]
-            return own.unflatten(0, (-1, patches))[image.order]
+            image_rows = rows[first : first + image.order.shape[0] * patches]
+            return image_rows.unflatten(0, (-1, patches))[image.order]
 
         def all_tokens(rows: torch.Tensor) -> torch.Tensor:
             return torch.stack([tokens_of(rows, number) for number in numbers])
@@ -191,12 +192,12 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
 
 
 class _PackedImage(NamedTuple):
-    """An image among the rows of the tower.
+    """The rows of an image in the tower.
 
     Attributes:
-        first_token: Its first visual token.
-        order: (V,) int64: where, from there on, each token of its grid lies. The tower computes
-            tokens window by window.
+        first_token: Index of the image's first visual token in the tower.
+        order: (V,) int64, index of each token of the image's grid, counted from ``first_token``.
+            The tower computes tokens window by window, so this is a permutation.
     """
 
     first_token: int
@@ -218,7 +219,7 @@ class _LastBlock(NamedTuple):
 
     Attributes:
         query, key: (S, local heads, D), after rotary embedding.
-        raw_key: (S, local heads * D), before it.
+        raw_key: (S, local heads * D), before rotary embedding.
     """
 
     query: torch.Tensor
@@ -227,14 +228,16 @@ class _LastBlock(NamedTuple):
 
 
 @contextmanager
-def _keep_rows(block: Any, rows_after: Callable[[_LastBlock], torch.Tensor]) -> Iterator[None]:
-    """Report a block's attention inputs, and compute what follows attention for some rows only.
+def _skip_dropped_rows(
+    block: Any, select_rows: Callable[[_LastBlock], torch.Tensor]
+) -> Iterator[None]:
+    """Report a block's attention inputs, then compute the rest of the block for the kept rows only.
 
     Args:
         block: ``norm1``, ``attn`` (``qkv``, ``attn``, ``proj``), ``norm2`` with the residual, and
             ``mlp``.
-        rows_after: Called before attention; returns (N,) int64 rows in [0, S). The block then
-            puts out these rows, in this order.
+        select_rows: Called before attention. Returns the kept rows, (N,) int64 in [0, S). The
+            block then outputs these rows, in this order.
     """
     raw_key = rows = torch.empty(0)
 
@@ -244,13 +247,13 @@ def _keep_rows(block: Any, rows_after: Callable[[_LastBlock], torch.Tensor]) -> 
 
     def before_attention(_: nn.Module, __: object, inputs: Mapping[str, Any]) -> None:
         nonlocal rows
-        rows = rows_after(_LastBlock(inputs["query"][0], inputs["key"][0], raw_key))
+        rows = select_rows(_LastBlock(inputs["query"][0], inputs["key"][0], raw_key))
 
     def before_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return inputs[0][rows]
 
     def before_norm(_: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        return (inputs[0][rows],), named  # the residual is what `proj` put out
+        return (inputs[0][rows],), named  # the residual is the output of `proj`: kept rows only
 
     hooks = (
         block.attn.qkv.register_forward_hook(after_qkv),

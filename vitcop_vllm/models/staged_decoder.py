@@ -1,4 +1,7 @@
-"""Running a decoder in stages, each with fewer visual rows. Shared by all models."""
+"""Runs a decoder stage by stage, each stage on fewer visual rows. All models share this module.
+
+A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from vitcop_vllm.worker.step import StagedForward
 def stage_layers(
     layers: Sequence[Any], boundaries: tuple[int, int], vllm_config: VllmConfig
 ) -> None:
-    """Give the layers their stage's attention."""
+    """Replace the attention of all layers by the attention of their stage."""
     for index, layer in enumerate(layers):
         stage = sum(index >= boundary for boundary in boundaries)
         layer.self_attn.attn = StagedAttention.replacing(layer.self_attn.attn, stage, vllm_config)
@@ -28,11 +31,15 @@ def stage_layers(
 
 @contextmanager
 def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tensor]]:
-    """Collects query and key (after rotary embedding) that an attention layer works on.
+    """Record the query and key of an attention layer, after rotary embedding.
 
-    Taken where compiled code, too, comes back to Python: what calls the implementation is an
-    operator that vLLM's compiler does not look into. Such code uses its buffers again: then they
-    must be copied.
+    The implementation's ``forward`` is replaced, because it runs as Python even in a compiled
+    stage: the compiler does not trace vLLM's attention operator.
+
+    Args:
+        attention: vLLM's attention layer.
+        copy: Whether to copy query and key. Needed if compiled code calls the layer, because that
+            code reuses its buffers.
     """
     recorded: list[torch.Tensor] = []
     compute = attention.impl.forward
@@ -41,7 +48,7 @@ def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tenso
         layer: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         recorded_query = query
-        if query.dtype != key.dtype:  # an FP8 KV cache may want queries in FP8, with a scale
+        if query.dtype != key.dtype:  # with an FP8 KV cache, queries may be FP8 with a scale
             recorded_query = query.to(key.dtype) * attention._q_scale
         recorded.extend((recorded_query.clone(), key.clone()) if copy else (recorded_query, key))
         return compute(layer, query, key, *args, **kwargs)
@@ -54,17 +61,17 @@ def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tenso
 
 
 class StagedDecoder:
-    """Runs a decoder's layers stage by stage, each with fewer visual rows.
+    """Runs a decoder's layers stage by stage, each stage on fewer visual rows.
 
-    Each stage is compiled as vLLM compiles the decoder, with the same options; with
-    ``enforce_eager`` nothing is.
+    vLLM compiles each stage with the same options as the decoder. With ``enforce_eager`` it
+    compiles neither.
 
     Args:
-        decoder: vLLM's decoder model, its layers with their stages' attention.
-        boundaries: First layers of the second and third stage.
-        selector: What chooses the visual rows that go on.
-        kernels: Implementation of the functions that choose and merge tokens.
-        vllm_config: As the decoder was made with.
+        decoder: vLLM's decoder model. Its layers already have their stage's attention.
+        boundaries: First layers of stages 1 and 2.
+        selector: Selects the visual rows at each boundary.
+        kernels: Implementation of the functions that select and merge tokens.
+        vllm_config: Configuration of the decoder.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class StagedDecoder:
         )
         self._stages = []
         for number, (stage, arguments) in enumerate(parts):
-            # What vLLM keeps compiled code under, beside the decoder's own.
+            # vLLM caches compiled code by this tag. The decoder's code has another tag.
             with set_model_tag(f"vitcop_stage_{number}"):
                 self._stages.append(stage(vllm_config=vllm_config, **arguments))
         self._is_compiled = not all(stage.do_not_compile for stage in self._stages)
@@ -109,7 +116,7 @@ class StagedDecoder:
             sink: Records what is selected at the boundaries; ``None`` records nothing.
 
         Returns:
-            (T, H) hidden states; a dropped token's row repeats its span's last survivor.
+            (T, H) hidden states. The row of a dropped token repeats its span's last kept row.
         """
         layer_before = self._run_to_boundary(1, positions, inputs_embeds)
         rows = self._cross(1, step, positions, layer_before, labels, sink)
@@ -120,7 +127,7 @@ class StagedDecoder:
         return normed[step.outputs]
 
     def _run_to_boundary(self, stage: int, *rows: torch.Tensor) -> LayerBefore:
-        """Compute the layers before ``stage``, 1 or 2, on the rows that the last one left."""
+        """Compute the stage before ``stage``, which is 1 or 2, on the rows that entered it."""
         attention = self._last_attention[stage - 1]
         with _recorded_inputs(attention, copy=self._is_compiled) as recorded:
             hidden, residual = self._stages[stage - 1](*rows)

@@ -1,4 +1,7 @@
-"""What a decoder computes between two boundaries, in a form that vLLM compiles."""
+"""The stages of a decoder, in a form that vLLM compiles.
+
+A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +14,7 @@ from vitcop_vllm.pruning.selector import Selector
 
 
 class _UpToMLP:
-    """A decoder layer of vLLM's as far as its attention; what is dropped then spares its MLP."""
+    """A decoder layer of vLLM's without its MLP. Rows dropped after it skip the MLP."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -27,7 +30,7 @@ class _UpToMLP:
 
 
 class _FromMLP:
-    """The rest of such a layer."""
+    """The MLP of a decoder layer of vLLM's, with the norm before it."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -42,7 +45,11 @@ class _FromMLP:
 def layers_by_stage(
     layers: Sequence[Any], boundaries: tuple[int, int], selector: Selector
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """What each stage computes: layers, and halves of those that the selector drops within."""
+    """The layers of each stage.
+
+    If the selector drops rows before the MLP of a stage's last layer, the layer is split: its MLP
+    belongs to the next stage.
+    """
     shallow, deep = boundaries
     stages = [*layers[:shallow]], [*layers[shallow:deep]], [*layers[deep:]]
     for stage in (1, 2):
@@ -54,20 +61,20 @@ def layers_by_stage(
 
 
 class _Stage(nn.Module):
-    """Layers, or halves of layers, that run on the same rows."""
+    """Layers, or parts of layers, that run on the same rows."""
 
     def __init__(self, *, layers: Sequence[Any]) -> None:
         super().__init__()
-        self.layers = [*layers]  # no submodules: they are the decoder's
+        self.layers = [*layers]  # a list, because they are submodules of the decoder
 
 
-# Of one code object torch.compile keeps one compiled form, and vLLM drops the guards that would
-# notice another stage: each stage has a forward of its own.
+# Each stage has its own `forward`. If they shared it, torch.compile would run the code of the first
+# compiled stage for all of them: vLLM drops the guards that tell stages apart.
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0})
 class FirstStage(_Stage):
-    """Layers up to the shallow boundary."""
+    """Stage 0: layers up to the shallow boundary."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor
@@ -81,7 +88,7 @@ class FirstStage(_Stage):
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
 class MiddleStage(_Stage):
-    """Layers between the boundaries."""
+    """Stage 1: layers between the boundaries."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -93,7 +100,7 @@ class MiddleStage(_Stage):
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
 class LastStage(_Stage):
-    """Layers from the deep boundary on, and the norm that ends the decoder."""
+    """Stage 2: layers from the deep boundary on, and the decoder's last norm."""
 
     def __init__(self, *, layers: Sequence[Any], norm: nn.Module) -> None:
         super().__init__(layers=layers)

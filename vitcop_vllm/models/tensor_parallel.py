@@ -1,4 +1,4 @@
-"""Values that tensor-parallel ranks combine when tokens are chosen."""
+"""Communication between tensor-parallel ranks when tokens are selected."""
 
 import torch
 from vllm.distributed import (
@@ -8,14 +8,14 @@ from vllm.distributed import (
 
 
 def mean_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """The mean of the tensors that tensor-parallel ranks hold, the same on every rank.
+    """The mean of the ranks' tensors. All ranks get the same result.
 
-    The ranks reduce a flat tensor: vLLM hands 2-D float32 tensors to FlashInfer if it is there,
-    which fails or warns if their rows are not of a length divisible by 4.
+    The reduced tensor is flat, because vLLM passes 2-D float32 tensors to FlashInfer if it is
+    installed. FlashInfer fails or warns if the row length is not divisible by 4.
 
     Args:
-        x: Of equal shape on all ranks.
-        ranks: How many there are.
+        x: A tensor of the same shape on all ranks.
+        ranks: Number of tensor-parallel ranks.
     """
     if ranks == 1:
         return x
@@ -24,10 +24,10 @@ def mean_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def concat_over_ranks(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """(..., C) of each rank to (..., ranks * C), in order of ranks.
+    """Concatenate the ranks' (..., C) tensors to (..., ranks * C), in order of ranks.
 
-    Along the last dimension: gathered along the first, vLLM may return a buffer that the next
-    gather overwrites. Contiguous, because some of vLLM's communicators take no other.
+    The gather is along the last dimension. Along the first, vLLM may return a buffer that the next
+    gather overwrites. The input is made contiguous, because some of vLLM's communicators need it.
     """
     if ranks == 1:
         return x

@@ -1,7 +1,7 @@
 """Visual Information Clustering: density peaks over patch features, within a radius.
 
-B images of equal token count, n tokens, C features, K centres. Shapes depend on
-arguments only, and nothing here waits for the device.
+B images of equal token count, n tokens, C features, K centres. Shapes depend on arguments only, and
+the host never waits for the device.
 """
 
 import torch
@@ -15,10 +15,10 @@ few units in the last place of the float32 features themselves.
 """
 
 TIE = 2.0**-38
-"""Density that each index costs a token, so that no two are equally dense.
+"""Density subtracted per index, so that no two tokens are equally dense.
 
-Densities lie in [1, n], where float32 values are at least 2^-23 apart: up to 2^14 tokens no
-other order changes, and float64 still holds the difference.
+Densities lie in [1, n], where float32 values are at least 2^-23 apart. So with up to 2^14 tokens
+the order of unequal densities does not change, and float64 represents the difference.
 """
 
 
@@ -57,9 +57,9 @@ def _too_far(positions: Tensor, radius: float) -> Tensor:
 
 
 def _no_denser(density: Tensor) -> Tensor:
-    """[b, i, j]: whether j is no denser than i; of equals the lower index is denser.
+    """[b, i, j]: whether j is not denser than i; of two equal densities, the lower index is denser.
 
-    A strict order, so that following denser tokens can never run in a circle.
+    The order is strict, so chains of ever denser tokens have no cycles.
     """
     index = torch.arange(density.shape[1], device=density.device, dtype=torch.float64)
     strict = torch.sub(density, index, alpha=TIE)
@@ -75,16 +75,16 @@ def cluster_labels(
 ) -> Tensor:
     """The cluster of every token: density peaks (ViTCoP, arXiv 2601.17818, VIC).
 
-    Each token's parent is the nearest token that is denser and within the radius; delta
-    is the distance to it, infinite where there is none. The ``num_centres`` tokens of
-    largest density times delta are centres, all others belong to their parent's cluster.
-    Equal densities are ordered by index, where the published program, which may then
-    follow parents in a circle, lumps such tokens in a cluster of their own.
+    The parent of a token is the nearest token that is denser and within the radius; delta is the
+    distance to it, infinite without a parent. The ``num_centres`` tokens of largest density times
+    delta are centres; every other token belongs to the cluster of its parent. Equal densities are
+    ordered by index. (In the published program their parents may form a cycle, and such tokens
+    become one cluster.)
 
-    The method leaves open what becomes of a token that has no parent and is no centre
-    either, which more than ``num_centres`` such tokens make possible (the published
-    program lumps these too). Here it joins the centre nearest in feature distance, of
-    equally near ones that of the lowest label.
+    The method does not define the cluster of a token that has no parent and is not a centre, of
+    which there are some if more than ``num_centres`` tokens have no parent. (The published program
+    puts them into one cluster, too.) Here such a token joins the centre nearest in feature
+    distance; ties go to the lower label.
 
     Args:
         features: (B, n, C).
@@ -94,8 +94,8 @@ def cluster_labels(
         spatial_radius: Farthest a parent may stand, in the unit of ``positions``.
 
     Returns:
-        (B, n) int64 in [0, K). A label is the rank of its centre, largest density times
-        delta first, equals by index; every label has at least one token.
+        (B, n) int64 in [0, K). A label is the rank of its centre by density times delta, largest
+        first, ties by index; every label has at least one token.
     """
     images, num_tokens, _ = features.shape
     assert 1 <= num_centres <= num_tokens <= 2**14, (num_centres, num_tokens)
@@ -103,7 +103,7 @@ def cluster_labels(
     distances = _feature_distances(features)
     density = _densities(distances, density_scale)
     ineligible = _no_denser(density).logical_or_(_too_far(positions, spatial_radius))
-    delta, parent = distances.masked_fill(ineligible, torch.inf).min(dim=2)  # of equals the first
+    delta, parent = distances.masked_fill(ineligible, torch.inf).min(dim=2)  # ties: the first
 
     peaks = (density * delta).argsort(dim=1, descending=True, stable=True)
     centres = peaks[:, :num_centres]
@@ -112,7 +112,7 @@ def cluster_labels(
     parent = torch.where(delta == torch.inf, centres.gather(1, nearest), parent)
     parent.scatter_(1, centres, centres)
 
-    # Each round doubles how far a token has climbed; no chain is longer than the image.
+    # Each round doubles the length of the chains; no chain is longer than the image.
     for _ in range((num_tokens - 1).bit_length()):
         parent = parent.gather(1, parent)
     ranks = torch.arange(num_centres, device=features.device).expand(images, -1)

@@ -1,9 +1,9 @@
-"""The counts of an image travel in its identity.
+"""An image's identifier ends with its counts.
 
-vLLM names a processed image by a hash: key of the processor cache, of the encoder
-cache and of every KV block the image touches. We end that name with the image's
-counts. So each process that sees a request knows its plan, from data vLLM never strips,
-and two ratios of one image can never be taken for each other.
+vLLM identifies a processed image by a hash, which is its key in the processor cache, in the
+encoder cache and in the hashes of KV blocks. Ours appends the image's counts. vLLM never strips an
+identifier, so each process that sees a request knows its plan. Two ratios of one image with
+different counts have different keys everywhere.
 """
 
 import re
@@ -21,14 +21,14 @@ EXPLAIN_KEY = "explain_as"
 """Processor keyword: a unique request id under which selections are recorded."""
 
 MOST_EXPLAINED = 256
-"""Explanations that wait in a worker until a request for them comes: some 10 kB for an image of 576
-tokens, and hundreds of kB for one of 16,384."""
+"""Records that a worker keeps until the server takes them: some 10 kB for an image of 576 tokens,
+hundreds of kB for one of 16,384."""
 
 _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
 
 class Placeholders(Protocol):
-    """Where an image's tokens stand in the prompt: vLLM's ``PlaceholderRange``."""
+    """Position of an image's tokens in the prompt: vLLM's ``PlaceholderRange``."""
 
     @property
     def offset(self) -> int: ...
@@ -59,9 +59,9 @@ def explained_identifier(request: str, number: int, size: tuple[int, int], mm_ha
 
     Args:
         request: Value of ``EXPLAIN_KEY``.
-        number: The image's in the request.
-        size: Width and height in pixels, as it was sent.
-        mm_hash: Its hash, with or without counts.
+        number: Index of the image in the request.
+        size: Width and height of the image as it was sent, in pixels.
+        mm_hash: Hash of the image, with or without counts.
     """
     width, height = size
     return f"explain:{request}:{number}:{width}x{height}:{mm_hash}"
@@ -74,12 +74,12 @@ def explained_size(identifier: str) -> tuple[int, int] | None:
 
 
 def counts_of_identifier(identifier: str) -> VisualTokenCounts:
-    """The counts an image's identity ends with.
+    """The counts at the end of an image's identifier.
 
-    Whatever a client chose as the image's ``uuid`` stands before the last separator.
+    A ``uuid`` that a client chose stands before the last separator.
 
     Raises:
-        RuntimeError: If there are none: the image passed another processor than ours.
+        RuntimeError: If there are none, because another processor than ours made the identifier.
     """
     try:
         return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
@@ -90,18 +90,18 @@ def counts_of_identifier(identifier: str) -> VisualTokenCounts:
 
 
 class CountsMismatchError(RuntimeError):
-    """An image's identifier ends with counts that cannot be those of its placeholders.
+    """An image's identifier ends with counts that contradict its placeholders.
 
-    A fault of ours, or of whoever processed the prompt. Tokens would be dropped at wrong
-    places, so the request must fail; others are not affected.
+    The fault is ours, or that of another processor. Tokens would be dropped at wrong positions,
+    so the request must fail; other requests are not affected.
     """
 
 
 def counts_in_prompt(identifier: str, num_placeholders: int) -> VisualTokenCounts:
     """Counts of an image that has ``num_placeholders`` tokens in the prompt.
 
-    Engines also accept prompts that another processor made. An identifier of such a prompt
-    does not end with counts; the image is not pruned and has one visual token per placeholder.
+    An engine also accepts prompts from another processor, whose identifiers do not end with
+    counts. Such an image is not pruned and has one visual token per placeholder.
 
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or

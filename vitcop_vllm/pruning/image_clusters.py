@@ -1,7 +1,7 @@
-"""Cluster labels of an image's kept tokens, whatever its size and whatever the encoder.
+"""Cluster labels of an image's kept tokens, for images of any size and for any encoder.
 
-:func:`clustering.cluster_labels` compares all pairs of tokens, and its scale is a distance.
-Here an image of many tokens is clustered in blocks, and the scale may be relative.
+:func:`clustering.cluster_labels` compares all pairs of tokens, with a scale in feature distance.
+This module clusters an image of many tokens in blocks, and makes the scale relative.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from vitcop_vllm.pruning.saliency import patch_positions
 from vitcop_vllm.pruning.settings import PruningSettings
 
 MAX_CLUSTERED_TOKENS = 1024
-"""Tokens that are clustered together. LLaVA-1.5 has 576; blocks make cost linear past this."""
+"""Most tokens of a block. LLaVA-1.5 has 576. Beyond one block the cost is linear."""
 
 _MIN_DISTANCE = 1e-30
-"""Stands in for the distance between tokens that are all equal."""
+"""Replaces the mean distance of 0 between tokens that are all equal."""
 
 
 def label_images(
@@ -43,7 +43,8 @@ def label_images(
     scale = settings.density_scale or published_scale
     if scale is None:
         scale = settings.relative_density_scale
-        # Not the scale is multiplied: kernels take it as a number, and this is on the device.
+        # Divide the features, not the scale: kernels take the scale as a Python number, and this
+        # distance is on the device.
         features = features.float() / rms_distance(features)[:, None, None]
     positions = patch_positions(index, *grid)
 
@@ -74,10 +75,10 @@ def rms_distance(features: Tensor) -> Tensor:
 
 
 def _block_order(index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, n) int64: the tokens along a Z-order curve, on which neighbours are near in 2-D.
+    """(B, n) int64: the order of tokens along a Z-order curve.
 
-    Equal runs of it are compact parts of the image with equally many kept tokens each, so
-    shapes do not depend on which tokens are kept.
+    Runs of equal length on the curve are compact parts of the image with equally many kept tokens,
+    so shapes do not depend on which tokens are kept.
     """
     rows, columns = grid
     row, column = index.div(columns, rounding_mode="floor"), index.remainder(columns)
@@ -95,7 +96,7 @@ def _label_blocks(
     num_blocks: int,
     num_centres: int,
 ) -> Tensor:
-    """Cluster each block by itself; a block's share of the centres follows its tokens."""
+    """Cluster each block alone; its number of centres is proportional to its tokens."""
     image = torch.arange(order.shape[0], device=order.device)[:, None]
     labels = torch.empty_like(order)
     tokens = [order.shape[1] * block // num_blocks for block in range(num_blocks + 1)]

@@ -1,7 +1,7 @@
-"""The functions that choose tokens, as torch operators or as Triton kernels.
+"""The functions that select tokens, as torch operators or as Triton kernels.
 
-A model takes its :class:`KernelSet` once, from the setting ``kernels``, and hands it to
-whatever chooses tokens.
+A model gets its :class:`KernelSet` once, by the setting ``kernels``, and passes it to the code that
+selects tokens.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from vitcop_vllm.pruning.settings import KernelsName
 
 
 class KernelSet(NamedTuple):
-    """One implementation of each function; :data:`TORCH` holds the reference for all of them."""
+    """One implementation of each function. :data:`TORCH` is the reference."""
 
     most_salient: Callable[[Tensor, int], Tensor]
     cluster_labels: Callable[..., Tensor]
@@ -37,11 +37,11 @@ def kernel_set(name: KernelsName) -> KernelSet:
     """The implementation that the setting ``kernels`` names.
 
     Raises:
-        ImportError: If it is ``triton`` and Triton is not installed.
+        ImportError: If ``name`` is ``triton`` and Triton is not installed.
     """
     if name != "triton":
         return TORCH
-    # Imported here: builds of torch for CPUs come without Triton.
+    # Imported only here, because torch builds for CPUs come without Triton.
     from vitcop_vllm.pruning.kernels import TRITON
 
     return TRITON

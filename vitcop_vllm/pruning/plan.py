@@ -1,8 +1,10 @@
-"""How many visual tokens live in each stage, and where a prefix ends physically.
+"""How many visual tokens live in each stage, and how many KV slots a prefix takes.
 
-Pure arithmetic: known to the processor, the scheduler and the worker before a forward
-pass, from the image's token count and the ratio alone. *Which* tokens survive is
-decided later, on the device, by ``selectors``.
+Arithmetic on the image's token count and the ratio. So processor, scheduler and worker know all
+counts before a forward pass. *Which* tokens survive, ``selectors`` decide later, on the device.
+
+Stage I, II and III select tokens. ``stage`` 0, 1 and 2 are the runs of decoder layers between them:
+tokens that Stage I keeps enter stage 0.
 """
 
 from bisect import bisect_right
@@ -24,7 +26,7 @@ class VisualTokenCounts:
 
     Attributes:
         encoder: V, visual tokens the vision encoder computes.
-        centres: K, cluster centres; 0 where nothing is pruned.
+        centres: K, cluster centres; 0 if nothing is pruned or clustered.
         stages: (n1, n2, n3), tokens alive in each run of decoder layers.
     """
 
@@ -59,7 +61,7 @@ class VisualTokenCounts:
         return total / num_layers
 
     def encode(self) -> str:
-        """A short text that travels with the image's identity; see :meth:`decode`."""
+        """A short text, for the end of the image's identifier; see :meth:`decode`."""
         return ".".join(map(str, (self.encoder, self.centres, *self.stages)))
 
     @classmethod
@@ -79,9 +81,8 @@ def plan_counts(
 
     For ViTCoP itself (arXiv 2601.17818), with keep fraction r = 1 - ratio, Stage I fraction
     v, boundaries S and D of L layers: n1 = int(v V),
-    n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1), n3 = round(n2 / 5). Where that
-    asks for n2 > n1 (mild pruning), n2 = n1 and the deep stage takes what is left of the
-    budget, so that the layer average is still as asked.
+    n2 = round((L r / v - S) / ((D - S) + (L - D) / 5) n1), n3 = round(n2 / 5). If that gives
+    n2 > n1 (mild pruning), n2 = n1 and n3 is what the layer average leaves for the deep layers.
 
     Args:
         settings: The operator's settings.
@@ -128,9 +129,9 @@ def why_uncacheable(settings: PruningSettings) -> str | None:
 
 
 def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
-    """The pruning ratio that warm-ups and memory profiling use; 0 where none can be asked for.
+    """The pruning ratio of warm-ups and memory profiling; 0 if no ratio above 0 is allowed.
 
-    Mild, so that all three stages drop and merge tokens while many are left.
+    It is mild: all three stages drop and merge tokens, and many tokens are left.
     """
     reach = selector_of(settings.selector).max_ratio(settings.boundaries(num_layers), num_layers)
     return min(0.5, settings.max_pruning_ratio, reach)
@@ -166,8 +167,8 @@ class VisualSpan:
 class RequestPlan:
     """All visual spans of one request, in prompt order.
 
-    A request's *physical* length in a stage is how many KV slots its prefix takes there:
-    dropped visual tokens take none.
+    The *physical* length of a prefix in a stage is the number of its KV slots there: dropped
+    visual tokens take none.
     """
 
     spans: tuple[VisualSpan, ...]
@@ -210,7 +211,7 @@ class RequestPlan:
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per stage, among the first ``num_tokens``.
 
-        A span counts once it has ended: no step computes part of a pruned one.
+        A span counts only if all of it is among them: no step computes part of a pruned span.
         """
         return self._dropped[bisect_right(self._ends, num_tokens)]
 
@@ -238,7 +239,7 @@ class RequestPlan:
     def cuts_span(self, num_tokens: int) -> bool:
         """Whether a prefix of ``num_tokens`` ends inside a pruned span.
 
-        The tokens of an unpruned span are not selected, so any step may compute some of them.
+        A step may compute part of an unpruned span, because no selection needs all of it.
         """
         span = self._next_pruned(num_tokens)
         return span is not None and span.offset < num_tokens

@@ -1,7 +1,7 @@
-"""Stage I: which parts of an image the vision encoder attends to.
+"""Stage I: the saliency of visual tokens, from the attention of the vision encoder.
 
-B images of equal token count, V visual tokens, D head size. Shapes depend on arguments
-only, and nothing here waits for the device.
+B images of equal token count, V visual tokens, D head size. Shapes depend on arguments only, and
+the host never waits for the device.
 """
 
 from math import gcd
@@ -29,19 +29,20 @@ def cls_saliency(query: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 MAX_SCORES = 1 << 22
-"""Attention scores that :func:`attention_received` holds at once: 16 MiB in float32, which caches
-hold."""
+"""Attention scores in memory at once: 16 MiB in float32, which fits into CPU caches."""
 
 
 MAX_QUERIES = 512
-"""Queries that attention received is averaged over. Of more, so many stand for all: the cost of an
-image then grows as its tokens, and not as their square. docs/results.md compares samples."""
+"""Most queries that :func:`attention_received` averages over. With more, it takes a sample, so that
+the cost of an image grows with its tokens and not with their square. docs/results.md compares
+sample sizes."""
 
 
 def _spread(num_queries: int, device: torch.device) -> Tensor:
-    """(MAX_QUERIES,) int64 of ``num_queries``, all different and evenly spread.
+    """(MAX_QUERIES,) int64 indices below ``num_queries``, all different and evenly spread.
 
-    Steps of the golden section, so that they do not keep to some columns of an image.
+    The step is about the golden section of ``num_queries``: an even step could visit only some
+    columns of the image.
     """
     step = round(num_queries * (5**0.5 - 1) / 2)
     while gcd(step, num_queries) != 1:
@@ -52,12 +53,12 @@ def _spread(num_queries: int, device: torch.device) -> Tensor:
 def attention_received(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     """Attention that each key receives, averaged over queries; higher is more salient.
 
-    received_i = mean over queries of the sum over heads of softmax(scale q K^T)_i. Stands in
-    for the attention of [CLS] in encoders without one, as in VisionZip (arXiv 2412.04467).
+    received_i = mean over queries of the sum over heads of softmax(scale q K^T)_i. In encoders
+    without [CLS] it replaces the attention of [CLS], as in VisionZip (arXiv 2412.04467).
 
-    Each image is computed by itself and in steps of a few queries. The steps depend on the
-    image alone, so an image gets the same bits in any batch. Of more than :data:`MAX_QUERIES`
-    queries, an even sample stands for all.
+    Each image is computed alone, in chunks of queries. The chunks depend on the image only, so an
+    image gets the same bits in any batch. Of more than :data:`MAX_QUERIES` queries, only an even
+    sample is used.
 
     Args:
         queries: (B, Q, heads, D).
@@ -86,19 +87,19 @@ def most_salient(saliency: Tensor, count: int) -> Tensor:
     """The ``count`` patches of highest saliency, in their original order.
 
     Args:
-        saliency: (B, V), higher is more salient; equals go to the lower index.
+        saliency: (B, V), higher is more salient; ties go to the lower index.
         count: Patches to keep, at most V.
 
     Returns:
         (B, count) int64, ascending.
     """
-    # Not topk: which of several equals topk returns is unspecified.
+    # Not topk, which does not specify the order of ties.
     best = saliency.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best.sort(dim=1).values
 
 
 def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
-    """Where patches stand in the image, as (row / height, column / width).
+    """Positions of patches in the image, as (row / height, column / width).
 
     Args:
         index: (B, n) patch indices in row-major order.
@@ -108,8 +109,8 @@ def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
     Returns:
         (B, n, 2) float32 in [0, 1).
     """
-    # Tensor divisors: CUDA multiplies by the reciprocal of a Python one, which is an ulp
-    # away from the CPU's quotient, and a radius may be met exactly.
+    # Tensor divisors: CUDA multiplies by the reciprocal of a Python number, which differs from
+    # the CPU's quotient in the last bit, and a distance may equal the radius exactly.
     height = index.new_full((1,), grid_height, dtype=torch.float32)
     width = index.new_full((1,), grid_width, dtype=torch.float32)
     row = index.div(grid_width, rounding_mode="floor")

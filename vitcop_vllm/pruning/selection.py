@@ -1,8 +1,8 @@
-"""Stages II and III: what is kept whole, what is merged, what is dropped.
+"""Stages II and III: which tokens stay whole, which are merged, which are dropped.
 
-B images of equal token counts, K clusters; n1, n2, n3 tokens alive in each stage.
-Counts are a promise: every image gets exactly the rows asked for, even if its key norms
-are not finite. Shapes depend on arguments only, and nothing here waits for the device.
+B images of equal token counts, K clusters; n1, n2, n3 tokens after Stages I, II and III. Counts are
+a promise: every image gets exactly the rows of its plan, even if key norms are NaN or infinite.
+Shapes depend on arguments only, and the host never waits for the device.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | Non
     Args:
         key: (..., kv_heads, D), after rotary embedding; the heads are this rank's.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks. The mean of the ranks'
-            means is right: each holds equally many heads, and where there are fewer heads
-            than ranks each head is held equally often.
+            means is the mean over all heads: each rank has equally many heads, and with fewer
+            heads than ranks each head is on equally many ranks.
 
     Returns:
         (...) float32.
@@ -32,13 +32,13 @@ def mean_key_norm(key: Tensor, mean_over_ranks: Callable[[Tensor], Tensor] | Non
 
 
 class StageTwoSelection(NamedTuple):
-    """What Stage II makes of n1 tokens: n2 rows, m of which stand for a merged group.
+    """The n2 rows that Stage II makes of n1 tokens; m of them are merged groups.
 
     Attributes:
         index: (B, n2) int64, ascending. The source token of each output row: the kept
             token itself, or the median member of a merged group.
         merged: (B, m) int64, the output row of each group.
-        groups: (B, n1) int64, the group each token is merged into; m where it is in none.
+        groups: (B, n1) int64, the group each token is merged into; m for a token kept whole.
     """
 
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, of no use here
@@ -51,14 +51,14 @@ def select_stage_two(
 ) -> StageTwoSelection:
     """Choose n2 rows out of n1 tokens (ViTCoP, arXiv 2601.17818, Stage II).
 
-    With K > n2 the n2 - 1 clusters of smallest summed key norm are merged to one row each
-    and all the rest to one. With K <= n2 every cluster gives one merged row and the other
-    n2 - K rows are tokens kept whole, shared out by cluster size; within a cluster
-    the tokens of smallest key norm are kept and the rest is merged.
+    If K > n2, the n2 - 1 clusters of smallest summed key norm become one merged row each, and
+    all other clusters together one more. If K <= n2, every cluster becomes one merged row. The
+    other n2 - K rows are tokens kept whole; each cluster keeps a number of them that follows its
+    size, those of smallest key norm.
 
     Args:
-        key_norm: (B, n1) float32, no value negative; smaller is more salient, equals go to
-            the lower index.
+        key_norm: (B, n1) float32, no value negative; smaller is more salient, ties go to the
+            lower index.
         labels: (B, n1) int64 in [0, K), every label with at least one token.
         num_centres: K.
         n2: Rows to return, from 1 to n1.
@@ -98,7 +98,7 @@ def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
     # Not gather: on a CPU, looking up whole rows is many times faster than each number.
     image = torch.arange(images, device=hidden.device)[:, None]
     rows = wide[image, selection.index]
-    # Each group has a row of its own, so the order of additions is no question.
+    # Each group has its own row, so the order of additions does not matter.
     rows.scatter_add_(1, selection.merged[:, :, None].expand_as(means), means)
     return rows.to(hidden.dtype)
 
@@ -107,7 +107,7 @@ def select_stage_three(key_norm: Tensor, n3: int) -> Tensor:
     """The n3 tokens of smallest key norm (ViTCoP, arXiv 2601.17818, Stage III).
 
     Args:
-        key_norm: (B, n2), smaller is more salient; equals go to the lower index.
+        key_norm: (B, n2), smaller is more salient; ties go to the lower index.
         n3: Tokens to keep, at most n2.
 
     Returns:
@@ -124,22 +124,22 @@ def _ranks(order: Tensor) -> Tensor:
 
 
 def _bounds(ascending: Tensor, num_values: int, bits: int = 0) -> Tensor:
-    """Where runs begin: (B, num_values + 1) int64, the last is the end.
+    """First index of the run of each value, and the end: (B, num_values + 1) int64.
 
     Args:
-        ascending: (B, n) int64, sorted; a run is what is equal in all but the lowest ``bits``.
-        num_values: Runs, of 0, 1, 2 and so on.
-        bits: Lowest bits that do not matter.
+        ascending: (B, n) int64, sorted. The value is all but the lowest ``bits``.
+        num_values: Number of values, which are 0, 1, 2 and so on.
+        bits: Number of lowest bits that are not part of the value.
     """
     values = torch.arange(0, (num_values + 1) << bits, 1 << bits, device=ascending.device)
     return torch.searchsorted(ascending, values.expand(ascending.shape[0], -1).contiguous())
 
 
 def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tuple[Tensor, Tensor]:
-    """Tokens by (label, key norm, index): each one's place, (B, n1), and the clusters' bounds.
+    """Sort tokens by label, key norm and index: (B, n1) places, and the clusters' bounds.
 
-    One sort of integers: floats that are not negative are ordered as their bits are, and
-    so are infinities, and after them what is no number, once its sign is out of the way.
+    One sort of integers: non-negative floats sort like their int32 bits; NaN sorts last, without
+    its sign bit.
     """
     bits = key_norm.float().view(torch.int32) & 0x7FFFFFFF
     ascending, order = (labels << 32).add_(bits).sort(dim=1, stable=True)
@@ -149,16 +149,15 @@ def _places_by_cluster(key_norm: Tensor, labels: Tensor, num_centres: int) -> tu
 def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     """Tokens that each cluster keeps whole: (B, K) int64, n2 - K in total.
 
-    A quota is (size - 1) / (n1 - K) * (n2 - K). As in the published program, float32 rounds
-    the quotient and then the product, and a half goes to the even integer: the float32
-    rounding decides exact halves. If the quotas add up to less than n2 - K, the clusters of
-    smallest sum get one token more each; if to more, the clusters of largest sum lose one.
-    Equal sums go by lower label.
+    A quota is (size - 1) / (n1 - K) * (n2 - K). As in the published program, the quotient and
+    then the product are rounded to float32, and halves to the even integer. If the quotas sum to
+    less than n2 - K, the clusters of smallest sum get one token more each; if to more, the
+    clusters of largest sum one less. Ties go to the lower label.
 
-    One pass makes up the total. Rounding changes a quota by half a token, or by little more in
-    float32, so at least as many clusters are rounded down as tokens are missing, and each of
-    them has room: its quota is below size - 1. In the same way at least as many clusters are
-    rounded up as there are tokens too many, and each of them has a token to lose.
+    One pass is enough. Rounding changes a quota by about half a token at most. So if m tokens are
+    missing, at least m clusters were rounded down, and each of them has room: its quota is below
+    size - 1. Likewise, if there are m tokens too many, at least m clusters were rounded up, and
+    each of them has a token to give back.
 
     Args:
         sums: (B, K) float64, sum of key norms per cluster.
@@ -168,8 +167,8 @@ def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     """
     num_clusters = sizes.shape[1]
     spare = sizes - 1
-    # Float32 whatever the default dtype is. And a tensor divides: CUDA would multiply by the
-    # reciprocal of a Python number, which rounds otherwise.
+    # Float32, whatever the default dtype. A tensor, because CUDA multiplies by the reciprocal of
+    # a Python number, which rounds differently.
     total = torch.full_like(spare, max(n1 - num_clusters, 1), dtype=torch.float32)
     quotas = (spare / total).mul_(n2 - num_clusters).round_().long()
     missing = (n2 - num_clusters) - quotas.sum(dim=1, keepdim=True)
@@ -177,7 +176,7 @@ def _quotas(sums: Tensor, sizes: Tensor, n1: int, n2: int) -> Tensor:
     step = missing.sign()
     changed = quotas + step
     able = (changed >= 0) & (changed <= spare)
-    # Largest sums first where tokens are taken back.
+    # Largest sums first if clusters lose tokens.
     order = (sums * step).argsort(dim=1, stable=True)
     in_order = able.gather(1, order)
     chosen = in_order & (in_order.cumsum(dim=1) <= missing.abs())
@@ -188,9 +187,9 @@ def _merge(groups: Tensor, num_groups: int, n2: int) -> StageTwoSelection:
     """Merge the tokens of each group to one row and keep the others whole.
 
     Args:
-        groups: (B, n1) int64 in [0, num_groups], where n2 - num_groups tokens per image
-            are in none: these have the last value.
-        num_groups: m, groups with at least one token each.
+        groups: (B, n1) int64 in [0, num_groups]; num_groups for the n2 - num_groups tokens per
+            image that stay whole.
+        num_groups: m, groups of at least one token each.
         n2: Rows to return.
     """
     ascending, order = groups.sort(dim=1, stable=True)

@@ -1,8 +1,8 @@
-"""What an operator may choose about pruning, validated once and then frozen.
+"""The operator's settings of pruning, validated once and then frozen.
 
 The same object is built from a YAML file's ``pruning:`` section, from vLLM's
-``--additional-config`` and from Python; :meth:`PruningSettings.parse_ratio` is the only
-place that decides whether a ratio asked for by a request is acceptable.
+``--additional-config`` and from Python. Only :meth:`PruningSettings.parse_ratio` decides whether a
+request's ratio is valid.
 """
 
 import difflib
@@ -16,13 +16,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RATIO_KEY = "pruning_ratio"
-"""Name of the request's ratio wherever it travels: body field, processor keyword."""
+"""Name of a request's ratio, in the request body and in the processor keywords."""
 
 RATIO_HEADER = "X-Pruning-Ratio"
-"""Request header that asks for a ratio, and response header that tells the accepted one."""
+"""Request header that sets the ratio, and response header that reports the accepted ratio."""
 
 CONFIG_KEY = "pruning"
-"""Name of the settings wherever they travel: YAML section, additional config, hf_config."""
+"""Name of the settings, in a YAML file, in ``--additional-config`` and in ``hf_config``."""
 
 _DECIMAL = re.compile(r"[0-9]{1,3}(\.[0-9]{1,20})?|\.[0-9]{1,20}", re.ASCII)
 
@@ -41,7 +41,7 @@ def _known_selector(name: str) -> str:
 SelectorName = Annotated[str, AfterValidator(_known_selector)]
 
 KernelsName = Literal["auto", "torch", "triton"]
-"""Implementations of the functions that choose tokens; see ``kernel_set``."""
+"""Implementations of the functions that select tokens; see ``kernel_set``."""
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
@@ -50,7 +50,7 @@ Layer = Annotated[int, Field(ge=1, strict=True)]
 
 
 def format_validation_error(error: ValidationError, section: str = CONFIG_KEY) -> str:
-    """What is wrong with given settings, as one line that names each in its section."""
+    """One line that names each invalid setting with its section, and says what is wrong."""
     return "; ".join(
         ".".join(map(str, (section, *detail["loc"])))
         + ": "
@@ -60,15 +60,15 @@ def format_validation_error(error: ValidationError, section: str = CONFIG_KEY) -
 
 
 def _quote(value: object) -> str:
-    """A client's value in an error: short, and safe to make whatever was sent."""
+    """A client's value for an error message, shortened. Accepts any value."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # an integer of too many digits to print
+    except ValueError:  # an integer with too many digits to print
         return f"a value of type {type(value).__name__}"
 
 
 class Frozen(BaseModel):
-    """Immutable, hashable, and an unknown key is an error that lists the known ones."""
+    """Base of settings: immutable and hashable. An unknown key raises an error with all keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -88,12 +88,12 @@ class Frozen(BaseModel):
 
 
 class FractionRow(Frozen):
-    """One row of the published table: how Stage I is set at one keep fraction.
+    """One row of the published table: fractions of Stage I at one keep fraction.
 
     Attributes:
         keep: Layer-averaged keep fraction, in (0, 1].
         encoder: Share of the encoder's visual tokens that Stage I keeps, in (0, 1].
-        centres: Cluster centres as a share of the tokens Stage I keeps, in (0, 1].
+        centres: Cluster centres as a share of the tokens that Stage I keeps, in (0, 1].
     """
 
     keep: Fraction
@@ -110,31 +110,32 @@ PUBLISHED_ROWS = (
 
 
 class PruningSettings(Frozen):
-    """Settings of the method and the limits put on requests.
+    """Settings of the method, and limits on requests.
 
     Attributes:
-        selector: How the visual tokens that survive are chosen: ViTCoP, or another published
-            way at the same budget. The four settings after the boundaries are ViTCoP's.
-        shallow_boundary: First decoder layer of the second stage; ``None`` scales the
-            published 2 of 32 to the model's depth.
-        deep_boundary: First decoder layer of the third stage; ``None`` scales the
-            published 22 of 32 to the model's depth.
-        fractions: Stage I fractions per keep fraction, ascending in ``keep``. Ratios in
-            between are interpolated, ratios past the ends extrapolated.
-        density_scale: d_c of the density exp(-(d/d_c)^2), in feature distance. ``None`` takes
-            the published 8 for LLaVA-1.5, and for other models, for which none is published,
-            ``relative_density_scale``.
+        selector: Method that selects visual tokens: ViTCoP, or another published method at the
+            same budget. The four settings after the boundaries apply to ViTCoP only.
+        shallow_boundary: First decoder layer that computes the tokens kept by Stage II.
+            ``None`` scales the published layer, 2 of 32, to the model's depth.
+        deep_boundary: First decoder layer that computes the tokens kept by Stage III.
+            ``None`` scales the published layer, 22 of 32, to the model's depth.
+        fractions: Stage I fractions per keep fraction, ascending in ``keep``. Values between
+            rows are interpolated, values outside are extrapolated.
+        density_scale: d_c of the density exp(-(d/d_c)^2), in feature distance. ``None`` means
+            the published 8 for LLaVA-1.5. No d_c is published for other models; for these it
+            means ``relative_density_scale``.
         relative_density_scale: d_c as a share of the root-mean-square distance between an
-            image's tokens. Distances grow with a model's width and weights; this does not.
-        spatial_radius: Farthest a denser neighbour may lie, in image heights/widths.
-        positions: ``original`` keeps prompt positions in every layer; ``reference``
-            renumbers prefill tokens from the deep boundary on, as the published program.
-        kernels: Implementation of the functions that choose tokens. ``triton`` launches a few
-            Triton kernels per image where ``torch`` launches some hundred; images of more
-            than 1024 tokens use torch all the same. It needs a GPU. ``auto`` is ``torch``
-            until the kernels have been tested on GPUs.
-        default_ratio: Pruning ratio of a request that names none, in [0, 1).
-        max_pruning_ratio: Largest pruning ratio a request may name, in [0, 1).
+            image's tokens. That distance depends on a model's width and weights, so a share
+            suits more models than a fixed d_c.
+        spatial_radius: Largest distance of a denser neighbour, in image heights and widths.
+        positions: ``original`` keeps prompt positions in every layer. ``reference`` renumbers
+            prefill tokens from the deep boundary on, like the published program.
+        kernels: Implementation of the functions that select tokens. ``triton`` needs a GPU and
+            launches a few kernels per image, where ``torch`` launches some hundred; for images
+            of more than 1024 tokens it uses ``torch``. ``auto`` is ``torch`` until the Triton
+            kernels have been tested on GPUs.
+        default_ratio: Pruning ratio of a request that sets none, in [0, 1).
+        max_pruning_ratio: Largest pruning ratio that a request may set, in [0, 1).
     """
 
     selector: SelectorName = "vitcop"
@@ -153,10 +154,10 @@ class PruningSettings(Frozen):
     def _check_consistency(self) -> Self:
         keeps = [row.keep for row in self.fractions]
         if keeps != sorted(set(keeps)):
-            raise ValueError("fractions must be ascending in keep, each keep once")
+            raise ValueError(f"keep must be strictly ascending in fractions; got {keeps}")
         if self.default_ratio > self.max_pruning_ratio:
             raise ValueError(
-                f"default_ratio {self.default_ratio} is above "
+                f"default_ratio {self.default_ratio} must not be above "
                 f"max_pruning_ratio {self.max_pruning_ratio}"
             )
         shallow, deep = self.shallow_boundary, self.deep_boundary
@@ -165,7 +166,9 @@ class PruningSettings(Frozen):
         return self
 
     def boundaries(self, num_layers: int) -> tuple[int, int]:
-        """First layers of the second and third stage for a decoder of ``num_layers``.
+        """First layers of stages 1 and 2 in a decoder of ``num_layers`` layers.
+
+        A stage is a run of decoder layers that compute the same tokens; see ``plan``.
 
         Raises:
             ValueError: If the boundaries do not satisfy 0 < shallow < deep < num_layers.
@@ -184,14 +187,14 @@ class PruningSettings(Frozen):
         return shallow, deep
 
     def parse_ratio(self, value: object, *, name: str = RATIO_KEY) -> float:
-        """A ratio as a request sent it, checked.
+        """Validate a ratio that a request sent.
 
         Args:
             value: A JSON number, or a header's text (plain decimal, no exponent).
-            name: What to call the value in an error.
+            name: Name of the value in the error message.
 
         Raises:
-            ValueError: If it is no decimal number in [0, ``max_pruning_ratio``].
+            ValueError: If ``value`` is not a decimal number in [0, ``max_pruning_ratio``].
         """
         expected = (
             f"{name} must be a decimal number from 0 to {self.max_pruning_ratio:g}: "
@@ -203,7 +206,7 @@ class PruningSettings(Frozen):
                 raise ValueError(f"{expected}; got {shown}")
             ratio = float(value)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            # An integer past float's range must not raise OverflowError.
+            # An integer too large for float must not raise OverflowError.
             ratio = float(value) if abs(value) <= 1 else math.nan
         else:
             raise ValueError(f"{expected}; got {shown}")

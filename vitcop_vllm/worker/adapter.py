@@ -9,7 +9,7 @@ import torch
 from vllm.config import ModelConfig
 from vllm.v1.worker.utils import AttentionGroup
 
-from vitcop_vllm.engine.attention import StageLengths, StageRows, begin_builds
+from vitcop_vllm.engine.attention import DecodeView, PrefillView, begin_builds
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.worker.explain import SelectionSink
@@ -50,7 +50,7 @@ class StepAdapter:
         return self._step
 
     @property
-    def stages(self) -> Mapping[int, StageRows | StageLengths]:
+    def stages(self) -> Mapping[int, PrefillView | DecodeView]:
         """What each stage sees of the step; absent stages see what vLLM planned."""
         return self._step.stages if self._step else {}
 

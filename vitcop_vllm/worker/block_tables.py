@@ -12,7 +12,7 @@ from vllm.v1.utils import CpuGpuBuffer
 from vllm.v1.worker.block_table import MultiGroupBlockTable
 
 from vitcop_vllm.adoption import adopt
-from vitcop_vllm.engine.attention import StageLengths, StageRows, by_row
+from vitcop_vllm.engine.attention import DecodeView, PrefillView, by_row
 
 
 class StagedBlockTables(MultiGroupBlockTable):
@@ -27,7 +27,7 @@ class StagedBlockTables(MultiGroupBlockTable):
         rows: Stage -> what it sees of the step; stages that are not in it see what vLLM does.
     """
 
-    rows: Mapping[int, StageRows | StageLengths]
+    rows: Mapping[int, PrefillView | DecodeView]
     _host_blocks: npt.NDArray[np.int32]
     _device_blocks: torch.Tensor | None
 

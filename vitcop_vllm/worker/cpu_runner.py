@@ -9,10 +9,11 @@ from vitcop_vllm.worker.v1 import StagedModelRunner
 
 
 class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
-    """vLLM's CPU model runner in stages, with a mend for seeded requests in chunks.
+    """vLLM's CPU model runner in stages, with a fix for chunked prefill of seeded requests.
 
-    vLLM 0.32 undoes a sample that it throws away by moving the generator's offset back, which
-    CPU generators do not have: the engine dies. Here the generator's whole state is put back.
+    vLLM 0.32 discards the sample of an unfinished prefill and moves the generator's offset back.
+    CPU generators have no offset, so the engine crashes. Here the generator's whole state is
+    restored instead.
     """
 
     def _discarded_generators(self) -> dict[int, torch.Generator]:

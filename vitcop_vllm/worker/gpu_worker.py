@@ -1,7 +1,7 @@
-"""vLLM's GPU worker with the staged V1 model runner. Model runner V2 is vLLM's own.
+"""vLLM's GPU worker with the staged model runner V1. Model runner V2 is vLLM's own class.
 
-Nothing here may import vLLM's CPU worker or runner: their import replaces CUDA streams, events
-and memory queries of torch for the whole process.
+This module must not import vLLM's CPU worker or runner: their import replaces torch's CUDA streams,
+events and memory queries in the whole process.
 """
 
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -12,7 +12,7 @@ from vitcop_vllm.worker.v1 import StagedModelRunner
 
 
 class StagedGPUWorker(StagedWorker, Worker):
-    """vLLM's GPU worker with the staged model runner."""
+    """vLLM's GPU worker with the staged model runner V1."""
 
     def _make_model_runner(self) -> GPUModelRunner:
         if self.use_v2_model_runner:

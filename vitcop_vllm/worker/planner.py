@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.engine.attention import DecodeView, PrefillView
 from vitcop_vllm.pruning.identity import Feature, plan_request
 from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
 from vitcop_vllm.worker.step import SpanGroup, StagedForward, StagedStep
@@ -38,7 +38,7 @@ class _Request(NamedTuple):
     images: Sequence[str]
 
 
-class _StageRows(NamedTuple):
+class _HostRows(NamedTuple):
     """Rows of a step in one stage, on the host; R requests.
 
     Attributes:
@@ -60,10 +60,10 @@ class _StageRows(NamedTuple):
         lengths = self.ends - self.starts
         return np.arange(self.first[-1]) + np.repeat(self.starts - self.first[:-1], lengths)
 
-    def to_device(self, device: torch.device) -> StageRows:
+    def to_device(self, device: torch.device) -> PrefillView:
         query_start_loc = torch.from_numpy(self.first.astype(np.int32))
         seq_lens = torch.from_numpy(self.ends.astype(np.int32))
-        return StageRows(
+        return PrefillView(
             query_start_loc=async_tensor_h2d(query_start_loc, device=device),
             query_start_loc_cpu=query_start_loc,
             seq_lens=async_tensor_h2d(seq_lens, device=device),
@@ -200,7 +200,7 @@ class StepPlanner:
             slot = int(slots[row])
             before[:, row] = self._requests[slot].plan.dropped_tokens(int(start[row]))
             after[:, row] = self._look_up(slot, int(end[row]))
-        rows = [_StageRows.of(start - before[s], end - after[s]) for s in range(NUM_STAGES)]
+        rows = [_HostRows.of(start - before[s], end - after[s]) for s in range(NUM_STAGES)]
         spans, images = self._find_spans(changed, slots, start, end, rows)
         renumbered = self._renumber(slots, rows[1]) if renumbers else None
         if not spans and renumbered is None:
@@ -228,8 +228,8 @@ class StepPlanner:
         on_host = torch.from_numpy(missing.astype(np.int32))
         on_device = async_tensor_h2d(on_host, device=self._device)  # all stages at once
         longest = (ends - missing).max(axis=1).tolist()
-        lengths: Mapping[int, StageRows | StageLengths] = {
-            stage: StageLengths(on_device[stage], on_host[stage], longest[stage])
+        lengths: Mapping[int, PrefillView | DecodeView] = {
+            stage: DecodeView(on_device[stage], on_host[stage], longest[stage])
             for stage in range(1, NUM_STAGES)
         }
         return StagedStep(lengths, None)
@@ -240,7 +240,7 @@ class StepPlanner:
         slots: Ints,
         starts: Ints,
         ends: Ints,
-        rows: Sequence[_StageRows],
+        rows: Sequence[_HostRows],
     ) -> tuple[dict[VisualTokenCounts, list[_Span]], list[str]]:
         """Spans of the step that lose tokens after Stage I, and the step's pruned images.
 
@@ -286,7 +286,7 @@ class StepPlanner:
         self,
         found: Mapping[VisualTokenCounts, Sequence[_Span]],
         images: Sequence[str],
-        rows: Sequence[_StageRows],
+        rows: Sequence[_HostRows],
         renumbered: Ints | None,
     ) -> StagedForward:
         outputs = np.arange(int(rows[0].first[-1]))
@@ -320,7 +320,7 @@ class StepPlanner:
     def _to_device(self, values: Ints) -> torch.Tensor:
         return async_tensor_h2d(values, device=self._device)
 
-    def _renumber(self, slots: Ints, rows: _StageRows) -> Ints | None:
+    def _renumber(self, slots: Ints, rows: _HostRows) -> Ints | None:
         """Positions of stage 1's rows where prefill counts in the compacted sequence.
 
         Decoded tokens still count from the prompt's length, as in the published program.

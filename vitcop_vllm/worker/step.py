@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vitcop_vllm.engine.attention import StageLengths, StageRows
+from vitcop_vllm.engine.attention import DecodeView, PrefillView
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 
@@ -70,5 +70,5 @@ class StagedStep:
             forward is right as it is, and may be run from a CUDA graph.
     """
 
-    stages: Mapping[int, StageRows | StageLengths]
+    stages: Mapping[int, PrefillView | DecodeView]
     forward: StagedForward | None

@@ -1,7 +1,7 @@
-"""One staged step before the first request, so that no request pays set-up and compilation.
+"""Runs one staged step before the first request, so that no request waits for compilation.
 
-vLLM's own warm-up has no images, so it never runs the selection, the stages' attention on fewer
-rows, or the encoder's last layer on fewer patches.
+vLLM's own warm-up has no images. So it does not run the selections, the attention of stages (runs
+of decoder layers) on fewer rows, or the encoder's last layer on fewer patches.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def run_staged_step(worker: Any) -> None:
-    """Run a prefill of as many pruned images as a step holds, then forget its requests.
+    """Run a prefill of as many pruned images as a step holds, then remove its requests.
 
-    All requests show one image, so it is encoded once. The KV blocks that the step writes
-    belong to no request yet.
+    All requests have the same image, so the encoder runs once. The step may write any KV block,
+    because no other request exists yet.
 
     Args:
-        worker: vLLM's, with weights loaded and KV cache allocated.
+        worker: vLLM's worker, with weights loaded and KV cache allocated.
     """
     vllm_config: VllmConfig = worker.vllm_config
     if not (image := _pruned_image(vllm_config)):
@@ -51,7 +51,10 @@ def run_staged_step(worker: Any) -> None:
         (kv_cache.num_blocks - 1) // sum(blocks),  # block 0 is vLLM's null block
     )
     if num_requests < 1:
-        logger.warning("No staged step is run at start-up: one image does not fit into a step.")
+        logger.warning(
+            "Warm-up of visual token pruning is skipped, because one image does not fit into a "
+            "step. The first requests will take longer."
+        )
         return
     step, clean_up = _steps(prompt, feature, blocks, num_requests)
     worker.execute_model(step)
@@ -62,7 +65,7 @@ def run_staged_step(worker: Any) -> None:
 def _pruned_image(vllm_config: VllmConfig) -> tuple[list[int], MultiModalFeatureSpec] | None:
     """The prompt of one pruned image and the processed image.
 
-    ``None`` where no request can have one.
+    ``None`` if no request can have a pruned image.
     """
     model_config = vllm_config.model_config
     ratio = dummy_ratio(
@@ -91,7 +94,7 @@ def _pruned_image(vllm_config: VllmConfig) -> tuple[list[int], MultiModalFeature
 def _blocks_per_request(
     kv_cache: KVCacheConfig, prompt_tokens: int, feature: MultiModalFeatureSpec
 ) -> list[int]:
-    """KV blocks of each group for a prompt with this image, and for one token more."""
+    """KV blocks of each group for a prompt with this image and one more token."""
     plan = plan_request([feature])
     assert plan is not None
     blocks = []
@@ -104,7 +107,7 @@ def _blocks_per_request(
 def _steps(
     prompt: list[int], feature: MultiModalFeatureSpec, blocks: Sequence[int], num_requests: int
 ) -> tuple[SchedulerOutput, SchedulerOutput]:
-    """What a scheduler would send: a step of equal requests, and one that ends them."""
+    """Two scheduler outputs: a step of equal requests, and a step that ends them."""
     names = [f"warm-up-{number}" for number in range(num_requests)]
     step = SchedulerOutput.make_empty()
     next_block = 1

@@ -1,11 +1,10 @@
-"""Choosing tokens on a GPU with one launch where torch takes dozens: Triton kernels.
+"""Triton kernels that select tokens on a GPU, with few launches where torch needs dozens.
 
-Each function returns what the torch function of its name returns, with indices, groups and
-labels bit for bit. Where ranks matter one program serves one image. It counts them: comparing
-every token with every other is n^2 integer operations, and takes neither a sort nor a second
-launch.
+Each function returns the same as the torch function of its name; indices, groups and labels are
+bit-identical. If a kernel needs ranks, one program computes one image and compares every token with
+every other. That takes n^2 integer operations, but no sort and no second launch.
 
-Threads hand values to each other through memory, with a barrier in between.
+Threads exchange values through memory, with a barrier between write and read.
 """
 
 from functools import partial, wraps
@@ -19,11 +18,11 @@ from vitcop_vllm.pruning.kernels.order import first
 from vitcop_vllm.pruning.kernels.selection import merge_tokens, select_stage_two
 
 MAX_TOKENS = 1024
-"""Tokens of one image that one program compares with each other. Larger images use torch."""
+"""Maximum tokens of an image that the kernels accept. Larger images use torch."""
 
 
 def _unless_large(kernel: Any, torch_function: Any) -> Any:
-    """``kernel`` for values (B, n, ...) of at most :data:`MAX_TOKENS` tokens n, else torch."""
+    """``kernel`` for values (B, n, ...) if n <= :data:`MAX_TOKENS`, else ``torch_function``."""
 
     @wraps(torch_function)
     def choose(values: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Visual Information Clustering, in three launches and a product."""
+"""Visual Information Clustering, in three kernel launches and a matrix product."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ def _density_kernel(
 
     Args:
         gram: (n, n) float64, products of an image's features.
-        distances, densities: Where n x n and n float32 go.
+        distances, densities: Outputs, (n, n) and (n,) float32.
         MINUS_SCALE: -1 / d_c^2.
         INDISTINCT: ``clustering.INDISTINCT``.
     """
@@ -29,12 +29,12 @@ def _density_kernel(
     minus_scale = tl.full([1, 1], MINUS_SCALE, tl.float64)
     indistinct = tl.full([1, 1], INDISTINCT, tl.float64)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    here = token < n
-    norm = tl.load(gram + token * n + token, mask=here, other=0.0)
+    valid = token < n
+    norm = tl.load(gram + token * n + token, mask=valid, other=0.0)
     density = tl.zeros([ROWS], tl.float64)
     for start in range(0, n, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        both = here[:, None] & (other < n)[None, :]
+        both = valid[:, None] & (other < n)[None, :]
         place = token[:, None] * n + other[None, :]
         scale = (
             norm[:, None] + tl.load(gram + other * n + other, mask=other < n, other=0.0)[None, :]
@@ -45,7 +45,7 @@ def _density_kernel(
         tl.store(distances + place, distance, mask=both)
         wide = distance.to(tl.float64)
         density += tl.sum(tl.where(both, tl.exp(wide * wide * minus_scale), 0.0), axis=1)
-    tl.store(densities + token, density.to(tl.float32), mask=here)
+    tl.store(densities + token, density.to(tl.float32), mask=valid)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -53,13 +53,13 @@ def _parent_kernel(
     distances, densities, positions, parents, scores, n, radius, TIE: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The nearest denser neighbour of ROWS tokens, itself where there is none.
+    """Parents of ROWS tokens: the nearest denser neighbour, or the token itself without one.
 
     Args:
-        distances, densities, positions: An image's (n, n), (n,) and (n, 2), float32.
-        parents: Where n int64 go.
-        scores: Where n float32 go: density times delta.
-        radius: Farthest a parent may stand.
+        distances, densities, positions: (n, n), (n,) and (n, 2) float32 of an image.
+        parents: Output, (n,) int64.
+        scores: Output, (n,) float32: density times delta.
+        radius: Largest distance of a parent.
         TIE: ``clustering.TIE``.
     """
     image = tl.program_id(0).to(tl.int64)
@@ -68,32 +68,35 @@ def _parent_kernel(
     positions += image * n * 2
     tie = tl.full([1], TIE, tl.float64)
     token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    here = token < n
-    density = tl.load(densities + token, mask=here, other=0.0)
+    valid = token < n
+    density = tl.load(densities + token, mask=valid, other=0.0)
     strict = density.to(tl.float64) - token.to(tl.float64) * tie
-    row = tl.load(positions + 2 * token, mask=here, other=0.0)
-    column = tl.load(positions + 2 * token + 1, mask=here, other=0.0)
+    row = tl.load(positions + 2 * token, mask=valid, other=0.0)
+    column = tl.load(positions + 2 * token + 1, mask=valid, other=0.0)
     delta = tl.full([ROWS], float("inf"), tl.float32)
     parent = token
     for start in range(0, n, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        there = other < n
-        other_density = tl.load(densities + other, mask=there, other=0.0)
+        other_valid = other < n
+        other_density = tl.load(densities + other, mask=other_valid, other=0.0)
         other_strict = other_density.to(tl.float64) - other.to(tl.float64) * tie
-        down = row[:, None] - tl.load(positions + 2 * other, mask=there, other=0.0)[None, :]
-        right = column[:, None] - tl.load(positions + 2 * other + 1, mask=there, other=0.0)[None, :]
+        down = row[:, None] - tl.load(positions + 2 * other, mask=other_valid, other=0.0)[None, :]
+        right = (
+            column[:, None]
+            - tl.load(positions + 2 * other + 1, mask=other_valid, other=0.0)[None, :]
+        )
         near = tl.sqrt_rn(down * down + right * right) <= radius
-        eligible = near & (other_strict[None, :] > strict[:, None]) & there[None, :]
+        eligible = near & (other_strict[None, :] > strict[:, None]) & other_valid[None, :]
         place = token[:, None] * n + other[None, :]
-        distance = tl.load(distances + place, mask=eligible & here[:, None], other=float("inf"))
+        distance = tl.load(distances + place, mask=eligible & valid[:, None], other=float("inf"))
         nearest, which = tl.min(
             distance, axis=1, return_indices=True, return_indices_tie_break_left=True
         )
-        # Of equals the first, also between chunks.
+        # Strictly nearer, so that ties between chunks go to the lower index.
         parent = tl.where(nearest < delta, start + which, parent)
         delta = tl.minimum(nearest, delta)
-    tl.store(parents + image * n + token, parent.to(tl.int64), mask=here)
-    tl.store(scores + image * n + token, density * delta, mask=here)
+    tl.store(parents + image * n + token, parent.to(tl.int64), mask=valid)
+    tl.store(scores + image * n + token, density * delta, mask=valid)
 
 
 @triton.jit(do_not_specialize=["n", "num_centres"])
@@ -106,9 +109,9 @@ def _label_kernel(
     Args:
         distances, scores: (n, n) and (n,) float32.
         parents: (n,) int64, overwritten.
-        centres: n int64 of memory to work in.
-        labels: Where n int64 go.
-        ROUNDS: How often paths are doubled.
+        centres: Scratch memory, (n,) int64.
+        labels: Output, (n,) int64.
+        ROUNDS: Rounds of following parents; each doubles the number of parents followed.
     """
     image = tl.program_id(0).to(tl.int64)
     distances += image * n * n
@@ -117,39 +120,40 @@ def _label_kernel(
     centres += image * n
     labels += image * n
     token = tl.arange(0, BLOCK)
-    here = token < n
+    valid = token < n
     rank = ranks(scores, token, n, True, BLOCK, CHUNK)
-    is_centre = here & (rank < num_centres)
-    parent = tl.load(parents + token, mask=here, other=0)
-    alone = here & (parent == token) & (rank >= num_centres)
+    is_centre = valid & (rank < num_centres)
+    parent = tl.load(parents + token, mask=valid, other=0)
+    without_centre = valid & (parent == token) & (rank >= num_centres)
     tl.store(centres + rank, token.to(tl.int64), mask=is_centre)
     tl.debug_barrier()
 
-    # A token alone takes the label of the nearest centre; paths may end at it, too.
+    # A token without a parent that is not a centre takes the label of the nearest centre. Other
+    # tokens may reach it by following their parents.
     nearest = tl.full([BLOCK], float("inf"), tl.float32)
     label = tl.where(is_centre, rank, 0)
     for start in range(0, num_centres, CHUNK):
         other = start + tl.arange(0, CHUNK)
         centre = tl.load(centres + other, mask=other < num_centres, other=0)
-        asked = alone[:, None] & (other < num_centres)[None, :]
+        mask = without_centre[:, None] & (other < num_centres)[None, :]
         place = token[:, None] * n + centre[None, :]
-        distance = tl.load(distances + place, mask=asked, other=float("inf"))
+        distance = tl.load(distances + place, mask=mask, other=float("inf"))
         closest, which = tl.min(
             distance, axis=1, return_indices=True, return_indices_tie_break_left=True
         )
         label = tl.where(closest < nearest, start + which, label)
         nearest = tl.minimum(closest, nearest)
 
-    # Each round doubles how far a token has climbed.
+    # Each round doubles the number of parents followed.
     parent = tl.where(is_centre, token, parent)
     for _ in range(ROUNDS):
         tl.debug_barrier()
-        tl.store(parents + token, parent, mask=here)
+        tl.store(parents + token, parent, mask=valid)
         tl.debug_barrier()
-        parent = tl.load(parents + parent, mask=here, other=0)
-    tl.store(centres + token, label.to(tl.int64), mask=here)
+        parent = tl.load(parents + parent, mask=valid, other=0)
+    tl.store(centres + token, label.to(tl.int64), mask=valid)
     tl.debug_barrier()
-    tl.store(labels + token, tl.load(centres + parent, mask=here, other=0), mask=here)
+    tl.store(labels + token, tl.load(centres + parent, mask=valid, other=0), mask=valid)
 
 
 def cluster_labels(

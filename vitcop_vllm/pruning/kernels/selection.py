@@ -1,4 +1,4 @@
-"""Stage II: which tokens stay, and which are merged into which."""
+"""Stage II: which tokens are kept whole, which are merged, and the merging."""
 
 import torch
 import triton
@@ -15,16 +15,17 @@ from vitcop_vllm.pruning.kernels.order import (
 from vitcop_vllm.pruning.selection import StageTwoSelection
 
 _TO_INTEGER = tl.constexpr(2.0**23)
-"""A float32 in [0, 2^23) plus this minus this is the nearest integer, halves to even."""
+"""Adding and then subtracting this rounds a float32 in [0, 2^23) to an integer, halves to even."""
 
 
 @triton.jit
 def _cluster_ranks(key, cluster, keys, NUM: tl.constexpr, CHUNK: tl.constexpr):
-    """(NUM,) int32: how many clusters come before each.
+    """(NUM,) int32 ranks of clusters.
 
     Args:
-        key, cluster: (NUM,) int64 and int32; smaller keys first, of equals the lower number.
-        keys: NUM int64 of memory to work in, free again afterwards.
+        key: (NUM,) int64, smallest first; ties go to the lower number.
+        cluster: (NUM,) int32, numbers of the clusters.
+        keys: Scratch memory, (NUM,) int64. The caller may use it again afterwards.
     """
     tl.store(keys + cluster, key)
     tl.debug_barrier()
@@ -46,9 +47,9 @@ def _quotas(
 
     Args:
         sums, sizes: (NUM,) float64 and int32, per cluster.
-        real: (NUM,) bool, false for the padding behind the K clusters.
+        real: (NUM,) bool, false for padding after the K clusters.
         cluster: (NUM,) int32, numbers of the clusters.
-        keys: Scratch memory for NUM int64.
+        keys: Scratch memory, (NUM,) int64.
         wanted: n2 - K.
         num_spare: n1 - K, or 1 if that is 0.
     """
@@ -60,11 +61,11 @@ def _quotas(
     missing = wanted - tl.sum(quotas, axis=0)
     step = tl.where(missing > 0, 1, tl.where(missing < 0, -1, 0))
     changed = quotas + step
-    able = real & (changed >= 0) & (changed <= spare)
-    # Clusters that can change come first, those whose sum is NaN behind the others.
-    key = tl.where(able, tl.minimum(order_key(sums * step.to(tl.float64)), LAST_64 - 1), LAST_64)
-    rank = _cluster_ranks(key, cluster, keys, NUM, CHUNK)
-    chosen = able & (rank < tl.abs(missing))
+    can_change = real & (changed >= 0) & (changed <= spare)
+    # Clusters that can change rank first. Of these, a NaN sum ranks last.
+    sum_key = tl.minimum(order_key(sums * step.to(tl.float64)), LAST_64 - 1)
+    rank = _cluster_ranks(tl.where(can_change, sum_key, LAST_64), cluster, keys, NUM, CHUNK)
+    chosen = can_change & (rank < tl.abs(missing))
     return tl.where(chosen, changed, quotas)
 
 
@@ -87,9 +88,9 @@ def _stage_two_kernel(
     """``selection.select_stage_two`` of one image.
 
     Args:
-        norms, labels: n1 float32 and int64, of each token.
-        index, merged, groups: Where the selection goes, int64.
-        keys: CLUSTERS int64 of memory to work in.
+        norms, labels: (n1,) float32 and int64, of each token.
+        index, merged, groups: Outputs, int64: the fields of ``StageTwoSelection``.
+        keys: Scratch memory, (CLUSTERS,) int64.
         MANY_CLUSTERS: Whether K > n2.
     """
     image = tl.program_id(0).to(tl.int64)
@@ -114,8 +115,8 @@ def _stage_two_kernel(
         sizes += tl.sum(member.to(tl.int32), axis=1)
 
     token = tl.arange(0, BLOCK)
-    here = token < n1
-    label = tl.load(labels + token, mask=here, other=0)
+    valid = token < n1
+    label = tl.load(labels + token, mask=valid, other=0)
     if MANY_CLUSTERS:
         key = tl.where(real, order_key(sums), LAST_64)
         rank = _cluster_ranks(key, cluster, keys, CLUSTERS, CHUNK)
@@ -129,7 +130,7 @@ def _stage_two_kernel(
         )  # fmt: skip
         tl.store(keys + cluster, quotas.to(tl.int64))
         tl.debug_barrier()
-        key = order_key(tl.load(norms + token, mask=here, other=0.0))
+        key = order_key(tl.load(norms + token, mask=valid, other=0.0))
         rank = tl.zeros([BLOCK], tl.int32)
         for start in range(0, n1, CHUNK):
             other = start + tl.arange(0, CHUNK)
@@ -139,20 +140,20 @@ def _stage_two_kernel(
             rank += tl.sum((before & (other_label[None, :] == label[:, None])).to(tl.int32), axis=1)
         whole = rank < tl.load(keys + label)
         group = tl.where(whole, num_centres, label)
-    tl.store(groups + token, group, mask=here)
+    tl.store(groups + token, group, mask=valid)
     tl.debug_barrier()
 
-    # The median member of a group has half of the others before it.
+    # The median member of a group has size // 2 members before it.
     size = tl.zeros([BLOCK], tl.int32)
     place = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n1, CHUNK):
         other = start + tl.arange(0, CHUNK)
         other_group = tl.load(groups + other, mask=other < n1, other=-1)
-        fellow = other_group[None, :] == group[:, None]
-        size += tl.sum(fellow.to(tl.int32), axis=1)
-        place += tl.sum((fellow & (other[None, :] < token[:, None])).to(tl.int32), axis=1)
-    kept = here & (group == num_groups)
-    median = here & (group < num_groups) & (place == size // 2)
+        same_group = other_group[None, :] == group[:, None]
+        size += tl.sum(same_group.to(tl.int32), axis=1)
+        place += tl.sum((same_group & (other[None, :] < token[:, None])).to(tl.int32), axis=1)
+    kept = valid & (group == num_groups)
+    median = valid & (group < num_groups) & (place == size // 2)
     row = tl.cumsum((kept | median).to(tl.int32), axis=0) - 1
     tl.store(index + row, token.to(tl.int64), mask=kept | median)
     tl.store(merged + group, row.to(tl.int64), mask=median)
@@ -171,7 +172,10 @@ def _merge_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """WIDTH columns of one row of ``selection.merge_tokens``: a token, and its group's mean."""
+    """WIDTH columns of one output row of ``selection.merge_tokens``.
+
+    The row is its source token, plus the mean of the group if the token is in a group.
+    """
     image = tl.program_id(0).to(tl.int64) // n2
     hidden += image * n1 * width
     groups += image * n1
@@ -207,7 +211,7 @@ def select_stage_two(
     merged = labels.new_empty(images, min(num_centres, n2))
     groups = labels.new_empty(images, n1)
     keys = labels.new_empty(images, clusters)
-    # Fusing a product into a sum would skip the rounding that decides halves of quotas.
+    # A fused multiply-add would skip the rounding that decides exact halves of quotas.
     _stage_two_kernel[(images,)](
         key_norm.float().contiguous(), labels.contiguous(), index, merged, groups, keys,
         n1, n2, num_centres, num_centres > n2, clusters, block, chunk_of(block),
@@ -217,7 +221,7 @@ def select_stage_two(
 
 
 def merge_tokens(hidden: Tensor, selection: StageTwoSelection) -> Tensor:
-    """``selection.merge_tokens``; sums have another order, so last places may differ."""
+    """``selection.merge_tokens``. It sums in another order, so the last digits may differ."""
     index, merged, groups = selection
     images, n1, width = hidden.shape
     n2 = index.shape[1]

@@ -1,0 +1,60 @@
+"""Every row of the start-up checks can be read on its own."""
+
+import pytest
+
+from tests.engine.test_startup import config_of
+from vitcop_vllm.engine.checks import (
+    DECODER_CHECK,
+    ENGINE_CHECKS,
+    SETTINGS_CHECKS,
+    Check,
+    StartUp,
+    find_obstacles,
+)
+from vitcop_vllm.engine.families import FAMILIES
+from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.settings import PruningSettings
+
+ROWS = [
+    *ENGINE_CHECKS,
+    *SETTINGS_CHECKS,
+    DECODER_CHECK,
+    *(check for family in FAMILIES.values() for check in family.checks),
+]
+
+
+@pytest.fixture(scope="module")
+def start_up(checkpoint) -> StartUp:
+    family = FAMILIES["LlavaForConditionalGeneration"]
+    settings = PruningSettings()
+    return StartUp(
+        config_of(checkpoint),
+        settings,
+        selector_of(settings.selector),
+        family.has_cls,
+        family.decoders,
+    )
+
+
+@pytest.mark.parametrize("check", ROWS, ids=lambda check: check.reason[:40])
+def test_a_row_says_what_cannot_work_and_what_to_change(check: Check, start_up: StartUp):
+    assert check.reason
+    assert check.remedy
+    sentence = check.sentence(start_up)  # fails where StartUp lacks what the sentence names
+    assert "{" not in sentence
+    assert "; " in sentence
+
+
+def test_no_two_rows_say_the_same(start_up):
+    sentences = {check.sentence(start_up) for check in ROWS}
+    assert len(sentences) == len(ROWS)
+
+
+def test_all_obstacles_are_named_in_the_order_of_the_rows(start_up):
+    never, first, second = (
+        Check("reason 0", "remedy 0", lambda start: False),
+        Check("reason 1", "remedy 1", lambda start: True),
+        Check("reason 2", "remedy 2", lambda start: start.settings.selector == "vitcop"),
+    )
+    expected = ["reason 1; remedy 1", "reason 2; remedy 2"]
+    assert find_obstacles((first, never, second), start_up) == expected
