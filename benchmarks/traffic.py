@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from benchmarks.engines import OURS, STOCK
+from benchmarks.measured_engine import Result
 from benchmarks.serving import running_server
 from vitcop_vllm.demo.checkpoint import resolve
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY
@@ -69,6 +70,34 @@ class Traffic:
     rate: float = float("inf")
 
 
+def sample_requests(
+    tokenizer: Any,
+    traffic: Traffic,
+    seed: int,
+    *,
+    ratios: Sequence[float] | None = None,
+    text_tokens: int | None = None,
+) -> list[Any]:
+    """vLLM's random requests; see :func:`serve` for the arguments."""
+    # vLLM's dataset for text alone also draws placeholders of images.
+    from vllm.benchmarks.datasets import RandomMultiModalDataset
+
+    requests: list[Any] = RandomMultiModalDataset(random_seed=seed).sample(
+        tokenizer=tokenizer,
+        num_requests=traffic.requests,
+        input_len=QUESTION_TOKENS + (text_tokens or 0),
+        output_len=traffic.answer_tokens,
+        range_ratio={"input": 0.0, "output": 0.5},
+        base_items_per_request=int(text_tokens is None),
+        bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
+        limit_mm_per_prompt={"image": 1, "video": 0},
+    )
+    if ratios is not None:
+        for request, ratio in zip(requests, cycle(ratios), strict=False):
+            request.request_overrides = {RATIO_KEY: round(ratio, 6)}
+    return requests
+
+
 def serve(
     server: Endpoint,
     traffic: Traffic,
@@ -76,40 +105,27 @@ def serve(
     *,
     ratios: Sequence[float] | None = None,
     text_tokens: int | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """Results of vLLM's serving benchmark.
 
     Args:
         server: Where the requests go.
         traffic: How many they are, and when they come.
-        seed: Of images, text and lengths.
+        seed: Of images, text, lengths and arrivals.
         ratios: Of the requests in turn; none where stock vLLM serves them.
         text_tokens: Tokens of more text in place of an image.
 
     Raises:
         RequestsFailedError: If a request was not answered.
     """
-    from vllm.benchmarks.datasets import RandomDataset, RandomMultiModalDataset
     from vllm.benchmarks.serve import TaskType, benchmark
     from vllm.tokenizers import get_tokenizer
 
     tokenizer = get_tokenizer(server.tokenizer)
-    dataset = RandomMultiModalDataset if text_tokens is None else RandomDataset
-    requests = dataset(random_seed=seed).sample(
-        tokenizer=tokenizer,
-        num_requests=traffic.requests,
-        input_len=QUESTION_TOKENS + (text_tokens or 0),
-        output_len=traffic.answer_tokens,
-        range_ratio={"input": 0.0, "output": 0.5},
-        bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
-        limit_mm_per_prompt={"image": 1, "video": 0},
-    )
-    if ratios is not None:
-        for request, ratio in zip(requests, cycle(ratios), strict=False):
-            request.request_overrides = {RATIO_KEY: round(ratio, 6)}
+    requests = sample_requests(tokenizer, traffic, seed, ratios=ratios, text_tokens=text_tokens)
     np.random.seed(seed)  # vLLM draws arrivals from it
     with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only
-        result: dict[str, Any] = asyncio.run(
+        result: Result = asyncio.run(
             benchmark(
                 task_type=TaskType.GENERATION,
                 endpoint_type="openai-chat",

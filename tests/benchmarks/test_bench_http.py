@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import yaml
+from vllm.tokenizers import get_tokenizer
 
 from benchmarks import bench_http, traffic
 from benchmarks.traffic import both_servers
@@ -56,6 +57,26 @@ def test_two_servers_share_what_one_would_take(name, started):
     with both_servers({**config, "gpu_memory_utilization": 0.3}):
         pass
     assert started[-1][1] == ()
+
+
+def test_requests_have_an_image_or_as_much_text():
+    tokenizer = get_tokenizer(str(DEMO_MODEL))
+    run = traffic.Traffic(requests=64, answer_tokens=16)
+    images = traffic.sample_requests(tokenizer, run, 11, ratios=(0.5, 0.75))
+    assert all(len(request.multi_modal_data) == 1 for request in images)
+    assert [request.request_overrides["pruning_ratio"] for request in images[:3]] == [
+        0.5,
+        0.75,
+        0.5,
+    ]
+    lengths = {request.expected_output_len for request in images}
+    assert 8 <= min(lengths) < max(lengths) <= 24
+    text = traffic.sample_requests(tokenizer, run, 11, text_tokens=100)
+    for request in text:
+        assert not request.multi_modal_data
+        assert not request.request_overrides
+        assert request.prompt_len == pytest.approx(140, abs=14)
+        assert "<image>" not in request.prompt, "the server would look for an image"
 
 
 @pytest.mark.slow
