@@ -13,12 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
 from tests.families.family import LLAVA, Family
 from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, last_words, running_server
+
+# Timing decides no test.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -71,6 +76,11 @@ WITHOUT_SERVER = tuple(
     )
 )
 """Files below ``SERVERS`` that use no server."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run soaks last: a soak's engine, when it ends, ends the process groups of all engines here."""
+    items.sort(key=lambda item: "tests/soak/" in item.nodeid)
 
 
 class SharedProcesses(LoadScopeScheduling):
