@@ -79,7 +79,7 @@ WITHOUT_SERVER = tuple(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run soaks last: a soak's engine, when it ends, ends the process groups of all engines here."""
+    """Run soaks last: the end of a soak's engine ends the process groups of all engines here."""
     items.sort(key=lambda item: "tests/soak/" in item.nodeid)
 
 
