@@ -12,7 +12,6 @@ from vitcop_vllm.engine.checks import (
     find_obstacles,
 )
 from vitcop_vllm.engine.families import FAMILIES
-from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import PruningSettings
 
 ROWS = [
@@ -30,7 +29,6 @@ def start_up(checkpoint) -> StartUp:
     return StartUp(
         config_of(checkpoint),
         settings,
-        selector_of(settings.selector),
         family.has_cls,
         family.decoders,
     )

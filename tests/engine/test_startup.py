@@ -16,7 +16,6 @@ from vitcop_vllm.engine.config import (
     pruning_settings_of,
     span_limit_of,
 )
-from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import PruningSettings
 
 
@@ -171,9 +170,9 @@ def test_ratios_in_refusals_are_rounded_down():
     text = SimpleNamespace(num_hidden_layers=24)
     vllm_config = SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text))
     settings = PruningSettings(selector="key_norm")
-    start_up = StartUp(vllm_config, settings, selector_of("key_norm"), True, ())
+    start_up = StartUp(vllm_config, settings, True, ())
     assert start_up.boundaries[0] == 2
-    assert start_up.max_ratio == 0.9166
+    assert start_up.max_ratio_down == 0.9166
 
 
 @pytest.mark.parametrize("asked", [True, False, None])

@@ -1,4 +1,4 @@
-"""What start-up refuses: one row for each combination that pruning cannot do right."""
+"""Rows of what start-up refuses: a combination of options that pruning cannot do right."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ from math import floor
 from typing import Any
 
 from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
@@ -29,46 +30,28 @@ def step_tokens(scheduler: Any) -> int:
 
 @dataclass(frozen=True)
 class StartUp:
-    """What a row is checked against.
+    """A configuration that the rows check.
 
     Attributes:
         vllm: vLLM's configuration, a ``VllmConfig``.
         settings: The operator's settings of pruning.
-        selector: The one that the settings name.
         has_cls: Whether the model's encoder has [CLS].
         decoders: ``model_type`` of the decoders that the model's family can have.
     """
 
     vllm: Any
     settings: PruningSettings
-    selector: Selector
     has_cls: bool
     decoders: tuple[str, ...]
 
     @property
-    def model(self) -> Any:
-        return self.vllm.model_config
-
-    @property
-    def cache(self) -> Any:
-        return self.vllm.cache_config
-
-    @property
-    def parallel(self) -> Any:
-        return self.vllm.parallel_config
-
-    @property
-    def scheduler(self) -> Any:
-        return self.vllm.scheduler_config
-
-    @property
-    def compilation(self) -> Any:
-        return self.vllm.compilation_config
+    def selector(self) -> Selector:
+        return selector_of(self.settings.selector)
 
     @property
     def text(self) -> Any:
         """Configuration of the decoder."""
-        return self.model.hf_text_config
+        return self.vllm.model_config.hf_text_config
 
     @property
     def decoder_names(self) -> str:
@@ -76,23 +59,19 @@ class StartUp:
 
     @property
     def multimodal(self) -> Any:
-        return self.model.get_multimodal_config()
+        return self.vllm.model_config.get_multimodal_config()
 
     @property
     def vision(self) -> Any:
         """Configuration of the encoder."""
-        return self.model.hf_config.vision_config
-
-    @property
-    def step_tokens(self) -> int:
-        """Most tokens of a step."""
-        return step_tokens(self.scheduler)
+        return self.vllm.model_config.hf_config.vision_config
 
     @property
     def span_limit(self) -> int:
         """Most tokens of one request in a step."""
-        threshold = self.scheduler.long_prefill_token_threshold
-        return min(self.step_tokens, threshold) if threshold > 0 else self.step_tokens
+        scheduler = self.vllm.scheduler_config
+        limit, threshold = step_tokens(scheduler), scheduler.long_prefill_token_threshold
+        return min(limit, threshold) if threshold > 0 else limit
 
     @property
     def boundaries(self) -> tuple[int, int]:
@@ -100,9 +79,13 @@ class StartUp:
 
     @property
     def max_ratio(self) -> float:
-        """Largest ratio that the selector can reach, rounded down to four decimals."""
-        ratio = self.selector.max_ratio(self.boundaries, self.text.num_hidden_layers)
-        return floor(ratio * 1e4) / 1e4
+        """Largest ratio that the selector can reach."""
+        return self.selector.max_ratio(self.boundaries, self.text.num_hidden_layers)
+
+    @property
+    def max_ratio_down(self) -> float:
+        """``max_ratio`` rounded down to four decimals: a setting of it is accepted."""
+        return floor(self.max_ratio * 1e4) / 1e4
 
 
 @dataclass(frozen=True)
@@ -131,7 +114,7 @@ def find_obstacles(checks: Iterable[Check], start_up: StartUp) -> list[str]:
 def _has_head_scales(start: StartUp) -> bool:
     from vllm.v1.kv_cache_interface import kv_cache_uses_per_token_head_scales
 
-    uses: bool = kv_cache_uses_per_token_head_scales(start.cache.cache_dtype)
+    uses: bool = kv_cache_uses_per_token_head_scales(start.vllm.cache_config.cache_dtype)
     return uses
 
 
@@ -162,7 +145,7 @@ def _has_sliding_window(start: StartUp) -> bool:
 def _compiles_whole_model(start: StartUp) -> bool:
     from vllm.config import CompilationMode
 
-    return bool(start.compilation.mode == CompilationMode.STOCK_TORCH_COMPILE)
+    return bool(start.vllm.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE)
 
 
 def _lacks_triton(start: StartUp) -> bool:
@@ -175,20 +158,20 @@ ENGINE_CHECKS = (
     Check(
         "pipeline parallelism splits the stages",
         "use --tensor-parallel-size instead",
-        lambda start: start.parallel.pipeline_parallel_size > 1,
+        lambda start: start.vllm.parallel_config.pipeline_parallel_size > 1,
     ),
     Check(
         "context parallelism shards the KV cache by logical position",
         "unset --decode-context-parallel-size and --prefill-context-parallel-size",
         lambda start: (
-            start.parallel.decode_context_parallel_size > 1
-            or start.parallel.prefill_context_parallel_size > 1
+            start.vllm.parallel_config.decode_context_parallel_size > 1
+            or start.vllm.parallel_config.prefill_context_parallel_size > 1
         ),
     ),
     Check(
         "microbatching cuts a step between stages",
         "remove --enable-dbo / --ubatch-size",
-        lambda start: start.parallel.use_ubatching,
+        lambda start: start.vllm.parallel_config.use_ubatching,
     ),
     Check(
         "speculative decoding has no stages in its drafter",
@@ -204,17 +187,17 @@ ENGINE_CHECKS = (
         # vLLM makes it a connector after this check.
         "KV offloading moves logical blocks",
         "remove --kv-offloading-size",
-        lambda start: start.cache.kv_offloading_size is not None,
+        lambda start: start.vllm.cache_config.kv_offloading_size is not None,
     ),
     Check(
         "layers of one stage must hold equal blocks",
         "remove --kv-cache-dtype-skip-layers",
-        lambda start: start.cache.kv_cache_dtype_skip_layers,
+        lambda start: start.vllm.cache_config.kv_cache_dtype_skip_layers,
     ),
     Check(
         # vLLM's own layers write scales in a warm-up; ours would write over other groups' blocks.
-        "KV cache dtype {start.cache.cache_dtype} keeps scales of each token and head in the "
-        "blocks, which stages share",
+        "KV cache dtype {start.vllm.cache_config.cache_dtype} keeps scales of each token and head "
+        "in the blocks, which stages share",
         "set --kv-cache-dtype to auto or fp8",
         _has_head_scales,
     ),
@@ -236,7 +219,10 @@ ENGINE_CHECKS = (
     Check(
         "prefixes are matched in whole blocks and at images' ends",
         "remove --prefix-match-unit",
-        lambda start: start.cache.prefix_match_unit not in (None, start.cache.block_size),
+        lambda start: (
+            start.vllm.cache_config.prefix_match_unit
+            not in (None, start.vllm.cache_config.block_size)
+        ),
     ),
     Check(
         "an encoder-cache connector is untested here",
@@ -251,22 +237,22 @@ ENGINE_CHECKS = (
     Check(
         "prompt embeddings carry no image to prune",
         "remove --enable-prompt-embeds",
-        lambda start: start.model.enable_prompt_embeds,
+        lambda start: start.vllm.model_config.enable_prompt_embeds,
     ),
     Check(
         "stages need their own KV cache groups",
         "remove --disable-hybrid-kv-cache-manager",
-        lambda start: start.scheduler.disable_hybrid_kv_cache_manager is True,
+        lambda start: start.vllm.scheduler_config.disable_hybrid_kv_cache_manager is True,
     ),
     Check(
         "another scheduler class is configured",
         "remove --scheduler-cls",
-        lambda start: start.scheduler.scheduler_cls is not None,
+        lambda start: start.vllm.scheduler_config.scheduler_cls is not None,
     ),
     Check(
         "another worker class is configured",
         "remove --worker-cls",
-        lambda start: start.parallel.worker_cls != "auto",
+        lambda start: start.vllm.parallel_config.worker_cls != "auto",
     ),
     Check(
         "sliding window attention already drops tokens by position",
@@ -311,18 +297,16 @@ SETTINGS_CHECKS = (
     Check(
         "selector {start.settings.selector} keeps every visual token in the first "
         "{start.boundaries[0]} of {start.text.num_hidden_layers} layers",
-        "set max_pruning_ratio to at most {start.max_ratio}",
-        lambda start: (
-            start.settings.max_pruning_ratio
-            > start.selector.max_ratio(start.boundaries, start.text.num_hidden_layers)
-        ),
+        "set max_pruning_ratio to at most {start.max_ratio_down}",
+        lambda start: start.settings.max_pruning_ratio > start.max_ratio,
     ),
     Check(
         _WHOLE_PROMPT,
         "raise --max-num-batched-tokens (and --max-num-scheduled-tokens) to "
-        "{start.model.max_model_len}, or lower --max-model-len",
+        "{start.vllm.model_config.max_model_len}, or lower --max-model-len",
         lambda start: (
-            start.selector.reads_question and start.step_tokens < start.model.max_model_len
+            start.selector.reads_question
+            and step_tokens(start.vllm.scheduler_config) < start.vllm.model_config.max_model_len
         ),
     ),
     Check(
@@ -330,7 +314,9 @@ SETTINGS_CHECKS = (
         "unset --long-prefill-token-threshold",
         lambda start: (
             start.selector.reads_question
-            and 0 < start.scheduler.long_prefill_token_threshold < start.model.max_model_len
+            and 0
+            < start.vllm.scheduler_config.long_prefill_token_threshold
+            < start.vllm.model_config.max_model_len
         ),
     ),
     Check(
@@ -346,7 +332,9 @@ SETTINGS_CHECKS = (
     Check(
         "positions: reference renumbers positions that this model takes from the image's grid",
         "set positions: original",
-        lambda start: start.settings.positions == "reference" and start.model.uses_mrope,
+        lambda start: (
+            start.settings.positions == "reference" and start.vllm.model_config.uses_mrope
+        ),
     ),
 )
 """What the selector and other settings need."""

@@ -25,7 +25,6 @@ from vitcop_vllm.engine.checks import (
 )
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.pruning.plan import why_uncacheable
-from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, format_validation_error
 
 if TYPE_CHECKING:
@@ -98,8 +97,7 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             hook.verify_and_update_config(vllm_config)
         _choose_block_size(vllm_config.cache_config)
         family = FAMILIES[architecture]
-        selector = selector_of(settings.selector)
-        start_up = StartUp(vllm_config, settings, selector, family.has_cls, family.decoders)
+        start_up = StartUp(vllm_config, settings, family.has_cls, family.decoders)
         checks = (*ENGINE_CHECKS, DECODER_CHECK, *family.checks, *SETTINGS_CHECKS)
         if obstacles := find_obstacles(checks, start_up):
             raise ValueError(

@@ -43,14 +43,17 @@ _LLAVA_CHECKS = (
         "several",
         "serve it with stock vLLM (VLLM_PLUGINS='')",
         lambda start: (
-            not isinstance(getattr(start.model.hf_config, "vision_feature_layer", None), int)
+            not isinstance(
+                getattr(start.vllm.model_config.hf_config, "vision_feature_layer", None), int
+            )
         ),
     ),
     Check(
         "Stage I needs vision_feature_select_strategy 'default', which leaves [CLS] out",
         "serve this model with stock vLLM (VLLM_PLUGINS='')",
         lambda start: (
-            getattr(start.model.hf_config, "vision_feature_select_strategy", None) != "default"
+            getattr(start.vllm.model_config.hf_config, "vision_feature_select_strategy", None)
+            != "default"
         ),
     ),
 )
@@ -70,12 +73,12 @@ _QWEN2_5_VL_CHECKS = (
     Check(
         "a compiled encoder always computes all rows of its last block",
         "unset the compilation config's compile_mm_encoder",
-        lambda start: start.compilation.compile_mm_encoder,
+        lambda start: start.vllm.compilation_config.compile_mm_encoder,
     ),
     Check(
         "CUDA graphs of the encoder hold no Stage I",
         "unset the compilation config's cudagraph_mm_encoder",
-        lambda start: getattr(start.compilation, "cudagraph_mm_encoder", False),
+        lambda start: getattr(start.vllm.compilation_config, "cudagraph_mm_encoder", False),
     ),
     Check(
         "vLLM's pruning of videos moves positions that pruning of images needs",
