@@ -125,9 +125,9 @@ def hammer(
                 aborted += 1
             for output in engine.step():
                 if output.finished and output.outputs[0].finish_reason != "abort":
-                    ask, answer = live.pop(output.request_id), answer_of(output)
-                    done.append((ask, answer))
-                    traffic.finished(ask, tokenizer.decode(answer.tokens))
+                    spec, answer = live.pop(output.request_id), answer_of(output)
+                    done.append((spec, answer))
+                    traffic.finished(spec, tokenizer.decode(answer.tokens))
             bar.update(len(done) + aborted - bar.n)
     return done, aborted
 
@@ -149,21 +149,22 @@ def compare_tokens(
 def compare(llm: LLM, done: list[tuple[RequestSpec, Answer]]) -> dict[str | None, list[str]]:
     """Completed requests by :func:`compare_tokens`, with the answers that ``llm`` gives alone."""
 
-    def question(ask: RequestSpec) -> tuple[Any, ...]:
-        return ask.system, ask.text, ask.images, ask.ratio
+    def question(spec: RequestSpec) -> tuple[Any, ...]:
+        return spec.system, spec.text, spec.images, spec.ratio
 
     # One run answers all requests with the same prompt, for the longest of their answers.
     longest: dict[tuple[Any, ...], RequestSpec] = {}
-    for ask, _ in sorted(done, key=lambda pair: pair[0].max_tokens):
-        longest[question(ask)] = replace(ask, cache_salt=None, priority=0)
+    for spec, _ in sorted(done, key=lambda pair: pair[0].max_tokens):
+        longest[question(spec)] = replace(spec, cache_salt=None, priority=0)
     alone = {
-        key: generate(llm, [ask], reuse=True)[0] for key, ask in tqdm(longest.items(), desc="alone")
+        key: generate(llm, [spec], reuse=True)[0]
+        for key, spec in tqdm(longest.items(), desc="alone")
     }
     found: dict[str | None, list[str]] = {None: [], "tie": [], "wrong": []}
-    for ask, answer in done:
-        whole = alone[question(ask)]
+    for spec, answer in done:
+        whole = alone[question(spec)]
         kind = compare_tokens(answer.tokens, whole.tokens, whole.logprobs)
-        found[kind].append(f"{answer.tokens}, alone {whole.tokens}: {ask}")
+        found[kind].append(f"{answer.tokens}, alone {whole.tokens}: {spec}")
     return found
 
 

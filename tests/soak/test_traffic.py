@@ -10,9 +10,9 @@ from tests.soak.traffic import Traffic
 
 def test_a_seed_can_be_repeated():
     one, again, other = (Traffic(seed, range(12)) for seed in (3, 3, 4))
-    asks = [one.next() for _ in range(50)]
-    assert [again.next() for _ in range(50)] == asks
-    assert [other.next() for _ in range(50)] != asks
+    specs = [one.next() for _ in range(50)]
+    assert [again.next() for _ in range(50)] == specs
+    assert [other.next() for _ in range(50)] != specs
 
 
 def test_images_of_many_sizes_come_in_a_model_that_takes_them():
@@ -33,10 +33,12 @@ def test_conversations_go_on():
     first = traffic.next()
     traffic.finished(first, " it is a cat")
     later = [traffic.next() for _ in range(30)]
-    follow_ups = [ask for ask in later if f"{first.text} ASSISTANT: it is a cat USER: " in ask.text]
+    follow_ups = [
+        spec for spec in later if f"{first.text} ASSISTANT: it is a cat USER: " in spec.text
+    ]
     assert follow_ups
-    for ask in follow_ups:
-        assert (ask.images, ask.ratio, ask.system) == (first.images, first.ratio, first.system)
+    for spec in follow_ups:
+        assert (spec.images, spec.ratio, spec.system) == (first.images, first.ratio, first.system)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ class Traffic:
         self.images = images
         self._finished: list[tuple[RequestSpec, str]] = []
 
-    def finished(self, ask: RequestSpec, answer: str) -> None:
+    def finished(self, spec: RequestSpec, answer: str) -> None:
         """Add a conversation that may go on."""
-        self._finished.append((ask, answer))
+        self._finished.append((spec, answer))
         del self._finished[:-40]
 
     def _text(self) -> str:
@@ -47,11 +47,11 @@ class Traffic:
             priority=rng.randint(0, 3),
         )
         if self._finished and rng.random() < 0.4:
-            ask, answer = rng.choice(self._finished)
-            text = f"{ask.text} ASSISTANT:{answer} USER: {self._text()}"
-            if len(ask.system + text) + 8 * len(ask.images) < MAX_PROMPT_LETTERS:
+            spec, answer = rng.choice(self._finished)
+            text = f"{spec.text} ASSISTANT:{answer} USER: {self._text()}"
+            if len(spec.system + text) + 8 * len(spec.images) < MAX_PROMPT_LETTERS:
                 return replace(
-                    new, text=text, system=ask.system, images=ask.images, ratio=ask.ratio
+                    new, text=text, system=spec.system, images=spec.images, ratio=spec.ratio
                 )
         images = tuple(rng.choice(self.images) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4))))
         return replace(
