@@ -119,9 +119,9 @@ def serve(
         RequestsFailedError: If a request was not answered.
     """
     from vllm.benchmarks.serve import TaskType, benchmark
-    from vllm.tokenizers import get_tokenizer
+    from vllm.tokenizers import cached_get_tokenizer
 
-    tokenizer = get_tokenizer(server.tokenizer)
+    tokenizer = cached_get_tokenizer(server.tokenizer)
     requests = sample_requests(tokenizer, traffic, seed, ratios=ratios, text_tokens=text_tokens)
     np.random.seed(seed)  # vLLM draws arrivals from it
     with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only

@@ -21,7 +21,7 @@ import openai
 from rich.console import Console
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks.plots import plot_accuracy as plot
+from benchmarks.plots import plot_accuracy
 from benchmarks.serving import ServerError, running_server, server_arguments
 from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
 from evaluation.exam import ExamError, Example, digest, read_exam, write_exam
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 console.print(part)
             print(json.dumps(document.summary()), flush=True)
             if arguments.plot:
-                plot(document, arguments.plot)
+                plot_accuracy(document, arguments.plot)
     except (ExamError, ReportError) as error:
         print(error, file=sys.stderr)
         return 2
