@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Concurrency:
-    """Requests that ran at once, without those that were preempted afterwards.
+    """Requests that ran at once, without requests that were preempted afterwards.
 
     Attributes:
         preemptions: How often a running request lost its KV cache.

@@ -1,6 +1,6 @@
 """What pruning should save, counted from the plan: pure arithmetic.
 
-The encoder computes every patch whatever survives, and a decoder layer is taken to cost its tokens.
+The encoder computes every patch, and the cost of a decoder layer is taken to be its tokens.
 Attention grows faster than that, so long prompts may beat their ideal; kernels that are slow for
 few rows miss it.
 """

@@ -19,8 +19,8 @@ from benchmarks.load import MIXED
 from evaluation.client import Ratio
 from evaluation.report import Cell, Document, ReportError, accuracies
 
-# Okabe and Ito's colours, which colour-blind people tell apart; grey and black in the place of
-# their yellow, which nobody sees on white. A selector looks the same in every plot.
+# Okabe and Ito's colours, which colour-blind people can distinguish. Grey and black replace their
+# yellow, which is hard to see on white. A selector looks the same in every plot.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676", "#000000")
 _SELECTORS = ("vitcop", "cls", "key_norm", "divprune", "fastv", "dart", "random", "grid")
 _STYLES = dict(zip(_SELECTORS, zip(_COLOURS, "os^vDPx+", strict=True), strict=True))
