@@ -4,16 +4,20 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter
 
-from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts
+from vitcop_vllm.pruning.plan import STAGES, VisualTokenCounts
 
 _BOUNDS = (0.5, 0.7, 0.8, 0.9, 1.0)
 
 REQUESTS = Counter("vitcop_requests", "Accepted requests, by pruning ratio.", ["ratio"])
 TOKENS_KEPT = Counter(
-    "vitcop_visual_tokens_kept", "Visual tokens of prompts that reach a stage.", ["stage"]
+    "vitcop_visual_tokens_kept",
+    "Visual tokens of prompts that a Stage keeps, by Stage: I, II or III.",
+    ["stage"],
 )
 TOKENS_DROPPED = Counter(
-    "vitcop_visual_tokens_dropped", "Visual tokens of prompts that a stage drops.", ["stage"]
+    "vitcop_visual_tokens_dropped",
+    "Visual tokens of prompts that a Stage drops, by Stage: I, II or III.",
+    ["stage"],
 )
 RATIO_ERRORS = Counter(
     "vitcop_ratio_errors", "Requests refused for their pruning ratio, or for where it was sent."
@@ -37,8 +41,8 @@ def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
 def count_request(ratio: float, images: Sequence[VisualTokenCounts]) -> None:
     """Count a request after vLLM has rendered its prompt."""
     REQUESTS.labels(ratio_bucket(ratio, images)).inc()
-    for stage in range(NUM_STAGES):
-        kept = sum(image.stages[stage] for image in images)
+    for number, stage in enumerate(STAGES):
+        kept = sum(image.stages[number] for image in images)
         encoder = sum(image.encoder for image in images)
-        TOKENS_KEPT.labels(stage + 1).inc(kept)
-        TOKENS_DROPPED.labels(stage + 1).inc(encoder - kept)
+        TOKENS_KEPT.labels(stage).inc(kept)
+        TOKENS_DROPPED.labels(stage).inc(encoder - kept)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from vitcop_vllm.pruning.identity import counts_of_identifier
-from vitcop_vllm.pruning.plan import NUM_STAGES, VisualTokenCounts, effective_ratio
+from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
 _USAGE_MARK = '"usage":{'
@@ -50,7 +50,7 @@ class PrunedModel:
             "visual_tokens": {
                 "encoder": sum(image.encoder for image in images),
                 "stages": [
-                    sum(image.stages[stage] for image in images) for stage in range(NUM_STAGES)
+                    sum(kept) for kept in zip(*(image.stages for image in images), strict=True)
                 ],
             },
         }

@@ -1,7 +1,7 @@
-"""Models with three-stage pruning as one dense forward in plain PyTorch, float32.
+"""Models with three-segment pruning as one dense forward in plain PyTorch, float32.
 
 No cache, no paging, no batching, no vLLM: the whole sequence goes through every layer, and
-rows are dropped between stages. ``tests.pruning.oracle`` selects the kept tokens. The code is
+rows are dropped between segments. ``tests.pruning.oracle`` selects the kept tokens. The code is
 slow and obvious; the engine must give the same log-probabilities.
 """
 
@@ -65,7 +65,7 @@ class Encoded:
 
 
 class DenseModel(ABC):
-    """An image encoder, and a decoder that drops and merges tokens between stages.
+    """An image encoder, and a decoder that drops and merges tokens between segments.
 
     Attributes:
         axes: Axis of each rotary frequency: an index into a token's ``place``.
@@ -197,7 +197,7 @@ class DenseModel(ABC):
         a, b = x[..., :half], x[..., half:]
         return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
-    # Between stages.
+    # Between segments.
 
     @staticmethod
     def key_norm(keys: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ class DenseModel(ABC):
             i += n1
         return torch.stack(out_x), out_rows
 
-    def drop(self, x, rows, last_layer, counts, stage, last):
+    def drop(self, x, rows, last_layer, counts, segment, last):
         """``last``: row of the prompt's last token; ``None`` at the deep boundary."""
         keep = []
         i = 0
@@ -242,7 +242,7 @@ class DenseModel(ABC):
                 keep.append(i)
                 i += 1
                 continue
-            before, after = counts[number].stages[stage - 1 : stage + 1]
+            before, after = counts[number].stages[segment - 1 : segment + 1]
             span = range(i, i + before)
             chosen = self.choose_tokens(x, last_layer, span, after, last)
             assert len(chosen) == after

@@ -14,7 +14,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.pruning.identity import plan_request
-from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan
+from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan
 
 Content = tuple[bytes, int]
 
@@ -25,7 +25,7 @@ def _name(*parts: object) -> bytes:
 
 @dataclass
 class _State:
-    """A runner's state of a request; ``contents`` is the expected content of slots, by stage."""
+    """A runner's state of a request; ``contents`` is the expected content of slots, by segment."""
 
     tokens: list[int]
     prompt_tokens: int
@@ -35,7 +35,7 @@ class _State:
 
     def __post_init__(self) -> None:
         self.plan = plan_request(self.features) or RequestPlan(())
-        self.contents: list[list[Content]] = [[] for _ in range(NUM_STAGES)]
+        self.contents: list[list[Content]] = [[] for _ in range(NUM_SEGMENTS)]
         self.prefix = _name(self.salt)
         self.length = 0
 
@@ -44,9 +44,9 @@ class _State:
         images = {f.mm_position.offset: f.identifier for f in self.features}
         for position in range(self.length, end):
             self.prefix = _name(self.prefix, self.tokens[position], images.get(position))
-            for stage, contents in enumerate(self.contents):
-                slots = self.plan.num_slots(position + 1, stage)
-                if stage and self.plan.cuts_span(position + 1):
+            for segment, contents in enumerate(self.contents):
+                slots = self.plan.num_slots(position + 1, segment)
+                if segment and self.plan.cuts_span(position + 1):
                     continue
                 # The kept tokens of a span depend on the prefix up to the span's end.
                 contents.extend((self.prefix, slot) for slot in range(len(contents), slots))
@@ -66,7 +66,7 @@ class FakeWorker:
 
     def __init__(self, scheduler: Any, block_size: int, salts: dict[str, str | None]) -> None:
         groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
-        self.stages = [group.kv_cache_spec.stage for group in groups]
+        self.segments = [group.kv_cache_spec.segment for group in groups]
         self.block_size = block_size
         self.salts = salts
         self.memory: dict[int, list[Content | None]] = {}
@@ -151,18 +151,18 @@ class FakeWorker:
             if start < first + feature.mm_position.length and first < end:
                 assert feature.identifier in self.encoded
         state.extend(end)
-        for stage, table in zip(self.stages, state.tables, strict=True):
-            first, last = (state.plan.num_slots(n, stage) for n in (start, end))
+        for segment, table in zip(self.segments, state.tables, strict=True):
+            first, last = (state.plan.num_slots(n, segment) for n in (start, end))
             for slot in range(first, last):
                 block = self._block(table[slot // self.block_size])
-                block[slot % self.block_size] = state.contents[stage][slot]
+                block[slot % self.block_size] = state.contents[segment][slot]
 
     def _check(self, name: str, state: _State, end: int) -> None:
-        for stage, table in zip(self.stages, state.tables, strict=True):
-            slots = state.plan.num_slots(end, stage)
-            assert len(table) == -(-slots // self.block_size), (name, stage, slots, len(table))
+        for segment, table in zip(self.segments, state.tables, strict=True):
+            slots = state.plan.num_slots(end, segment)
+            assert len(table) == -(-slots // self.block_size), (name, segment, slots, len(table))
             assert len(set(table)) == len(table)
             held: list[Content | None] = []
             for block in table:
                 held += self._block(block)
-            assert held[:slots] == state.contents[stage][:slots], (name, stage)
+            assert held[:slots] == state.contents[segment][:slots], (name, segment)

@@ -42,7 +42,7 @@ def add(llm, scheduler):
 
 
 def check(scheduler, scheduled) -> None:
-    """No chunk ends inside a span, and every stage holds the blocks of its slots."""
+    """No chunk ends inside a span, and every segment holds the blocks of its slots."""
     for name in scheduled.num_scheduled_tokens:
         request = scheduler.requests[name]
         plan = scheduler.plans.get(name)
@@ -53,7 +53,7 @@ def check(scheduler, scheduled) -> None:
         for manager, held in zip(managers, blocks, strict=True):
             slots = request.num_computed_tokens
             if plan and isinstance(manager, StagedKVCacheManager):
-                slots = plan.num_slots(slots, manager.stage)
+                slots = plan.num_slots(slots, manager.segment)
             assert len(held) == ceil(slots / BLOCK)
 
 

@@ -1,4 +1,4 @@
-"""A stage's attention metadata, as a replayed full CUDA graph reads it."""
+"""A segment's attention metadata, as a replayed full CUDA graph reads it."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -35,17 +35,17 @@ STEPS: list[list[tuple[RequestPlan | None, int]]] = [
 ]
 
 
-def staged_groups(llm, backend, stages=(1, 1, 1, 2, 2)):
-    """Attention groups with the given stages, built as vLLM's runners build them."""
+def staged_groups(llm, backend, segments=(1, 1, 1, 2, 2)):
+    """Attention groups with the given segments, built as vLLM's runners build them."""
     core = llm.llm_engine.engine_core.engine_core
     specs = {
-        group.kv_cache_spec.stage: group.kv_cache_spec
+        group.kv_cache_spec.segment: group.kv_cache_spec
         for group in core.scheduler.kv_cache_config.kv_cache_groups
     }
     groups = []
-    for number, stage in enumerate(stages):
-        staged = create_staged_attention_backend(backend) if stage else backend
-        groups.append(AttentionGroup(staged, [], specs[stage], number))
+    for number, segment in enumerate(segments):
+        staged = create_staged_attention_backend(backend) if segment else backend
+        groups.append(AttentionGroup(staged, [], specs[segment], number))
         groups[-1].create_metadata_builders(llm.llm_engine.vllm_config, CPU)
     return groups
 
@@ -65,7 +65,7 @@ class Buffers:
 
 
 def build_as_v1(groups, common):
-    """Build the metadata once per stage; other groups of the stage replace the block table."""
+    """Build the metadata once per segment; other groups of the segment replace the block table."""
     built: dict[KVCacheSpec, Any] = {}
     for group in groups:
         builder = group.get_metadata_builder()
@@ -93,11 +93,11 @@ def test_a_graph_reads_the_lengths_of_the_step_that_replays_it(llm, build):
     for requests in STEPS:
         scheduled = [ScheduledRequest(plan, n, n + 1, 16) for plan, n in requests]
         step = build_step(scheduled)
-        begin_builds(groups, step.stages if step else {})
+        begin_builds(groups, step.segments if step else {})
         build(groups, buffers.write([(request.start, request.end) for request in scheduled]))
         for group, metadata in zip(groups, captured, strict=True):
             expected = [
-                request.plan.num_slots(request.end, group.kv_cache_spec.stage)
+                request.plan.num_slots(request.end, group.kv_cache_spec.segment)
                 if request.plan
                 else request.end
                 for request in scheduled
@@ -122,7 +122,7 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
     compilation = llm.llm_engine.vllm_config.compilation_config
     monkeypatch.setattr(compilation, "cudagraph_mode", CUDAGraphMode.FULL_DECODE_ONLY)
     monkeypatch.setattr(compilation, "max_cudagraph_capture_size", 16)
-    groups = staged_groups(llm, FlashAttentionBackend, stages=(0, 0, 1, 1, 2))
+    groups = staged_groups(llm, FlashAttentionBackend, segments=(0, 0, 1, 1, 2))
     buffers = Buffers()
     begin_builds(groups, {})
     captured = [
@@ -132,10 +132,10 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
     requests = [ScheduledRequest(PLAN, 20, 21, 16), ScheduledRequest(None, 9, 10, 16)]
     step = build_step(requests)
     assert step is not None
-    begin_builds(groups, step.stages)
+    begin_builds(groups, step.segments)
     build(groups, buffers.write([(20, 21), (9, 10)]))
     schedules = [metadata.scheduler_metadata.tolist() for metadata in captured]
-    lengths = [PLAN.num_slots(21, group.kv_cache_spec.stage) for group in groups]
+    lengths = [PLAN.num_slots(21, group.kv_cache_spec.segment) for group in groups]
     assert schedules == [[10 * length, 100, 0, 0] for length in lengths]
 
 
@@ -148,15 +148,15 @@ def test_a_graph_reads_flash_attention_3_s_schedule_of_the_step(llm, build, monk
     ],
 )
 def test_full_graphs_are_limited_to_decode_steps(llm, backend, support):
-    (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
+    (group,) = staged_groups(llm, CPUAttentionBackend, segments=(1,))
     builder = create_staged_attention_backend(backend).get_builder_cls()
     config = llm.llm_engine.vllm_config
     assert builder.get_cudagraph_support(config, group.kv_cache_spec) == support
 
 
 def test_renumbered_positions_have_no_full_graphs(llm, monkeypatch):
-    """A chunk with only a prompt's last token looks like a decode step, but runs in stages."""
-    (group,) = staged_groups(llm, CPUAttentionBackend, stages=(1,))
+    """A chunk with only a prompt's last token looks like a decode step, but runs in segments."""
+    (group,) = staged_groups(llm, CPUAttentionBackend, segments=(1,))
     builder = create_staged_attention_backend(TritonAttentionBackend).get_builder_cls()
     config = llm.llm_engine.vllm_config
     settings = getattr(config.model_config.hf_config, CONFIG_KEY)
@@ -191,7 +191,7 @@ def layer_of_vllm(**features: Any) -> Any:
         ({"impl": SimpleNamespace(alibi_slopes=torch.ones(4))}, "ALiBi slopes"),
     ],
 )
-def test_a_layer_with_a_feature_that_stages_lack_is_refused(features, name):
+def test_a_layer_with_a_feature_that_pruned_layers_lack_is_refused(features, name):
     config: Any = None
-    with pytest.raises(NotImplementedError, match=f"layers.3.attn has {name}, which stages"):
+    with pytest.raises(NotImplementedError, match=f"layers.3.attn has {name}, which pruned layers"):
         StagedAttention.replacing(layer_of_vllm(**features), 1, config)

@@ -124,7 +124,7 @@ class Traffic(RuleBasedStateMachine):
         self.counter += 1
         request = self._request(f"r{self.counter}", parts, ratio, max_tokens, salt, priority)
         # vLLM's front end refuses requests that do not fit into the cache.
-        groups = len(self.worker.stages)
+        groups = len(self.worker.segments)
         if (request.num_tokens + max_tokens) // BLOCK + 2 > self.free // groups:
             return
         self.live[request.request_id] = request, parts, ratio
@@ -211,7 +211,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(every=st.integers(2, 9), first=st.integers(0, 8))
     def evict(self, every, first):
-        """Evict cached blocks of some stages only."""
+        """Evict cached blocks of some segments only."""
         cached = [block.block_id for block in self.pool.blocks if block.block_hash is not None]
         self.scheduler.kv_cache_manager.evict_blocks(set(cached[first::every]))
         self.evicted |= self.live.keys()
@@ -290,9 +290,9 @@ def test_a_chunk_whose_request_is_preempted_in_its_step_is_not_cached(llm, parts
     assert (victim.num_computed_tokens, other.num_computed_tokens) == (656, 64)
     # The victim's next chunk fits and is scheduled first. Then the other request does not fit.
     plan = traffic.scheduler.plans.get(victim.request_id) or RequestPlan(())
-    spare = len(traffic.worker.stages) // 2
-    for stage in traffic.worker.stages:
-        now, then = (ceil(plan.num_slots(n, stage) / BLOCK) for n in (656, 656 + 256))
+    spare = len(traffic.worker.segments) // 2
+    for segment in traffic.worker.segments:
+        now, then = (ceil(plan.num_slots(n, segment) / BLOCK) for n in (656, 656 + 256))
         spare += then - now
     taken = traffic.pool.get_new_blocks(traffic.pool.get_num_free_blocks() - spare)
     traffic._step()

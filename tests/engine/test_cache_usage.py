@@ -46,7 +46,7 @@ TURNS = [
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 8 / 9, 17 / 18])
 @pytest.mark.parametrize("turns", TURNS)
 def test_a_repeated_request_reads_every_token_that_the_first_read_or_wrote(llm, turns, ratio):
-    """Prompts are longer than a step; images end inside blocks of every stage."""
+    """Prompts are longer than a step; images end inside blocks of every segment."""
     assert llm.reset_prefix_cache()
     conversation = Conversation(ratio)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)

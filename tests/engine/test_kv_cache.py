@@ -1,4 +1,4 @@
-"""Specs of a stage's KV cache; what its manager does, tests/families shows."""
+"""Specs of a segment's KV cache; what its manager does, tests/families shows."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-from vitcop_vllm.engine.kv_cache import StagedAttentionSpec, stages_of_groups
+from vitcop_vllm.engine.kv_cache import StagedAttentionSpec, segments_of_groups
 
 SHAPE: dict[str, Any] = {
     "block_size": 16,
@@ -22,11 +22,11 @@ def config_of(*specs: Any) -> KVCacheConfig:
 
 
 def test_groups_have_the_stages_of_their_specs():
-    specs = [StagedAttentionSpec(**SHAPE, stage=stage) for stage in (0, 1, 1, 2)]
-    assert stages_of_groups(config_of(*specs)) == [0, 1, 1, 2]
+    specs = [StagedAttentionSpec(**SHAPE, segment=segment) for segment in (0, 1, 1, 2)]
+    assert segments_of_groups(config_of(*specs)) == [0, 1, 1, 2]
 
 
 def test_a_group_without_a_stage_is_refused():
-    specs = StagedAttentionSpec(**SHAPE, stage=0), FullAttentionSpec(**SHAPE)
+    specs = StagedAttentionSpec(**SHAPE, segment=0), FullAttentionSpec(**SHAPE)
     with pytest.raises(AssertionError, match="FullAttentionSpec"):
-        stages_of_groups(config_of(*specs))
+        segments_of_groups(config_of(*specs))

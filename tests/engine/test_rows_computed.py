@@ -46,11 +46,11 @@ def test_every_layer_computes_the_rows_of_the_plan(llm, rows, ratio):
     n1, n2, n3 = LLAVA.counts(ratio, image=1).stages
     text = len(answer.prompt) - n1
     computed = {part: [rows[part, i] for i in range(TINY.layers)] for part in ("qkv", "mlp")}
-    stages = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)
-    assert computed["qkv"] == [text + n for n in stages]
+    segments = [n1] * shallow + [n2] * (deep - shallow) + [n3] * (TINY.layers - deep)
+    assert computed["qkv"] == [text + n for n in segments]
     # Stage III selects after the attention of the layer before the boundary.
-    stages[deep - 1] = n3
-    assert computed["mlp"] == [text + n for n in stages]
+    segments[deep - 1] = n3
+    assert computed["mlp"] == [text + n for n in segments]
     patches = 1 + TINY.visual_tokens
     *_, last = sorted(number for part, number in rows if part == "encoder qkv")
     assert [rows["encoder qkv", i] for i in range(last + 1)] == [patches] * (last + 1)

@@ -104,7 +104,7 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"watermark_config": {"key": 1}}, "set VLLM_USE_V2_MODEL_RUNNER=1"),
         ({"compilation_config": {"mode": 1}}, "unset the compilation config's mode"),
         ({"mm_processor_kwargs": {"pruning_ratio": 0.5}}, "default_ratio"),
-        ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "stage boundaries"),
+        ({"additional_config": {"pruning": {"shallow_boundary": 7}}}, "boundaries .* do not fit"),
         ({"additional_config": {"pruning": {"defualt_ratio": 0.5}}}, "default_ratio"),
         ({"additional_config": {"pruning": {"default_ratio": 1.0}}}, "default_ratio"),
         ({"additional_config": {"pruning": [1]}}, "mapping"),

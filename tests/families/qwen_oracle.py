@@ -1,4 +1,4 @@
-"""Qwen2.5-VL with three-stage pruning as one dense forward in plain PyTorch, float32.
+"""Qwen2.5-VL with three-segment pruning as one dense forward in plain PyTorch, float32.
 
 Transformers' vision tower computes the input of its last block. This module computes that block,
 every selection and the decoder with M-RoPE, from the method's description.

@@ -20,7 +20,7 @@ class RecordingOracle(DenseModel):
     """Mix-in for an oracle's class; records the oracle's selections."""
 
     def choices(self, family: Any, spec: RequestSpec, prompt: list[int]) -> list[list[list[int]]]:
-        """For each image and stage, the kept patches."""
+        """For each image and segment, the kept patches."""
         self.patches: list[list[int]] = []
         self.alive: list[dict[int, list[int]]] = []
         assert spec.ratio is not None

@@ -32,7 +32,7 @@ def _every_block_comes_back(scheduler):
 
 
 def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
-    """Request -> stage -> block counts of the stage's groups, without null blocks."""
+    """Request -> segment -> block counts of the segment's groups, without null blocks."""
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     held: dict[str, dict[int, set[int]]] = {}
     for name in scheduler.requests:
@@ -42,7 +42,7 @@ def held_blocks(scheduler) -> dict[str, dict[int, set[int]]]:
             spec = group.kv_cache_spec
             assert isinstance(spec, StagedAttentionSpec)
             count = sum(not block.is_null for block in group_blocks)
-            held[name].setdefault(spec.stage, set()).add(count)
+            held[name].setdefault(spec.segment, set()).add(count)
     return held
 
 
@@ -50,7 +50,7 @@ def needed_blocks(family, scheduler, spec: RequestSpec, tokens: int) -> int:
     """Blocks that the plan needs for a request's first ``tokens``, all its images included."""
     plans = [family.counts(spec.ratio or 0.0, image) for image in spec.images]
     return sum(
-        ceil((tokens - sum(plan.dropped[group.kv_cache_spec.stage] for plan in plans)) / BLOCK)
+        ceil((tokens - sum(plan.dropped[group.kv_cache_spec.segment] for plan in plans)) / BLOCK)
         for group in scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     )
 
@@ -88,8 +88,8 @@ def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(
             continue
         seen += 1
         (held,) = held_blocks(scheduler).values()
-        for stage, dropped in enumerate(zip(*(plan.dropped for plan in plans), strict=True)):
-            assert held[stage] == {ceil((request.num_computed_tokens - sum(dropped)) / BLOCK)}
+        for segment, dropped in enumerate(zip(*(plan.dropped for plan in plans), strict=True)):
+            assert held[segment] == {ceil((request.num_computed_tokens - sum(dropped)) / BLOCK)}
     assert seen > 30
 
 
@@ -110,7 +110,7 @@ def test_every_group_holds_layers_of_one_stage(family, scheduler):
         assert isinstance(spec, StagedAttentionSpec)
         for name in group.layer_names:
             layer = int(name.split(".layers.")[1].split(".")[0])
-            assert spec.stage == (layer >= shallow) + (layer >= deep)
+            assert spec.segment == (layer >= shallow) + (layer >= deep)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 5])

@@ -135,9 +135,11 @@ def test_text_before_an_image_is_reused_at_every_ratio(family, llm):
     assert reused == [0, before, before, before]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("segment", [0, 1, 2])
 @pytest.mark.parametrize("block", [0, 1, 3])
-def test_a_block_evicted_in_one_stage_shortens_the_hit_of_all_stages(family, llm, stage, block):
+def test_a_block_evicted_in_one_segment_shortens_the_hit_of_all_segments(
+    family, llm, segment, block
+):
     specs = [
         RequestSpec("First or second? " + "Say it well. " * 8 + end, (105, 106), 2 / 3)
         for end in ("a", "b")
@@ -148,7 +150,7 @@ def test_a_block_evicted_in_one_stage_shortens_the_hit_of_all_stages(family, llm
     group = next(
         i
         for i, group in enumerate(manager.kv_cache_config.kv_cache_groups)
-        if group.kv_cache_spec.stage == stage
+        if group.kv_cache_spec.segment == segment
     )
     lost = blocks_of(manager.block_pool, group)[block]
     manager.evict_blocks({lost})
@@ -157,7 +159,7 @@ def test_a_block_evicted_in_one_stage_shortens_the_hit_of_all_stages(family, llm
     assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected[1].logprobs]
 
     mark = family.image_token
-    dropped = [family.counts(2 / 3, image).dropped[stage] for image in specs[0].images]
+    dropped = [family.counts(2 / 3, image).dropped[segment] for image in specs[0].images]
     whole, kept = reusable(family, answer, earlier), 0
     for end in range(whole + 1):
         images = 0

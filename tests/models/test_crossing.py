@@ -1,4 +1,4 @@
-"""Selection at a boundary between stages. No engine runs."""
+"""Selection at a boundary between segments. No engine runs."""
 
 from dataclasses import replace
 from typing import Any
@@ -156,10 +156,10 @@ def test_no_selector_makes_the_host_wait_for_the_gpu(selector, counts, renumber_
     step = step_of(counts, CUDA, renumber_deep=renumber_deep)
     cross = crossing_of(selector, CUDA)
     rows = torch.arange(ROWS, device=CUDA)
-    for stage in (1, 2):
+    for segment in (1, 2):
         layer = layer_before(rows.shape[0], CUDA)
-        rows, hidden, residual = cross(stage, step, rows, layer, labels_of(CUDA))
-        left = ROWS - len(IMAGES) * (V - counts.stages[stage])
+        rows, hidden, residual = cross(segment, step, rows, layer, labels_of(CUDA))
+        left = ROWS - len(IMAGES) * (V - counts.stages[segment])
         assert rows.shape == (left,)
         assert hidden.shape == residual.shape == (left, HIDDEN)
     assert hidden[step.outputs].shape == (ROWS, HIDDEN)

@@ -18,7 +18,7 @@ HIDDEN = 8
 WHOLE = VisualTokenCounts.unpruned(4)
 ENCODER_ONLY = VisualTokenCounts(6, 2, (3, 3, 3))
 """Pruned, but it loses nothing after Stage I."""
-ALL_STAGES = VisualTokenCounts(9, 2, (5, 3, 1))
+ALL_SEGMENTS = VisualTokenCounts(9, 2, (5, 3, 1))
 
 
 class Stock:
@@ -41,7 +41,7 @@ class Model(PrunedModel, Stock):
     def __init__(self, *, clusters: bool) -> None:
         self.columns = Columns(HIDDEN, labels=clusters, places=False)
         self._places = None
-        self._stages_ran = True
+        self._segments_ran = True
         self.staged_decoder: Any = labels_alone
 
 
@@ -80,7 +80,7 @@ def run(model: Model, rows: int, step: StagedForward | None, images: list[torch.
     return model.forward(None, torch.arange(rows), inputs_embeds=embeds, step=step)
 
 
-MIXED = [WHOLE, ENCODER_ONLY], [ALL_STAGES, WHOLE], [WHOLE], [ALL_STAGES]
+MIXED = [WHOLE, ENCODER_ONLY], [ALL_SEGMENTS, WHOLE], [WHOLE], [ALL_SEGMENTS]
 
 
 def test_every_pruned_image_of_a_step_has_labels_in_the_order_of_rows():
@@ -105,8 +105,8 @@ def test_an_image_without_its_labels_is_an_error(missing):
 
 def test_labels_that_no_image_of_the_step_needs_are_an_error():
     model = Model(clusters=True)
-    rows, step = forward_of([ALL_STAGES])
-    images = [embedding_of(ALL_STAGES, model)] * 2
+    rows, step = forward_of([ALL_SEGMENTS])
+    images = [embedding_of(ALL_SEGMENTS, model)] * 2
     with pytest.raises(AssertionError, match=r"1 pruned images, .* labels of 2"):
         run(model, rows, step, images)
 
@@ -121,6 +121,6 @@ def test_labels_are_not_counted_where_no_stage_drops_rows():
 
 def test_a_selector_without_clusters_needs_no_labels():
     model = Model(clusters=False)
-    rows, step = forward_of([ALL_STAGES])
+    rows, step = forward_of([ALL_SEGMENTS])
     assert step is not None
-    assert run(model, rows, step, [embedding_of(ALL_STAGES, model)]) == []
+    assert run(model, rows, step, [embedding_of(ALL_SEGMENTS, model)]) == []

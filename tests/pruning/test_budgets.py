@@ -101,7 +101,7 @@ def test_layer_average_matches_the_ratio(name, ratio, num_layers, encoder_tokens
     ratio = reachable(chosen, ratio, num_layers)
     counts = plan_counts(chosen, ratio, num_layers, encoder_tokens)
     if 1 in counts.stages:
-        return  # a stage keeps at least one token, so the average may be larger
+        return  # a segment keeps at least one token, so the average may be larger
     average = counts.layer_average(chosen.boundaries(num_layers), num_layers)
     assert abs(average - (1 - ratio) * encoder_tokens) <= 2
 

@@ -63,7 +63,7 @@ def test_counts_never_grow_from_stage_to_stage(ratio, num_layers, encoder_tokens
 def test_layer_average_matches_the_ratio(ratio, num_layers, encoder_tokens):
     counts = plan_counts(DEFAULTS, ratio, num_layers, encoder_tokens)
     if 1 in counts.stages:
-        return  # a stage keeps at least one token, so the average may be larger
+        return  # a segment keeps at least one token, so the average may be larger
     wanted = (1 - ratio) * encoder_tokens
     assert abs(average(ratio, num_layers, encoder_tokens) - wanted) <= 2
 
@@ -160,7 +160,7 @@ PLAN = RequestPlan((VisualSpan(5, STRONG), VisualSpan(177, MILD), VisualSpan(200
     ],
 )
 def test_slots_of_a_span_are_dropped_at_its_end(num_tokens, lengths):
-    assert tuple(PLAN.num_slots(num_tokens, stage) for stage in range(3)) == lengths
+    assert tuple(PLAN.num_slots(num_tokens, segment) for segment in range(3)) == lengths
 
 
 @st.composite
@@ -184,15 +184,15 @@ def cuts_no_span(plan, end):
 @given(request_plans())
 def test_slots_are_tokens_minus_the_dropped_ones(plan):
     whole = [end for end in range(150) if cuts_no_span(plan, end)]
-    for stage in range(3):
+    for segment in range(3):
         dropped = 0
         for end in whole:
-            dropped = sum(s.counts.dropped[stage] for s in plan.spans if s.end <= end)
-            assert plan.num_slots(end, stage) == end - dropped
-        lengths = [plan.num_slots(end, stage) for end in whole]
+            dropped = sum(s.counts.dropped[segment] for s in plan.spans if s.end <= end)
+            assert plan.num_slots(end, segment) == end - dropped
+        lengths = [plan.num_slots(end, segment) for end in whole]
         assert lengths == sorted(set(lengths))
     for end in whole:
-        first, second, third = (plan.num_slots(end, stage) for stage in range(3))
+        first, second, third = (plan.num_slots(end, segment) for segment in range(3))
         assert end == first >= second >= third >= 0
 
 

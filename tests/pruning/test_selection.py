@@ -65,7 +65,7 @@ def test_mean_key_norm_of_half_precision_is_float32():
 
 @pytest.mark.parametrize(("n1", "num_centres", "n2", "n3"), PUBLISHED)
 @pytest.mark.parametrize("skew", [0.0, 1.5])
-def test_stages_agree_with_the_oracle_at_published_sizes(n1, num_centres, n2, n3, skew):
+def test_segments_agree_with_the_oracle_at_published_sizes(n1, num_centres, n2, n3, skew):
     torch.manual_seed(n1)
     assert_agrees(torch.rand(n1), some_labels(n1, num_centres, n1, skew), num_centres, n2)
     norms = torch.rand(n2)

@@ -98,8 +98,8 @@ def one_span(view: BoundaryView, i: int) -> BoundaryView:
     )
 
 
-def chosen_tokens(name: SelectorName, stage: int, view: BoundaryView, count: int) -> torch.Tensor:
-    chosen = SELECTORS[name].select_at(stage, view, count)
+def chosen_tokens(name: SelectorName, segment: int, view: BoundaryView, count: int) -> torch.Tensor:
+    chosen = SELECTORS[name].select_at(segment, view, count)
     return chosen.index if isinstance(chosen, StageTwoSelection) else chosen
 
 
@@ -427,28 +427,28 @@ def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "stage"),
+    ("name", "segment"),
     [
-        (name, stage)
+        (name, segment)
         for name, row in SELECTORS.items()
-        for stage, function in enumerate((row.shallow, row.deep), start=1)
+        for segment, function in enumerate((row.shallow, row.deep), start=1)
         if function
     ],
 )
-def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, stage):
+def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, segment):
     def not_yet() -> torch.Tensor:
         raise LookupError
 
     early = replace(step(), hidden=not_yet)
-    if SELECTORS[name].drops_before_mlp(stage):
-        chosen = chosen_tokens(name, stage, early, 9)
-        assert torch.equal(chosen, chosen_tokens(name, stage, step(), 9))
+    if SELECTORS[name].drops_before_mlp(segment):
+        chosen = chosen_tokens(name, segment, early, 9)
+        assert torch.equal(chosen, chosen_tokens(name, segment, step(), 9))
     elif name == "vitcop":  # chooses by keys too, but merges
-        assert isinstance(SELECTORS[name].select_at(stage, early, 9), StageTwoSelection)
+        assert isinstance(SELECTORS[name].select_at(segment, early, 9), StageTwoSelection)
     else:
         with pytest.raises(LookupError):
-            chosen_tokens(name, stage, early, 9)
+            chosen_tokens(name, segment, early, 9)
 
 
 def test_nothing_spares_an_mlp_where_nothing_is_dropped():
-    assert not any(SELECTORS["cls"].drops_before_mlp(stage) for stage in (1, 2))
+    assert not any(SELECTORS["cls"].drops_before_mlp(segment) for segment in (1, 2))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.server.sample_images import chat_body, png_url
+from vitcop_vllm.pruning.plan import STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -287,8 +288,8 @@ def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
     assert more('vitcop_requests_total{ratio="0.8-0.9"}') == 1
     assert more('vitcop_requests_total{ratio="none"}') == 1
     assert more("vitcop_ratio_errors_total") == 2
-    for number, stage in enumerate(plan["stages"], start=1):
-        label = f'{{stage="{number}"}}'
+    for name, stage in zip(STAGES, plan["stages"], strict=True):
+        label = f'{{stage="{name}"}}'
         assert more(f"vitcop_visual_tokens_kept_total{label}") == 2 * stage["tokens"]
         dropped = 2 * (V - stage["tokens"])
         assert more(f"vitcop_visual_tokens_dropped_total{label}") == dropped

@@ -31,22 +31,22 @@ def plan(step_adapter: StepAdapter, start: int, end: int) -> None:
 
 def test_a_prefill_is_a_staged_forward_once(step_adapter):
     plan(step_adapter, 0, PROMPT)
-    assert [step_adapter.stages[stage].num_rows for stage in (1, 2)] == [3 + 8, 3 + 6]
+    assert [step_adapter.segments[segment].num_rows for segment in (1, 2)] == [3 + 8, 3 + 6]
     arguments = step_adapter.take_forward_arguments()
     assert arguments["step"].images == ("abc",)
     assert arguments["sink"] is step_adapter.sink
     # A run on dummy rows, which vLLM may begin without a plan.
-    assert not step_adapter.stages
+    assert not step_adapter.segments
     assert step_adapter.take_forward_arguments() == {}
 
 
 def test_a_decode_step_has_stages_and_vllm_s_own_forward(step_adapter):
     plan(step_adapter, PROMPT, PROMPT + 1)
-    assert sorted(step_adapter.stages) == [1, 2]
+    assert sorted(step_adapter.segments) == [1, 2]
     assert step_adapter.take_forward_arguments() == {}
 
 
 def test_a_step_of_unpruned_requests_has_neither(step_adapter):
     step_adapter.plan(["text"], np.array([0]), np.array([3]))
-    assert not step_adapter.stages
+    assert not step_adapter.segments
     assert step_adapter.take_forward_arguments() == {}

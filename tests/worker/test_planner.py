@@ -98,7 +98,7 @@ def test_decode_steps_do_not_loop_over_requests():
         step = planner.plan_step(names, starts + length, starts + length + 1)
         assert step is not None
         assert step.forward is None
-        lengths = step.stages[2]
+        lengths = step.segments[2]
         assert isinstance(lengths, DecodeView)
         assert lengths.missing.tolist() == [4] * 40
 

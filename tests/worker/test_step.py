@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.worker.steps import ScheduledRequest, build_step, common_metadata
-from vitcop_vllm.engine.attention import StageBuild
+from vitcop_vllm.engine.attention import SegmentBuild
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import StagedForward
 
@@ -32,13 +32,13 @@ def requests(draw):
 batches = st.lists(requests(), min_size=1, max_size=4)
 
 
-def rows_of(request: ScheduledRequest, stage: int) -> list[int]:
-    """Positions that have a row in a stage. A span's rows take its first positions."""
+def rows_of(request: ScheduledRequest, segment: int) -> list[int]:
+    """Positions that have a row in a segment. A span's rows take its first positions."""
     plan = request.plan or RequestPlan(())
     dropped = {
         position
         for span in plan.spans
-        for position in range(span.offset + span.counts.stages[stage], span.end)
+        for position in range(span.offset + span.counts.stages[segment], span.end)
     }
     return [i for i in range(request.start, request.end) if i not in dropped]
 
@@ -55,14 +55,14 @@ def test_a_step_without_dropped_slots_is_none():
 
 
 @given(batches)
-def test_stages_hold_the_kept_rows(batch):
+def test_segments_hold_the_kept_rows(batch):
     step = build_step(batch)
     if step is None:
         return
     common = common_metadata([(request.start, request.end) for request in batch])
-    for stage, rows in step.stages.items():
+    for segment, rows in step.segments.items():
         seen = rows.to_metadata(common, torch.zeros(len(batch), dtype=torch.int32))
-        expected = [rows_of(request, stage) for request in batch]
+        expected = [rows_of(request, segment) for request in batch]
         lengths = [len(part) for part in expected]
         starts = [sum(lengths[:i]) for i in range(len(batch) + 1)]
         assert seen.query_start_loc.tolist() == seen.query_start_loc_cpu.tolist() == starts
@@ -70,7 +70,7 @@ def test_stages_hold_the_kept_rows(batch):
         assert seen.max_query_len == max(lengths)
         assert seen.slot_mapping.shape[0] == sum(lengths)
         physical = [
-            request.end if request.plan is None else request.plan.num_slots(request.end, stage)
+            request.end if request.plan is None else request.plan.num_slots(request.end, segment)
             for request in batch
         ]
         assert seen.seq_lens.tolist() == seen.seq_lens_cpu_upper_bound.tolist() == physical
@@ -91,11 +91,11 @@ def test_sources_are_row_numbers_of_the_previous_stage(batch):
     if forward is None:
         return
     ids = {
-        stage: [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
-        for stage in range(3)
+        segment: [(i, p) for i, r in enumerate(batch) for p in rows_of(r, segment)]
+        for segment in range(3)
     }
-    for stage, source in forward.sources.items():
-        assert [ids[stage - 1][row] for row in source.tolist()] == ids[stage]
+    for segment, source in forward.sources.items():
+        assert [ids[segment - 1][row] for row in source.tolist()] == ids[segment]
 
 
 @given(batches)
@@ -114,10 +114,10 @@ def test_groups_hold_the_rows_of_their_spans(batch):
         for member, image in enumerate(group.images):
             i, span = images[image]
             assert span.counts == group.counts
-            for stage in range(3):
-                ids = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, stage)]
-                expected = [(i, span.offset + k) for k in range(span.counts.stages[stage])]
-                assert [ids[row] for row in group.rows(stage)[member].tolist()] == expected
+            for segment in range(3):
+                ids = [(i, p) for i, r in enumerate(batch) for p in rows_of(r, segment)]
+                expected = [(i, span.offset + k) for k in range(span.counts.stages[segment])]
+                assert [ids[row] for row in group.rows(segment)[member].tolist()] == expected
 
 
 @given(batches)
@@ -137,11 +137,11 @@ def test_groups_hold_the_rows_of_their_prompts(batch):
     for group in forward.groups if forward else ():
         assert group.prompt_rows is not None
         for member, image in enumerate(group.images):
-            for stage in range(3):
-                ids = [(r, p) for r in whole for p in rows_of(r, stage)]
-                first, last = group.prompt_rows[stage, :, member].tolist()
+            for segment in range(3):
+                ids = [(r, p) for r in whole for p in rows_of(r, segment)]
+                first, last = group.prompt_rows[segment, :, member].tolist()
                 request = requests[image]
-                positions = [p for p in rows_of(request, stage) if p < request.prompt_tokens]
+                positions = [p for p in rows_of(request, segment) if p < request.prompt_tokens]
                 assert [p for _, p in ids[first : last + 1]] == positions
                 assert all(r is request for r, _ in ids[first : last + 1])
 
@@ -191,7 +191,7 @@ def test_requests_that_pad_a_graph_have_no_tokens(batch, padding):
     step = build_step(decodes)
     spans = [(request.start, request.end) for request in decodes]
     padded = common_metadata(spans, padding=padding)
-    for rows in step.stages.values() if step else ():
+    for rows in step.segments.values() if step else ():
         place = torch.full((len(batch) + 4,), 77, dtype=torch.int32)
         seen = rows.to_metadata(padded, place)
         alone = rows.to_metadata(common_metadata(spans), torch.zeros_like(place))
@@ -222,12 +222,12 @@ def test_a_step_does_not_make_the_host_wait_for_the_gpu(start, renumber_deep):
         step = build_step(batch, CUDA, renumber_deep=renumber_deep)
         assert step is not None
         common = common_metadata([(r.start, r.end) for r in batch], padding=2, device=CUDA)
-        for stage in range(3):
-            build = StageBuild(
-                torch.zeros(8, dtype=torch.int32, device=CUDA), step.stages.get(stage)
+        for segment in range(3):
+            build = SegmentBuild(
+                torch.zeros(8, dtype=torch.int32, device=CUDA), step.segments.get(segment)
             )
             seen = build.to_metadata(common)
             assert seen.seq_lens.device == seen.slot_mapping.device == CUDA
-        for rows in step.stages.values():
+        for rows in step.segments.values():
             first, positions = rows.slot_inputs(common.query_start_loc[:3], common.positions)
             assert first.device == positions.device == CUDA

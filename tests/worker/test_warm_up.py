@@ -8,7 +8,7 @@ from vllm.forward_context import set_forward_context
 
 from tests.engine.requests import ENGINE_OPTIONS, RequestSpec, generate
 from tests.engine.scheduling import engine_core
-from vitcop_vllm.pruning.plan import NUM_STAGES
+from vitcop_vllm.pruning.plan import NUM_SEGMENTS
 from vitcop_vllm.worker.warm_up import run_staged_step
 
 pytestmark = pytest.mark.slow
@@ -35,10 +35,10 @@ def staged(worker, monkeypatch):
     return calls
 
 
-def test_start_up_ran_the_encoder_and_the_stages(worker):
+def test_start_up_ran_the_encoder_and_the_segments(worker):
     model = worker.model_runner.get_model()
     assert model._encoder_ran
-    assert model._stages_ran
+    assert model._segments_ran
 
 
 def test_the_warm_up_step_has_the_maximum_size_and_leaves_no_state(llm, worker, staged):
@@ -83,10 +83,10 @@ def test_the_warm_up_is_skipped_if_the_cache_is_too_small_for_an_image(worker, m
 
 def test_vllm_s_memory_profile_runs_the_stages_on_a_step_of_maximum_size(llm, worker, staged):
     model = worker.model_runner.get_model()
-    model._stages_ran = False
+    model._segments_ran = False
     embeds = torch.zeros(STEP_TOKENS, model.config.text_config.hidden_size)
     positions = torch.zeros(STEP_TOKENS, dtype=torch.int64)
-    for _ in range(2):  # the second forward runs no stages
+    for _ in range(2):  # the second forward runs no segments
         with (
             torch.inference_mode(),
             set_forward_context(None, llm.llm_engine.vllm_config, num_tokens=STEP_TOKENS),
@@ -95,7 +95,7 @@ def test_vllm_s_memory_profile_runs_the_stages_on_a_step_of_maximum_size(llm, wo
     assert hidden.shape == embeds.shape
     ((step, rows),) = staged
     assert rows <= STEP_TOKENS < rows + step.groups[0].counts.stages[0]
-    assert len(step.sources) == NUM_STAGES - 1
+    assert len(step.sources) == NUM_SEGMENTS - 1
 
 
 def test_vllm_s_memory_profile_encodes_pruned_images(worker, monkeypatch):

@@ -164,7 +164,7 @@ def main(checkpoint: str, path: str) -> None:
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner, GPUModelRunner)
     state = runner.model_state
-    assert runner.model._stages_ran  # at start-up, which leaves nothing of it
+    assert runner.model._segments_ran  # at start-up, which leaves nothing of it
     assert not state.step_adapter.planner._slots
     assert not state.encoder_cache.encoder_outputs
     assert runner.model.kernels is TRITON

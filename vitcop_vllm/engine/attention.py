@@ -1,4 +1,4 @@
-"""Attention of a stage, over whichever backend vLLM picked.
+"""Attention of a segment, over whichever backend vLLM picked.
 
 The shape follows vLLM's own variants (chunked-local, cross attention): a factory that
 subclasses the backend's metadata builder and implementation, and a thin layer.
@@ -48,7 +48,7 @@ def by_row(of_request: torch.Tensor, query_start_loc: torch.Tensor, num_rows: in
 
 @dataclass(frozen=True)
 class PrefillView:
-    """What a stage sees of a step in which it has fewer rows than vLLM; R requests, T rows.
+    """What a segment sees of a step in which it has fewer rows than vLLM; R requests, T rows.
 
     Such a step computes part of a prompt with a pruned image.
 
@@ -70,7 +70,7 @@ class PrefillView:
     def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, with the stage's rows; does not use ``seq_lens``."""
+        """vLLM's metadata of the step, with the segment's rows; does not use ``seq_lens``."""
         return common.replace(
             query_start_loc=self.query_start_loc,
             query_start_loc_cpu=self.query_start_loc_cpu,
@@ -94,12 +94,12 @@ class PrefillView:
 
 @dataclass(frozen=True)
 class DecodeView:
-    """What a stage sees of a step with vLLM's rows, in which requests are shorter; R requests.
+    """What a segment sees of a step with vLLM's rows, in which requests are shorter; R requests.
 
     Such a step decodes, or computes text after an image.
 
     Attributes:
-        missing, missing_cpu: (R,) int32, tokens of each request without a slot in the stage.
+        missing, missing_cpu: (R,) int32, tokens of each request without a slot in the segment.
         max_seq_len: The longest physical length after the step.
     """
 
@@ -110,7 +110,7 @@ class DecodeView:
     def to_metadata(
         self, common: CommonAttentionMetadata, seq_lens: torch.Tensor
     ) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as this stage sees it.
+        """vLLM's metadata of the step, as this segment sees it.
 
         Args:
             common: Of at least R requests; further requests pad a CUDA graph.
@@ -127,7 +127,7 @@ class DecodeView:
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=upper_bound,
             max_seq_len=self.max_seq_len,
-            positions=None,  # vLLM's are not the stage's, and no backend of ours reads them
+            positions=None,  # vLLM's are not the segment's, and no backend of ours reads them
             _num_computed_tokens_cache=None,
         )
 
@@ -145,14 +145,14 @@ class DecodeView:
 
 
 @dataclass
-class StageBuild:
-    """State that the builders of one stage's groups share, to build a step once for all.
+class SegmentBuild:
+    """State that the builders of one segment's groups share, to build a step once for all.
 
     Attributes:
         seq_lens: (max R,) int32, physical lengths; zero for requests that pad a graph. A full
             CUDA graph reads them here, so every step that may run as a graph writes them here.
-        rows: The stage's view of the step; ``None`` if no request of the step prunes, and the
-            stage sees what vLLM planned.
+        rows: The segment's view of the step; ``None`` if no request of the step prunes, and the
+            segment sees what vLLM planned.
         metadata: The metadata built for the step; ``None`` before.
     """
 
@@ -161,26 +161,26 @@ class StageBuild:
     metadata: Any = None
 
     def to_metadata(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """vLLM's metadata of the step, as the stage sees it."""
+        """vLLM's metadata of the step, as the segment sees it."""
         if self.rows is not None:
             return self.rows.to_metadata(common, self.seq_lens)
         return common.replace(seq_lens=self.seq_lens[: common.num_reqs].copy_(common.seq_lens))
 
 
 class StagedMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """The part of a stage's builder that is the same for all backends."""
+    """The part of a segment's builder that is the same for all backends."""
 
-    stage_build: StageBuild
+    segment_build: SegmentBuild
 
 
 def begin_builds(
     groups: Iterable[AttentionGroup], rows: Mapping[int, PrefillView | DecodeView]
 ) -> None:
-    """Give the builders of all groups their stage's view of a step, before they build for it.
+    """Give the builders of all groups their segment's view of a step, before they build for it.
 
     Args:
         groups: Groups of all layers, in any order.
-        rows: Stage -> its view of the step; a stage without one sees what vLLM planned.
+        rows: Segment -> its view of the step; a segment without one sees what vLLM planned.
     """
     first: dict[KVCacheSpec, Any] = {}
     for group in groups:
@@ -191,30 +191,30 @@ def begin_builds(
             if hasattr(leader, "scheduler_metadata"):
                 builder.scheduler_metadata = leader.scheduler_metadata
             if isinstance(builder, StagedMetadataBuilder):
-                builder.stage_build = leader.stage_build
+                builder.segment_build = leader.segment_build
         elif isinstance(builder, StagedMetadataBuilder):
             assert isinstance(group.kv_cache_spec, StagedAttentionSpec)
-            builder.stage_build.rows = rows.get(group.kv_cache_spec.stage)
-            builder.stage_build.metadata = None
+            builder.segment_build.rows = rows.get(group.kv_cache_spec.segment)
+            builder.segment_build.metadata = None
 
 
 @functools.lru_cache
 def create_staged_attention_backend(
     underlying: type[AttentionBackend],
 ) -> type[AttentionBackend]:
-    """A backend that computes with the queries, lengths and slots of a stage.
+    """A backend that computes with the queries, lengths and slots of a segment.
 
     Raises:
         ValueError: If ``underlying`` is not among :data:`BACKENDS`.
     """
     if underlying.get_name() not in BACKENDS:
         # For engines that skip our start-up hook, which chooses a backend.
-        raise ValueError(f"stages cannot run on attention backend {underlying.get_name()}")
+        raise ValueError(f"no pruned layer can run on attention backend {underlying.get_name()}")
     underlying_builder: Any = underlying.get_builder_cls()
     underlying_impl: Any = underlying.get_impl_cls()
 
     class StagedBuilder(underlying_builder, StagedMetadataBuilder):
-        # Groups of one stage differ only in block table and slots: build once for all.
+        # Groups of one segment differ only in block table and slots: build once for all.
         supports_update_block_table = True
 
         def __init__(
@@ -226,7 +226,7 @@ def create_staged_attention_backend(
         ) -> None:
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             max_num_reqs = vllm_config.scheduler_config.max_num_seqs
-            self.stage_build = StageBuild(
+            self.segment_build = SegmentBuild(
                 torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
             )
 
@@ -237,7 +237,7 @@ def create_staged_attention_backend(
             settings = pruning_settings_of(vllm_config.model_config.hf_config)
             if settings.positions == "reference":
                 # A step of a prompt's last token alone looks like a decode step to vLLM, but
-                # runs in stages, which a full graph cannot.
+                # runs in segments, which a full graph cannot.
                 return AttentionCGSupport.NEVER
             support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
             # No graphs of prefill: vLLM would also run them for steps that drop rows.
@@ -249,7 +249,7 @@ def create_staged_attention_backend(
             common_attn_metadata: CommonAttentionMetadata,
             fast_build: bool = False,
         ) -> Any:
-            step = self.stage_build
+            step = self.segment_build
             if step.metadata is not None:  # model runner V2 calls each group's builder
                 return self.update_block_table(
                     step.metadata,
@@ -325,15 +325,15 @@ def _features_that_would_be_lost(attention: Any) -> list[str]:
 
 
 class StagedAttention(Attention):
-    """An attention layer of a stage. In stage 0 it uses vLLM's backend unchanged."""
+    """An attention layer of a segment. In segment 0 it uses vLLM's backend unchanged."""
 
-    def __init__(self, *args: Any, stage: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, segment: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.stage = stage
+        self.segment = segment
 
     @classmethod
     def replacing(
-        cls, attention: Attention, stage: int, vllm_config: VllmConfig
+        cls, attention: Attention, segment: int, vllm_config: VllmConfig
     ) -> "StagedAttention":
         """The layer that takes ``attention``'s place, under the same name.
 
@@ -345,8 +345,8 @@ class StagedAttention(Attention):
         """
         if features := _features_that_would_be_lost(attention):
             raise NotImplementedError(
-                f"attention layer {attention.layer_name} has {', '.join(features)}, which stages "
-                "do not support; serve the model with stock vLLM (VLLM_PLUGINS='')"
+                f"attention layer {attention.layer_name} has {', '.join(features)}, which pruned "
+                "layers do not support; serve the model with stock vLLM (VLLM_PLUGINS='')"
             )
         backend = attention.attn_backend
         registered = vllm_config.compilation_config.static_forward_context
@@ -359,8 +359,8 @@ class StagedAttention(Attention):
             cache_config=vllm_config.cache_config,
             quant_config=attention.quant_config,
             prefix=attention.layer_name,
-            attn_backend=create_staged_attention_backend(backend) if stage else backend,
-            stage=stage,
+            attn_backend=create_staged_attention_backend(backend) if segment else backend,
+            segment=segment,
         )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
@@ -370,5 +370,5 @@ class StagedAttention(Attention):
             full,
             StagedAttentionSpec,
             drop=("sliding_window", "attention_chunk_size", "non_causal"),
-            stage=self.stage,
+            segment=self.segment,
         )

@@ -1,4 +1,4 @@
-"""Attention backends that stages can run on, and the choice among them for an NVIDIA GPU."""
+"""Attention backends that segments can run on, and the choice among them for an NVIDIA GPU."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Backends whose metadata holds block table and slots as plain fields. Other backends plan kernels
-from block table and slots while they build metadata, so groups of a stage cannot share a build."""
+from block table and slots while they build metadata, so groups of a segment cannot share one."""
 
 _TRITON_KV_CAPABILITY = {"fp8": (8, 9), "bfloat16": (8, 0)}
 """KV cache dtype -> minimum compute capability for TRITON_ATTN. On older GPUs vLLM 0.32 lists the
@@ -21,8 +21,8 @@ backend as valid all the same, then raises in the worker (``TritonAttentionImpl.
 def choose_backend(vllm_config: "VllmConfig") -> None:
     """Set the attention backend of an NVIDIA GPU if the user set none.
 
-    For some pairs of GPU and KV cache dtype vLLM's default is FLASHINFER, which stages cannot use.
-    So this sets the first backend in vLLM's order that is one of :data:`BACKENDS`.
+    For some pairs of GPU and KV cache dtype vLLM's default is FLASHINFER, which pruned layers
+    cannot use. So this sets the first backend in vLLM's order that is one of :data:`BACKENDS`.
 
     Raises:
         ValueError: If no backend of :data:`BACKENDS` is valid for this GPU, model and KV cache

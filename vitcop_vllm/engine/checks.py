@@ -156,7 +156,7 @@ def _lacks_triton(start: StartUp) -> bool:
 
 ENGINE_CHECKS = (
     Check(
-        "pipeline parallelism splits the stages",
+        "pipeline parallelism splits the decoder, which must stay in one process",
         "use --tensor-parallel-size instead",
         lambda start: start.vllm.parallel_config.pipeline_parallel_size > 1,
     ),
@@ -169,12 +169,12 @@ ENGINE_CHECKS = (
         ),
     ),
     Check(
-        "microbatching cuts a step between stages",
+        "microbatching splits a step, which is pruned as a whole",
         "remove --enable-dbo / --ubatch-size",
         lambda start: start.vllm.parallel_config.use_ubatching,
     ),
     Check(
-        "speculative decoding has no stages in its drafter",
+        "the drafter of speculative decoding does not prune",
         "remove --speculative-config",
         lambda start: start.vllm.speculative_config is not None,
     ),
@@ -190,29 +190,29 @@ ENGINE_CHECKS = (
         lambda start: start.vllm.cache_config.kv_offloading_size is not None,
     ),
     Check(
-        "layers of one stage must hold equal blocks",
+        "all layers must hold equal KV blocks",
         "remove --kv-cache-dtype-skip-layers",
         lambda start: start.vllm.cache_config.kv_cache_dtype_skip_layers,
     ),
     Check(
         # vLLM's own layers write scales in a warm-up; ours would write over other groups' blocks.
         "KV cache dtype {start.vllm.cache_config.cache_dtype} keeps scales of each token and head "
-        "in the blocks, which stages share",
+        "in KV blocks, which layers share",
         "set --kv-cache-dtype to auto or fp8",
         _has_head_scales,
     ),
     Check(
-        "prefetched weights are fetched for whole layers, and stages end inside one",
+        "weights are prefetched for whole layers, and pruning can split a layer",
         "remove --offload-group-size, or offload with --cpu-offload-gb",
         _prefetches_weights,
     ),
     Check(
-        "weights offloaded without UVA are fetched for whole layers, and stages end inside one",
+        "weights offloaded without UVA are fetched for whole layers, and pruning can split a layer",
         "unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA or remove --cpu-offload-gb",
         _offloads_without_uva,
     ),
     Check(
-        "KV cache events name blocks by prompt position, and a stage's blocks have none",
+        "KV cache events name blocks by prompt position, and blocks of pruned layers have none",
         "remove --kv-events-config",
         _publishes_kv_events,
     ),
@@ -240,7 +240,7 @@ ENGINE_CHECKS = (
         lambda start: start.vllm.model_config.enable_prompt_embeds,
     ),
     Check(
-        "stages need their own KV cache groups",
+        "pruned layers need their own KV cache groups",
         "remove --disable-hybrid-kv-cache-manager",
         lambda start: start.vllm.scheduler_config.disable_hybrid_kv_cache_manager is True,
     ),
@@ -287,7 +287,7 @@ ENGINE_CHECKS = (
         _compiles_whole_model,
     ),
 )
-"""What the engine cannot do right together with stages, whatever the model."""
+"""What no pruned model can run with."""
 
 _WHOLE_PROMPT = (
     "selector {start.settings.selector} reads the question, so a step must hold the longest prompt"

@@ -35,7 +35,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 CPU_BLOCK_SIZE = 32
 """Tokens. vLLM's CPU kernels want multiples of 32; its default 128 wastes most of the
-last block of a stage that holds a few dozen tokens."""
+last block of a segment that holds a few dozen tokens."""
 
 SCHEDULER = "vitcop_vllm.engine.scheduler.create_scheduler"
 WORKERS = {
@@ -109,7 +109,7 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         _pass_settings_on(vllm_config, settings, start_up.span_limit)
         _choose_model_runner(vllm_config)
         logger.info(
-            "Visual token pruning: selector %s; stages begin at layers 0, %d, %d of %d; ratio "
+            "Visual token pruning: selector %s; segments begin at layers 0, %d, %d of %d; ratio "
             "%g by default, at most %g; %s positions; prefix caching %s.",
             settings.selector,
             *start_up.boundaries,

@@ -1,4 +1,4 @@
-"""KV cache of a stage: compact block tables, in which dropped tokens take no slot."""
+"""KV cache of a segment: compact block tables, in which dropped tokens take no slot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     """vLLM's manager, with requests of their *physical* length: dropped tokens take no slot.
 
     Attributes:
-        stage: 0, 1 or 2.
-        plans: Request id -> plan, shared by all stages and owned by the scheduler; without the
+        segment: 0, 1 or 2.
+        plans: Request id -> plan, shared by all segments and owned by the scheduler; without the
             requests that prune nothing.
-        writes: Blocks that the step being scheduled will write, shared by all stages.
+        writes: Blocks that the step being scheduled will write, shared by all segments.
     """
 
     plans: Mapping[str, RequestPlan]
@@ -38,16 +38,16 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert isinstance(self.kv_cache_spec, StagedAttentionSpec)
-        self.stage = self.kv_cache_spec.stage
+        self.segment = self.kv_cache_spec.segment
         self.plans = {}
         self.writes = StepWrites()
         # Request id -> the checkpoint up to which its blocks are cached.
         self._cached_tokens: dict[str, int] = {}
 
     def num_slots(self, request_id: str, num_tokens: int) -> int:
-        """Slots this stage holds for the request's first ``num_tokens`` tokens."""
+        """Slots this segment holds for the request's first ``num_tokens`` tokens."""
         plan = self.plans.get(request_id)
-        return num_tokens if plan is None else plan.num_slots(num_tokens, self.stage)
+        return num_tokens if plan is None else plan.num_slots(num_tokens, self.segment)
 
     def get_num_blocks_to_allocate(
         self,
@@ -61,11 +61,11 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
     ) -> int:
         plan = self.plans.get(request_id)
         if plan is not None:
-            num_tokens = plan.num_slots(num_tokens, self.stage)
+            num_tokens = plan.num_slots(num_tokens, self.segment)
             # A running request has no new hits, and vLLM ignores these two numbers.
             if request_id not in self.num_cached_block:
-                total_computed_tokens = plan.num_slots(total_computed_tokens, self.stage)
-                num_local_computed_tokens = plan.num_slots(num_local_computed_tokens, self.stage)
+                total_computed_tokens = plan.num_slots(total_computed_tokens, self.segment)
+                num_local_computed_tokens = plan.num_slots(num_local_computed_tokens, self.segment)
         return super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -119,7 +119,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         assert isinstance(hashes, PrefixHashes)
         blocks = self.req_to_blocks[name]
         written = self.writes.block_ids.setdefault(name, set())
-        for checkpoint in hashes.passed(self.stage, cached, num_tokens):
+        for checkpoint in hashes.passed(self.segment, cached, num_tokens):
             for index, key in checkpoint.keys:
                 self._add_key(blocks[index], key, checkpoint.length)
                 self.writes.keys.add(key)
@@ -171,7 +171,7 @@ class StagedKVCacheManager(SingleTypeKVCacheManager):
         block_size = kv_cache_spec.block_size
         whole: list[list[KVCacheBlock]] = []
         hit, length = whole, 0
-        for checkpoint in block_hashes.checkpoints(kv_cache_spec.stage, 0, max_length):
+        for checkpoint in block_hashes.checkpoints(kv_cache_spec.segment, 0, max_length):
             cached = [
                 block_pool.get_cached_block(key, kv_cache_group_ids) for _, key in checkpoint.keys
             ]
@@ -198,17 +198,17 @@ KVCacheSpecRegistry._ensure_registered()
 @register_kv_cache_spec(manager_class=StagedKVCacheManager)
 @dataclass(frozen=True, kw_only=True)
 class StagedAttentionSpec(AttentionSpec):
-    """Full attention over the tokens alive in one stage.
+    """Full attention over the tokens alive in one segment.
 
-    Not a FullAttentionSpec: vLLM would merge the stages into one group, whose blocks follow
+    Not a FullAttentionSpec: vLLM would merge the segments into one group, whose blocks follow
     prompt positions.
 
     Attributes:
-        stage: 0, 1 or 2. In stage 0 slots are prompt positions, as in vLLM, but a hit may end
-            inside a block as in the other stages.
+        segment: 0, 1 or 2. In segment 0 slots are prompt positions, as in vLLM, but a hit may end
+            inside a block as in the other segments.
     """
 
-    stage: int
+    segment: int
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the longest request, which may prune nothing."""
@@ -217,29 +217,29 @@ class StagedAttentionSpec(AttentionSpec):
 
     @classmethod
     def merge(cls, specs: Sequence[Any]) -> "StagedAttentionSpec":
-        """One spec for layers of one stage.
+        """One spec for layers of one segment.
 
         Raises:
-            AssertionError: If the layers are of several stages; vLLM then splits them.
+            AssertionError: If the layers are of several segments; vLLM then splits them.
         """
-        assert len({type(spec) for spec in specs}) == 1, "stages are not merged with other layers"
+        assert len({type(spec) for spec in specs}) == 1, "segments are not merged with other layers"
         return super().merge(list(specs))
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         return all(
-            isinstance(spec, StagedAttentionSpec) and spec.stage == self.stage
+            isinstance(spec, StagedAttentionSpec) and spec.segment == self.segment
             for spec in kv_cache_specs.values()
         )
 
 
-def stages_of_groups(kv_cache_config: KVCacheConfig) -> list[int]:
-    """(G,) stage of each KV cache group.
+def segments_of_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """(G,) segment of each KV cache group.
 
     Raises:
         AssertionError: If a group's layers are not staged.
     """
-    stages = []
+    segments = []
     for group in kv_cache_config.kv_cache_groups:
         assert isinstance(group.kv_cache_spec, StagedAttentionSpec), group.kv_cache_spec
-        stages.append(group.kv_cache_spec.stage)
-    return stages
+        segments.append(group.kv_cache_spec.segment)
+    return segments

@@ -21,8 +21,8 @@ COUNTS_MISMATCHES = Counter(
 
 SELECTION_SECONDS = Histogram(
     "vitcop_selection_seconds",
-    "CPU seconds spent on selecting, clustering and merging visual tokens. Label stage is 1, 2 or "
-    "3 for the paper's Stage I, II or III. Stage I is timed once per batch of images that are "
+    "CPU seconds spent on selecting, clustering and merging visual tokens, by Stage: I, II "
+    "or III. Stage I is timed once per batch of images that are "
     "encoded together, Stages II and III once per step. With a GPU, this is the time to launch "
     "the work, not to complete it.",
     ["stage"],

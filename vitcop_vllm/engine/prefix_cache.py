@@ -1,14 +1,14 @@
 """Prefix lengths at which a cache hit may end, and the keys of their blocks.
 
 vLLM caches a block when it is full, under the hash of the prompt up to the block's end. The blocks
-of a pruned request in a stage do not end at multiples of prompt positions. So cache hits end at
-*checkpoints*, which are the same in all stages:
+of a pruned request in a segment do not end at multiples of prompt positions. So cache hits end at
+*checkpoints*, which are the same in all segments:
 
 - each whole block of prompt positions, as in vLLM, unless it ends inside the span of a pruned
   image, because no step computes part of such a span;
 - the end of each span, so that any question about an image reuses all of it.
 
-At a checkpoint the last block of a stage may be partly filled. A request that hits it gets a copy
+At a checkpoint the last block of a segment may be partly filled. A request that hits it gets a copy
 of that block, which vLLM makes (copy-on-write).
 """
 
@@ -29,11 +29,11 @@ from vitcop_vllm.pruning.plan import RequestPlan
 
 
 class Checkpoint(NamedTuple):
-    """A prefix length at which a cache hit may end, in one stage.
+    """A prefix length at which a cache hit may end, in one segment.
 
     Attributes:
         length: Prompt positions, placeholders included.
-        slots: KV slots of the prefix in the stage.
+        slots: KV slots of the prefix in the segment.
         keys: For each block with slots after the previous checkpoint: its index in the
             request's block table, and the key of its content up to this checkpoint. Only the
             last block may be partly filled.
@@ -137,20 +137,20 @@ class PrefixHashes(list[BlockHash]):
             self._next = after, self._find_next(after)
         return self._next[1]
 
-    def passed(self, stage: int, after: int, until: int) -> list[Checkpoint]:
+    def passed(self, segment: int, after: int, until: int) -> list[Checkpoint]:
         """:meth:`checkpoints` as a list."""
-        # The KV cache groups of a stage call this one after another.
-        key = stage, after, until
+        # The KV cache groups of a segment call this one after another.
+        key = segment, after, until
         if self._passed[0] != key:
             self._passed = key, [*self.checkpoints(*key)]
         return self._passed[1]
 
-    def checkpoints(self, stage: int, after: int, until: int) -> Iterator[Checkpoint]:
+    def checkpoints(self, segment: int, after: int, until: int) -> Iterator[Checkpoint]:
         """Checkpoints in (after, until], ascending; ``after`` is a checkpoint, or 0."""
-        slots = self.plan.num_slots(after, stage)
+        slots = self.plan.num_slots(after, segment)
         length = self._find_next(after)
         while length <= until:
-            first, slots = slots // self.block_size, self.plan.num_slots(length, stage)
+            first, slots = slots // self.block_size, self.plan.num_slots(length, segment)
             last = cdiv(slots, self.block_size) - 1
             key = self._span_ends.get(length) or self[length // self.block_size - 1]
             # The key of the prefix is that of its last block. Other blocks add their index.

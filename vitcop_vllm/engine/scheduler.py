@@ -89,7 +89,7 @@ class StagedScheduler(Scheduler):
         unpruned = prompt + sum(s.counts.encoder - s.counts.stages[0] for s in plan.spans)
         return sum(
             cdiv(unpruned, manager.block_size)
-            - cdiv(plan.num_slots(prompt, manager.stage), manager.block_size)
+            - cdiv(plan.num_slots(prompt, manager.segment), manager.block_size)
             for manager in self.kv_cache_manager.coordinator.single_type_managers
         )
 

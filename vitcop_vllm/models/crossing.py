@@ -1,4 +1,4 @@
-"""Crossing a boundary: which rows enter the next stage, and with which hidden states."""
+"""Crossing a boundary: which rows enter the next segment, and with which hidden states."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.models.tensor_parallel import mean_over_ranks
 from vitcop_vllm.pruning.kernel_set import KernelSet
+from vitcop_vllm.pruning.plan import STAGES
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.views import BoundaryView
@@ -36,11 +37,11 @@ class LayerBefore(NamedTuple):
 
 
 class SelectedRows(NamedTuple):
-    """Rows that stand for the G spans of a group in the next stage, m of n each.
+    """Rows that stand for the G spans of a group in the next segment, m of n each.
 
     Attributes:
-        rows: (G, m) int64, rows of the stage before.
-        chosen: What the selector returned; ``None`` if the stage drops nothing.
+        rows: (G, m) int64, rows of the segment before.
+        chosen: What the selector returned; ``None`` if nothing is dropped.
         stream: (G, m, H) residual stream of these rows if the selector merged tokens.
     """
 
@@ -51,7 +52,7 @@ class SelectedRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Crossing:
-    """Drops and merges the visual rows of a step between two stages.
+    """Drops and merges the visual rows of a step between two segments.
 
     Attributes:
         selector: Chooses the rows that are kept.
@@ -65,31 +66,31 @@ class Crossing:
 
     def __call__(
         self,
-        stage: int,
+        segment: int,
         step: StagedForward,
         positions: torch.Tensor,
         layer: LayerBefore,
         labels: Sequence[torch.Tensor],
         sink: SelectionSink | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The rows that enter ``stage``: positions, hidden states and residual.
+        """The rows that enter ``segment``: positions, hidden states and residual.
 
         Args:
-            stage: 1 or 2.
-            step: How the step's rows change between stages.
-            positions: (T,) or (3, T) rotary positions in the stage before.
-            layer: The last layer of the stage before.
+            segment: 1 or 2.
+            step: How the step's rows change between segments.
+            positions: (T,) or (3, T) rotary positions in the segment before.
+            layer: The last layer of the segment before.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
             sink: Records what is selected; ``None`` records nothing.
         """
-        source = step.sources[stage].clone()
+        source = step.sources[segment].clone()
         merged = []
-        with SELECTION_SECONDS.labels(stage + 1).time():
+        with SELECTION_SECONDS.labels(STAGES[segment]).time():
             for group in step.groups:
-                rows, chosen, stream = self.select_rows(group, stage, layer, labels)
+                rows, chosen, stream = self.select_rows(group, segment, layer, labels)
                 if sink is not None and chosen is not None:
-                    sink.record_tokens([step.images[i] for i in group.images], stage, chosen)
-                destination = group.rows(stage)
+                    sink.record_tokens([step.images[i] for i in group.images], segment, chosen)
+                destination = group.rows(segment)
                 source[destination] = rows
                 if stream is not None:
                     merged.append((destination, stream))
@@ -103,14 +104,14 @@ class Crossing:
     def select_rows(
         self,
         group: SpanGroup,
-        stage: int,
+        segment: int,
         layer: LayerBefore,
         labels: Sequence[torch.Tensor],
     ) -> SelectedRows:
-        """The rows of the stage before that stand for a group's spans in ``stage``."""
+        """The rows of the segment before that stand for a group's spans in ``segment``."""
         counts = group.counts
-        before = group.rows(stage - 1)
-        if counts.stages[stage] == counts.stages[stage - 1]:
+        before = group.rows(segment - 1)
+        if counts.stages[segment] == counts.stages[segment - 1]:
             # Some selectors drop nothing at this boundary, and mild ratios nothing in Stage III.
             return SelectedRows(before, None, None)
         ranks = get_tensor_model_parallel_world_size()
@@ -121,13 +122,13 @@ class Crossing:
             scale=layer.scale,
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
-            prompt_rows=None if group.prompt_rows is None else group.prompt_rows[stage - 1],
+            prompt_rows=None if group.prompt_rows is None else group.prompt_rows[segment - 1],
             labels=torch.stack([labels[i] for i in group.images]) if counts.centres else None,
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,
         )
-        chosen = self.selector.select_at(stage, view, counts.stages[stage])
+        chosen = self.selector.select_at(segment, view, counts.stages[segment])
         if not isinstance(chosen, StageTwoSelection):
             return SelectedRows(before.gather(1, chosen), chosen, None)
         stream = self.kernels.merge_tokens(view.hidden(), chosen)

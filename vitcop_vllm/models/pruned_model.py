@@ -25,7 +25,7 @@ from vitcop_vllm.models.stage_one import (
     gather_rows,
     group_by_shape,
 )
-from vitcop_vllm.models.staged_decoder import StagedDecoder, stage_layers
+from vitcop_vllm.models.staged_decoder import StagedDecoder, replace_attention
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.views import EncoderView
@@ -62,12 +62,12 @@ class PrunedModel:
         self._num_layers = text.num_hidden_layers
         decoder = this.language_model.model
         boundaries = self.pruning.boundaries(len(decoder.layers))
-        stage_layers(decoder.layers, boundaries, vllm_config)
+        replace_attention(decoder.layers, boundaries, vllm_config)
         self.staged_decoder = StagedDecoder(
             decoder, boundaries, self.selector, self.kernels, vllm_config
         )
         # Parts that ran on dummy data while vLLM measured memory, or on real data since.
-        self._encoder_ran = self._stages_ran = False
+        self._encoder_ran = self._segments_ran = False
 
     def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
         self._model_config = vllm_config.model_config
@@ -266,7 +266,7 @@ class PrunedModel:
         sink: SelectionSink | None = None,
         **kwargs: object,
     ) -> Any:
-        """vLLM's forward, or the staged one where ``step`` drops rows between stages.
+        """vLLM's forward, or the staged one where ``step`` drops rows between segments.
 
         ``sink`` records what the staged one selects.
         """
@@ -276,19 +276,19 @@ class PrunedModel:
             positions[1:, : places.shape[1]] += places
             self._places = None
         if step is None:
-            if inputs_embeds is not None and not self._stages_ran:
-                self._profile_stages(positions, inputs_embeds)
+            if inputs_embeds is not None and not self._segments_ran:
+                self._profile_segments(positions, inputs_embeds)
             this: Any = super()
             return this.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         assert inputs_embeds is not None
         if self.columns.labels:
-            # Stage I clusters every pruned image, also one that loses nothing in later stages.
+            # Stage I clusters every pruned image, also one that loses nothing in later segments.
             # SpanGroup.images numbers them, so with another count labels are another image's.
             assert len(self._labels) == len(step.images), (
                 f"the step has {len(step.images)} pruned images, and the embeddings carry cluster "
                 f"labels of {len(self._labels)}"
             )
-        self._stages_ran = True
+        self._segments_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs():
             return self.staged_decoder(
@@ -299,8 +299,8 @@ class PrunedModel:
                 sink,
             )
 
-    def _profile_stages(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
-        """Compile the stages and run them in vLLM's first run on dummy rows.
+    def _profile_segments(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
+        """Compile the segments and run them in vLLM's first run on dummy rows.
 
         That run has as many rows as a step can have, and vLLM measures memory in it.
 
@@ -310,7 +310,7 @@ class PrunedModel:
         """
         if get_forward_context().attn_metadata is not None:
             return  # a real step
-        self._stages_ran = True
+        self._segments_ran = True
         most_rows = inputs_embeds.shape[0]
         info: Any = MULTIMODAL_REGISTRY.get_processing_info(self._model_config)
         encoder_tokens = min(info.get_max_image_tokens(), most_rows)

@@ -10,7 +10,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.kernel_set import KernelSet
-from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.plan import STAGES, VisualTokenCounts
 from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.settings import PruningSettings
 from vitcop_vllm.pruning.views import EncoderView
@@ -112,7 +112,7 @@ class StageOne:
     def keep(self, groups: Groups, view_of: ViewOf) -> dict[ImageShape, KeptTokens]:
         """What is kept of the pruned images."""
         kept = {}
-        with SELECTION_SECONDS.labels(1).time():
+        with SELECTION_SECONDS.labels(STAGES[0]).time():
             for shape, numbers in groups.items():
                 if not shape.counts.is_pruned:
                     continue

@@ -1,7 +1,4 @@
-"""Runs a decoder stage by stage, each stage on fewer visual rows. All models share this module.
-
-A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
-"""
+"""Runs a decoder segment by segment, each on fewer visual rows. All models share this module."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,20 +10,20 @@ from vllm.config import VllmConfig
 
 from vitcop_vllm.engine.attention import StagedAttention
 from vitcop_vllm.models.crossing import Crossing, LayerBefore
-from vitcop_vllm.models.stages import FirstStage, LastStage, MiddleStage, layers_by_stage
+from vitcop_vllm.models.segments import FirstSegment, LastSegment, MiddleSegment, layers_by_segment
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
 
-def stage_layers(
+def replace_attention(
     layers: Sequence[Any], boundaries: tuple[int, int], vllm_config: VllmConfig
 ) -> None:
-    """Replace the attention of all layers by the attention of their stage."""
+    """Replace the attention of all layers by the attention of their segment."""
     for index, layer in enumerate(layers):
-        stage = sum(index >= boundary for boundary in boundaries)
-        layer.self_attn.attn = StagedAttention.replacing(layer.self_attn.attn, stage, vllm_config)
+        segment = sum(index >= boundary for boundary in boundaries)
+        layer.self_attn.attn = StagedAttention.replacing(layer.self_attn.attn, segment, vllm_config)
 
 
 @contextmanager
@@ -34,7 +31,7 @@ def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tenso
     """Record the query and key of an attention layer, after rotary embedding.
 
     The implementation's ``forward`` is replaced, because it runs as Python even in a compiled
-    stage: the compiler does not trace vLLM's attention operator.
+    segment: the compiler does not trace vLLM's attention operator.
 
     Args:
         attention: vLLM's attention layer.
@@ -61,14 +58,14 @@ def _recorded_inputs(attention: Any, *, copy: bool) -> Iterator[list[torch.Tenso
 
 
 class StagedDecoder:
-    """Runs a decoder's layers stage by stage, each stage on fewer visual rows.
+    """Runs a decoder's layers segment by segment, each segment on fewer visual rows.
 
-    vLLM compiles each stage with the same options as the decoder. With ``enforce_eager`` it
+    vLLM compiles each segment with the same options as the decoder. With ``enforce_eager`` it
     compiles neither.
 
     Args:
-        decoder: vLLM's decoder model. Its layers already have their stage's attention.
-        boundaries: First layers of stages 1 and 2.
+        decoder: vLLM's decoder model. Its layers already have their segment's attention.
+        boundaries: First layers of segments 1 and 2.
         selector: Selects the visual rows at each boundary.
         kernels: Implementation of the functions that select and merge tokens.
         vllm_config: Configuration of the decoder.
@@ -85,18 +82,18 @@ class StagedDecoder:
         layers: Sequence[Any] = decoder.layers
         self._cross = Crossing(selector, kernels, decoder.norm)
         self._last_attention = [layers[boundary - 1].self_attn.attn for boundary in boundaries]
-        first, middle, last = layers_by_stage(layers, boundaries, selector)
+        first, middle, last = layers_by_segment(layers, boundaries, selector)
         parts: Any = (
-            (FirstStage, {"layers": first}),
-            (MiddleStage, {"layers": middle}),
-            (LastStage, {"layers": last, "norm": decoder.norm}),
+            (FirstSegment, {"layers": first}),
+            (MiddleSegment, {"layers": middle}),
+            (LastSegment, {"layers": last, "norm": decoder.norm}),
         )
-        self._stages = []
-        for number, (stage, arguments) in enumerate(parts):
+        self._segments = []
+        for number, (segment, arguments) in enumerate(parts):
             # vLLM caches compiled code by this tag. The decoder's code has another tag.
-            with set_model_tag(f"vitcop_stage_{number}"):
-                self._stages.append(stage(vllm_config=vllm_config, **arguments))
-        self._is_compiled = not all(stage.do_not_compile for stage in self._stages)
+            with set_model_tag(f"vitcop_segment_{number}"):
+                self._segments.append(segment(vllm_config=vllm_config, **arguments))
+        self._is_compiled = not all(segment.do_not_compile for segment in self._segments)
 
     def __call__(
         self,
@@ -106,10 +103,10 @@ class StagedDecoder:
         labels: Sequence[torch.Tensor],
         sink: SelectionSink | None = None,
     ) -> torch.Tensor:
-        """The decoder's forward for a step in which rows are dropped between stages.
+        """The decoder's forward for a step in which rows are dropped between segments.
 
         Args:
-            step: How the step's rows change between stages.
+            step: How the step's rows change between segments.
             positions: (T,) or (3, T) rotary positions.
             inputs_embeds: (T, H) embeddings, images merged in.
             labels: Cluster labels, one (n1,) tensor per clustered image of the step.
@@ -123,13 +120,13 @@ class StagedDecoder:
         layer_before = self._run_to_boundary(2, *rows)
         positions = rows[0] if step.renumbered is None else step.renumbered
         rows = self._cross(2, step, positions, layer_before, labels, sink)
-        normed: torch.Tensor = self._stages[-1](*rows)
+        normed: torch.Tensor = self._segments[-1](*rows)
         return normed[step.outputs]
 
-    def _run_to_boundary(self, stage: int, *rows: torch.Tensor) -> LayerBefore:
-        """Compute the stage before ``stage``, which is 1 or 2, on the rows that entered it."""
-        attention = self._last_attention[stage - 1]
+    def _run_to_boundary(self, segment: int, *rows: torch.Tensor) -> LayerBefore:
+        """Compute the segment before ``segment``, which is 1 or 2, on the rows that entered it."""
+        attention = self._last_attention[segment - 1]
         with _recorded_inputs(attention, copy=self._is_compiled) as recorded:
-            hidden, residual = self._stages[stage - 1](*rows)
+            hidden, residual = self._segments[segment - 1](*rows)
         query, key = recorded
         return LayerBefore(attention.impl.scale, query, key, hidden, residual)

@@ -30,7 +30,7 @@ class BudgetInputs(NamedTuple):
         keep: r, layer-averaged keep fraction, in (0, 1).
         encoder_tokens: V.
         num_layers: L.
-        shallow, deep: S and D, first layers of the second and third stage.
+        shallow, deep: S and D, first layers of the second and third segment.
     """
 
     keep: float

@@ -1,10 +1,11 @@
-"""How many visual tokens live in each stage, and how many KV slots a prefix takes.
+"""How many visual tokens each Stage keeps, and how many KV slots a prefix takes.
 
 Arithmetic on the image's token count and the ratio. So processor, scheduler and worker know all
 counts before a forward pass. *Which* tokens survive, ``selectors`` decide later, on the device.
 
-Stage I, II and III select tokens. ``stage`` 0, 1 and 2 are the runs of decoder layers between them:
-tokens that Stage I keeps enter stage 0.
+Stage I selects tokens in the encoder, Stage II and III select them between decoder layers. A
+*segment* is a run of decoder layers that compute the same tokens: Stage I selects the tokens of
+segment 0, Stage II those of segment 1, Stage III those of segment 2.
 """
 
 from bisect import bisect_right
@@ -17,17 +18,20 @@ from vitcop_vllm.pruning.budgets import BudgetInputs
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import PruningSettings
 
-NUM_STAGES = 3
+STAGES = ("I", "II", "III")
+"""Names of the Stages. Stage ``STAGES[s]`` selects the tokens of segment s."""
+
+NUM_SEGMENTS = len(STAGES)
 
 
 @dataclass(frozen=True)
 class VisualTokenCounts:
-    """Visual tokens of one image: from the encoder, and alive in each stage.
+    """Visual tokens of one image: from the encoder, and kept by each Stage.
 
     Attributes:
         encoder: V, visual tokens the vision encoder computes.
         centres: K, cluster centres; 0 if nothing is pruned or clustered.
-        stages: (n1, n2, n3), tokens alive in each run of decoder layers.
+        stages: (n1, n2, n3), tokens that Stage I, II and III keep; n_s in segment s - 1.
     """
 
     encoder: int
@@ -49,7 +53,7 @@ class VisualTokenCounts:
 
     @property
     def dropped(self) -> tuple[int, int, int]:
-        """Prompt placeholders without a KV slot, per stage: n1 - n_s."""
+        """Prompt placeholders without a KV slot, per segment: n1 minus its tokens."""
         n1, n2, n3 = self.stages
         return 0, n1 - n2, n1 - n3
 
@@ -77,7 +81,7 @@ def plan_counts(
     num_layers: int,
     encoder_tokens: int,
 ) -> VisualTokenCounts:
-    """Counts per stage for one image, by the budget rule of the settings' selector.
+    """Counts for one image, by the budget rule of the settings' selector.
 
     For ViTCoP itself (arXiv 2601.17818), with keep fraction r = 1 - ratio, Stage I fraction
     v, boundaries S and D of L layers: n1 = int(v V),
@@ -131,7 +135,7 @@ def why_uncacheable(settings: PruningSettings) -> str | None:
 def dummy_ratio(settings: PruningSettings, num_layers: int) -> float:
     """The pruning ratio of warm-ups and memory profiling; 0 if no ratio above 0 is allowed.
 
-    It is mild: all three stages drop and merge tokens, and many tokens are left.
+    It is mild: all three Stages drop, Stage II merges tokens, and many tokens are left.
     """
     reach = selector_of(settings.selector).max_ratio(settings.boundaries(num_layers), num_layers)
     return min(0.5, settings.max_pruning_ratio, reach)
@@ -167,7 +171,7 @@ class VisualSpan:
 class RequestPlan:
     """All visual spans of one request, in prompt order.
 
-    The *physical* length of a prefix in a stage is the number of its KV slots there: dropped
+    The *physical* length of a prefix in a segment is the number of its KV slots there: dropped
     visual tokens take none.
     """
 
@@ -179,7 +183,7 @@ class RequestPlan:
 
     @cached_property
     def _dropped(self) -> list[tuple[int, int, int]]:
-        """Tokens dropped per stage by the first k spans, for k = 0..len(spans)."""
+        """Tokens dropped per segment by the first k spans, for k = 0..len(spans)."""
         sums = [(0, 0, 0)]
         for span in self.spans:
             a, b, c = sums[-1]
@@ -194,7 +198,7 @@ class RequestPlan:
 
     @cached_property
     def drops_slots(self) -> bool:
-        """Whether any stage holds fewer KV slots than the prompt has tokens."""
+        """Whether any segment holds fewer KV slots than the prompt has tokens."""
         return any(self._dropped[-1])
 
     @cached_property
@@ -209,15 +213,15 @@ class RequestPlan:
         return max(span.counts.stages[0] for span in self.spans)
 
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
-        """Tokens without a slot, per stage, among the first ``num_tokens``.
+        """Tokens without a slot, per segment, among the first ``num_tokens``.
 
         A span counts only if all of it is among them: no step computes part of a pruned span.
         """
         return self._dropped[bisect_right(self._ends, num_tokens)]
 
-    def num_slots(self, num_tokens: int, stage: int) -> int:
-        """KV slots that the first ``num_tokens`` tokens take in ``stage``."""
-        return num_tokens - self.dropped_tokens(num_tokens)[stage]
+    def num_slots(self, num_tokens: int, segment: int) -> int:
+        """KV slots that the first ``num_tokens`` tokens take in ``segment``."""
+        return num_tokens - self.dropped_tokens(num_tokens)[segment]
 
     def spans_in(self, start: int, end: int) -> tuple[VisualSpan, ...]:
         """Spans that begin in [start, end)."""

@@ -166,9 +166,9 @@ class PruningSettings(Frozen):
         return self
 
     def boundaries(self, num_layers: int) -> tuple[int, int]:
-        """First layers of stages 1 and 2 in a decoder of ``num_layers`` layers.
+        """First layers of segments 1 and 2 in a decoder of ``num_layers`` layers.
 
-        A stage is a run of decoder layers that compute the same tokens; see ``plan``.
+        A segment is a run of decoder layers that compute the same tokens; see ``plan``.
 
         Raises:
             ValueError: If the boundaries do not satisfy 0 < shallow < deep < num_layers.
@@ -181,7 +181,7 @@ class PruningSettings(Frozen):
             deep = max(shallow + 1, round(num_layers * 22 / 32))
         if not 0 < shallow < deep < num_layers:
             raise ValueError(
-                f"stage boundaries ({shallow}, {deep}) do not fit {num_layers} decoder "
+                f"boundaries ({shallow}, {deep}) do not fit {num_layers} decoder "
                 "layers: 0 < shallow_boundary < deep_boundary < layers must hold"
             )
         return shallow, deep

@@ -1,1 +1,1 @@
-"""Worker side: what a step computes per stage, and adapters to vLLM's model runners."""
+"""Worker side: what a step computes per segment, and adapters to vLLM's model runners."""

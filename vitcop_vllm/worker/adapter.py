@@ -18,7 +18,7 @@ from vitcop_vllm.worker.step import StagedStep
 
 
 class StepAdapter:
-    """Plans each step of a runner, and gives the plan to the stages and to the model.
+    """Plans each step of a runner, and gives the plan to the segments and to the model.
 
     Attributes:
         planner: Plans of the requests that are alive.
@@ -50,13 +50,13 @@ class StepAdapter:
         return self._step
 
     @property
-    def stages(self) -> Mapping[int, PrefillView | DecodeView]:
-        """What each stage sees of the step; absent stages see what vLLM planned."""
-        return self._step.stages if self._step else {}
+    def segments(self) -> Mapping[int, PrefillView | DecodeView]:
+        """What each segment sees of the step; absent segments see what vLLM planned."""
+        return self._step.segments if self._step else {}
 
     def begin_builds(self, groups: Iterable[AttentionGroup]) -> None:
         """See :func:`~vitcop_vllm.engine.attention.begin_builds`."""
-        begin_builds(groups, self.stages)
+        begin_builds(groups, self.segments)
 
     def take_forward_arguments(self) -> dict[str, Any]:
         """Arguments that make the model's forward a staged one; ends the step.

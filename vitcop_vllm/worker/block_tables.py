@@ -1,4 +1,4 @@
-"""vLLM's block tables, with the KV slots of a stage's groups computed at once."""
+"""vLLM's block tables, with the KV slots of a segment's groups computed at once."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ from vitcop_vllm.engine.attention import DecodeView, PrefillView, by_row
 
 
 class StagedBlockTables(MultiGroupBlockTable):
-    """Block tables of G groups, whose slots follow the rows of their stage.
+    """Block tables of G groups, whose slots follow the rows of their segment.
 
-    vLLM splits a stage's layers over groups of equal size, 12 to 16 in all, and computes slots
-    group by group. Rows and lengths are the same in all groups of a stage, and in all groups of
+    vLLM splits a segment's layers over groups of equal size, 12 to 16 in all, and computes slots
+    group by group. Rows and lengths are the same in all groups of a segment, and in all groups of
     a step that prunes nothing: here such groups are rows of one tensor, and cost one gather. On
     a CPU that is most of what many groups cost.
 
     Attributes:
-        rows: Stage -> what it sees of the step; stages that are not in it see what vLLM does.
+        rows: Segment -> what it sees of the step; an absent segment sees what vLLM planned.
     """
 
     rows: Mapping[int, PrefillView | DecodeView]
@@ -32,7 +32,7 @@ class StagedBlockTables(MultiGroupBlockTable):
     _device_blocks: torch.Tensor | None
 
     @classmethod
-    def adopt(cls, tables: MultiGroupBlockTable, stage_of_group: Sequence[int]) -> Self:
+    def adopt(cls, tables: MultiGroupBlockTable, segment_of_group: Sequence[int]) -> Self:
         """Make ``tables``, which vLLM has made and nobody has used yet, one of these.
 
         Raises:
@@ -41,16 +41,16 @@ class StagedBlockTables(MultiGroupBlockTable):
         first = tables.block_tables[0]
         shapes = {(t.block_size, tuple(t.block_table.cpu.shape)) for t in tables.block_tables}
         if len(shapes) > 1:
-            raise ValueError("groups of layers with unequal blocks cannot be pruned in stages")
+            raise ValueError("groups of layers with unequal blocks cannot be pruned")
         adopted: Any = adopt(tables, cls)
         adopted.rows = {}
-        num_groups = len(stage_of_group)
+        num_groups = len(segment_of_group)
         blocks, slots = (
             _buffer(num_groups, *old.cpu.shape, like=old)
             for old in (first.block_table, first.slot_mapping)
         )
-        # Groups of a stage stand together, whatever order vLLM made them in.
-        order = sorted(range(num_groups), key=stage_of_group.__getitem__)
+        # Groups of a segment stand together, whatever order vLLM made them in.
+        order = sorted(range(num_groups), key=segment_of_group.__getitem__)
         for place, group in enumerate(order):
             table = tables.block_tables[group]
             table.block_table = _row(blocks, place)
@@ -65,11 +65,11 @@ class StagedBlockTables(MultiGroupBlockTable):
             torch.arange(max_num_reqs, device=blocks.gpu.device) * max_num_blocks
         )
         adopted._places = {
-            stage: slice(
-                sum(other < stage for other in stage_of_group),
-                sum(other <= stage for other in stage_of_group),
+            segment: slice(
+                sum(other < segment for other in segment_of_group),
+                sum(other <= segment for other in segment_of_group),
             )
-            for stage in sorted(set(stage_of_group))
+            for segment in sorted(set(segment_of_group))
         }
         return adopted
 
@@ -94,14 +94,14 @@ class StagedBlockTables(MultiGroupBlockTable):
 
         Args:
             num_reqs: R, requests of the step.
-            query_start_loc: (R + 1,) int32, first row of each request where no stage differs.
+            query_start_loc: (R + 1,) int32, first row of each request where no segment differs.
             positions: (T,) int64, position of each row there.
         """
         if not self.rows:
             self._compute(slice(None), query_start_loc, positions)
             return
-        for stage, places in self._places.items():
-            if (rows := self.rows.get(stage)) is None:
+        for segment, places in self._places.items():
+            if (rows := self.rows.get(segment)) is None:
                 self._compute(places, query_start_loc, positions)
             else:
                 self._compute(places, *rows.slot_inputs(query_start_loc, positions))

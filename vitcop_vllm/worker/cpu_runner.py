@@ -9,7 +9,7 @@ from vitcop_vllm.worker.v1 import StagedModelRunner
 
 
 class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
-    """vLLM's CPU model runner in stages, with a fix for chunked prefill of seeded requests.
+    """vLLM's CPU model runner for pruned steps, with a fix for chunked prefill of seeded requests.
 
     vLLM 0.32 discards the sample of an unfinished prefill and moves the generator's offset back.
     CPU generators have no offset, so the engine crashes. Here the generator's whole state is

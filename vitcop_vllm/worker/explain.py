@@ -1,4 +1,4 @@
-"""Records what the stages select, for images that a client wants explained.
+"""Records what each Stage selects, for images that a client wants explained.
 
 Nothing is recorded for other images. A record waits in the worker until the server takes it, or
 until newer records take its place.
@@ -38,8 +38,8 @@ class SelectionSink:
 
     An image's record is a dictionary with ``patches`` (n1 of V), ``labels``, ``saliency``,
     ``shallow`` (n2 of n1), ``merged`` (groups of n1, each with the row it is merged into
-    first) and ``deep`` (n3 of n2). What a stage did not select, because it drops nothing, is
-    absent.
+    first) and ``deep`` (n3 of n2). A Stage that drops nothing records
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -82,13 +82,13 @@ class SelectionSink:
                     record[key] = tensor.tolist()
 
     def record_tokens(
-        self, names: Sequence[str], stage: int, selection: Tensor | StageTwoSelection
+        self, names: Sequence[str], segment: int, selection: Tensor | StageTwoSelection
     ) -> None:
         """Record what spans keep at a boundary.
 
         Args:
             names: (G,) names of the spans' images.
-            stage: The stage that the kept tokens enter, 1 or 2.
+            segment: The segment that the kept tokens enter, 1 or 2.
             selection: (G, m) int64, places of the kept tokens in each span; with their groups
                 if Stage II merged tokens.
         """
@@ -97,7 +97,7 @@ class SelectionSink:
             if not explained_size(name):
                 continue
             record = self._record_of(name)
-            record["shallow" if stage == 1 else "deep"] = index[number].tolist()
+            record["shallow" if segment == 1 else "deep"] = index[number].tolist()
             if isinstance(selection, StageTwoSelection):
                 record["merged"] = _groups(selection, number)
 

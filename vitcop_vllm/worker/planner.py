@@ -1,5 +1,4 @@
-"""Plans each step for the stages. A decode step costs a few array operations, for any number of
-requests.
+"""Plans each step. A decode step costs a few array operations, for any number of requests.
 
 The number of a request's dropped tokens changes only when a visual span ends. So arrays hold these
 numbers, and a loop visits only the requests whose step passes the end of a span.
@@ -16,7 +15,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.attention import DecodeView, PrefillView
 from vitcop_vllm.pruning.identity import Feature, plan_request
-from vitcop_vllm.pruning.plan import NUM_STAGES, RequestPlan, VisualTokenCounts
+from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan, VisualTokenCounts
 from vitcop_vllm.worker.step import SpanGroup, StagedForward, StagedStep
 
 Ints = npt.NDArray[np.int64]
@@ -39,7 +38,7 @@ class _Request(NamedTuple):
 
 
 class _HostRows(NamedTuple):
-    """Rows of a step in one stage, on the host; R requests.
+    """Rows of a step in one segment, on the host; R requests.
 
     Attributes:
         starts, ends: (R,) physical length of each request before and after the step.
@@ -80,8 +79,8 @@ class _Span(NamedTuple):
 
     Attributes:
         number: Of its image among the step's pruned images.
-        first_rows: Its first row in each stage.
-        prompt_rows: First and last row of its prompt in each stage; empty if no selector reads
+        first_rows: Its first row in each segment.
+        prompt_rows: First and last row of its prompt in each segment; empty if no selector reads
             them.
     """
 
@@ -91,7 +90,7 @@ class _Span(NamedTuple):
 
 
 class StepPlanner:
-    """What each stage computes in a step, from the plans of the requests that are alive.
+    """What each segment computes in a step, from the plans of the requests that are alive.
 
     Args:
         device: Where a step's tensors are needed.
@@ -113,9 +112,9 @@ class StepPlanner:
         self._until[0] = _FOREVER
 
     def _allocate(self, num_slots: int) -> None:
-        # Per slot: tokens dropped in each stage, valid for prefixes of at least `since` and fewer
+        # Per slot: tokens dropped in each segment, valid for prefixes of at least `since` and fewer
         # than `until` tokens.
-        self._missing = np.zeros((NUM_STAGES, num_slots), dtype=np.int64)
+        self._missing = np.zeros((NUM_SEGMENTS, num_slots), dtype=np.int64)
         self._since = np.zeros(num_slots, dtype=np.int64)
         self._until = np.zeros(num_slots, dtype=np.int64)
         self._prompt_tokens = np.zeros(num_slots, dtype=np.int64)
@@ -171,7 +170,7 @@ class StepPlanner:
         starts: npt.NDArray[np.integer],
         ends: npt.NDArray[np.integer],
     ) -> StagedStep | None:
-        """What each stage computes in a step of R requests.
+        """What each segment computes in a step of R requests.
 
         Args:
             names: Request ids in row order.
@@ -179,7 +178,7 @@ class StepPlanner:
             ends: (R,) after it.
 
         Returns:
-            ``None`` where every stage computes what vLLM planned.
+            ``None`` where every segment computes what vLLM planned.
         """
         if not self._slots:
             return None
@@ -200,19 +199,19 @@ class StepPlanner:
             slot = int(slots[row])
             before[:, row] = self._requests[slot].plan.dropped_tokens(int(start[row]))
             after[:, row] = self._look_up(slot, int(end[row]))
-        rows = [_HostRows.of(start - before[s], end - after[s]) for s in range(NUM_STAGES)]
+        rows = [_HostRows.of(start - before[s], end - after[s]) for s in range(NUM_SEGMENTS)]
         spans, images = self._find_spans(changed, slots, start, end, rows)
         renumbered = self._renumber(slots, rows[1]) if renumbers else None
         if not spans and renumbered is None:
             return self._same_rows(end, after)
-        later = range(1, NUM_STAGES)
+        later = range(1, NUM_SEGMENTS)
         return StagedStep(
-            {stage: rows[stage].to_device(self._device) for stage in later},
+            {segment: rows[segment].to_device(self._device) for segment in later},
             self._plan_forward(spans, images, rows, renumbered),
         )
 
     def _look_up(self, slot: int, num_tokens: int) -> tuple[int, int, int]:
-        """Tokens that a prefix drops per stage; stored until the next span ends."""
+        """Tokens that a prefix drops per segment; stored until the next span ends."""
         plan = self._requests[slot].plan
         missing = plan.dropped_tokens(num_tokens)
         next_end = plan.next_span_end(num_tokens)
@@ -222,15 +221,15 @@ class StepPlanner:
         return missing
 
     def _same_rows(self, ends: Ints, missing: Ints) -> StagedStep | None:
-        """A step whose rows are the same in all stages; ``missing`` is (NUM_STAGES, R)."""
+        """A step whose rows are the same in all segments; ``missing`` is (NUM_SEGMENTS, R)."""
         if not missing.any():
             return None
         on_host = torch.from_numpy(missing.astype(np.int32))
-        on_device = async_tensor_h2d(on_host, device=self._device)  # all stages at once
+        on_device = async_tensor_h2d(on_host, device=self._device)  # all segments at once
         longest = (ends - missing).max(axis=1).tolist()
         lengths: Mapping[int, PrefillView | DecodeView] = {
-            stage: DecodeView(on_device[stage], on_host[stage], longest[stage])
-            for stage in range(1, NUM_STAGES)
+            segment: DecodeView(on_device[segment], on_host[segment], longest[segment])
+            for segment in range(1, NUM_SEGMENTS)
         }
         return StagedStep(lengths, None)
 
@@ -249,7 +248,7 @@ class StepPlanner:
             slots: (R,) slot of each request.
             starts: (R,) tokens before the step.
             ends: (R,) tokens after it.
-            rows: Of each stage.
+            rows: Of each segment.
 
         Returns:
             Counts -> spans; and the identifiers of all pruned images, in row order.
@@ -262,8 +261,8 @@ class StepPlanner:
                 if not starts[row] <= span.offset < ends[row]:
                     continue
                 if any(span.counts.dropped):
-                    # Row of the prompt's first token in each stage, if the step computed it.
-                    begins = [int(stage.first[row] - stage.starts[row]) for stage in rows]
+                    # Row of the prompt's first token in each segment, if the step computed it.
+                    begins = [int(segment.first[row] - segment.starts[row]) for segment in rows]
                     dropped = plan.dropped_tokens(span.offset)
                     first_rows = [
                         begin + span.offset - missing
@@ -291,13 +290,14 @@ class StepPlanner:
     ) -> StagedForward:
         outputs = np.arange(int(rows[0].first[-1]))
         sources = {}
-        for stage in range(1, NUM_STAGES):
-            kept = np.ones(int(rows[stage - 1].first[-1]), dtype=np.bool_)
+        for segment in range(1, NUM_SEGMENTS):
+            kept = np.ones(int(rows[segment - 1].first[-1]), dtype=np.bool_)
             for counts, spans in found.items():
+                before, after = counts.stages[segment - 1 : segment + 1]
                 for span in spans:
-                    begin = span.first_rows[stage - 1]
-                    kept[begin + counts.stages[stage] : begin + counts.stages[stage - 1]] = False
-            sources[stage] = self._to_device(np.flatnonzero(kept))
+                    begin = span.first_rows[segment - 1]
+                    kept[begin + after : begin + before] = False
+            sources[segment] = self._to_device(np.flatnonzero(kept))
             outputs = (np.cumsum(kept) - 1)[outputs]
         groups = []
         for counts, spans in found.items():
@@ -321,7 +321,7 @@ class StepPlanner:
         return async_tensor_h2d(values, device=self._device)
 
     def _renumber(self, slots: Ints, rows: _HostRows) -> Ints | None:
-        """Positions of stage 1's rows where prefill counts in the compacted sequence.
+        """Positions of segment 1's rows where prefill counts in the compacted sequence.
 
         Decoded tokens still count from the prompt's length, as in the published program.
         ``None`` where no prefill token of a pruned request is in the step.

@@ -1,6 +1,6 @@
-"""One engine step, as each stage sees it; ``planner`` makes it.
+"""One engine step, as each segment sees it; ``planner`` makes it.
 
-vLLM plans a step in prompt positions. A stage sees fewer rows and shorter sequences; both
+vLLM plans a step in prompt positions. A segment sees fewer rows and shorter sequences; both
 follow from the requests' plans by arithmetic, on the host, before anything is computed.
 Which rows survive is decided on the device and never needed here.
 """
@@ -21,8 +21,8 @@ class SpanGroup:
     Attributes:
         counts: What all of them keep.
         images: Which of the step's pruned images they are, counted in order of rows.
-        first_rows: (NUM_STAGES, G) int64, first row of each span in each stage.
-        prompt_rows: (NUM_STAGES, 2, G) int64, first and last row of each span's prompt, which the
+        first_rows: (NUM_SEGMENTS, G) int64, first row of each span in each segment.
+        prompt_rows: (NUM_SEGMENTS, 2, G) int64, first and last row of each span's prompt, which the
             step computes as a whole; ``None`` unless the selector reads the question.
     """
 
@@ -31,24 +31,24 @@ class SpanGroup:
     first_rows: torch.Tensor
     prompt_rows: torch.Tensor | None
 
-    def rows(self, stage: int) -> torch.Tensor:
-        """(G, n_stage) int64: the rows of the spans in ``stage``."""
-        offsets = torch.arange(self.counts.stages[stage], device=self.first_rows.device)
-        return self.first_rows[stage, :, None] + offsets
+    def rows(self, segment: int) -> torch.Tensor:
+        """(G, n_segment) int64: the rows of the spans in ``segment``."""
+        offsets = torch.arange(self.counts.stages[segment], device=self.first_rows.device)
+        return self.first_rows[segment, :, None] + offsets
 
 
 @dataclass(frozen=True)
 class StagedForward:
-    """How rows change between stages, in a step where they do.
+    """How rows change between segments, in a step where they do.
 
     Attributes:
         groups: Spans computed in this step that lose tokens after Stage I.
-        sources: Stage -> (T_stage,) int64, each row's row in the stage before; rows of
+        sources: Segment -> (T_segment,) int64, each row's row in the segment before; rows of
             spans in ``groups`` are placeholders until the selection is known.
-        outputs: (T_0,) int64, for each row of stage 0 the row of the last stage that
+        outputs: (T_0,) int64, for each row of segment 0 the row of the last segment that
             stands for it: itself, or the last survivor of its span.
-        renumbered: (T_1,) int64, rotary positions of stage 1's rows for the deepest
-            stage under ``positions: reference``; ``None`` keeps prompt positions.
+        renumbered: (T_1,) int64, rotary positions of segment 1's rows for the deepest
+            segment under ``positions: reference``; ``None`` keeps prompt positions.
         images: Identifiers of the pruned images of the step, in row order; what
             ``SpanGroup.images`` numbers.
     """
@@ -65,10 +65,10 @@ class StagedStep:
     """A step with at least one pruned request.
 
     Attributes:
-        stages: What each stage sees; stage 0 is vLLM's own and absent.
-        forward: ``None`` where all stages see the same rows, as when decoding: vLLM's own
+        segments: What each segment sees; segment 0 is vLLM's own and absent.
+        forward: ``None`` where all segments see the same rows, as when decoding: vLLM's own
             forward is right as it is, and may be run from a CUDA graph.
     """
 
-    stages: Mapping[int, PrefillView | DecodeView]
+    segments: Mapping[int, PrefillView | DecodeView]
     forward: StagedForward | None

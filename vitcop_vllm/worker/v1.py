@@ -10,14 +10,14 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vitcop_vllm.engine.kv_cache import stages_of_groups
+from vitcop_vllm.engine.kv_cache import segments_of_groups
 from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.worker.adapter import StepAdapter
 from vitcop_vllm.worker.block_tables import StagedBlockTables
 
 
 class StagedModelRunner(GPUModelRunner):
-    """vLLM's V1 model runner, which tells the stages and the model what a step drops."""
+    """vLLM's V1 model runner. It gives each step's plan to attention, block tables and model."""
 
     @cached_property  # not in a constructor: the runner may be adopted
     def step_adapter(self) -> StepAdapter:
@@ -26,7 +26,7 @@ class StagedModelRunner(GPUModelRunner):
 
     def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
         super().may_reinitialize_input_batch(kv_cache_config)
-        StagedBlockTables.adopt(self.input_batch.block_table, stages_of_groups(kv_cache_config))
+        StagedBlockTables.adopt(self.input_batch.block_table, segments_of_groups(kv_cache_config))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         corrections = super()._update_states(scheduler_output)
@@ -45,7 +45,7 @@ class StagedModelRunner(GPUModelRunner):
         counts = np.fromiter(scheduled, np.int64, len(names))
         # Before super, which computes the slots.
         self.step_adapter.plan(names, starts, starts + counts)
-        self.input_batch.block_table.rows = self.step_adapter.stages
+        self.input_batch.block_table.rows = self.step_adapter.segments
         return super()._prepare_inputs(scheduler_output, *args, **kwargs)
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:

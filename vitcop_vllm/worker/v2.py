@@ -19,12 +19,12 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
-from vitcop_vllm.engine.kv_cache import stages_of_groups
+from vitcop_vllm.engine.kv_cache import segments_of_groups
 from vitcop_vllm.worker.adapter import StepAdapter
 
 
 class StagedModelState(DefaultModelState):
-    """vLLM's state of a model, which tells the stages and the model what a step drops.
+    """vLLM's state of a model. It gives each step's plan to attention, block tables and model.
 
     Attributes:
         step_adapter: Plans the steps; the same for both model runners.
@@ -41,15 +41,16 @@ class StagedModelState(DefaultModelState):
         self.step_adapter = StepAdapter(self.model_config, device)
         # Images of requests that left since the encoder ran last.
         self._left: dict[str, list[MultiModalFeatureSpec]] = {}
-        self._stage_tables: dict[int, BlockTables] = {}
+        self._segment_tables: dict[int, BlockTables] = {}
 
     def initialize_kv_cache(
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         super().initialize_kv_cache(kv_cache_config, block_tables)
-        stages = stages_of_groups(kv_cache_config)
-        self._stage_tables = {
-            stage: _tables_of_stage(block_tables, stages, stage) for stage in set(stages) - {0}
+        segments = segments_of_groups(kv_cache_config)
+        self._segment_tables = {
+            segment: _tables_of_segment(block_tables, segments, segment)
+            for segment in set(segments) - {0}
         }
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -94,14 +95,14 @@ class StagedModelState(DefaultModelState):
         # Prefill has no full graphs; see StagedBuilder.get_cudagraph_support.
         assert cudagraph_mode != CUDAGraphMode.FULL or not step or not step.forward
         self.step_adapter.begin_builds(chain.from_iterable(attn_groups))
-        for stage, rows in self.step_adapter.stages.items():
-            # vLLM has computed slots for rows that all stages have. By its own means again,
+        for segment, rows in self.step_adapter.segments.items():
+            # vLLM has computed slots for rows that all segments have. By its own means again,
             # into the same place.
             query_start_loc, positions = rows.slot_inputs(
                 input_batch.query_start_loc[: input_batch.num_reqs + 1],
                 input_batch.positions[: input_batch.num_tokens],
             )
-            self._stage_tables[stage].compute_slot_mappings(
+            self._segment_tables[segment].compute_slot_mappings(
                 input_batch.idx_mapping, query_start_loc, positions, positions.shape[0]
             )
         return super().prepare_attn(
@@ -119,21 +120,21 @@ class StagedModelState(DefaultModelState):
         return inputs | self.step_adapter.take_forward_arguments()
 
 
-def _tables_of_stage(tables: BlockTables, stages: Sequence[int], stage: int) -> BlockTables:
-    """``tables``, of which only the groups of one stage are seen; where they lie is shared.
+def _tables_of_segment(tables: BlockTables, segments: Sequence[int], segment: int) -> BlockTables:
+    """``tables`` restricted to the groups of one segment; both share their storage.
 
     Args:
         tables: Of G groups.
-        stages: (G,) stage of each group.
-        stage: One of them.
+        segments: (G,) segment of each group.
+        segment: One of them.
 
     Raises:
-        ValueError: If groups of another stage lie between those of this one.
+        ValueError: If groups of another segment lie between those of this one.
     """
-    count = stages.count(stage)
-    groups = slice(first := stages.index(stage), first + count)
-    if set(stages[groups]) != {stage}:
-        raise ValueError(f"KV cache groups of stage {stage} do not lie together: {stages}")
+    count = segments.count(segment)
+    groups = slice(first := segments.index(segment), first + count)
+    if set(segments[groups]) != {segment}:
+        raise ValueError(f"KV cache groups of segment {segment} do not lie together: {segments}")
     part = copy(tables)
     part.num_kv_cache_groups = count
     part.slot_mappings = tables.slot_mappings[groups]

@@ -1,6 +1,6 @@
 """Runs one staged step before the first request, so that no request waits for compilation.
 
-vLLM's own warm-up has no images. So it does not run the selections, the attention of stages (runs
+vLLM's own warm-up has no images. So it does not run the selections, the attention of segments (runs
 of decoder layers) on fewer rows, or the encoder's last layer on fewer patches.
 """
 
@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vitcop_vllm.engine.checks import step_tokens
 from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
-from vitcop_vllm.engine.kv_cache import stages_of_groups
+from vitcop_vllm.engine.kv_cache import segments_of_groups
 from vitcop_vllm.pruning.identity import plan_request
 from vitcop_vllm.pruning.plan import dummy_ratio
 from vitcop_vllm.pruning.settings import RATIO_KEY
@@ -98,8 +98,8 @@ def _blocks_per_request(
     plan = plan_request([feature])
     assert plan is not None
     blocks = []
-    for group, stage in zip(kv_cache.kv_cache_groups, stages_of_groups(kv_cache), strict=True):
-        slots = plan.num_slots(prompt_tokens, stage) + 1
+    for group, segment in zip(kv_cache.kv_cache_groups, segments_of_groups(kv_cache), strict=True):
+        slots = plan.num_slots(prompt_tokens, segment) + 1
         blocks.append(cdiv(slots, group.kv_cache_spec.block_size))
     return blocks
 

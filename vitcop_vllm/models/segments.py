@@ -1,6 +1,6 @@
-"""The stages of a decoder, in a form that vLLM compiles.
+"""The segments of a decoder, in a form that vLLM compiles.
 
-A *stage* is a run of decoder layers that compute the same rows: stage 0, 1 or 2.
+A *segment* is a run of decoder layers that compute the same rows; see ``pruning.plan``.
 """
 
 from collections.abc import Sequence
@@ -42,25 +42,25 @@ class _FromMLP:
         return self._layer.mlp(hidden), residual
 
 
-def layers_by_stage(
+def layers_by_segment(
     layers: Sequence[Any], boundaries: tuple[int, int], selector: Selector
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """The layers of each stage.
+    """The layers of each segment.
 
-    If the selector drops rows before the MLP of a stage's last layer, the layer is split: its MLP
-    belongs to the next stage.
+    If the selector drops rows before the MLP of a segment's last layer, the layer is split: its MLP
+    belongs to the next segment.
     """
     shallow, deep = boundaries
-    stages = [*layers[:shallow]], [*layers[shallow:deep]], [*layers[deep:]]
-    for stage in (1, 2):
-        if selector.drops_before_mlp(stage):
-            last = stages[stage - 1].pop()
-            stages[stage - 1].append(_UpToMLP(last))
-            stages[stage].insert(0, _FromMLP(last))
-    return stages
+    segments = [*layers[:shallow]], [*layers[shallow:deep]], [*layers[deep:]]
+    for segment in (1, 2):
+        if selector.drops_before_mlp(segment):
+            last = segments[segment - 1].pop()
+            segments[segment - 1].append(_UpToMLP(last))
+            segments[segment].insert(0, _FromMLP(last))
+    return segments
 
 
-class _Stage(nn.Module):
+class _Segment(nn.Module):
     """Layers, or parts of layers, that run on the same rows."""
 
     def __init__(self, *, layers: Sequence[Any]) -> None:
@@ -68,13 +68,13 @@ class _Stage(nn.Module):
         self.layers = [*layers]  # a list, because they are submodules of the decoder
 
 
-# Each stage has its own `forward`. If they shared it, torch.compile would run the code of the first
-# compiled stage for all of them: vLLM drops the guards that tell stages apart.
+# Each segment has its own `forward`. If they shared it, torch.compile would run the code of the
+# first compiled segment for all of them: vLLM drops the guards that tell segments apart.
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0})
-class FirstStage(_Stage):
-    """Stage 0: layers up to the shallow boundary."""
+class FirstSegment(_Segment):
+    """Segment 0: layers up to the shallow boundary."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor
@@ -87,8 +87,8 @@ class FirstStage(_Stage):
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
-class MiddleStage(_Stage):
-    """Stage 1: layers between the boundaries."""
+class MiddleSegment(_Segment):
+    """Segment 1: layers between the boundaries."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
@@ -99,8 +99,8 @@ class MiddleStage(_Stage):
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
-class LastStage(_Stage):
-    """Stage 2: layers from the deep boundary on, and the decoder's last norm."""
+class LastSegment(_Segment):
+    """Segment 2: layers from the deep boundary on, and the decoder's last norm."""
 
     def __init__(self, *, layers: Sequence[Any], norm: nn.Module) -> None:
         super().__init__(layers=layers)

@@ -1,4 +1,4 @@
-"""Compiled stages give the same answers as uncompiled ones.
+"""Compiled segments give the same answers as uncompiled ones.
 
 The tests use the real Dynamo and vLLM's dispatch. The ``eager`` backend skips the generation of
 C++ code, which would take minutes.
@@ -17,7 +17,7 @@ from tests.families.family import Family
 pytestmark = pytest.mark.slow
 
 REQUESTS = [
-    RequestSpec("two of three stages", (1,), 8 / 9),
+    RequestSpec("two of three Stages", (1,), 8 / 9),
     RequestSpec("first or second?", (2, 3), 2 / 3, max_tokens=12),
     RequestSpec("nothing dropped after the encoder", (4,), 0.3),
     RequestSpec("unpruned", (5,), 0.0),
@@ -27,7 +27,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="session")
 def compiled_of(checkpoint_of):
-    """Family -> its engine with compiled stages.
+    """Family -> its engine with compiled segments.
 
     Engines live until the session ends: deleting one destroys the process groups of all engines.
     """
@@ -49,17 +49,17 @@ def compiled(family, compiled_of):
     return compiled_of(family)
 
 
-def test_compiled_stages_give_the_answers_of_uncompiled_ones(llm, compiled):
+def test_compiled_segments_give_the_answers_of_uncompiled_ones(llm, compiled):
     for answer, expected in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
         assert answer.tokens == expected.tokens
         assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 
 
 def test_every_stage_is_compiled_at_start(llm, compiled):
-    def stages(engine):
+    def segments(engine):
         worker = engine_core(engine).model_executor.driver_worker.worker
-        return worker.model_runner.get_model().staged_decoder._stages
+        return worker.model_runner.get_model().staged_decoder._segments
 
-    assert [stage.do_not_compile for stage in stages(llm)] == [True] * 3
-    assert [stage.do_not_compile for stage in stages(compiled)] == [False] * 3
-    assert [stage.compiled for stage in stages(compiled)] == [True] * 3
+    assert [segment.do_not_compile for segment in segments(llm)] == [True] * 3
+    assert [segment.do_not_compile for segment in segments(compiled)] == [False] * 3
+    assert [segment.compiled for segment in segments(compiled)] == [True] * 3

@@ -1,4 +1,4 @@
-"""A decoder's layers, split into stages."""
+"""A decoder's layers, split into segments."""
 
 from itertools import chain
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.pruning.every_selector import SELECTORS
-from vitcop_vllm.models.stages import layers_by_stage
+from vitcop_vllm.models.segments import layers_by_segment
 
 
 class Layer(nn.Module):
@@ -42,17 +42,17 @@ class Layer(nn.Module):
 @torch.inference_mode()
 @pytest.mark.parametrize("boundaries", [(1, 2), (2, 3)])
 @pytest.mark.parametrize("selector", ["vitcop", "key_norm", "fastv", "dart", "cls"])
-def test_stages_compute_the_same_as_the_layers(selector, boundaries):
+def test_segments_compute_the_same_as_the_layers(selector, boundaries):
     torch.manual_seed(0)
     layers = [Layer() for _ in range(4)]
     positions, hidden = torch.arange(5.0), torch.randn(5, 8)
     staged: Any
     unstaged: Any
-    stages = layers_by_stage(layers, boundaries, SELECTORS[selector])
+    segments = layers_by_segment(layers, boundaries, SELECTORS[selector])
     staged, unstaged = (hidden, None), (hidden, None)
     for layer in layers:
         unstaged = layer(positions, *unstaged)
-    for layer in chain(*stages):
+    for layer in chain(*segments):
         staged = layer(positions, *staged)
     assert torch.equal(staged[0], unstaged[0])
     assert torch.equal(staged[1], unstaged[1])
@@ -64,7 +64,7 @@ def test_stages_compute_the_same_as_the_layers(selector, boundaries):
 )
 def test_a_boundary_splits_a_layer_before_the_mlp_if_the_selector_allows_it(selector, cuts):
     layers = [Layer() for _ in range(6)]
-    stages = layers_by_stage(layers, (2, 4), SELECTORS[selector])
-    assert [len(stage) for stage in stages] == [2, 2 + (1 in cuts), 2 + (2 in cuts)]
-    for stage, layer in enumerate((layers[1], layers[3]), start=1):
-        assert (stages[stage - 1][-1] is layer) is (stage not in cuts)
+    segments = layers_by_segment(layers, (2, 4), SELECTORS[selector])
+    assert [len(segment) for segment in segments] == [2, 2 + (1 in cuts), 2 + (2 in cuts)]
+    for segment, layer in enumerate((layers[1], layers[3]), start=1):
+        assert (segments[segment - 1][-1] is layer) is (segment not in cuts)
