@@ -1,4 +1,4 @@
-"""``python -m vitcop_server``, which is ``vitcop-serve``: see :mod:`vitcop_server.launcher`."""
+"""``python -m vitcop_server`` runs ``vitcop-serve``: see :mod:`vitcop_server.launcher`."""
 
 from vitcop_server.launcher import main
 

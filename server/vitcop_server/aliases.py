@@ -1,4 +1,4 @@
-"""Model names with a ratio, ``NAME@0.889``, for tools that can send neither header nor field."""
+"""Model names with a ratio, ``NAME@0.889``, for tools that cannot send a header or a field."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -17,12 +17,12 @@ _SEPARATOR = "@"
 def split_alias(
     name: str | None, served: Sequence[str], settings: PruningSettings
 ) -> tuple[str | None, float | None]:
-    """The served model that a name means, and the ratio in it.
+    """Split a model name into the name of the served model and the ratio.
 
     Served names and unknown names are returned unchanged.
 
     Raises:
-        RequestError: If a served model is followed by something other than a ratio in range.
+        RequestError: If the text after ``NAME@`` is not a ratio in range.
     """
     if not name or name in served:
         return name, None
@@ -36,7 +36,7 @@ def split_alias(
 
 
 class AliasedModels(OpenAIServingModels):
-    """vLLM's list of models, in which each model also has names with a ratio.
+    """vLLM's list of models, in which each model also has a name for each ratio.
 
     All of vLLM's handlers share this object, to check whether the model of a request exists.
     """
@@ -49,9 +49,9 @@ class AliasedModels(OpenAIServingModels):
         """Turn ``models``, which vLLM built, into an instance of this class.
 
         Args:
-            models: vLLM's list.
-            settings: The range of ratios.
-            aliases: Ratios for which names are listed.
+            models: vLLM's list of models.
+            settings: The operator's settings, with the largest ratio.
+            aliases: Ratios for which ``/v1/models`` lists a name.
         """
         listing: Self = adopt(models, cls)
         listing.settings = settings

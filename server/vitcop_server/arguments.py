@@ -1,4 +1,4 @@
-"""vLLM's command line with the flags of pruning and server."""
+"""vLLM's command line with two more flags: ``--pruning`` and ``--server``."""
 
 import argparse
 import difflib
@@ -21,18 +21,18 @@ from vitcop_vllm.pruning.settings import (
     format_validation_error,
 )
 
-_DESCRIPTION = """vLLM's OpenAI-compatible server, dropping visual tokens by a ratio that each
-request chooses with the header X-Pruning-Ratio. Takes every flag of `vllm serve`, on the command
+_DESCRIPTION = """vLLM's OpenAI-compatible server with pruning of visual tokens. Each request
+chooses its ratio with the header X-Pruning-Ratio. All flags of `vllm serve` work, on the command
 line or in the YAML file of --config; the command line wins."""
 
 DRAIN_SECONDS = 30
-"""After a signal, requests that run are given this long; --shutdown-timeout sets another."""
+"""Seconds that running requests have to finish after a signal; see ``--shutdown-timeout``."""
 
 _S = TypeVar("_S", bound=Frozen)
 
 
 class _MergeKeys(argparse.Action):
-    """Later keys replace earlier ones, so that a flag may change one key of the YAML's."""
+    """Merges the values of a repeated flag, so that it can override one key of the YAML."""
 
     def __call__(
         self,
@@ -42,12 +42,12 @@ class _MergeKeys(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if not isinstance(values, dict):
-            parser.error(f"{option_string} must be a mapping of settings, got {values!r}")
+            parser.error(f"{option_string} must be a mapping of settings, not {values!r}")
         setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **values})
 
 
 class _Parser(FlexibleArgumentParser):
-    """Suggests the nearest flag, or key of a YAML file, for an unknown one."""
+    """Suggests the nearest known flag, or key of a YAML file, for an unknown one."""
 
     def error(self, message: str) -> None:
         _, is_unknown, arguments = message.partition("unrecognized arguments: ")
@@ -60,25 +60,25 @@ class _Parser(FlexibleArgumentParser):
 
 
 def make_parser() -> FlexibleArgumentParser:
-    """vLLM's own parser with ``--pruning`` and our defaults.
+    """vLLM's own parser with ``--pruning``, ``--server`` and our defaults.
 
-    vLLM turns a YAML file's nested sections into JSON flags: ``--pruning`` is all it takes for
-    a ``pruning:`` section, and for ``--pruning.default_ratio 0.5``. Likewise ``--server``.
+    vLLM turns nested sections of a YAML file into JSON flags. So ``--pruning`` also covers a
+    ``pruning:`` section and ``--pruning.default_ratio 0.5``; the same holds for ``--server``.
     """
     parser = _Parser(
         prog="vitcop-serve",
-        # Argparse would list hundreds of flags above every error.
+        # Otherwise argparse lists hundreds of flags above every error.
         usage="vitcop-serve [--config FILE.yaml] [MODEL] [options]",
         description=_DESCRIPTION,
     )
     group = parser.add_argument_group(
         "ViTCoP",
-        "Pruning of visual tokens, and the server around it: --pruning and --server, or sections "
-        "of these names in the YAML file. "
-        f"Also: the model name {DEMO_NAME!r} is a small model that comes with us.",
+        "Settings of pruning and of the server: the flags --pruning and --server, or sections of "
+        "these names in the YAML file. "
+        f"The model name {DEMO_NAME!r} selects the small model that is included.",
     )
     for key, settings, what, example in (
-        (CONFIG_KEY, PruningSettings, "method", "default_ratio 0.5"),
+        (CONFIG_KEY, PruningSettings, "pruning method", "default_ratio 0.5"),
         (SERVER_KEY, ServerSettings, "server", "explain true"),
     ):
         group.add_argument(
@@ -87,12 +87,12 @@ def make_parser() -> FlexibleArgumentParser:
             action=_MergeKeys,
             default=None,
             metavar="JSON",
-            help=f"Settings of the {what} and limits of requests, as JSON or one by one "
-            f"(--{key}.{example}): {', '.join(settings.model_fields)}.",
+            help=f"Settings of the {what}, as JSON or one by one (--{key}.{example}): "
+            f"{', '.join(settings.model_fields)}.",
         )
     make_arg_parser(parser)
-    # "auto" would start an embedding model, where no endpoint plugin of ours is attached.
-    # Without a timeout a signal cuts off every answer.
+    # "auto" also starts embedding models, for which vLLM does not attach our endpoint plugin.
+    # Without a timeout, a signal aborts all running requests.
     parser.set_defaults(runner="generate", shutdown_timeout=DRAIN_SECONDS)
     return parser
 
@@ -100,14 +100,18 @@ def make_parser() -> FlexibleArgumentParser:
 def parse(
     parser: FlexibleArgumentParser, argv: Sequence[str], environ: dict[str, str]
 ) -> argparse.Namespace:
-    """Arguments as vLLM's ``serve`` command takes them.
+    """Parse and validate the command line.
+
+    Returns:
+        Arguments for vLLM's ``serve`` command; ``additional_config`` has our settings.
 
     Raises:
-        SystemExit: With status 2 and a sentence, on anything that would serve without pruning.
+        SystemExit: With status 2 and an error message, if an argument is wrong or the server
+            could not prune.
     """
     try:
         args: argparse.Namespace = parser.parse_args(_separate_config(argv))
-    except (OSError, ValueError, YAMLError) as error:  # Of the file that --config names.
+    except (OSError, ValueError, YAMLError) as error:  # From the file of --config.
         parser.error(str(error))
     validate_parsed_serve_args(args)
     # As in `vllm serve`, the positional model wins.
@@ -118,14 +122,14 @@ def parse(
         _write_settings(args, SERVER_KEY, ServerSettings)
     except ValueError as error:
         parser.error(str(error))
-    # Only here does the operator's flag differ from vLLM's default, which is to cache.
+    # Later, the operator's flag cannot be distinguished from vLLM's default, which is to cache.
     if args.enable_prefix_caching and (reason := why_uncacheable(settings)):
         parser.error(f"{reason}; or leave out --enable-prefix-caching")
     return args
 
 
 def _separate_config(argv: Sequence[str]) -> list[str]:
-    # vLLM reads the file of `--config FILE` but silently not that of `--config=FILE`.
+    # vLLM reads `--config FILE`, but silently ignores `--config=FILE`.
     separated: list[str] = []
     for arg in argv:
         flag, equals, value = arg.partition("=")
@@ -147,10 +151,10 @@ def _refuse_other_servers(
 
 
 def _write_settings(args: argparse.Namespace, key: str, settings_class: type[_S]) -> _S:
-    """Validate a section of settings and put it where engine and server read it.
+    """Validate a section of settings and write it to ``additional_config``.
 
     Raises:
-        ValueError: With a sentence that names each wrong one.
+        ValueError: If a setting is wrong; the message names each wrong setting.
     """
     additional = dict(args.additional_config or {})
     given = {**additional.get(key, {}), **(getattr(args, key) or {})}

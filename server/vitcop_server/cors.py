@@ -1,4 +1,4 @@
-"""Response headers that pages of other origins may read."""
+"""CORS: response headers that pages of other origins may read."""
 
 from argparse import Namespace
 
@@ -11,15 +11,15 @@ EXPOSED_HEADERS = (RATIO_HEADER, "X-Request-Id", "Retry-After")
 
 
 def expose_headers(args: Namespace) -> None:
-    """Put :class:`ExposeHeaders` around everything else, through vLLM's own ``--middleware``."""
+    """Add :class:`ExposeHeaders` through vLLM's ``--middleware``, which runs outside its CORS."""
     args.middleware = [*args.middleware, f"{ExposeHeaders.__module__}.{ExposeHeaders.__qualname__}"]
 
 
 class ExposeHeaders:
     """Adds ``Access-Control-Expose-Headers`` to answers that another origin may read.
 
-    vLLM's CORS middleware allows origins and request headers (``--allowed-origins``), but vLLM has
-    no flag for the response headers that it exposes.
+    vLLM has flags for allowed origins and request headers (``--allowed-origins``), but none for
+    exposed response headers.
     """
 
     def __init__(self, app: ASGIApp) -> None:

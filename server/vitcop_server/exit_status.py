@@ -8,12 +8,12 @@ logger = logging.getLogger(__name__)
 
 
 def exit_nonzero_when_dead(engine_client: Any) -> None:
-    """Make vLLM's shutdown end the process with status 1 if the engine died before it.
+    """Make vLLM's shutdown exit with status 1 if the engine died before the shutdown.
 
     When an engine dies, vLLM 0.32 closes the HTTP server and exits with status 0, so supervisors
-    that restart on failure do not restart it. vLLM calls ``shutdown`` in both cases: after a signal
-    the engine still works, after a death it has failed. A shutdown also marks the engine as
-    failed, so only the first call counts.
+    that restart on failure do not restart it. vLLM calls ``shutdown`` in both cases. After a signal
+    the engine still works; after a death it is marked as failed. A shutdown also marks the engine
+    as failed, so only the first call counts.
     """
     stock_shutdown = engine_client.shutdown
     first_call = True
