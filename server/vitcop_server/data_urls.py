@@ -14,7 +14,7 @@ _PERCENT_CODES = {
     for byte in b"+/=" + _WHITE_SPACE
     for code in (f"%{byte:02X}", f"%{byte:02x}")
 }
-"""Only these, which encoders write: decoding any code takes seconds for a large body."""
+"""Percent codes that encoders write. Decoding all 256 codes takes seconds for a large body."""
 
 
 def split_data_url(url: str) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def split_data_url(url: str) -> tuple[str, str]:
     parameters, semicolon, encoding = header.rpartition(";")
     if not semicolon or encoding.strip().lower() != "base64":
         raise RequestError(
-            f"the data URL is not in base64: it must start like 'data:image/png;base64,', and it "
+            f"the data URL is not in base64: it must start like 'data:image/png;base64,', but "
             f"starts with {url[:40]!r}",
             param=_PARAM,
         )
@@ -42,13 +42,13 @@ def decode_base64(text: str) -> bytes:
     """Decode base64 that may contain white space or percent codes and may lack padding.
 
     Raises:
-        RequestError: If ``text`` contains anything else. The URL-safe alphabet is refused too:
-            browsers and stock vLLM refuse it, so the client would fail elsewhere.
+        RequestError: If ``text`` is cut off or contains other characters. The URL-safe alphabet is
+            refused because browsers and stock vLLM refuse it too.
     """
     try:
         return pybase64.b64decode(text, validate=True)
     except ValueError:
-        pass  # The common case is strict and costs nothing more.
+        pass  # The text is not strict base64: clean it below.
     data = text.encode("utf-8", "replace")
     if b"%" in data:
         for code, byte in _PERCENT_CODES.items():
@@ -66,10 +66,10 @@ def _describe_error(data: bytes) -> str:
         return f"the image's base64 data start with a second prefix, {prefix!r}: remove it"
     wrong = data.translate(None, _DIGITS)[:1]
     if not wrong:
-        return f"the image's base64 data are cut off: {len(data)} digits encode no whole bytes"
+        return f"the image's base64 data are cut off: {len(data)} digits are not whole bytes"
     place = data.index(wrong)
     character = data[place : place + 4].decode(errors="replace")[0]
-    sentence = f"the image's base64 data contain {character!r} after {place} digits"
+    message = f"the image's base64 data contain {character!r} after {place} digits"
     if wrong in b"-_":
-        return f"{sentence}: send the standard alphabet, with '+' and '/', not the URL-safe one"
-    return sentence
+        return f"{message}: send the standard alphabet, with '+' and '/', not the URL-safe one"
+    return message

@@ -1,4 +1,4 @@
-"""Errors of requests: what the client has to change, in the shape of the route's protocol."""
+"""Errors of requests, in the format of the route's protocol: OpenAI's or Anthropic's."""
 
 import json
 from argparse import Namespace
@@ -14,7 +14,10 @@ from vllm.exceptions import VLLMValidationError
 from vitcop_server.route_rules import rules_of
 
 RETRY_SECONDS = 5
-"""``Retry-After`` of each 503 without one: a queue is full, or the server starts or stops."""
+"""``Retry-After``, in seconds, of each 503 that has none.
+
+The queue is full, or the server is starting or shutting down.
+"""
 
 _MAX_ERROR_BYTES = 65536
 _ERROR_TYPES = ("application/json", "text/plain", "")
@@ -28,16 +31,19 @@ _ANTHROPIC_TYPES: dict[int, str] = {
     HTTPStatus.SERVICE_UNAVAILABLE: "overloaded_error",
     HTTPStatus.GATEWAY_TIMEOUT: "timeout_error",
 }
-"""Anthropic's types of errors; others are the client's (``invalid_request_error``) or ours."""
+"""Anthropic's error types by status.
+
+All other statuses are ``invalid_request_error`` (4xx) or ``api_error`` (5xx).
+"""
 
 
 def error_body(message: str, kind: str, code: int, param: str | None = None) -> dict[str, Any]:
-    """The JSON body of an error, the same as vLLM's own have."""
+    """The JSON body of an error, in vLLM's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class RequestError(VLLMValidationError, ValueError):
-    """The client's fault: answered with status 400, by vLLM too where it is not caught.
+    """An error in a request; vLLM answers it with status 400 if our code does not catch it.
 
     Attributes:
         param: The header or body field to change.
@@ -55,14 +61,14 @@ class RequestError(VLLMValidationError, ValueError):
         return error_body(str(self), "BadRequestError", HTTPStatus.BAD_REQUEST.value, self.param)
 
 
-async def nested_too_deep(request: Request, error: Exception) -> JSONResponse:
-    """Handler of ``RecursionError``, which only a client's own nesting can cause."""
-    sentence = "the body is nested too deeply"
-    return JSONResponse(error_body(sentence, "BadRequestError", 400), HTTPStatus.BAD_REQUEST)
+async def answer_deep_nesting(request: Request, error: Exception) -> JSONResponse:
+    """Answer ``RecursionError`` with status 400: only a deeply nested body causes it."""
+    message = "the body is nested too deeply"
+    return JSONResponse(error_body(message, "BadRequestError", 400), HTTPStatus.BAD_REQUEST)
 
 
 def use_openai_errors(args: Namespace) -> None:
-    """Put :class:`OpenAIErrorMiddleware` around all else, by vLLM's own ``--middleware``."""
+    """Add :class:`OpenAIErrorMiddleware`, as the outermost, through vLLM's ``--middleware``."""
     args.middleware = [
         *args.middleware,
         f"{OpenAIErrorMiddleware.__module__}.{OpenAIErrorMiddleware.__qualname__}",
@@ -72,10 +78,10 @@ def use_openai_errors(args: Namespace) -> None:
 class OpenAIErrorMiddleware:
     """Gives every error the format of the route's protocol.
 
-    Without it, vLLM answers missing keys, unknown routes and methods, and bodies that are not JSON
-    in other formats, and a full queue without ``Retry-After``. The format is OpenAI's; on
-    Anthropic's routes, Anthropic's with OpenAI's fields inside. Successful answers, streams, and
-    errors too large to be a sentence pass unchanged.
+    vLLM answers missing keys, unknown routes, unknown methods and invalid JSON in other formats,
+    and a full queue without ``Retry-After``. The format here is OpenAI's. On Anthropic's routes it
+    is Anthropic's with OpenAI's fields inside. Successful answers, streams, and errors of more
+    than 64 KiB pass unchanged.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -83,12 +89,12 @@ class OpenAIErrorMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] != "HEAD":
-            send = _Reshaped(send, rules_of(scope).is_anthropic).send
+            send = _ErrorFormatter(send, rules_of(scope).is_anthropic).send
         await self.app(scope, receive, send)
 
 
-class _Reshaped:
-    """The messages of one answer; those of an error are held back until it is whole."""
+class _ErrorFormatter:
+    """Formats one answer if it is an error; it buffers an error until the body is complete."""
 
     def __init__(self, send: Send, is_anthropic: bool) -> None:
         self._send = send
@@ -97,7 +103,7 @@ class _Reshaped:
         self._body = b""
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and _may_lack_shape(message):
+        if message["type"] == "http.response.start" and _is_formattable(message):
             self._start = message
         elif self._start is None or message["type"] != "http.response.body":
             await self._send(message)
@@ -111,7 +117,7 @@ class _Reshaped:
         self._start = None
         body = self._body
         if not more and len(body) <= _MAX_ERROR_BYTES:
-            body = _in_shape(start["status"], body, self._is_anthropic)
+            body = _format_error(start["status"], body, self._is_anthropic)
             headers = MutableHeaders(scope=start)
             headers["content-type"] = "application/json"
             headers["content-length"] = str(len(body))
@@ -121,7 +127,7 @@ class _Reshaped:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-def _may_lack_shape(start: Message) -> bool:
+def _is_formattable(start: Message) -> bool:
     headers = Headers(raw=start.get("headers", []))
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     return (
@@ -131,22 +137,22 @@ def _may_lack_shape(start: Message) -> bool:
     )
 
 
-def _in_shape(status: int, body: bytes, is_anthropic: bool) -> bytes:
-    """``body`` with the missing fields of its ``error``; other fields stay."""
+def _format_error(status: int, body: bytes, is_anthropic: bool) -> bytes:
+    """Add the missing fields of ``error`` to ``body``; all other fields stay."""
     phrase = _PHRASES.get(status, "Error")
-    parsed = _parsed(body)
+    parsed = _parse_body(body)
     fields = parsed if isinstance(parsed, dict) else {}
     error = fields.get("error")
     if not isinstance(error, dict):
         message = error or fields.get("detail") or fields.get("message") or parsed or phrase
         fields, error = {}, {"message": message if isinstance(message, str) else json.dumps(parsed)}
     kind = phrase.replace(" ", "").replace("-", "").removesuffix("Error") + "Error"
-    whole = {**error_body(phrase, kind, status)["error"], **error}
+    complete = {**error_body(phrase, kind, status)["error"], **error}
     if is_anthropic:
         fields = {"type": "error", **fields}
-        whole["type"] = _anthropic_type(status)
-    shaped = {**fields, "error": whole}
-    return body if shaped == parsed else json.dumps(shaped).encode()
+        complete["type"] = _anthropic_type(status)
+    formatted = {**fields, "error": complete}
+    return body if formatted == parsed else json.dumps(formatted).encode()
 
 
 def _anthropic_type(status: int) -> str:
@@ -155,7 +161,7 @@ def _anthropic_type(status: int) -> str:
     return _ANTHROPIC_TYPES.get(status, fallback)
 
 
-def _parsed(body: bytes) -> Any:
+def _parse_body(body: bytes) -> Any:
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """``vitcop-serve [--config FILE.yaml] [MODEL] [any flag of vllm serve]``.
 
-Defaults and checks in front of vLLM's own ``serve`` command, whose every mode works: several
-API server processes (``--api-server-count``) load the plugin like one, from ``VLLM_PLUGINS``.
+Adds defaults and checks to vLLM's own ``serve`` command, and supports all its modes: several API
+server processes (``--api-server-count``) also load the plugin from ``VLLM_PLUGINS``.
 """
 
 import atexit
@@ -15,10 +15,10 @@ from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
 
 
 def _share_metrics(environ: MutableMapping[str, str]) -> None:
-    """Have engine and workers write metrics where the API server's ``/metrics`` reads them.
+    """Make engine and workers write metrics where the API server's ``/metrics`` reads them.
 
-    The Prometheus client looks for the directory when it is imported; vLLM makes one too late,
-    and only for several API servers.
+    The Prometheus client reads ``PROMETHEUS_MULTIPROC_DIR`` when it is imported. vLLM sets the
+    variable later, and only for several API servers.
     """
     if "PROMETHEUS_MULTIPROC_DIR" not in environ:
         folder = tempfile.TemporaryDirectory(prefix="vitcop-metrics-")
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until a signal (returns) or until the engine dies (exits with status 1).
 
     Raises:
-        SystemExit: With a sentence, before anything is loaded, if nothing could be pruned.
+        SystemExit: With an error message, before the model loads, if the server could not prune.
     """
     allow_plugin(os.environ)
     _share_metrics(os.environ)

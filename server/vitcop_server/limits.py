@@ -1,4 +1,4 @@
-"""Limits on requests: the size of a body, and the answers per request."""
+"""Limits of requests: bytes of a body, answers of a request, conversations of a batch."""
 
 from collections.abc import MutableMapping, Sized
 from http import HTTPStatus
@@ -11,7 +11,7 @@ from vllm import envs
 from vitcop_server.errors import RequestError, error_body
 
 MAX_ANSWERS = 128
-"""Largest ``n``, as OpenAI's. vLLM's own 16384 lets one request hold the engine for minutes."""
+"""Largest ``n``, as in OpenAI's API. vLLM's 16384 lets one request block the engine for minutes."""
 
 
 def limit_answers(environ: MutableMapping[str, str]) -> None:
@@ -20,22 +20,22 @@ def limit_answers(environ: MutableMapping[str, str]) -> None:
 
 
 def refuse_many_conversations(conversations: Sized) -> None:
-    """Refuse a batch of more conversations than ``n`` may be, which vLLM accepts.
+    """Refuse a batch with more conversations than the limit of ``n``; vLLM would accept it.
 
     Raises:
-        RequestError: If there are more.
+        RequestError: If the batch has more conversations.
     """
-    most = envs.VLLM_MAX_N_SEQUENCES
-    if len(conversations) > most:
+    max_conversations = envs.VLLM_MAX_N_SEQUENCES
+    if len(conversations) > max_conversations:
         raise RequestError(
-            f"a batch holds at most {most} conversations, and this one has {len(conversations)}: "
-            "send it in parts",
+            f"messages must have at most {max_conversations} conversations, not "
+            f"{len(conversations)}: split the batch",
             param="messages",
         )
 
 
 class BodyLimit:
-    """Answers 413 to bodies larger than ``max_bytes``, before they are in memory or parsed.
+    """Answers 413 to a body larger than ``max_bytes``, before the body is in memory or parsed.
 
     Smaller bodies stream through. uvicorn reads and drops the rest of a refused body, so that the
     connection can be used again.
@@ -49,16 +49,16 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # Its form was checked by the HTTP parser; chunked bodies have none.
-        announced = Headers(scope=scope).get("content-length", "0")
-        if int(announced) > self.max_bytes:
+        # The HTTP parser has validated the number. Chunked bodies have no such header.
+        content_length = Headers(scope=scope).get("content-length", "0")
+        if int(content_length) > self.max_bytes:
             await self._refuse(scope, receive, send)
             return
         counted = _CountedBody(self.max_bytes, receive, send)
         try:
             await self.app(scope, counted.receive, counted.send)
         except Exception:
-            # The application may raise, because it was told that the client is gone.
+            # The application may raise, because it got a disconnect.
             if not counted.is_too_large:
                 raise
         if counted.is_too_large and not counted.is_answered:
@@ -77,10 +77,10 @@ class BodyLimit:
 
 
 class _CountedBody:
-    """One request's messages; ends the body, as if the client had left, where it is too large."""
+    """Counts the bytes of a body; above the limit, the application gets a disconnect."""
 
     def __init__(self, max_bytes: int, receive: Receive, send: Send) -> None:
-        self.left = max_bytes
+        self.remaining = max_bytes
         self.is_too_large = False
         self.is_answered = False
         self._receive = receive
@@ -90,14 +90,14 @@ class _CountedBody:
         if self.is_too_large:
             return {"type": "http.disconnect"}
         message = await self._receive()
-        self.left -= len(message.get("body", b""))
-        if self.left < 0:
+        self.remaining -= len(message.get("body", b""))
+        if self.remaining < 0:
             self.is_too_large = True
             return {"type": "http.disconnect"}
         return message
 
     async def send(self, message: Message) -> None:
         if self.is_too_large and not self.is_answered:
-            return  # An answer to half a body.
+            return  # Drop the answer to an incomplete body.
         self.is_answered = True
         await self._send(message)

@@ -1,4 +1,4 @@
-"""Entry point of vLLM's ``vllm.endpoint_plugins`` group: everything the server adds."""
+"""Entry point in vLLM's ``vllm.endpoint_plugins`` group: adds all parts of this package."""
 
 import logging
 import os
@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from vitcop_server import readiness, routes
 from vitcop_server.aliases import AliasedModels
 from vitcop_server.cors import expose_headers
-from vitcop_server.errors import nested_too_deep, use_openai_errors
+from vitcop_server.errors import answer_deep_nesting, use_openai_errors
 from vitcop_server.exit_status import exit_nonzero_when_dead
 from vitcop_server.image_cache import keep_caches_equal
 from vitcop_server.limits import BodyLimit, limit_answers
@@ -40,20 +40,20 @@ _HANDLERS: dict[str, Any] = {
     "anthropic_serving_messages": PrunedMessages,
     "serving_tokenization": PrunedTokenization,
 }
-"""Where vLLM keeps its handlers, and ours."""
+"""Attribute of the app's state with vLLM's handler, and the class that replaces it."""
 
 
 class PruningEndpointPlugin:
-    """Makes vLLM's chat, completion and response routes honour a pruning ratio per request.
+    """Makes vLLM's chat, completion and response routes accept a pruning ratio per request.
 
-    Load it with ``VLLM_PLUGINS=vitcop``, which ``vitcop-serve`` sets by itself.
+    ``VLLM_PLUGINS=vitcop`` loads it; ``vitcop-serve`` sets this variable.
     """
 
     name = "vitcop"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add routes and middleware; vLLM's own (keys, CORS) are added later, outside."""
+        """Add routes and middleware; vLLM adds its own (keys, CORS) later, around them."""
         settings = server_settings(app.state.args)
         guard_media(settings, os.environ)
         limit_answers(os.environ)
@@ -61,7 +61,7 @@ class PruningEndpointPlugin:
         app.include_router(readiness.router)
         if settings.page:
             attach_page(app)
-        app.add_exception_handler(RecursionError, nested_too_deep)
+        app.add_exception_handler(RecursionError, answer_deep_nesting)
         app.add_middleware(PruningMiddleware)
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)
@@ -69,16 +69,16 @@ class PruningEndpointPlugin:
         use_openai_errors(app.state.args)
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             logger.warning(
-                "What the engine counts (vitcop_kv_blocks_not_taken, vitcop_selection_seconds) "
+                "The engine's metrics (vitcop_kv_blocks_not_taken, vitcop_selection_seconds) "
                 "will be missing from /metrics: set PROMETHEUS_MULTIPROC_DIR to an empty "
-                "directory, or start with vitcop-serve, which does."
+                "directory, or start with vitcop-serve, which sets it."
             )
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Put our handlers in the place of vLLM's, once those are built.
+        """Replace vLLM's handlers after vLLM has built them.
 
         Raises:
-            ValueError: If the model is not ours, or a setting of the server is wrong.
+            ValueError: If the model's architecture is not supported, or a setting is wrong.
         """
         settings = server_settings(args)
         vllm_config = engine_client.vllm_config

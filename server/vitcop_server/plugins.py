@@ -1,4 +1,4 @@
-"""Which of vLLM's plugins load: ours in every group, and the user's as before."""
+"""Makes vLLM load our plugin in every group, beside the user's plugins."""
 
 import sys
 from collections.abc import MutableMapping
@@ -8,7 +8,7 @@ PLUGIN_NAME = "vitcop"
 
 _ENDPOINT_GROUP = "vllm.endpoint_plugins"
 _OUR_GROUPS = ("vllm.general_plugins", _ENDPOINT_GROUP)
-_GROUPS_LOADED_WHOLE = (
+_UNFILTERED_GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
     "vllm.platform_plugins",
@@ -17,18 +17,18 @@ _GROUPS_LOADED_WHOLE = (
 
 
 def allow_plugin(environ: MutableMapping[str, str]) -> None:
-    """Name our plugin in ``VLLM_PLUGINS``; call it before vLLM is imported.
+    """Add our plugin to ``VLLM_PLUGINS``; call this before vLLM is imported.
 
-    vLLM loads endpoint plugins only when the variable names them, but the same variable filters
-    every other group, which load whole while it is unset. So an unset variable becomes the list
-    of all that would have loaded, plus ours. (An installed endpoint plugin that shares the name
-    of another plugin is thereby allowed too; set the variable to choose.)
+    vLLM loads endpoint plugins only if the variable names them. The same variable filters every
+    other group; while it is unset, those groups load all their plugins. So an unset variable
+    becomes the list of all plugins that would have loaded, plus ours. (This also allows an
+    installed endpoint plugin that has the name of another plugin; set the variable to choose.)
     """
     chosen = environ.get("VLLM_PLUGINS")
     if chosen is None:
         names = [
             entry_point.name
-            for group in _GROUPS_LOADED_WHOLE
+            for group in _UNFILTERED_GROUPS
             for entry_point in entry_points(group=group)
         ]
     else:
@@ -37,10 +37,10 @@ def allow_plugin(environ: MutableMapping[str, str]) -> None:
 
 
 def require_plugin() -> None:
-    """Stop unless our plugin can be loaded; vLLM itself would only log that it cannot.
+    """Exit if our plugin cannot be loaded; vLLM would only log an error.
 
     Raises:
-        SystemExit: With a sentence that says which part is missing.
+        SystemExit: If it cannot be loaded; the message names the part that is missing.
     """
     for group in _OUR_GROUPS:
         found = list(entry_points(group=group, name=PLUGIN_NAME))

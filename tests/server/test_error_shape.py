@@ -15,8 +15,8 @@ from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddlew
 from vitcop_server.errors import (
     OpenAIErrorMiddleware,
     RequestError,
+    answer_deep_nesting,
     error_body,
-    nested_too_deep,
     use_openai_errors,
 )
 
@@ -29,7 +29,7 @@ def client() -> Iterator[TestClient]:
     app = FastAPI()
     app.state.args = Namespace(log_error_stack=False)
     init_exception_handler(app)
-    app.add_exception_handler(RecursionError, nested_too_deep)
+    app.add_exception_handler(RecursionError, answer_deep_nesting)
     app.add_middleware(AuthenticationMiddleware, tokens=["key"])
     app.add_middleware(OpenAIErrorMiddleware)
     answers: dict[str, Response] = {
