@@ -1,4 +1,4 @@
-"""Body fields that are the server's to fill, and values that would harm other requests."""
+"""Refuses body fields that only the server may set, and values that harm other requests."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +13,10 @@ from vitcop_server.settings import ServerSettings
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
-"""Keywords of vLLM's image loading and processing: image sizes, frame counts, decoders. The ratio
-is one too, and only our handlers set it."""
+"""Options of vLLM's image loading and processing: image sizes, frame counts, decoders.
+
+The ratio is one of them; only our handlers set it.
+"""
 
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
@@ -22,37 +24,37 @@ _ENGINE_ARGUMENTS = frozenset({"kv_transfer_params", "ec_transfer_params", "kv_c
 """Keys of ``vllm_xargs`` that vLLM itself reads, with any value."""
 
 _MAX_LENGTH_PENALTY = 16
-"""Beam search divides by the length to this power, which must be neither 0 nor infinite."""
+"""Beam search divides by ``length ** length_penalty``, which must be neither 0 nor infinite."""
 
 _FIELDS_WITH_PARTS = ("messages", "input", "content_parts")
-"""Fields that may hold images, on one route or another."""
+"""Fields that contain images on some route."""
 
 _VIDEO_PARTS = frozenset({"video_url", "video_embeds"})
-"""Types of vLLM's content parts for videos; a part without a type holds its content under one."""
+"""Types of vLLM's content parts for videos; in a part without a type, also its keys."""
 
-_MARKED = ("image", "video")
+_PLACEHOLDER_MODALITIES = ("image", "video")
 """Modalities with a placeholder token in the tokenizer."""
 
 _UNBATCHED_FIELDS = ("stream", "tools", "prompt_logprobs", "return_prompt_text")
 """Fields of a chat that vLLM 0.32 accepts for a batch, and then answers wrongly or ignores."""
 
 _LONG_FIELDS = frozenset({"prompt", "tokens", "token_ids"})
-"""Fields of text or tokens only, up to millions, which vLLM checks itself."""
+"""Fields with up to millions of characters or tokens; vLLM validates them itself."""
 
 
 def refuse_processor_fields(body: Mapping[str, object], rules: RouteRules = CHAT_RULES) -> None:
-    """Refuse a client that sets image processing itself.
+    """Refuse a request that sets options of image processing.
 
     Args:
         body: The request's fields.
-        rules: Of the route, to say how the client can choose a ratio there.
+        rules: Rules of the route; the error says where the route accepts a ratio.
 
     Raises:
-        RequestError: If one of ``PROCESSOR_FIELDS`` is there and not ``null``.
+        RequestError: If one of ``PROCESSOR_FIELDS`` is set and not ``null``.
     """
     for field in PROCESSOR_FIELDS:
         if body.get(field) is not None:
-            hint = f"; to choose how many visual tokens are removed {rules.advice}"
+            hint = f"; to choose a pruning ratio, {rules.advice}"
             raise RequestError(
                 f"{field} is not accepted from clients"
                 + (hint if RATIO_HEADER in rules.ratio_places else ""),
@@ -64,19 +66,19 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
     """:func:`refuse_unsafe_body` for a request that vLLM has parsed.
 
     Args:
-        request: Of ``/v1/chat/completions``, its batches or ``/v1/completions``.
-        settings: The operator's.
+        request: A request of ``/v1/chat/completions``, its batches or ``/v1/completions``.
+        settings: The operator's settings.
 
     Raises:
-        RequestError: If it cannot be served, or not without harm.
+        RequestError: If the request cannot be served, or would harm other requests.
     """
     skipped = {"messages", *_LONG_FIELDS}
     body = request.model_dump(exclude=skipped, exclude_unset=True, warnings=False)
     messages = getattr(request, "messages", None) or []
     for message in messages:
-        # A batch has conversations in their place.
-        for one in message if isinstance(message, list) else [message]:
-            _make_readable(one)
+        # In a batch, each item is a conversation: a list of messages.
+        for item in message if isinstance(message, list) else [message]:
+            _make_content_a_list(item)
     if body.get("echo"):
         _refuse_echoed_images(messages)
     refuse_unsafe_body({**body, "messages": messages}, settings)
@@ -85,15 +87,15 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
 def refuse_unsafe_body(
     body: Mapping[str, object], settings: ServerSettings, rules: RouteRules = CHAT_RULES
 ) -> None:
-    """Refuse what vLLM 0.32 would answer with status 500, or from another client's image.
+    """Refuse values that vLLM 0.32 answers with status 500, or from another client's image.
 
     Args:
         body: The request's fields.
-        settings: The operator's.
-        rules: Of the route, whose words errors use.
+        settings: The operator's settings.
+        rules: Rules of the route; errors use its field names.
 
     Raises:
-        RequestError: If it cannot be served, or not without harm.
+        RequestError: If the request cannot be served, or would harm other requests.
     """
     _refuse_values(body)
     _refuse_length_penalty(body.get("length_penalty"))
@@ -101,7 +103,7 @@ def refuse_unsafe_body(
     _refuse_unreadable_items(body.get("input"))
     for field in _FIELDS_WITH_PARTS:
         for part in _parts(body.get(field)):
-            if not rules.is_anthropic:  # vLLM knows Anthropic's roles, which are fewer.
+            if not rules.is_anthropic:  # vLLM validates Anthropic's roles itself.
                 _refuse_role(part, field)
             if not settings.image_ids:
                 _refuse_image_id(part)
@@ -110,13 +112,13 @@ def refuse_unsafe_body(
         body.get("messages")
     ):
         raise RequestError(
-            "truncate_prompt_tokens might cut through an image: leave it out",
+            "truncate_prompt_tokens may cut an image into two: leave it out",
             param="truncate_prompt_tokens",
         )
 
 
 def refuse_unbatched_fields(request: Any) -> None:
-    """Refuse fields that a batch of chats would answer wrongly or without effect.
+    """Refuse fields of a chat that vLLM ignores or answers wrongly in a batch.
 
     Raises:
         RequestError: If one of ``_UNBATCHED_FIELDS`` is set.
@@ -131,20 +133,20 @@ def refuse_unbatched_fields(request: Any) -> None:
             )
 
 
-def refuse_images_by_name(messages: object) -> None:
+def refuse_images_without_data(messages: object) -> None:
     """Refuse an image that a client sends by its ``uuid`` alone.
 
-    Only the caches know such an image, and an explanation is of an image that is computed anew.
+    An explanation computes the image again, and vLLM's caches do not keep the image itself.
 
     Raises:
-        RequestError: If one of the images is not there.
+        RequestError: If an image has a ``uuid`` and no URL.
     """
     for part in _parts(messages):
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, Mapping) else image
         if part.get("uuid") is not None and "role" not in part and not url:
             raise RequestError(
-                "an explanation computes the image anew: send the image itself beside its uuid",
+                "an explanation computes the image again: send the image itself with its uuid",
                 param="uuid",
             )
 
@@ -155,49 +157,49 @@ def refuse_stray_placeholders(
     prompt_field: str,
     tokenizer: Any = None,
 ) -> None:
-    """Refuse a prompt whose text was taken for an image's place.
+    """Refuse a prompt whose text contains a placeholder token without an image.
 
-    A tokenizer turns some texts, such as ``<image>`` or ``<|image_pad|>``, into the very token
-    that stands for an image: the model would be shown none there, and not what was written either.
+    A tokenizer encodes some texts, such as ``<image>`` or ``<|image_pad|>``, as the placeholder
+    token of images. The model would get neither an image nor this text.
 
     Args:
         engine_inputs: vLLM's processed prompts.
-        model_config: vLLM's, of the served model.
-        prompt_field: The body field that holds the text.
-        tokenizer: The model's tokenizer, for the text of the token; ``None`` if there is none.
+        model_config: vLLM's config of the served model.
+        prompt_field: The body field with the text.
+        tokenizer: The model's tokenizer, which decodes the token for the error message.
 
     Raises:
-        RequestError: If an image's or a video's token is anywhere but in the place of one.
+        RequestError: If a placeholder token belongs to no image and no video.
     """
-    marks = _marks(model_config.hf_config)
+    placeholders = _placeholder_tokens(model_config.hf_config)
     for engine_input in engine_inputs:
         tokens = engine_input.get("prompt_token_ids") or []
-        for modality, mark in marks.items():
+        for modality, placeholder in placeholders.items():
             places = (engine_input.get("mm_placeholders") or {}).get(modality, ())
             inside = (tokens[place.offset : place.offset + place.length] for place in places)
-            if tokens.count(mark) > sum(place.count(mark) for place in inside):
+            if tokens.count(placeholder) > sum(place.count(placeholder) for place in inside):
                 raise RequestError(
-                    _stray_sentence(prompt_field, modality, _text_of(mark, tokenizer)),
+                    _stray_error(prompt_field, modality, _token_text(placeholder, tokenizer)),
                     param=prompt_field,
                 )
 
 
-def _marks(hf_config: Any) -> dict[str, int]:
-    """The token of each modality that the model has one for."""
-    marks = {}
-    for modality in _MARKED:
+def _placeholder_tokens(hf_config: Any) -> dict[str, int]:
+    """The placeholder token of each modality that the model supports."""
+    placeholders = {}
+    for modality in _PLACEHOLDER_MODALITIES:
         for name in (f"{modality}_token_id", f"{modality}_token_index"):
             token = getattr(hf_config, name, None)
             if token is not None:
-                marks[modality] = token
-    return marks
+                placeholders[modality] = token
+    return placeholders
 
 
-def _text_of(token: int, tokenizer: Any) -> str:
+def _token_text(token: int, tokenizer: Any) -> str:
     return f"token {token}" if tokenizer is None else str(tokenizer.decode([token]))
 
 
-def _stray_sentence(prompt_field: str, modality: str, mark: str) -> str:
+def _stray_error(prompt_field: str, modality: str, placeholder: str) -> str:
     article = "an" if modality == "image" else "a"
     where = (
         "in the messages of /v1/chat/completions"
@@ -206,16 +208,16 @@ def _stray_sentence(prompt_field: str, modality: str, mark: str) -> str:
     )
     send = f"send images {where}, and" if modality == "image" else "videos are not accepted;"
     return (
-        f"{prompt_field} holds {mark}, the mark of {article} {modality}'s place, without "
-        f"{article} {modality}: {send} write the mark in another way in text"
+        f"{prompt_field} contains {placeholder}, the placeholder of {article} {modality}, without "
+        f"{article} {modality}: {send} write the placeholder in another way in text"
     )
 
 
-def _make_readable(message: Any) -> None:
-    """Let the content of a message be read more than once.
+def _make_content_a_list(message: Any) -> None:
+    """Replace an iterator of content parts by a list, which can be read more than once.
 
     Raises:
-        RequestError: If it holds a part of no known kind; vLLM checks some only when read.
+        RequestError: If a part has an unknown type; vLLM validates some parts only when read.
     """
     content = message.get("content") if isinstance(message, dict) else None
     if content is None or isinstance(content, (str, list)):
@@ -229,11 +231,11 @@ def _make_readable(message: Any) -> None:
 def _refuse_values(body: Mapping[str, object]) -> None:
     for field, value in _leaves(body):
         if isinstance(value, str) and not _is_text(value):
-            why = "holds half a character (a lone surrogate)"
+            why = "contains half a character (a lone surrogate)"
         elif isinstance(value, float) and not math.isfinite(value):
-            why = f"must be finite, and is {value}"
+            why = f"must be finite, not {value}"
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            why = "holds a number of more than 64 bits"
+            why = "contains a number of more than 64 bits"
         else:
             continue
         name = field.encode(errors="replace").decode()
@@ -243,14 +245,14 @@ def _refuse_values(body: Mapping[str, object]) -> None:
 def _refuse_length_penalty(value: object) -> None:
     if isinstance(value, (int, float)) and abs(value) > _MAX_LENGTH_PENALTY:
         raise RequestError(
-            f"length_penalty must be in [-{_MAX_LENGTH_PENALTY}, {_MAX_LENGTH_PENALTY}], and is "
+            f"length_penalty must be from -{_MAX_LENGTH_PENALTY} to {_MAX_LENGTH_PENALTY}, not "
             f"{value}",
             param="length_penalty",
         )
 
 
 def _leaves(body: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Keys and values at any depth, each with the field of the body it is in."""
+    """Keys and values at any depth, each with its top-level field of the body."""
     for field in body.keys() - _LONG_FIELDS:
         unseen = [field, body[field]]
         while unseen:
@@ -273,7 +275,7 @@ def _is_text(value: str) -> bool:
 
 
 def _parts(messages: object) -> Iterator[Mapping[str, object]]:
-    """Messages, and the parts of their contents at any depth."""
+    """Messages and their content parts, at any depth."""
     unseen = [messages]
     while unseen:
         value = unseen.pop()
@@ -285,7 +287,7 @@ def _parts(messages: object) -> Iterator[Mapping[str, object]]:
 
 
 def _refuse_echoed_images(messages: list[Any]) -> None:
-    """Refuse ``echo`` of a message with images: vLLM looks for a text in each of its parts."""
+    """Refuse ``echo`` of a message with images: vLLM expects a text in each part."""
     is_batch = bool(messages) and isinstance(messages[0], list)
     conversations = messages if is_batch else [messages]
     if any(has_non_text_content(conversation[-1:]) for conversation in conversations):
@@ -293,7 +295,7 @@ def _refuse_echoed_images(messages: list[Any]) -> None:
 
 
 def _refuse_unreadable_items(items: object) -> None:
-    """Refuse what vLLM's ``/v1/responses`` reads without looking whether it is there."""
+    """Refuse items of ``/v1/responses`` without a key that vLLM reads and does not check."""
     for item in items if isinstance(items, list) else ():
         if not isinstance(item, Mapping):
             continue
@@ -301,7 +303,9 @@ def _refuse_unreadable_items(items: object) -> None:
         if item.get("role") == "assistant" and isinstance(content, list):
             first = content[0] if content else None
             if not (isinstance(first, Mapping) and isinstance(first.get("text"), str)):
-                raise RequestError("an assistant's content must begin with a text", param="input")
+                raise RequestError(
+                    "content of an assistant must begin with a part that has a text", param="input"
+                )
         if item.get("type") == "custom_tool_call" and not {"call_id", "name"} <= item.keys():
             raise RequestError("a custom_tool_call needs call_id and name", param="input")
 
@@ -321,16 +325,15 @@ def _refuse_role(message: Mapping[str, object], field: str) -> None:
     role = message.get("role")
     if isinstance(role, str) and role not in _ROLES:
         raise RequestError(
-            f"unknown role {role[:32]!r}: one of {', '.join(sorted(_ROLES))}", param=field
+            f"role must be one of {', '.join(sorted(_ROLES))}, not {role[:32]!r}", param=field
         )
 
 
 def _refuse_image_id(part: Mapping[str, object]) -> None:
     if part.get("uuid") is not None and "role" not in part:
         raise RequestError(
-            "uuid is not accepted: it is a key of caches that all clients share, and would be "
-            "answered from whatever image came first (the operator may allow it with "
-            "server.image_ids)",
+            "uuid is not accepted, because it is a key of caches that all clients share: leave it "
+            "out (the operator may allow it with server.image_ids)",
             param="uuid",
         )
 
@@ -340,7 +343,6 @@ def _refuse_video(part: Mapping[str, object], field: str) -> None:
     is_video = kind in _VIDEO_PARTS if isinstance(kind, str) else bool(_VIDEO_PARTS & part.keys())
     if is_video:
         raise RequestError(
-            "videos are not accepted: this server prunes the visual tokens of images, and takes no "
-            "other media; send frames as images",
+            "videos are not accepted: this server takes images only; send frames as images",
             param=field,
         )

@@ -1,4 +1,4 @@
-"""Names the format of a file that is not read, and the formats that are."""
+"""Describes a file that cannot be read as an image, and lists the formats that can."""
 
 import re
 from functools import cache
@@ -16,18 +16,18 @@ _SIGNATURES = {
     "WebM or Matroska video": rb"\x1aE\xdf\xa3",
     "AVI video": rb"RIFF.{4}AVI ",
 }
-"""Formats that clients send and Pillow does not know, with a pattern of each one's first bytes."""
+"""Formats that clients send and Pillow does not know, with a pattern of their first bytes."""
 
 
 def describe_unreadable(data: bytes) -> str:
-    """A sentence about a file that Pillow cannot open."""
+    """The error message for a file that Pillow cannot open."""
     if not data:
         return "the image is empty"
     name = _format_name(data)
     if name is None:
         problem = "the image's format is unknown"
     elif name in ALLOWED_IMAGE_FORMATS:
-        problem = f"the image starts like {name}, but is damaged or of a kind that cannot be read"
+        problem = f"the image starts like {name}, but is damaged or cannot be read"
     else:
         problem = f"the image is {name}, which cannot be read"
     return f"{problem}; formats that can be read include {', '.join(common_formats())}"
@@ -35,7 +35,7 @@ def describe_unreadable(data: bytes) -> str:
 
 @cache
 def common_formats() -> tuple[str, ...]:
-    """Formats that vLLM reads, without the rare ones, for which Pillow knows no media type."""
+    """Formats that vLLM reads, without rare ones, which have no media type in Pillow."""
     Image.init()
     return tuple(name for name in ALLOWED_IMAGE_FORMATS if name in Image.OPEN.keys() & Image.MIME)
 
@@ -47,7 +47,7 @@ def _format_name(data: bytes) -> str | None:
             return name
     Image.init()
     for name, (_, accepts) in Image.OPEN.items():
-        # As in Image.open, where a string is a reason why a plugin cannot read the file.
+        # As in Image.open: a string is the reason why a plugin cannot read the file.
         if accepts is not None and accepts(start[:16].ljust(16, b"\0")) is True:
             return name
     return None

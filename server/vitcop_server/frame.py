@@ -1,6 +1,6 @@
-"""The frame that the model gets of an image file, for clients that draw on it.
+"""The frame of an image file that the model sees, for clients that draw on it.
 
-Browsers decode some files in another way: they ignore the orientation of a WebP file, play
+Browsers decode some files differently: they ignore the orientation of a WebP file, play
 animations and cannot show TIFF.
 """
 
@@ -23,7 +23,7 @@ class ImageRequest(BaseModel):
     """Body of ``/v1/pruning/image``.
 
     Attributes:
-        image_url: As in a chat request.
+        image_url: URL of the image, as in a chat request.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -35,12 +35,12 @@ async def image_fields(url: str, model_config: ModelConfig) -> dict[str, Any]:
     """The answer of ``/v1/pruning/image``: size in pixels, and the frame as a data URL.
 
     Args:
-        url: The image's, read by the media connector that serves chat requests.
-        model_config: vLLM's, of the served model.
+        url: URL of the image; the media connector of chat requests loads it.
+        model_config: vLLM's config of the served model.
 
     Raises:
         RequestError: If the image cannot be read, or exceeds a limit.
-        UnreachableMediaError: If it cannot be fetched.
+        UnreachableMediaError: If the image cannot be fetched.
     """
     connector = MEDIA_CONNECTOR_REGISTRY.load(  # as vLLM's parser of chat requests does
         envs.VLLM_MEDIA_CONNECTOR,

@@ -5,13 +5,13 @@ cache*, and sends an image without its data if the mirror has its key. Both side
 rule, so they agree as long as they see the same images in the same order.
 
 vLLM 0.32 and 0.33 update the sender cache when they render a prompt. A prompt may be rendered and
-never sent (it is refused or only counted, or its client is gone), or be sent after a prompt that
-was rendered later. Then the caches differ, and a good request fails with status 500, "Multi-modal
-cache miss". Here the sender cache is updated when the request is sent. The engine reads requests in
-the order in which they are sent, so the caches agree however a request ends.
+never sent (it is refused, its tokens are only counted, or its client disconnects), or be sent after
+a prompt that was rendered later. Then the caches differ, and a valid request fails with status 500,
+"Multi-modal cache miss". Here the sender cache is updated when the request is sent. The engine
+reads requests in the order in which they are sent, so the caches agree however a request ends.
 
-Until it is sent, a prompt carries the data of all its images. The front end keeps that data in a
-cache of its own, with the same limit: vLLM does the same if it has several API servers.
+Until a prompt is sent, it has the data of all its images. The front end keeps this data in a second
+cache with the same limit, as vLLM does with several API servers.
 """
 
 from collections.abc import Sequence
@@ -36,20 +36,20 @@ class SendOrderCache(BaseMultiModalProcessorCache):
 
     @classmethod
     def adopt(cls, cache: Any, model_config: Any) -> Self:
-        """``cache``, which vLLM built, as an instance of this class and of its own."""
+        """Turn ``cache``, which vLLM built, into an instance of this class and of its own."""
         adopted: Self = adopt_with(cache, cls)
         adopted._rendered = MultiModalProcessorOnlyCache(model_config)
         adopted._held = {}
         return adopted
 
     def features_to_send(self, features: Sequence[Any]) -> list[Any]:
-        """The images of a request, without the data that the engine will have when it reads them.
+        """The images of a request, without data of images that the engine will have cached.
 
         Call it right before the request is sent, in the order of sending. The calls are those of
         vLLM's receiver (``get_and_update_features``), in the same order.
 
         Args:
-            features: vLLM's ``MultiModalFeatureSpec``, with data. They stay as they are.
+            features: vLLM's ``MultiModalFeatureSpec``, with data. They are not modified.
         """
         keys = [feature.mm_hash or feature.identifier for feature in features]
         for key in keys:
@@ -66,7 +66,7 @@ class SendOrderCache(BaseMultiModalProcessorCache):
 
     def touch_sender_cache_item(self, mm_hash: str) -> None:
         # vLLM moves the cached images of a prompt to the end of the LRU order, and asserts later
-        # that its new images have evicted none of them. Held images cannot get lost.
+        # that its new images have evicted none of them. Images in _held cannot be evicted.
         if self._rendered.is_cached_item(mm_hash):
             self._held[mm_hash] = self._rendered.get_and_update_item(None, mm_hash)
 
@@ -86,17 +86,17 @@ class SendOrderCache(BaseMultiModalProcessorCache):
 
 
 class SendOrderClient(AsyncMPClient):
-    """A client of the engine that leaves out the data of images which the engine has."""
+    """vLLM's engine client; it sends no data of images that the engine has cached."""
 
     _images: SendOrderCache
 
     @classmethod
     def adopt(cls, client: Any, images: SendOrderCache) -> None:
-        """Make ``client``, which vLLM built, an instance of this class and of its own."""
+        """Turn ``client``, which vLLM built, into an instance of this class and of its own."""
         adopt_with(client, cls)._images = images
 
     async def add_request_async(self, request: Any) -> None:
-        # There is no await between this and the send: two requests cannot change places.
+        # No await between this line and the send: two requests cannot swap their order.
         if request.mm_features:
             request.mm_features = self._images.features_to_send(request.mm_features)
         await super().add_request_async(request)
@@ -111,8 +111,7 @@ def keep_caches_equal(engine_client: Any) -> None:
     cache = engine_client.renderer.mm_processor_cache
     if cache is None:  # --mm-processor-cache-gb 0
         return
-    # With several API servers, or engines behind one, vLLM sends all data and the engine keeps
-    # none.
+    # With several API servers or several engines, vLLM sends all data and no engine caches it.
     is_mirror = not isinstance(cache, MultiModalProcessorOnlyCache)
     images = SendOrderCache.adopt(cache, engine_client.vllm_config.model_config)
     if is_mirror:

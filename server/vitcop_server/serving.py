@@ -1,12 +1,11 @@
-"""vLLM's chat, completion and response handlers, honouring a pruning ratio per request.
+"""vLLM's chat, completion and response handlers with a pruning ratio per request.
 
-Why here: subclassing a serving class is how vLLM builds its own variants (Anthropic, Cohere),
-and a handler sees everything at the right moment. The body is already parsed and validated,
-once and by vLLM, so malformed requests keep vLLM's answers. The prompt is processed before any
-response is started, in the task that serves the request, once whatever ``n`` is. Usage is still
-an object here, not text.
-The alternatives see less: middleware would parse and write every body a second time, and the
-engine client's ``generate`` does not know which HTTP answer it works for.
+vLLM builds its own variants (Anthropic, Cohere) as subclasses of a handler too. A handler gets a
+body that vLLM has parsed and validated, so vLLM answers malformed requests itself. It renders the
+prompt once for any ``n``, in the task that serves the request, before the response starts. Its
+usage is an object, not text.
+Middleware would have to parse and write every body a second time. The engine client's
+``generate`` does not know the HTTP answer of its request.
 """
 
 import time
@@ -35,7 +34,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
     PROCESSOR_FIELDS,
-    refuse_images_by_name,
+    refuse_images_without_data,
     refuse_processor_fields,
     refuse_unbatched_fields,
     refuse_unsafe_fields,
@@ -53,10 +52,10 @@ from vitcop_vllm.pruning.settings import RATIO_KEY
 
 
 class _PrunedServing(RatioServing):
-    """What all handlers share that generate; stands before a vLLM serving class.
+    """A mixin for vLLM's handlers that generate.
 
     Attributes:
-        prompt_field: The body field that is rendered.
+        prompt_field: The body field that the handler renders; errors name it.
     """
 
     prompt_field = "messages"
@@ -102,7 +101,7 @@ class _PrunedServing(RatioServing):
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if explained is not None:
-            refuse_images_by_name(request.messages)
+            refuse_images_without_data(request.messages)
             request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
         return ratio
 
@@ -116,7 +115,7 @@ class _PrunedServing(RatioServing):
     async def _extend_stream(
         self, events: AsyncGenerator[Any, None], fields: Mapping[str, Any]
     ) -> AsyncGenerator[Any, None]:
-        # A client that leaves closes this generator; vLLM frees the request when its own closes.
+        # A disconnect closes this generator; vLLM frees the request when its generator closes.
         async with aclosing(events):
             async for event in events:
                 yield self._extend_event(event, fields)
@@ -146,7 +145,7 @@ class PrunedChatBatch(_PrunedServing, OpenAIServingChatBatch):
 
 
 class _CountTokensRequest(AnthropicCountTokensRequest):
-    """vLLM's request with room for the ratio."""
+    """vLLM's request with a field for the ratio."""
 
     mm_processor_kwargs: dict[str, Any] | None = None
 
@@ -154,7 +153,7 @@ class _CountTokensRequest(AnthropicCountTokensRequest):
 class PrunedMessages(PrunedChat, AnthropicServingMessages):
     """Handler of ``/v1/messages``, which vLLM serves as a chat.
 
-    Header and alias work; the protocol's ``usage`` has no room for ours.
+    It accepts a ratio in the header or an alias. Anthropic's ``usage`` has no fields for pruning.
     """
 
     async def count_tokens(
@@ -183,8 +182,8 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
 class PrunedCompletion(_PrunedServing, OpenAIServingCompletion):
     """Handler of ``/v1/completions``.
 
-    vLLM's completions take text and tokens only, never images: a ratio is validated and
-    echoed there, and there is nothing to prune.
+    vLLM's completions take text and tokens only, so there is nothing to prune: a ratio is
+    validated and returned.
     """
 
     prompt_field = "prompt"
@@ -206,7 +205,7 @@ class PrunedResponses(_PrunedServing, OpenAIServingResponses):
         return await self._create_pruned(super().create_responses, request, raw_request)
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
-        """Nothing: vLLM parses strictly here, and the middleware has looked into the body."""
+        """Do nothing: vLLM parses strictly here, and the middleware has checked the body."""
 
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         extend_usage(getattr(getattr(event, "response", None), "usage", None), fields)

@@ -7,7 +7,7 @@ import pytest
 
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
-    refuse_images_by_name,
+    refuse_images_without_data,
     refuse_stray_placeholders,
     refuse_unsafe_body,
 )
@@ -48,14 +48,14 @@ def test_images_of_different_lengths_are_no_stray_marks(config: Any) -> None:
 @pytest.mark.parametrize(
     ("tokens", "places", "words"),
     [
-        ([WORD, IMAGE], [], "holds <|image_pad|>, the mark of an image's place, without an image"),
-        ([IMAGE, START, IMAGE, IMAGE, END], [(2, 2)], "holds <|image_pad|>"),
+        ([WORD, IMAGE], [], "contains <|image_pad|>, the placeholder of an image, without"),
+        ([IMAGE, START, IMAGE, IMAGE, END], [(2, 2)], "contains <|image_pad|>"),
         ([START, IMAGE, END, START, IMAGE, IMAGE, END], [(4, 2)], "send images as content parts"),
-        ([WORD, VIDEO], [], "holds <|video_pad|>, the mark of a video's place, without a video"),
+        ([WORD, VIDEO], [], "contains <|video_pad|>, the placeholder of a video, without"),
         ([START, IMAGE, VIDEO, END], [(1, 1)], "videos are not accepted"),
     ],
 )
-def test_a_stray_mark_is_named_as_it_was_written(
+def test_the_error_names_a_stray_placeholder_as_it_was_written(
     tokens: list[int], places: list[tuple[int, int]], words: str
 ) -> None:
     with pytest.raises(RequestError) as refused:
@@ -64,18 +64,18 @@ def test_a_stray_mark_is_named_as_it_was_written(
     assert refused.value.param == "messages"
 
 
-def test_a_model_without_videos_knows_no_mark_of_them() -> None:
+def test_a_model_without_videos_has_no_video_placeholder() -> None:
     refuse([VIDEO], [], LLAVA)
 
 
-def test_a_mark_in_a_prompt_names_the_route_for_images() -> None:
+def test_a_placeholder_in_a_prompt_names_the_route_for_images() -> None:
     with pytest.raises(RequestError, match="in the messages of /v1/chat/completions"):
         refuse([IMAGE], [], field="prompt")
 
 
-def test_without_a_tokenizer_a_mark_is_a_number() -> None:
+def test_without_a_tokenizer_the_error_has_the_token_id() -> None:
     prompt = {"prompt_token_ids": [IMAGE]}
-    with pytest.raises(RequestError, match=f"holds token {IMAGE}"):
+    with pytest.raises(RequestError, match=f"contains token {IMAGE}"):
         refuse_stray_placeholders([prompt], SimpleNamespace(hf_config=LLAVA), "messages", None)
 
 
@@ -125,8 +125,8 @@ def test_other_parts_are_not_videos(part: dict[str, Any]) -> None:
 def test_an_explanation_needs_the_image_itself(part: dict[str, Any], is_refused: bool) -> None:
     messages = content(part)["messages"]
     if not is_refused:
-        refuse_images_by_name(messages)
+        refuse_images_without_data(messages)
         return
     with pytest.raises(RequestError, match="send the image itself") as refused:
-        refuse_images_by_name(messages)
+        refuse_images_without_data(messages)
     assert refused.value.param == "uuid"

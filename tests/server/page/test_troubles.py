@@ -57,7 +57,7 @@ def test_markup_in_an_error_is_text(page, streamed):
 
 
 def test_an_error_of_the_server_is_a_sentence(page):
-    page.get_by_role("textbox", name="Question").fill("<image>")  # the mark of another image
+    page.get_by_role("textbox", name="Question").fill("<image>")  # the placeholder of another image
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("The server answered 400: ")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
