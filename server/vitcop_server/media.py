@@ -1,7 +1,7 @@
-"""Loads the images of requests: fetches none unless allowed, decodes none above the limits.
+"""Loads the images of requests: fetches from allowed hosts only, and checks size limits.
 
-vLLM creates a media connector per request, by a name looked up in a registry.
-:func:`guard_media` registers ours, with its limits bound to it.
+vLLM creates a media connector for each request, from a class that it finds by name in a registry.
+:func:`guard_media` registers ours with its limits.
 """
 
 import asyncio
@@ -39,24 +39,27 @@ CONNECTOR_NAME = "vitcop"
 
 _PARAM = "image_url"
 _MAX_URL_LENGTH = 65536
-"""Of any URL but a data URL: parsing blocks the event loop for 0.1 s per million characters."""
+"""Maximum length, in characters, of a URL that is not a data URL.
+
+Parsing blocks the event loop for 0.1 s per million characters.
+"""
 
 
 def guard_media(settings: ServerSettings, environ: MutableMapping[str, str]) -> None:
-    """Have vLLM load media through :class:`GuardedConnector`; the operator's variables win.
+    """Make vLLM load media through :class:`GuardedConnector`; the operator's variables win.
 
     Args:
         settings: The operator's limits.
-        environ: The process's environment, where vLLM looks for each request.
+        environ: The process's environment; vLLM reads it for each request.
     """
     for name, value in {
         "VLLM_MEDIA_CONNECTOR": CONNECTOR_NAME,
-        # An allowed domain must not send us to one that is not.
+        # An allowed host must not redirect to another one.
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
-        # The client has an answer within five seconds, after one more try a second later.
+        # One retry after a second; the client has an answer within five seconds.
         "VLLM_IMAGE_FETCH_TIMEOUT": "4",
         "VLLM_MEDIA_FETCH_MAX_RETRIES": "2",
-        # Fetched images may have as many bytes as images in a body.
+        # Fetched images have the same limit as images in a body.
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(math.ceil(settings.max_body_bytes / 2**20)),
     }.items():
         environ.setdefault(name, value)
@@ -68,7 +71,7 @@ def guard_media(settings: ServerSettings, environ: MutableMapping[str, str]) -> 
 
 
 class UnreachableMediaError(VLLMUnprocessableEntityError):
-    """A server that the client named failed: vLLM answers 422, in OpenAI's shape."""
+    """The image's server failed; vLLM answers with status 422, in OpenAI's format."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -76,11 +79,11 @@ class UnreachableMediaError(VLLMUnprocessableEntityError):
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits of sizes, checked before an image is decoded.
+    """Limits of an image's size, checked before the image is decoded.
 
     Attributes:
-        max_pixels: Most pixels, width times height.
-        max_aspect_ratio: Longest side over shortest.
+        max_pixels: Maximum of width times height.
+        max_aspect_ratio: Maximum of longest side over shortest side.
     """
 
     max_pixels: int
@@ -91,33 +94,34 @@ class ImageLimits:
         return cls(settings.max_image_pixels, settings.max_aspect_ratio)
 
     def check(self, width: int, height: int) -> None:
-        """Refuse an image of a size.
+        """Refuse a size in pixels above a limit.
 
         Raises:
-            RequestError: With the limit's name and value.
+            RequestError: The message has the limit's name and value.
         """
         if width * height > self.max_pixels:
             raise RequestError(
-                f"the image has {width} x {height} = {width * height} pixels, and "
-                f"server.max_image_pixels is {self.max_pixels}",
+                f"the image has {width} x {height} = {width * height} pixels, but "
+                f"server.max_image_pixels is {self.max_pixels}: send a smaller image",
                 param=_PARAM,
             )
         longest, shortest = max(width, height), min(width, height)
         if longest > self.max_aspect_ratio * shortest:
             raise RequestError(
-                f"the image's sides are {width} and {height}, and server.max_aspect_ratio, "
-                f"the longest over the shortest, is {self.max_aspect_ratio:g}",
+                f"the image has {width} x {height} pixels, but server.max_aspect_ratio, the "
+                f"longest side over the shortest, is {self.max_aspect_ratio:g}: crop or pad it",
                 param=_PARAM,
             )
 
     def configure_pillow(self) -> None:
-        """Have Pillow refuse such images inside other files too, such as icons."""
-        Image.MAX_IMAGE_PIXELS = math.ceil(self.max_pixels / 2)  # It refuses twice as many,
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # and warns before.
+        """Set the pixel limit in Pillow, for images inside other files, such as icons."""
+        # Pillow warns above its limit, and refuses an image above twice its limit.
+        Image.MAX_IMAGE_PIXELS = math.ceil(self.max_pixels / 2)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class GuardedConnector(MediaConnector):
-    """vLLM's connector with our limits. It answers every failure with an error of the client's."""
+    """vLLM's connector with our limits. Every failure becomes a client error (400 or 422)."""
 
     def __init__(self, *args: Any, limits: ImageLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,7 +137,7 @@ class GuardedConnector(MediaConnector):
             return await super().load_from_url_async(url, self._guarded(media_io), **kwargs)
 
     def _load_data_url(self, url: str, media_io: MediaIO) -> Any:
-        # vLLM's own knows neither white space nor upper case.
+        # vLLM's own method refuses white space and upper case.
         return media_io.load_base64(*split_data_url(url))
 
     def _assert_url_in_allowed_media_domains(self, url_spec: Any) -> None:
@@ -159,7 +163,7 @@ class GuardedImageIO(ImageMediaIO):
 
     @classmethod
     def adopt(cls, media_io: ImageMediaIO, limits: ImageLimits) -> Self:
-        """``media_io`` with limits. What else vLLM gave it, such as budgets, it keeps."""
+        """A copy of ``media_io`` with limits; it keeps other attributes, such as budgets."""
         guarded: Self = adopt_copy(media_io, cls)
         guarded._limits = limits
         return guarded
@@ -173,7 +177,7 @@ class GuardedImageIO(ImageMediaIO):
                 self._limits.check(*file.size)
                 self._file = file
             loaded = super().load_bytes(data)
-            self._limits.check(*loaded.media.size)  # A container's header may lie.
+            self._limits.check(*loaded.media.size)  # A container's header may state another size.
         except Image.DecompressionBombError as error:
             raise RequestError(
                 f"the image has too many pixels: server.max_image_pixels is "
@@ -182,22 +186,22 @@ class GuardedImageIO(ImageMediaIO):
             ) from error
         except UnidentifiedImageError as error:
             raise RequestError(describe_unreadable(data), param=_PARAM) from error
-        except OSError as error:  # From a header that is cut off.
+        except OSError as error:  # The header is cut off.
             raise RequestError(f"the image cannot be read: {error}", param=_PARAM) from error
         return loaded
 
     def _convert_image_mode(self, image: Image.Image | MediaWithBytes[Image.Image]) -> Image.Image:
-        # load_bytes passes a decoded copy, which has lost the file's format and tags.
+        # load_bytes passes a decoded copy without the file's format and tags.
         assert isinstance(image, Image.Image)
         return super()._convert_image_mode(to_eight_bits(image, self._file))
 
 
 class BoundedConnection(HTTPConnection):
-    """vLLM's HTTP client with one timeout for all tries together; vLLM's grows with each try."""
+    """vLLM's HTTP client with one timeout for all tries; vLLM's timeout grows with each try."""
 
     async def async_get_bytes(self, *args: Any, timeout: float, **kwargs: Any) -> bytes:
         async with asyncio.timeout(timeout):
-            # With a timeout of its own, aiohttp would take the cancellation for that.
+            # With its own timeout, aiohttp would report this cancellation as that timeout.
             fetched: bytes = await super().async_get_bytes(*args, timeout=None, **kwargs)
             return fetched
 
@@ -207,8 +211,8 @@ def _trim_url(url: str) -> str:
     url = url.strip()
     if len(url) > _MAX_URL_LENGTH and url[:5].lower() != "data:":
         raise RequestError(
-            f"the image's URL has {len(url)} characters, of which {_MAX_URL_LENGTH} are allowed: "
-            "send image data as a data URL, which starts like 'data:image/png;base64,'",
+            f"the image's URL must have at most {_MAX_URL_LENGTH} characters, not {len(url)}: send "
+            "image data as a data URL, which starts like 'data:image/png;base64,'",
             param=_PARAM,
         )
     return url
@@ -216,12 +220,12 @@ def _trim_url(url: str) -> str:
 
 @contextmanager
 def _client_errors() -> Iterator[None]:
-    """Turn every failure to load media into an error of the client's; ours pass unchanged."""
+    """Turn every failure to load media into a client error; a RequestError passes unchanged."""
     try:
         yield
     except (RequestError, MemoryError):
         raise
-    except VLLMUnprocessableEntityError as error:  # Without the URL, of any length.
+    except VLLMUnprocessableEntityError as error:  # Omit the URL: it may be long.
         raise UnreachableMediaError(str(error.args[0]), parameter=_PARAM) from error
     except aiohttp.ClientResponseError as error:
         raise UnreachableMediaError(
@@ -231,7 +235,7 @@ def _client_errors() -> Iterator[None]:
         raise UnreachableMediaError(
             f"the image cannot be fetched ({type(error).__name__})", parameter=_PARAM
         ) from error
-    except Exception as error:  # Decoders raise whatever they like; vLLM wraps some of it.
+    except Exception as error:  # Decoders raise any class.
         raise RequestError(
             f"the image cannot be loaded: {error.__cause__ or error}", param=_PARAM
         ) from error

@@ -20,12 +20,13 @@ TOKENS_DROPPED = Counter(
     ["stage"],
 )
 RATIO_ERRORS = Counter(
-    "vitcop_ratio_errors", "Requests refused for their pruning ratio, or for where it was sent."
+    "vitcop_ratio_errors",
+    "Requests refused because of the value or the place of their pruning ratio.",
 )
 
 
 def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
-    """``none`` without images; else ``0``, or the range that a ratio is in."""
+    """The label of a ratio: ``none`` without images, ``0``, or a range such as ``0.5-0.7``."""
     if not images:
         return "none"
     if ratio == 0:

@@ -20,13 +20,13 @@ STATE_KEY = "pruning_ratio"
 """Key of the accepted ratio in a request's state; its handler sets it."""
 
 EXPLAIN_STATE_KEY = "pruning_explained"
-"""Key of an explanation's data in a request's state; only requests to explain have it."""
+"""Key of an explanation's state in a request's state; only ``/v1/pruning/explain`` sets it."""
 
 _TOKENS_PREFIX = "/inference/"
 
 
 class PruningMiddleware:
-    """Adds the accepted ratio to the answer, and refuses ratios on routes without one.
+    """Adds the accepted ratio to the answer; refuses a ratio on routes that do not accept it.
 
     Streams pass through unbuffered. If :class:`~vitcop_server.route_rules.RouteRules` say so, the
     middleware reads, checks and replays the body, because vLLM would silently drop an unknown
@@ -61,8 +61,8 @@ class PruningMiddleware:
     async def _check_body(
         self, rules: RouteRules, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        # Read to the end even when the header alone decides: an unread body would cost the
-        # client its connection.
+        # Read the whole body even if the header is already wrong: an unread body closes the
+        # client's connection.
         messages = await _read_body(receive)
         headers = Headers(scope=scope)
         try:
@@ -76,8 +76,8 @@ class PruningMiddleware:
             RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
             return
-        has_other = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
-        if rules.is_model_dropped and ratio is not None and not has_other:
+        has_other_ratio = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
+        if rules.is_model_dropped and ratio is not None and not has_other_ratio:
             header = (RATIO_HEADER.lower().encode(), ratio_text(ratio).encode())
             scope = {**scope, "headers": [*scope["headers"], header]}
 
@@ -103,8 +103,8 @@ def _refuse_misplaced_ratios(
 
 def _refuse_features(path: str, body: Mapping[str, object]) -> None:
     if path.startswith(_TOKENS_PREFIX) and body.get("features") is not None:
-        # Their identities carry the counts that workers plan with: a made-up one could stop
-        # the engine for everyone.
+        # Identifiers carry the counts that workers plan with: a forged identifier could stop
+        # the engine for all clients.
         raise RequestError(
             "features of images processed elsewhere are not accepted: send the images",
             param="features",
@@ -119,9 +119,9 @@ async def _read_body(receive: Receive) -> list[Message]:
 
 
 def _json_object(messages: list[Message]) -> Mapping[str, object]:
-    """The body as a JSON object; empty where it is none, for vLLM to answer."""
+    """The body as a JSON object; empty if it is none, so that vLLM answers it."""
     try:
-        # From bytes, so that the encoding is detected just as the route's own parser does.
+        # json.loads detects the encoding of bytes, as the route's own parser does.
         body = json.loads(b"".join(message.get("body", b"") for message in messages))
     except (ValueError, RecursionError):
         return {}

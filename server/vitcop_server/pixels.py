@@ -1,4 +1,4 @@
-"""Converts decoded images to modes from which Pillow's ``convert`` makes the right RGB.
+"""Converts decoded images to modes that Pillow's ``convert`` turns into correct RGB.
 
 vLLM calls ``image.convert("RGB")``, which clips samples above 255, refuses La, drops the alpha of
 RGBa, and compares a PNG's transparent colour with samples of another depth.
@@ -27,7 +27,7 @@ def to_eight_bits(image: Image.Image, file: ImageFile) -> Image.Image:
 
     Raises:
         RequestError: If the file does not define which sample value is white, or if Pillow has
-            lost the bits that tell which pixels are transparent.
+            lost the bits that mark transparent pixels.
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _deep_grey_to_eight_bits(image, file)
@@ -59,13 +59,13 @@ def _white_level(mode: str, file: ImageFile) -> int | None:
     if mode != "F" and file.format in ("PNG", "PPM", "JPEG2000"):
         return 65535  # Pillow scales samples of 9 to 15 bits to 16 bits.
     if mode.startswith("I;16") and isinstance(file, TiffImageFile):
-        bits: int = file.tag_v2[BITSPERSAMPLE][0]  # Pillow does not scale these.
+        bits: int = file.tag_v2[BITSPERSAMPLE][0]  # Pillow does not scale samples of TIFF files.
         return 2**bits - 1
     return None
 
 
 def _check_values(image: Image.Image, file: ImageFile) -> None:
-    """Refuse values that are not clearly 0 to 255; those from 0 to 1 may mean black to white."""
+    """Refuse values outside 0 to 255, and values from 0 to 1, which may mean black to white."""
     values = np.asarray(image)
     low, high = values.min(), values.max()  # NaN if any value is NaN.
     if not (low >= 0 and 1 < high <= 255):
@@ -84,7 +84,7 @@ def _scale_table(white: int) -> list[int]:
 
 
 def _key_to_alpha(image: Image.Image, file: ImageFile) -> Image.Image:
-    """Make the pixels of the file's transparent colour transparent; vLLM ignores it in RGB."""
+    """Turn the file's transparent colour into an alpha channel; vLLM ignores it in RGB."""
     raw_mode = file.tile[0].args if file.format == "PNG" else None
     if raw_mode == "RGB;16B":
         raise RequestError(
