@@ -15,7 +15,7 @@ from vitcop_vllm.pruning.identity import counts_of_identifier, explained_size
 
 
 class LostSelectionsError(RuntimeError):
-    """Newer records replaced that of an image before the server took it."""
+    """Newer records evicted the record of an image before the server read it."""
 
 
 def explain_image(preview: Preview, identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def explain_image(preview: Preview, identifier: str, record: Mapping[str, Any]) 
 def _stages(
     parts: Sequence[int], record: Mapping[str, Any]
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Per stage the parts where its tokens sit, and groups of parts in one token."""
+    """Per stage: the parts whose tokens are kept, and groups of parts merged into one token."""
     first = list(parts)
     second = [first[i] for i in record.get("shallow", range(len(first)))]
     third = [second[i] for i in record.get("deep", range(len(second)))]
@@ -62,14 +62,14 @@ def _stages(
 
 
 def _bitset(parts: Sequence[int], count: int) -> str:
-    """Base64 of a bit for each part, the first in the most significant bit."""
+    """Base64 of one bit per part; the first part is the most significant bit."""
     bits = np.zeros(count, dtype=np.bool_)
     bits[list(parts)] = True
     return base64.b64encode(np.packbits(bits).tobytes()).decode()
 
 
 def _scatter(labels: Sequence[int], parts: Sequence[int], count: int) -> list[int]:
-    """A label for each part, -1 where there is none."""
+    """A label for each part of the image; -1 for a part without a label."""
     of_part = [-1] * count
     for part, label in zip(parts, labels, strict=True):
         of_part[part] = label
@@ -77,9 +77,9 @@ def _scatter(labels: Sequence[int], parts: Sequence[int], count: int) -> list[in
 
 
 def merge_records(answers: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Records by image name, from the answers of all workers of all engines.
+    """Merge the answers of all workers of all engines into records by image identifier.
 
-    One worker of an engine answers for all of them, the others with ``None``.
+    One worker of each engine returns records; the others return ``None``.
     """
     records: dict[str, dict[str, Any]] = {}
     for answer in answers:

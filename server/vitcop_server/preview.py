@@ -13,7 +13,7 @@ _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 USUAL_SIDE = 1008
 """Longest side, in pixels, of the image in a plan without a size.
 
-The largest image of a model without a fixed input has some 16,000 tokens, which is unusual. 1008 is
+The largest image of a model without a fixed input has about 16,000 tokens: unusual. 1008 is
 a multiple of 14, 16 and 28, so an image of that side fits the model's grid without scaling.
 """
 
@@ -23,7 +23,7 @@ class Preview:
     """The served model's plans for images.
 
     Attributes:
-        model: Settings and depth.
+        model: The served model's settings and number of layers.
         info: vLLM's processing info of the model, with our plans.
         kv_bytes: Bytes of a token's keys and values in one layer, over all devices.
     """
@@ -39,7 +39,7 @@ class Preview:
 
     @property
     def saliency_source(self) -> str | None:
-        """What Stage I ranks visual tokens by; see ``Selector.saliency_source``."""
+        """The score by which Stage I ranks visual tokens; see ``Selector.saliency_source``."""
         selector = selector_of(self.model.settings.selector)
         return selector.saliency_source(has_cls=self.info.has_cls)
 
@@ -49,7 +49,7 @@ class Preview:
         return min(size.width, USUAL_SIDE), min(size.height, USUAL_SIDE)
 
     def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
-        """What an image keeps at a ratio that has been accepted.
+        """Counts of visual tokens for an image's size in pixels, at an accepted ratio.
 
         Raises:
             ValueError: If the model does not accept an image of this size.
@@ -59,7 +59,7 @@ class Preview:
         return counts
 
     def image_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
-        """The image's part of an answer: what of it is seen, and how much is kept."""
+        """Fields of an answer about one image: its crop, its grid and its counts."""
         layout = self.info.layout(width, height)
         boundaries = self.model.settings.boundaries(self.model.num_layers)
         return {
@@ -85,9 +85,8 @@ class Preview:
     def plan_fields(self, width: int, height: int, ratio: float) -> dict[str, Any]:
         """The answer of ``/v1/pruning/plan``.
 
-        ``decoder_speed_up`` counts an image's tokens alone: what the decoder saves on them if
-        cost is proportional to tokens. ``kv_bytes`` are of its tokens, without what blocks
-        round up.
+        ``decoder_speed_up`` covers the image's tokens only, and assumes a cost proportional to
+        tokens. ``kv_bytes`` covers the image's tokens, without rounding up to blocks.
 
         Raises:
             ValueError: If the model does not accept an image of this size.
@@ -107,7 +106,7 @@ class Preview:
 
 
 def preview_of(engine_client: Any, model: PrunedModel) -> Preview:
-    """From the parts of a running server that know."""
+    """Build the preview of a running server."""
     info = engine_client.renderer.mm_processor.info
     return Preview(model, info, _kv_bytes(engine_client.vllm_config))
 

@@ -23,8 +23,8 @@ class RatioServing:
 
     Attributes:
         renderer_type: Class of the handler's renderer.
-        pruned_model: Settings, depth and names.
-        is_traced: Whether spans are exported.
+        pruned_model: The served model's settings, number of layers and names.
+        is_traced: Whether the server exports traces.
     """
 
     renderer_type: type[OnlineRenderer] = OnlineRenderer
@@ -36,12 +36,12 @@ class RatioServing:
 
     @classmethod
     def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
-        """``serving`` as an instance of its own subclass."""
+        """A copy of ``serving`` as an instance of this class."""
         handler: Self = adopt_copy(serving, cls)
         handler.pruned_model = pruned_model
         handler.is_traced = is_traced
         renderer = handler.online_renderer = adopt_copy(handler.online_renderer, cls.renderer_type)
-        # Only our processor keywords reach this renderer: those of clients are refused before.
+        # Only our processor keywords reach this renderer: clients' keywords are refused before.
         # vLLM's own renderer, which other handlers use, still refuses them.
         renderer.trust_request_mm_kwargs = True
         return handler
@@ -63,5 +63,6 @@ class RatioServing:
         return ratio
 
     def refusal(self, error: RequestError) -> ErrorResponse:
+        """The answer to a refused request; counts errors of the ratio."""
         RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
         return self.create_error_response(str(error), param=error.param)

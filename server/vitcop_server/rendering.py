@@ -8,20 +8,22 @@ from typing import Any
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from vitcop_server.fields import refuse_stray_placeholders
-from vitcop_server.usage import image_names
+from vitcop_server.usage import image_identifiers
 
 _rendered: ContextVar[list[str] | None] = ContextVar("vitcop_rendered", default=None)
-"""Identifiers of the images rendered for the current request. A context variable, because vLLM's
-renderer does not get the HTTP request."""
+"""Identifiers of the images rendered for the current request.
+
+A context variable, because vLLM's renderer does not get the HTTP request.
+"""
 
 
 @contextmanager
 def record_images() -> Iterator[list[str]]:
     """Identifiers of the images that vLLM renders inside the ``with`` block."""
-    names: list[str] = []
-    token = _rendered.set(names)
+    identifiers: list[str] = []
+    token = _rendered.set(identifiers)
     try:
-        yield names
+        yield identifiers
     finally:
         _rendered.reset(token)
 
@@ -29,11 +31,11 @@ def record_images() -> Iterator[list[str]]:
 class ImageRenderer(OnlineRenderer):
     """vLLM's renderer, which also records images and refuses placeholders without an image.
 
-    All handlers call the two methods below, per conversation, in the task that serves the request.
-    Thread pools are further down.
+    Handlers call the two methods below once per conversation, in the task that serves the request
+    and not in a thread pool. So the context variable is set.
 
     Attributes:
-        prompt_field: The body field that a handler renders, for errors.
+        prompt_field: The body field that the handler renders; errors name it.
     """
 
     prompt_field: str
@@ -49,9 +51,9 @@ class ImageRenderer(OnlineRenderer):
         return engine_inputs
 
     def _record(self, engine_inputs: Any) -> None:
-        names = _rendered.get()
-        if names is not None:  # otherwise no handler reads them
-            names += image_names(engine_inputs)
+        identifiers = _rendered.get()
+        if identifiers is not None:  # otherwise no handler reads them
+            identifiers += image_identifiers(engine_inputs)
         refuse_stray_placeholders(
             engine_inputs, self.model_config, self.prompt_field, self.renderer.tokenizer
         )

@@ -25,16 +25,16 @@ Side = Annotated[int, Query(ge=1, le=2**20, description="Pixels.")]
 
 
 @dataclass
-class Explained:
-    """An explanation being made.
+class PendingExplanation:
+    """State of one request to ``/v1/pruning/explain``.
 
     Attributes:
-        request: A name that no other request has.
-        names: Its images' identifiers, once they are known.
+        request_id: Unique id of the request.
+        identifiers: Identifiers of its images; their handler adds them after rendering.
     """
 
-    request: str
-    names: list[str] = field(default_factory=list)
+    request_id: str
+    identifiers: list[str] = field(default_factory=list)
 
 
 @router.head("/v1/pruning/config", include_in_schema=False)
@@ -83,20 +83,20 @@ async def plan(
     try:
         return preview.plan_fields(width, height, chosen)
     except ValueError as error:
-        sentence = f"the model takes no image of {width} x {height} pixels: {error}"
-        return JSONResponse(error_body(sentence, "BadRequestError", 400, "width"), 400)
+        message = f"the model does not accept an image of {width} x {height} pixels: {error}"
+        return JSONResponse(error_body(message, "BadRequestError", 400, "width"), 400)
 
 
 @router.post("/v1/pruning/image", dependencies=[Depends(validate_json_request)])
 async def image(request: ImageRequest, raw_request: Request) -> dict[str, Any]:
-    """Width and height of an image, and the frame of it that the model gets."""
+    """Width and height of an image in pixels, and the frame that the model sees."""
     return await image_fields(request.image_url, raw_request.app.state.vllm_config.model_config)
 
 
 @router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONResponse:
-    """A chat completion, and what became of the visual tokens of its images."""
+    """A chat completion, and the visual tokens of its images that each stage keeps."""
     state = raw_request.app.state
     if not state.pruning_server_settings.explain:
         return JSONResponse(
@@ -108,28 +108,28 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
             404,
         )
     if request.stream or (request.n or 1) > 1:
-        param = "stream" if request.stream else "n"
-        sentence = "an explanation is of one answer, not streamed: send stream false and n 1"
-        return JSONResponse(error_body(sentence, "BadRequestError", 400, param), 400)
-    explained = Explained(uuid.uuid4().hex)
-    setattr(raw_request.state, EXPLAIN_STATE_KEY, explained)
+        param, value = ("stream", "false") if request.stream else ("n", "1")
+        message = f"{param} must be {value}: an explanation is of one answer without a stream"
+        return JSONResponse(error_body(message, "BadRequestError", 400, param), 400)
+    pending = PendingExplanation(uuid.uuid4().hex)
+    setattr(raw_request.state, EXPLAIN_STATE_KEY, pending)
     answer = await state.openai_serving_chat.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), answer.error.code)
     records = merge_records(
-        await state.engine_client.collective_rpc("take_selections", args=(explained.names,))
-        if explained.names
+        await state.engine_client.collective_rpc("take_selections", args=(pending.identifiers,))
+        if pending.identifiers
         else ()
     )
     try:
         images = [
-            explain_image(state.pruning_preview, name, records.get(name, {}))
-            for name in explained.names
+            explain_image(state.pruning_preview, identifier, records.get(identifier, {}))
+            for identifier in pending.identifiers
         ]
     except LostSelectionsError:
-        sentence = (
-            f"more than {MOST_EXPLAINED} images are being explained at once, and this one's "
-            "explanation is lost: send fewer at a time"
+        message = (
+            f"the explanation is lost because more than {MOST_EXPLAINED} images were explained at "
+            "once: send fewer images at once"
         )
-        return JSONResponse(error_body(sentence, "ServiceUnavailableError", 503), 503)
+        return JSONResponse(error_body(message, "ServiceUnavailableError", 503), 503)
     return JSONResponse({"completion": answer.model_dump(), "images": images})

@@ -70,22 +70,22 @@ class _PrunedServing(RatioServing):
     async def _create_pruned(
         self, create: Callable[..., Awaitable[Any]], request: Any, raw_request: Request | None
     ) -> Any:
-        """vLLM's answer to ``request`` under its ratio, with usage that reports pruning."""
+        """vLLM's answer to ``request`` at its ratio, with the pruning fields in ``usage``."""
         start_ns = time.time_ns()
         try:
-            ratio = self._take_ratio(request, raw_request)
+            ratio = self._apply_ratio(request, raw_request)
         except RequestError as error:
             return self.refusal(error)
-        with record_images() as names:
+        with record_images() as identifiers:
             answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
             return answer
-        images = image_counts(names)
+        images = image_counts(identifiers)
         count_request(ratio, images)
         fields = self.pruned_model.usage_fields(images)
         if raw_request is not None:
-            if (explained := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
-                explained.names += names
+            if (pending := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
+                pending.identifiers += identifiers
             if self.is_traced:
                 trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
         if isinstance(answer, AsyncGenerator):
@@ -93,23 +93,23 @@ class _PrunedServing(RatioServing):
         extend_usage(answer.usage, fields)
         return answer
 
-    def _take_ratio(self, request: Any, raw_request: Request | None) -> float:
+    def _apply_ratio(self, request: Any, raw_request: Request | None) -> float:
         """Validate the ratio and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
         ratio = self.accept_ratio(request, raw_request)
         self._refuse_fields(request, server_settings_of(getattr(raw_request, "app", None)))
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
-        explained = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
-        if explained is not None:
+        pending = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
+        if pending is not None:
             refuse_images_without_data(request.messages)
-            request.mm_processor_kwargs[EXPLAIN_KEY] = explained.request
+            request.mm_processor_kwargs[EXPLAIN_KEY] = pending.request_id
         return ratio
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         refuse_unsafe_fields(request, settings)
 
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
-        """An event of a stream with ``fields`` in its usage, if it has one."""
+        """An event of a stream; if it has a usage, with ``fields`` in it."""
         return extend_event(event, fields)
 
     async def _extend_stream(

@@ -1,4 +1,4 @@
-"""What an answer's ``usage`` says about pruning, read from the processed prompt."""
+"""The pruning fields of ``usage``, read from the processed prompt."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +9,12 @@ from vitcop_vllm.pruning.identity import counts_of_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
-_USAGE_MARK = '"usage":{'
+_USAGE_TEXT = '"usage":{'
 
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """The served model as far as answers need it: settings, decoder depth, names."""
+    """The data of the served model that answers need: settings, decoder layers, names."""
 
     settings: PruningSettings
     num_layers: int
@@ -22,10 +22,10 @@ class PrunedModel:
 
     @classmethod
     def from_config(cls, model_config: Any, names: Sequence[str] = ()) -> Self:
-        """Read a vLLM ``ModelConfig`` that our config hook has passed over.
+        """Read a vLLM ``ModelConfig`` to which our config hook has added settings.
 
         Raises:
-            ValueError: If the hook has not: the architecture is not one of ours.
+            ValueError: If there are no settings: the architecture is not supported.
         """
         hf_config = model_config.hf_config
         pruning = getattr(hf_config, CONFIG_KEY, None)
@@ -33,11 +33,11 @@ class PrunedModel:
             raise ValueError(
                 f"{', '.join(hf_config.architectures or ['this model'])} was not set up for "
                 "pruning: serve a supported architecture with a supported version of vLLM (the "
-                "log says if it is not), or take vitcop out of VLLM_PLUGINS to serve unpruned"
+                "log says if it is not), or remove vitcop from VLLM_PLUGINS to serve unpruned"
             )
         num_layers = model_config.hf_text_config.num_hidden_layers
         model = cls(PruningSettings.model_validate(pruning), num_layers, tuple(names))
-        model.settings.boundaries(num_layers)  # Raises now rather than in the first answer.
+        model.settings.boundaries(num_layers)  # Raise here, not in the first answer.
         return model
 
     def usage_fields(self, images: Sequence[VisualTokenCounts]) -> dict[str, Any]:
@@ -56,8 +56,8 @@ class PrunedModel:
         }
 
 
-def image_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Identifiers of every image in vLLM's processed prompts."""
+def image_identifiers(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Identifiers of all images in vLLM's processed prompts."""
     return [
         identifier
         for engine_input in engine_inputs
@@ -65,30 +65,30 @@ def image_names(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def image_counts(names: Iterable[str]) -> list[VisualTokenCounts]:
+def image_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
     """Counts of the images with these identifiers.
 
     Raises:
         RuntimeError: If an identifier has no counts, because another processor made it.
     """
-    return list(map(counts_of_identifier, names))
+    return list(map(counts_of_identifier, identifiers))
 
 
 def extend_usage(usage: object | None, fields: Mapping[str, Any]) -> None:
-    """Add ``fields`` to the usage object of an answer of vLLM, if it has one."""
+    """Add ``fields`` to the usage of one of vLLM's answers; do nothing if it is ``None``."""
     if usage is not None:
         for name, value in fields.items():
             setattr(usage, name, value)
 
 
 def extend_event(event: str, fields: Mapping[str, Any]) -> str:
-    """A server-sent event of vLLM, with ``fields`` added to its ``usage`` if it has one."""
+    """One of vLLM's server-sent events; if it has a ``usage``, with ``fields`` added."""
     # Most events of a stream carry one token and no usage: do not parse those.
-    if not event.startswith("data: ") or _USAGE_MARK not in event:
+    if not event.startswith("data: ") or _USAGE_TEXT not in event:
         return event
     chunk = json.loads(event.removeprefix("data: "))
     usage = chunk.get("usage")
-    if not isinstance(usage, dict):  # The mark stood in generated text.
+    if not isinstance(usage, dict):  # The generated text contains it.
         return event
     usage.update(fields)
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -20,7 +20,7 @@ class Answer:
     """Of vLLM's chat handler, as far as an explanation looks into it."""
 
     async def create_chat_completion(self, request: Any, raw_request: Any) -> Any:
-        getattr(raw_request.state, EXPLAIN_STATE_KEY).names.append(NAME)
+        getattr(raw_request.state, EXPLAIN_STATE_KEY).identifiers.append(NAME)
         return self
 
     def model_dump(self) -> dict[str, Any]:

@@ -190,7 +190,9 @@ def test_a_video_is_refused_before_anything_is_fetched(client: TestClient, stock
     assert stock.processor_kwargs == []
 
 
-def test_a_stray_mark_is_named_by_the_model_s_tokenizer(client: TestClient, route: str) -> None:
+def test_a_stray_placeholder_is_named_by_the_models_tokenizer(
+    client: TestClient, route: str
+) -> None:
     handler = client.app.state.openai_serving_chat  # type: ignore[attr-defined]
     if route == "/v1/completions":
         handler = client.app.state.openai_serving_completion  # type: ignore[attr-defined]
@@ -199,7 +201,7 @@ def test_a_stray_mark_is_named_by_the_model_s_tokenizer(client: TestClient, rout
     assert answer.status_code == 400
     field = "prompt" if route == "/v1/completions" else "messages"
     assert answer.json()["error"]["param"] == field
-    assert f"{field} holds <mark[3]>" in answer.json()["error"]["message"]
+    assert f"{field} contains <mark[3]>" in answer.json()["error"]["message"]
 
 
 def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vitcop_server.usage import PrunedModel, extend_event, image_counts, image_names
+from vitcop_server.usage import PrunedModel, extend_event, image_counts, image_identifiers
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -25,13 +25,13 @@ def engine_input(*counts: VisualTokenCounts) -> dict[str, Any]:
 
 def test_counts_come_from_the_tags() -> None:
     inputs = [engine_input(PRUNED, VisualTokenCounts.unpruned(9)), engine_input(PRUNED)]
-    found = image_names(inputs)
+    found = image_identifiers(inputs)
     assert found == [*names(PRUNED, VisualTokenCounts.unpruned(9)), *names(PRUNED)]
     assert image_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
 
 
 def test_text_has_no_images() -> None:
-    assert image_names([{"type": "token", "prompt_token_ids": [1]}]) == []
+    assert image_identifiers([{"type": "token", "prompt_token_ids": [1]}]) == []
 
 
 def test_untagged_image_is_our_fault() -> None:

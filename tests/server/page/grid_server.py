@@ -53,7 +53,7 @@ class Model:
         url = next(part["image_url"]["url"] for part in message["content"] if "image_url" in part)
         counts, size = await self.counts(url, raw_request)
         name = explained_identifier("request", 0, size, tag_identifier("abc", counts))
-        getattr(raw_request.state, EXPLAIN_STATE_KEY).names.append(name)
+        getattr(raw_request.state, EXPLAIN_STATE_KEY).identifiers.append(name)
         self.records[name] = choose(counts)
         return Answer()
 
