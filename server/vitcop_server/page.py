@@ -1,9 +1,10 @@
-"""The page at ``/ui``: asks about an image twice and shows which visual tokens were kept.
+"""The page at ``/ui``: asks a question twice, and shows which visual tokens were kept.
 
-One file of HTML, CSS and JavaScript, and a few sample images; all are read once, when a server
-attaches the page, and answered from memory. The samples are scenes of the demo model's world, made
-by ``make_scene(default_rng([77, seed]), kind="sign")`` with seeds 48, 20, 42 and 52, the third
-widened so that the processor crops it, the first two with fewer colours to be small.
+The page is one file of HTML, CSS and JavaScript, with a few sample images. The server reads all
+files once, when it attaches the page, and answers from memory. The samples are scenes for the demo
+model, made by ``make_scene(default_rng([77, seed]), kind="sign")`` with seeds 48, 20, 42 and 52.
+The third is widened, so that the processor crops it. The first two have fewer colours, which makes
+them small.
 """
 
 import base64
@@ -22,7 +23,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _inline_sources(html: str, tag: str) -> str:
-    """CSP sources for each inline ``tag``: its hash, so that nothing else of the kind runs."""
+    """CSP sources of all inline ``tag`` elements: their hashes. The browser runs no others."""
     digests = [
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         for text in re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", html, re.DOTALL)
@@ -31,10 +32,9 @@ def _inline_sources(html: str, tag: str) -> str:
 
 
 def content_security_policy(html: str) -> str:
-    """A policy under which the page runs its own script, speaks to its server, and no more.
+    """A policy that allows the page its own script and requests to its own server only.
 
-    Trusted types are on and none is defined: the script could not turn text into markup if it
-    tried.
+    Trusted types are required and none is defined, so the script cannot turn text into markup.
     """
     return "; ".join(
         [
@@ -53,11 +53,11 @@ def content_security_policy(html: str) -> str:
 
 
 def _route(path: str, body: bytes, media_type: str, policy: str) -> Route:
-    """Answers ``path`` with ``body``, or with 304 to a client that has it already."""
+    """A route that answers with ``body``, or with 304 if the client has it cached."""
     etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
     headers = {
         "ETag": etag,
-        "Cache-Control": "no-cache",  # Kept, but asked for again: an update shows at once.
+        "Cache-Control": "no-cache",  # Cached, but revalidated: an update shows at once.
         "Content-Security-Policy": policy,
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
@@ -65,7 +65,9 @@ def _route(path: str, body: bytes, media_type: str, policy: str) -> Route:
 
     async def answer(request: Request) -> Response:
         if not request.app.state.pruning_server_settings.page:
-            return JSONResponse(error_body("server.page is off", "NotFoundError", 404), 404)
+            return JSONResponse(
+                error_body("the page is off: set server.page to true", "NotFoundError", 404), 404
+            )
         known = re.findall(r'"[^"]*"', request.headers.get("if-none-match", ""))
         if etag in known:
             return Response(status_code=304, headers=headers)
@@ -83,5 +85,5 @@ def _routes() -> Iterator[Route]:
 
 
 def attach_page(app: FastAPI) -> None:
-    """Serve the page at ``/ui`` and its sample images below, unless ``server.page`` is off."""
+    """Serve the page at ``/ui`` and its sample images under it, unless ``server.page`` is off."""
     app.router.routes.extend(_routes())

@@ -33,8 +33,8 @@ def accepted_ratio(
         return settings.default_ratio if default is None else default
     if from_body is not None and from_body != from_header:
         raise RequestError(
-            f"header {RATIO_HEADER} asks for {ratio_text(from_header)} but the body's "
-            f"{RATIO_KEY} asks for {ratio_text(from_body)}: send one of them, or the same "
+            f"header {RATIO_HEADER} is {ratio_text(from_header)} but the body's {RATIO_KEY} is "
+            f"{ratio_text(from_body)}: send one of them, or the same "
             "ratio in both",
             param=RATIO_KEY,
         )
@@ -53,7 +53,7 @@ def _header_ratio(settings: PruningSettings, values: Sequence[str]) -> float:
             f"{settings.max_pruning_ratio:g}; it was sent {len(values)} times",
             param=RATIO_HEADER,
         )
-    # Proxies join repeated headers with commas; no decimal has one, so that fails here too.
+    # Proxies join repeated headers with commas. A comma is never part of a ratio, so this fails.
     return _parse(settings, values[0], RATIO_HEADER)
 
 

@@ -1,4 +1,4 @@
-"""Ready is not alive: whether to send requests here, and no new ones once it is to stop."""
+"""``/ready``, and status 503 for requests that arrive after shutdown has begun."""
 
 import logging
 from typing import Any
@@ -17,26 +17,26 @@ router = APIRouter()
 
 
 def note_shutdown(engine_client: Any, state: Any) -> None:
-    """Have ``state`` tell from the first moment of vLLM's shutdown that it has begun.
+    """Record in ``state`` when vLLM's shutdown begins.
 
-    With ``--shutdown-timeout`` vLLM lets requests finish, but goes on taking new ones and
-    answers them with status 500.
+    With ``--shutdown-timeout``, vLLM lets running requests finish. It still accepts new requests,
+    and answers them with status 500.
     """
     setattr(state, _STATE_KEY, False)
     stock_shutdown = engine_client.shutdown
 
     def shutdown(timeout: float | None = None) -> None:
         setattr(state, _STATE_KEY, True)
-        logging.getLogger(async_llm.__name__).addFilter(_is_news)
+        logging.getLogger(async_llm.__name__).addFilter(_is_unexpected)
         stock_shutdown(timeout=timeout)
 
     engine_client.shutdown = shutdown
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record says more than that the engine has stopped as ordered.
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """False for the error that vLLM logs when the engine stops during shutdown.
 
-    vLLM ends the engine before the task that reads from it, which then logs an error.
+    vLLM ends the engine before the task that reads from it, and that task logs the error.
     """
     return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
 
@@ -44,7 +44,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(raw_request: Request) -> JSONResponse:
-    """200 while requests are welcome; 503 while it stops, or when the engine is dead."""
+    """200 while the server accepts requests; 503 if it is shutting down or its engine is dead."""
     state = raw_request.app.state
     if getattr(state, _STATE_KEY, False):
         return _unavailable("the server is shutting down")
@@ -56,7 +56,7 @@ async def ready(raw_request: Request) -> JSONResponse:
 
 
 class RefuseWhenStopping:
-    """Answers 503 to requests that come once the server is to stop; others go on."""
+    """Answers 503 to requests that arrive after shutdown has begun; others finish."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

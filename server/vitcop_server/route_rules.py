@@ -1,4 +1,4 @@
-"""One table of routes: where a pruning ratio may stand, and whose protocol the route speaks."""
+"""The table of routes: where each one accepts a pruning ratio, and its protocol."""
 
 import re
 from dataclasses import dataclass, replace
@@ -17,17 +17,18 @@ _ANYWHERE = frozenset({RATIO_HEADER, RATIO_KEY, MODEL_KEY})
 
 @dataclass(frozen=True)
 class RouteRules:
-    """What one POST route does with a pruning ratio; the defaults are those of unknown routes.
+    """How one POST route handles a pruning ratio. The defaults are for unknown routes.
 
     Attributes:
-        ratio_places: Where a ratio may stand: header, body field, or the model's name. A ratio in
-            any other place is refused, because vLLM would ignore it.
+        ratio_places: Where the route accepts a ratio: header, body field, or the model's name. A
+            ratio in any other place is refused, because vLLM would ignore it.
         is_body_read: Whether our middleware reads the body before vLLM does. The handlers of chats
             and completions check their requests themselves: their bodies hold large images, and
             parsing those twice would be slow.
         is_model_dropped: Whether vLLM drops the body's ``model`` before a handler sees it.
-        is_inference: False for routes that clients with default headers call beside inference.
-        is_anthropic: Whether errors have Anthropic's shape around OpenAI's.
+        is_inference: False for routes where a ratio has no meaning. They ignore it, because clients
+            send their default headers to every route.
+        is_anthropic: Whether errors have Anthropic's format, with OpenAI's fields inside.
     """
 
     ratio_places: frozenset[str] = frozenset()
@@ -50,9 +51,9 @@ CHAT_RULES = RouteRules(_ANYWHERE, is_body_read=False)
 
 _UNKNOWN = RouteRules()
 _UNKNOWN_ANTHROPIC = RouteRules(is_anthropic=True)
-# Anthropic's protocol has no room for fields of ours.
+# Anthropic's protocol allows no additional body fields.
 _MESSAGES = replace(_UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, MODEL_KEY}))
-# Text or tokens only, and nothing to prune: a model under any of its names is the same.
+# Text or tokens only: there is nothing to prune, so an alias means the model itself.
 _TEXT = RouteRules(frozenset({MODEL_KEY}))
 _NOT_INFERENCE = RouteRules(is_inference=False)
 
@@ -62,7 +63,7 @@ ROUTES = {
     "/v1/completions": CHAT_RULES,
     EXPLAIN_ROUTE: CHAT_RULES,
     "/v1/responses": RouteRules(_ANYWHERE),
-    # SageMaker's layer puts the name of an adapter, which is in a header, in the model's place.
+    # vLLM's SageMaker layer replaces the model by the adapter that a header names.
     "/invocations": RouteRules(_ANYWHERE, is_model_dropped=True),
     "/tokenize": RouteRules(_ANYWHERE),
     "/v1/messages": _MESSAGES,
@@ -82,7 +83,7 @@ _CANCEL = re.compile(r"/v1/responses/[^/]+/cancel")
 
 
 def rules_of(scope: Scope) -> RouteRules:
-    """The rules of the route that an HTTP request asks for."""
+    """The rules for the route of an HTTP request."""
     path = route_path(scope)
     if path in ROUTES:
         return ROUTES[path]

@@ -21,7 +21,7 @@ class ServerSettings(Frozen):
             model but send no headers. Such a name works with any ratio, listed or not.
         page: Whether ``/ui`` is served.
         explain: Whether ``POST /v1/pruning/explain`` is served, which returns the visual tokens
-            that survive. Such a request misses all caches and costs a call to the workers.
+            that each stage keeps. Such a request misses all caches and costs a call to the workers.
         image_ids: Whether clients may set an image's ``uuid``. It is a key of caches that all
             clients share: a client that knows it gets answers about that image.
         max_body_bytes: Maximum size of a request body.
@@ -52,7 +52,7 @@ def server_settings(args: Namespace) -> ServerSettings:
     """Settings in the additional config of vLLM's command line.
 
     Raises:
-        ValueError: With a sentence that names each wrong one.
+        ValueError: If a setting is wrong; the message names each wrong setting.
     """
     additional: Any = args.additional_config or {}
     try:

@@ -1,4 +1,4 @@
-"""vLLM's ``/tokenize``, which counts what a pruned prompt has."""
+"""vLLM's ``/tokenize``, which counts the tokens of the pruned prompt."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vitcop_vllm.pruning.settings import RATIO_KEY
 
 
 class PrunedTokenization(RatioServing, ServingTokenization):
-    """Handler of ``/tokenize`` and ``/detokenize``: a chat has as many tokens as it would cost."""
+    """Handler of ``/tokenize`` and ``/detokenize``; counts equal ``prompt_tokens`` of a chat."""
 
     async def create_tokenize(self, request: TokenizeRequest, raw_request: Request) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The ratio in traces: a span of ours beside vLLM's ``llm_request``."""
+"""Traces: a span with the ratio, beside vLLM's span ``llm_request``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,14 +9,14 @@ from vllm.tracing import SpanAttributes, extract_trace_context, instrument_manua
 def trace_pruning(
     raw_request: Any, request_id: str | None, start_ns: int, ratio: float, usage: Mapping[str, Any]
 ) -> None:
-    """Export a span from ``start_ns`` (since the epoch) till now, in the client's trace if any.
+    """Export a span from ``start_ns`` until now, in the client's trace if it sent one.
 
     Args:
-        raw_request: Its headers may carry the trace.
-        request_id: As in vLLM's span.
-        start_ns: When the request was taken.
-        ratio: The accepted one.
-        usage: Fields of ``usage`` that tell what was done.
+        raw_request: The HTTP request; its headers may carry the client's trace.
+        request_id: vLLM's id of the request, as in its span.
+        start_ns: Start of the request, in nanoseconds since the epoch.
+        ratio: The accepted ratio.
+        usage: The pruning fields of ``usage``.
     """
     attributes: dict[str, Any] = {"vitcop.pruning_ratio": ratio}
     if request_id is not None:
