@@ -66,9 +66,9 @@ def test_cells_drawn_are_the_tokens_that_usage_counts(page):
         expect(page.locator("#caption")).to_contain_text(f"{stage}, layer")
         expect(page.locator("#stops .chosen")).to_have_text(f"{count}{stage}")
         assert len(drawn(page, ".kept")) == count
-        clusters, seats = drawn(page, ".cluster"), drawn(page, ".kept.seat")
-        assert len(clusters) == len(seats)
-        every = drawn(page, ".kept:not(.seat), .member, .dropped")
+        clusters, anchors = drawn(page, ".cluster"), drawn(page, ".kept.anchor")
+        assert len(clusters) == len(anchors)
+        every = drawn(page, ".kept:not(.anchor), .member, .dropped")
         assert len(every) == encoder  # each part of the image is one of these
         told = numbers(page.locator("#caption").inner_text().split(":", 1)[1])
         if clusters:
@@ -143,17 +143,17 @@ def test_the_plan_follows_the_ratio(page):
 
 def test_answers_keep_the_question_and_ratio_they_were_made_with(page):
     ask(page)
-    expect(page.locator("#asked")).to_have_text("Answers to “What does the sign say?”")
+    expect(page.locator("#answers-title")).to_have_text("Answers to “What does the sign say?”")
     told = facts(page, 1)
     assert drawn(page, ".heat")
     page.get_by_role("button", name="0.778").click()
     page.get_by_role("textbox", name="Question").fill("Where is the purple moon?")
     # What stands at the new ratio is its plan, and says so.
     expect(page.locator("#plan h2")).to_contain_text("at ratio 0.778")
-    expect(page.locator("#caption")).to_contain_text("Ask, to see")
+    expect(page.locator("#caption")).to_contain_text("Ask a question to see")
     assert not drawn(page, "g path")
     expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
-    expect(page.locator("#asked")).to_have_text("Answers to “What does the sign say?”")
+    expect(page.locator("#answers-title")).to_have_text("Answers to “What does the sign say?”")
     assert (answers(page), facts(page, 1)) == (["PLUM", "PLUM"], told)
     page.get_by_role("button", name="0.889").click()
     expect(page.locator("#cells .heat").first).to_be_visible()
@@ -190,7 +190,7 @@ def test_another_image_has_nothing_of_the_last(page):
     expect(page.locator("#canvas")).not_to_have_class("heat")
     assert answers(page) == ["", ""]
     expect(page.locator("#summary")).to_be_empty()
-    expect(page.locator("#asked")).to_have_text("Answers")
+    expect(page.locator("#answers-title")).to_have_text("Answers")
 
 
 def test_a_plan_that_cannot_be_had_leaves_no_other_in_its_place(page):

@@ -75,7 +75,7 @@ def test_parts_lie_on_a_grid_of_any_shape(
             members = sorted(part for group in stage["merged"] for part in group)
             assert parts(page, ".member", rows, columns) == members
             assert len(drawn(page, ".cluster")) == len(stage["merged"])
-            every = parts(page, ".kept:not(.seat), .member, .dropped", rows, columns)
+            every = parts(page, ".kept:not(.anchor), .member, .dropped", rows, columns)
             assert every == list(range(rows * columns))
 
 
@@ -99,10 +99,10 @@ def test_the_caption_tells_grid_and_saliency(browser: Browser, grid_url: str) ->
         caption = page.locator("#caption")
         expect(caption).to_contain_text("240 tokens, each for one part of the image")
         expect(caption).to_contain_text("in 5 rows and 48 columns")
-        expect(caption).to_contain_text("how much attention each gets from the whole image")
+        expect(caption).to_contain_text("how much attention each token gets from the whole image")
         expect(caption).not_to_contain_text("CLS")
     with serving(grid_app(has_cls=True)) as url, asked(browser, url, (1344, 140)) as (page, _):
-        expect(page.locator("#caption")).to_contain_text("attention the encoder's [CLS] pays")
+        expect(page.locator("#caption")).to_contain_text("attention the encoder's [CLS] token pays")
 
 
 def test_16384_tokens_are_drawn_with_few_elements(browser: Browser, grid_url: str) -> None:
