@@ -21,7 +21,7 @@ class Ours(Built):
         return 10 * super().answer()
 
 
-def test_all_who_hold_an_adopted_object_see_the_subclass():
+def test_every_reference_to_an_adopted_object_sees_the_subclass():
     holder = [Built(2)]
     assert adopt(holder[0], Ours) is holder[0]
     assert holder[0].answer() == 20

@@ -114,7 +114,7 @@ def test_images_of_any_size(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_each_scenario_by_itself(scenario, capsys):
+def test_each_scenario_runs_alone(scenario, capsys):
     argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "4"]
     assert bench.main([*argv, "--scenarios", scenario]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -124,7 +124,7 @@ def test_each_scenario_by_itself(scenario, capsys):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_too_little_memory_is_told_before_anything_is_measured(capsys):
+def test_too_little_memory_is_an_error_before_the_first_run(capsys):
     argv = ["--shape", "demo", "--load-format", "dummy", "--running", "43"]
     assert bench.main([*argv, "--scenarios", "decode"]) == 2
     out, err = capsys.readouterr()
@@ -133,7 +133,7 @@ def test_too_little_memory_is_told_before_anything_is_measured(capsys):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_what_was_measured_before_an_engine_died_is_told(capsys, monkeypatch, tmp_path):
+def test_results_before_an_engine_died_are_reported(capsys, monkeypatch, tmp_path):
     def die(self, **command):
         raise EngineDiedError("engine stock is gone")
 

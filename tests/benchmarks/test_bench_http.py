@@ -34,7 +34,7 @@ def config_of(name: str):
         return yaml.safe_load(file)
 
 
-def test_stock_gets_the_same_options_but_ours(started):
+def test_stock_gets_the_same_options_without_ours(started):
     config = config_of("demo-cpu")
     with both_servers(config) as (stock, ours):
         pass
@@ -46,7 +46,7 @@ def test_stock_gets_the_same_options_but_ours(started):
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", "demo-gpu", "llava-1.5-7b", "llava-1.5-13b"])
-def test_two_servers_share_what_one_would_take(name, started):
+def test_two_servers_share_the_memory_of_one(name, started):
     config = config_of(name)
     with both_servers(config):
         pass
@@ -99,7 +99,7 @@ def test_a_running_server(demo_url, capsys):
 
 
 @pytest.mark.slow
-def test_requests_that_fail_are_told(demo_url, capsys):
+def test_failed_requests_are_reported(demo_url, capsys):
     options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
     assert bench_http.main(["--url", demo_url, *options]) == 1
     assert "8 of 8 requests failed" in capsys.readouterr().err

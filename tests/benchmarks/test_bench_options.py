@@ -87,7 +87,7 @@ def test_a_shape_that_takes_images_of_any_size():
     assert settled().batches == (1, 4, 16)
 
 
-def test_a_gpu_is_shared_and_left_its_defaults():
+def test_engines_share_a_gpu_and_keep_its_defaults():
     two = options(device="gpu")
     assert not two.keys() & {"block_size", "kv_cache_memory_bytes"}
     assert two["enforce_eager"] is False

@@ -30,7 +30,7 @@ def figures(**document):
     return {name: goal["figure"] for name, goal in goals_met(document).items()}
 
 
-def test_what_was_not_run_has_no_goal():
+def test_scenarios_that_did_not_run_have_no_goals():
     assert figures() == {}
     assert figures(images=PREFILL) == {}
     assert figures(load=LOAD).keys() == {"mixed_throughput", "mixed_ttft_p99"}

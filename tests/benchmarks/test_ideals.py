@@ -57,7 +57,7 @@ def test_peers_have_as_many_tokens_in_every_layer():
     assert peer.average == pytest.approx(ours.average, rel=0.03)
 
 
-def test_the_encoder_costs_the_same_whatever_survives():
+def test_the_ideal_of_the_encoder_does_not_depend_on_the_ratio():
     assert ideal_prefill(10.0, 2.0, 0.25) == 4.0
     assert ideal_prefill(10.0, 2.0, 1.0) == 10.0
     # Timed in another run it may have taken longer than all of this one.

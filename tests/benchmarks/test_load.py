@@ -69,7 +69,7 @@ def test_clients(runs):
     assert all(ratios is None for server, _, _, ratios, _ in runs if server is STOCK)
 
 
-def test_arrivals_are_relative_to_what_stock_serves(runs):
+def test_arrivals_are_relative_to_stock_throughput(runs):
     rows = load.measure_load(
         OURS, STOCK, rounds=2, answer_tokens=4, clients=(4, 16), rates=load.RATES, ratios=["8/9"]
     )
@@ -88,7 +88,7 @@ def test_arrivals_are_relative_to_what_stock_serves(runs):
     assert {traffic.clients for _, traffic, *_ in runs if traffic.rate < 1e9} == {None}
 
 
-def test_a_server_alone_has_nothing_to_compare_with(runs):
+def test_one_server_alone_gives_no_comparison(runs):
     [row] = load.measure_load(OURS, None, rounds=1, answer_tokens=4, clients=(2,), ratios=["8/9"])
     assert row["ours_requests_per_second"] > 0
     assert not {"throughput", "ideal", "stock_requests_per_second"} & row.keys()

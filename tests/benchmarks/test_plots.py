@@ -56,7 +56,7 @@ def test_refused_and_unknown_ratios_are_left_out(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_nothing_to_plot(tmp_path):
+def test_a_run_without_plottable_results_is_refused(tmp_path):
     nothing = Document(conditions={}, results=[Cell(selector="s", ratio="1/2", refusal="no")])
     with pytest.raises(ReportError, match="nothing to plot"):
         plot(nothing, tmp_path / "x.png")

@@ -11,7 +11,7 @@ from benchmarks.qwen_checkpoint import IMAGE_MARKER, SMALL, TINY, save_random_qw
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_is_its_shape_and_its_seed(tmp_path, dtype):
+def test_a_checkpoint_depends_on_shape_and_seed_only(tmp_path, dtype):
     folders = [tmp_path / name for name in ("one", "again", "other")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         save_random_qwen(folder, TINY, seed=seed, dtype=dtype)
@@ -57,7 +57,7 @@ def test_images_that_a_bench_sends():
 
 
 @pytest.mark.parametrize("tokens", [4.0, 28.4, 85.3, 256.0, 511.9, 768.1])
-def test_max_pixels_leave_about_as_many_tokens_as_are_asked_for(tokens):
+def test_max_pixels_gives_about_the_wanted_number_of_tokens(tokens):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     pixels = SMALL.max_pixels(tokens)

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.results import DOCS, render
 
 
-def test_the_page_is_what_the_program_writes():
+def test_the_results_page_is_up_to_date():
     assert (DOCS / "results.md").read_text() == render(), "run python -m benchmarks.results"
 
 
@@ -52,7 +52,7 @@ def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "error"), [("{{ run x }}", KeyError), ("{{ no x }}", OSError)])
-def test_what_was_not_measured_is_not_shown(text, error, tmp_path):
+def test_unmeasured_scenarios_are_not_shown(text, error, tmp_path):
     (tmp_path / "run.json").write_text('{"conditions": {}}')
     (tmp_path / "template.txt").write_text(text)
     with pytest.raises(error):

@@ -36,7 +36,7 @@ def test_everyone_goes_first_in_turn():
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
 
 
-def test_all_engines_are_asked_the_same_about_images_nobody_has_seen():
+def test_all_engines_get_equal_questions_about_new_images():
     rounds, engines = make_rounds()
     seen = []
     for _ in range(2):
@@ -47,7 +47,7 @@ def test_all_engines_are_asked_the_same_about_images_nobody_has_seen():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_run_that_is_timed_is_not_watched_where_watching_slows_it(apart):
+def test_timed_runs_are_not_watched_on_a_gpu(apart):
     rounds, engines = make_rounds(watch_apart=apart)
     timed, watched = rounds.serve_watched(lambda: rounds.asks(1, 0.5, 1))
     for engine in engines.values():
@@ -59,7 +59,7 @@ def test_a_run_that_is_timed_is_not_watched_where_watching_slows_it(apart):
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_watching_is_nobodys_turn(apart):
+def test_watched_runs_do_not_count_as_turns(apart):
     rounds, engines = make_rounds(watch_apart=apart)
     first = []
     for name, engine in engines.items():

@@ -28,7 +28,7 @@ def config(checkpoint: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_most_selectors_need_only_their_name(config):
+def test_selectors_without_options_need_only_their_name(config):
     arguments = server_arguments("vitcop", config)
     assert arguments == ["--config", str(config), "--pruning", '{"selector": "vitcop"}']
 

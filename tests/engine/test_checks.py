@@ -35,7 +35,7 @@ def start_up(checkpoint) -> StartUp:
 
 
 @pytest.mark.parametrize("check", ROWS, ids=lambda check: check.reason[:40])
-def test_a_row_says_what_cannot_work_and_what_to_change(check: Check, start_up: StartUp):
+def test_a_check_names_the_reason_and_the_remedy(check: Check, start_up: StartUp):
     assert check.reason
     assert check.remedy
     sentence = check.sentence(start_up)  # fails where StartUp lacks what the sentence names

@@ -109,7 +109,7 @@ def test_answers_of_a_mixed_batch_equal_the_dense_oracle(llm_with, checkpoint, s
 
 
 @pytest.mark.parametrize("selector", OTHERS)
-def test_a_request_gets_alone_what_it_gets_in_company(llm_with, selector):
+def test_a_request_alone_gets_the_answer_of_the_batch(llm_with, selector):
     llm = llm_with(selector)
     alone = [generate(llm, [ask])[0].tokens for ask in ASKS]
     # Whatever the encoder has kept would hide another choice.
@@ -241,7 +241,7 @@ def test_the_choice_depends_on_the_question(llm_with, checkpoint, selector):
     assert any(abs(got[token] - float(wrong[token])) > 1e-2 for token in got)
 
 
-def test_two_ranks_choose_what_one_rank_chooses(llm_with, checkpoint):
+def test_two_ranks_select_the_tokens_of_one_rank(llm_with, checkpoint):
     asks = ASKS[:3]
     two = generate_in_process(
         checkpoint,

@@ -145,7 +145,7 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"hf_overrides": {"vision_feature_layer": [-2, -3]}}, "vision_feature_layer"),
     ],
 )
-def test_what_cannot_be_done_right_is_refused(checkpoint, options, sentence):
+def test_unsupported_options_are_refused_at_start_up(checkpoint, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         config_of(checkpoint, **options)
 
@@ -206,7 +206,7 @@ def v2(monkeypatch):
         monkeypatch.setattr(f"{module}.HAS_TRITON", True)
 
 
-def test_model_runner_v2_is_for_those_who_ask(checkpoint, v2, monkeypatch):
+def test_model_runner_v2_is_used_on_request_only(checkpoint, v2, monkeypatch):
     assert config_of(checkpoint).use_v2_model_runner
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER")
     assert not config_of(checkpoint).use_v2_model_runner

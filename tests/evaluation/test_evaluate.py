@@ -196,7 +196,7 @@ def test_against_the_server(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_an_earlier_one(evaluate, tmp_path):
+def test_a_run_continues_the_file_of_an_earlier_run(evaluate, tmp_path):
     out = ("--label", "vitcop", "--out", str(tmp_path / "out.json"))
     assert evaluate("--ratios", "0", *out).status == 0
     run = evaluate("--ratios", "0", "8/9", *out)

@@ -76,7 +76,7 @@ def test_every_fault_is_reported(folder):
     assert places == {f"{folder / METADATA}:{number}" for number in (1, 3)}
 
 
-def test_nothing_to_read(tmp_path):
+def test_a_missing_results_file_is_an_error(tmp_path):
     with pytest.raises(ExamError, match="No such file"):
         read_exam(tmp_path)
     (tmp_path / METADATA).touch()

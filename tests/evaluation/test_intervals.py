@@ -60,7 +60,7 @@ def test_pairing_narrows():
     assert widths[0] < 0.6 * widths[1]
 
 
-def test_paired_difference_of_equals_is_not_nothing():
+def test_equal_answers_have_an_interval_around_zero():
     # None of 100 changed: of all, up to 4 % may (Wilson's limit of 0 in 100).
     low, high = paired_difference(*scores(100, 0, 0, 0))
     assert high == pytest.approx(wilson(0, 100)[1])

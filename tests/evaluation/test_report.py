@@ -64,7 +64,7 @@ def test_cell_of_answers():
     assert made.stages == [80, 40]
 
 
-def test_cell_of_a_server_that_reports_nothing():
+def test_a_server_without_usage_fields_has_a_cell():
     made = Cell.of("m", Ratio.parse("none"), [example("a")], [[reply(True, ratio=None)]])
     assert (made.effective_ratio, made.visual_tokens, made.stages) == (None, None, None)
     assert printed(Document(results=[made]))[-1].split() == ["in", "each", "stage", "-"]

@@ -212,7 +212,7 @@ def test_vllm_s_prefix_cache_counters_match_the_answers(llm):
     ]
 
 
-def test_a_request_for_prompt_log_probabilities_reuses_nothing(llm):
+def test_a_request_for_prompt_log_probabilities_has_no_cache_hit(llm):
     spec = RequestSpec("What is it?", (1,), 8 / 9)
     generate(llm, [spec])
     (answer,) = generate(llm, [replace(spec, sampling={"prompt_logprobs": 1})], reuse=True)

@@ -17,7 +17,7 @@ SHAPE = ImageShape(VisualTokenCounts(35, 0, (11, 11, 11)), 5, 7)
 
 
 @pytest.mark.parametrize("name", IN_ENCODER)
-def test_saliency_is_what_the_selection_ranked_by_and_is_computed_once(name):
+def test_the_reported_saliency_is_that_of_the_selection_and_computed_once(name):
     computed: list[torch.Tensor] = []
 
     def mean_over_ranks(saliency: torch.Tensor) -> torch.Tensor:

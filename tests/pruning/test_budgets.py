@@ -51,7 +51,7 @@ def test_a_selector_is_a_file_without_torch():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_selector_says_what_it_is_and_selects_something(name):
+def test_a_selector_has_a_docstring_and_selects_tokens(name):
     module = import_module(f"vitcop_vllm.pruning.selectors.{name}")
     assert module.__doc__
     row = SELECTORS[name]

@@ -33,7 +33,7 @@ def test_rms_distance_is_over_all_ordered_pairs():
     torch.testing.assert_close(rms_distance(features), expected.float())
 
 
-def test_the_family_s_or_the_operator_s_density_scale_is_used_as_it_is():
+def test_an_absolute_density_scale_is_not_changed():
     features, index = features_of(60), all_of(6, 10)
     expected = cluster_labels(features, patch_positions(index, 6, 10), 7, density_scale=3.0)
     assert torch.equal(label(DEFAULTS, features, index, (6, 10), 7, 3.0), expected)

@@ -39,7 +39,7 @@ def test_stage_one_stays_on_the_device():
 @pytest.mark.parametrize(
     ("n1", "num_centres", "n2", "n3"), [(172, 20, 77, 15), (30, 20, 12, 1), (9, 9, 9, 9)]
 )
-def test_segments_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
+def test_stages_two_and_three_stay_on_the_device(n1, num_centres, n2, n3):
     key_norm = mean_key_norm(torch.ones(2, n1, 8, 128, device="cuda", dtype=torch.float16))
     labels = torch.zeros(2, n1, device="cuda", dtype=torch.int64)
     selection = select_stage_two(key_norm, labels, num_centres, n2)

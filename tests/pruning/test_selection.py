@@ -207,7 +207,7 @@ def test_quotas_with_an_exact_half_agree_with_the_oracle(case):
     assert got.tolist() == [oracle.quotas(sizes, sums, n1, n2)]
 
 
-def test_quotas_are_zero_if_every_row_is_a_merged_one():
+def test_quotas_are_zero_if_every_row_is_merged():
     ones = torch.ones(1, 5, dtype=torch.int64)
     assert _quotas(ones.double(), ones, 5, 5).tolist() == [[0] * 5]
     assert _quotas(ones.double(), 3 * ones, 15, 5).tolist() == [[0] * 5]

@@ -172,7 +172,7 @@ def test_tokens_at_the_deep_boundary_are_those_of_smallest_keys(name, count):
 
 
 @pytest.mark.parametrize("name", IN_ENCODER)
-def test_a_image_gets_alone_what_it_gets_in_a_batch(name):
+def test_an_image_alone_gets_the_selection_of_the_batch(name):
     view = images(batch=4)
     batch = SELECTORS[name].select_in_encoder(view, 11)[0]
     for i in range(4):
@@ -181,7 +181,7 @@ def test_a_image_gets_alone_what_it_gets_in_a_batch(name):
 
 
 @pytest.mark.parametrize("name", AT_SHALLOW)
-def test_a_span_gets_alone_what_it_gets_in_a_group(name):
+def test_a_span_alone_gets_the_selection_of_its_group(name):
     view = step()
     group = chosen_tokens(name, 1, view, 11)
     for i in range(3):
@@ -210,7 +210,7 @@ def test_tokens_are_exactly_as_many_as_planned(name, n, data):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 0.0])
 @pytest.mark.parametrize("count", [1, 7, 12, 30])
-def test_counts_hold_whatever_the_values(bad, count):
+def test_counts_do_not_depend_on_the_values(bad, count):
     view = images()
     spoilt = view.embed().clone()
     spoilt[1, ::3] = bad
@@ -380,7 +380,7 @@ def test_text_that_takes_all_of_a_head_s_attention_takes_its_vote():
     assert chosen_tokens("fastv", 1, spoilt, 1).tolist() == [[9]]
 
 
-def test_pivots_are_the_largest_keys_and_keep_what_is_unlike_them():
+def test_pivots_are_the_largest_keys_and_dissimilar_tokens_are_kept():
     view = one_span(step(), 0)
     keys = torch.full_like(view.keys, 0.1)
     keys[view.rows[0, [3, 17]]] = torch.tensor([5.0, 7.0])[:, None, None]
@@ -395,7 +395,7 @@ def test_pivots_are_the_largest_keys_and_keep_what_is_unlike_them():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
+def test_two_ranks_of_half_the_heads_select_the_tokens_of_one_rank(name):
     row = SELECTORS[name]
     view: Any = images() if row.prunes_encoder else step()
     heads = ("cls_query", "keys") if row.prunes_encoder else ("queries", "keys")
@@ -435,7 +435,7 @@ def test_two_ranks_of_half_the_heads_choose_what_one_rank_chooses(name):
         if function
     ],
 )
-def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, segment):
+def test_selectors_that_run_before_the_mlp_do_not_read_its_output(name, segment):
     def not_yet() -> torch.Tensor:
         raise LookupError
 
@@ -450,5 +450,5 @@ def test_who_is_asked_before_the_mlp_needs_nothing_that_comes_after(name, segmen
             chosen_tokens(name, segment, early, 9)
 
 
-def test_nothing_spares_an_mlp_where_nothing_is_dropped():
+def test_a_boundary_without_drops_runs_the_mlp_on_all_rows():
     assert not any(SELECTORS["cls"].drops_before_mlp(segment) for segment in (1, 2))

@@ -99,7 +99,7 @@ def test_rust_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "VLLM_USE_RUST_FRONTEND" in capsys.readouterr().err
 
 
-def test_help_shows_ours_beside_vllms() -> None:
+def test_help_shows_our_flags_and_vllm_s() -> None:
     text = make_parser().format_help()
     assert "ViTCoP" in text
     assert "ModelConfig" in text

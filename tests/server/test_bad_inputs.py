@@ -209,7 +209,7 @@ def test_bad_fields_elsewhere(server: Server, route: str, name: str) -> None:
         {"type": "custom_tool_call", "input": "x"},
     ],
 )
-def test_past_answers_that_are_none(server: Server, item: dict[str, Any]) -> None:
+def test_malformed_past_answers_are_refused(server: Server, item: dict[str, Any]) -> None:
     with server.unharmed():
         body = json.dumps({"model": server.model, "input": [item], "max_output_tokens": 1})
         assert_refused(server.post("/v1/responses", body))
@@ -261,7 +261,7 @@ def test_an_image_cannot_be_echoed(server: Server) -> None:
     assert prefilled.json()["choices"][0]["message"]["content"].startswith("I see")
 
 
-def test_what_only_looks_bad(server: Server) -> None:
+def test_unusual_but_valid_requests_are_answered(server: Server) -> None:
     assert server.chat(messages=user("a\0b")).status_code == 200
     assert server.chat(messages=user("<imag e> and image>")).status_code == 200
     assert server.chat(truncate_prompt_tokens=10).status_code == 200

@@ -56,7 +56,7 @@ def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, 
     assert usage["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in expected)
 
 
-def test_without_images_there_is_nothing_to_prune(http: httpx.Client, model: str) -> None:
+def test_requests_without_images_have_no_pruning_usage(http: httpx.Client, model: str) -> None:
     hello = [{"role": "user", "content": "Hi"}]
     answer = http.post(ROUTE, json=batch(model, hello, hello), headers={HEADER: "0.5"})
     assert answer.status_code == 200, answer.text
@@ -108,7 +108,7 @@ def test_a_batch_is_refused_as_a_request_is(
     assert refused.json()["error"]["param"] == next(iter(fields))
 
 
-def test_fields_that_ask_for_nothing_are_accepted(http: httpx.Client, model: str) -> None:
+def test_empty_fields_are_accepted(http: httpx.Client, model: str) -> None:
     body = batch(model, [image_message(1)], stream=False, tools=None, prompt_logprobs=None)
     answer = http.post(ROUTE, json=body)
     assert answer.status_code == 200, answer.text

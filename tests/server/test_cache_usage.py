@@ -46,7 +46,7 @@ def anthropic_image(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ratio", ["0", "0.3", "0.889"])
 @pytest.mark.parametrize(("ask", "image"), [(chat, openai_image), (messages, anthropic_image)])
-def test_the_same_request_again_reads_what_was_read_and_written(
+def test_a_repeated_request_reads_every_token_from_the_cache(
     http: httpx.Client, model: str, ask: Any, image: Any, ratio: str
 ) -> None:
     said: list[dict[str, Any]] = []

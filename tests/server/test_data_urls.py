@@ -74,7 +74,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("url", WRONG, ids=lambda url: ascii(url[:40]))
-def test_what_is_wrong_with_other_urls(url: str) -> None:
+def test_unreadable_urls_are_refused_with_the_reason(url: str) -> None:
     with pytest.raises(RequestError, match=WRONG[url]) as refused:
         load(url)
     assert len(str(refused.value)) < 300

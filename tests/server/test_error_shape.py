@@ -99,7 +99,7 @@ def test_every_error_has_the_shape(
     assert answer.headers["content-type"] == "application/json"
 
 
-def test_errors_of_ours_that_nobody_caught(client: TestClient) -> None:
+def test_uncaught_request_errors_are_formatted(client: TestClient) -> None:
     assert client.post("/request_error").json() == WHOLE
     assert (
         client.post("/json", json={}).json()["error"]["message"] == "the body is nested too deeply"
@@ -118,7 +118,7 @@ def test_a_busy_server_says_when_to_come_again(client: TestClient) -> None:
     assert answer.json()["error"]["message"] == "busy"
 
 
-def test_what_is_there_is_kept(client: TestClient) -> None:
+def test_existing_error_fields_are_kept(client: TestClient) -> None:
     assert client.get("/answer/whole").content == json.dumps(WHOLE, separators=(",", ":")).encode()
     told: dict[str, Any] = client.get("/answer/anthropic").json()
     assert told["type"] == "error"
@@ -161,7 +161,7 @@ def test_a_wrong_key_on_anthropic_s_routes(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(("name", "body"), [("html", "<p>"), ("large", "x" * 200_000)])
-def test_what_is_no_sentence_passes(client: TestClient, name: str, body: str) -> None:
+def test_errors_that_are_not_text_pass_unchanged(client: TestClient, name: str, body: str) -> None:
     assert client.get(f"/answer/{name}").text == body
 
 

@@ -54,6 +54,6 @@ def test_a_lost_explanation_is_no_fault_of_the_client() -> None:
         {"patches": range(8), "shallow": [0, 1, 2, 3]},
     ],
 )
-def test_half_an_explanation_is_none(record: dict[str, Any]) -> None:
+def test_an_incomplete_record_is_an_error(record: dict[str, Any]) -> None:
     with pytest.raises(explain.LostSelectionsError):
         explain.explain_image(None, NAME, record)  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def raw_request(url: str, content: bytes) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
-def test_slow_clients_hold_up_nobody(server_url: str) -> None:
+def test_slow_clients_do_not_delay_others(server_url: str) -> None:
     """Some stop in the middle of their request, some never read their answer."""
     model = model_of(server_url)
     address = (httpx.URL(server_url).host, httpx.URL(server_url).port or 80)

@@ -56,7 +56,9 @@ def upstream() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def test_nothing_is_fetched_unasked(server: Server, upstream: tuple[str, list[str]]) -> None:
+def test_no_image_is_fetched_without_permission(
+    server: Server, upstream: tuple[str, list[str]]
+) -> None:
     url, seen = upstream
     with server.unharmed():
         for host in (url, url.replace("127.0.0.1", "localhost"), url.replace("http", "HTTP")):
@@ -98,7 +100,7 @@ def test_an_upstream_that_fails(
         assert time.monotonic() - start < 5
 
 
-def test_an_upstream_that_is_not_there(guarded: Server) -> None:
+def test_an_unreachable_image_host_is_a_422(guarded: Server) -> None:
     with socket.socket() as free, guarded.unharmed():
         free.bind(("127.0.0.1", 0))
         start = time.monotonic()

@@ -32,7 +32,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("words", UNREADABLE)
-def test_what_the_file_is_instead(words: str) -> None:
+def test_an_unreadable_file_is_named_in_the_error(words: str) -> None:
     with pytest.raises(RequestError, match=words) as refused:
         load(data_url(UNREADABLE[words]))
     sentence = str(refused.value)

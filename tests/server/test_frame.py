@@ -74,7 +74,7 @@ def frame_of(answer: httpx.Response) -> Image.Image:
         *("apng", "apng-default", "gif", "webp", "cmyk", "clear"),
     ],
 )
-def test_the_frame_is_what_the_model_gets(
+def test_the_frame_shown_is_the_frame_that_the_model_gets(
     http: httpx.Client, url: str, left: tuple[int, ...]
 ) -> None:
     answer = http.post(ROUTE, json={"image_url": url})

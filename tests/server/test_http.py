@@ -65,7 +65,7 @@ def test_header_is_echoed_and_usage_reports_counts(
     assert_pruned(answer.json()["usage"], float(ratio))
 
 
-def test_default_is_told_when_no_ratio_is_asked(http: httpx.Client, model: str) -> None:
+def test_the_default_ratio_is_reported_without_a_header(http: httpx.Client, model: str) -> None:
     answer = chat(http, model, 1)
     assert float(answer.headers[HEADER]) == 0
     assert_pruned(answer.json()["usage"], 0)

@@ -54,7 +54,9 @@ def test_wrapped_base64_without_padding(server: Server, route: str) -> None:
         ("data:image/png;base64,abc_", "'_' after 3 digits"),
     ],
 )
-def test_what_is_wrong_is_said(server: Server, route: str, url: str, words: str) -> None:
+def test_a_bad_image_is_a_400_with_the_reason(
+    server: Server, route: str, url: str, words: str
+) -> None:
     with server.unharmed():
         answer = ask(server, route, url)
         assert answer.status_code == 400, answer.text

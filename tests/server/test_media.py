@@ -185,7 +185,7 @@ def response_error(status: int) -> aiohttp.ClientResponseError:
         (aiohttp.InvalidURL("x"), "Invalid URL"),
     ],
 )
-def test_what_goes_wrong_elsewhere(error: Exception, told: str) -> None:
+def test_a_failing_image_host_is_a_422(error: Exception, told: str) -> None:
     url = "http://here.example/" + "a" * 5000
     with pytest.raises(VLLMUnprocessableEntityError, match=told) as refused:
         load(url, Failing(error), allowed_media_domains=["here.example"])

@@ -37,11 +37,11 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-def test_ratio_is_told_on_success(client: TestClient) -> None:
+def test_successful_answers_have_a_ratio_header(client: TestClient) -> None:
     assert client.post("/v1/chat/completions").headers[HEADER] == "0.00001"
 
 
-def test_ratio_is_not_told_on_failure(client: TestClient) -> None:
+def test_failed_answers_have_no_ratio_header(client: TestClient) -> None:
     assert HEADER not in client.post("/v1/completions").headers
 
 

@@ -102,7 +102,7 @@ def test_foreign_architecture_stops_start_up() -> None:
 
 
 @pytest.mark.parametrize("folder", [None, "/somewhere"])
-def test_metrics_that_will_be_missing_are_told(
+def test_a_missing_metrics_folder_is_a_warning(
     folder: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)

@@ -27,7 +27,7 @@ def fake_entry_points(monkeypatch: pytest.MonkeyPatch, *found: EntryPoint) -> No
     monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
-def test_unset_keeps_what_loaded_but_no_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_plugins_keep_all_but_endpoint_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_entry_points(
         monkeypatch,
         EntryPoint("lora", "x:y", "vllm.general_plugins"),

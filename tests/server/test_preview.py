@@ -40,7 +40,7 @@ def client() -> TestClient:
     ],
 )
 @pytest.mark.parametrize("ratio", [0, 0.3, 0.889])
-def test_a_plan_is_of_the_grid_of_its_size(
+def test_a_plan_follows_the_image_size(
     client: TestClient, width: int, height: int, rows: int, columns: int, ratio: float
 ) -> None:
     params = {"width": width, "height": height, "ratio": ratio}
@@ -84,7 +84,7 @@ def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> 
         ("fastv", False, None),
     ],
 )
-def test_a_plan_names_what_stage_one_ranks_by(
+def test_a_plan_names_the_saliency_of_stage_one(
     selector: Any, has_cls: bool, source: str | None
 ) -> None:
     preview = grid_preview(selector=selector)

@@ -68,7 +68,7 @@ def test_refuses_two_opinions() -> None:
         accepted_ratio(SETTINGS, ["0.50"], 0.6)
 
 
-def test_a_bad_value_is_not_saved_by_a_good_one() -> None:
+def test_one_invalid_value_of_two_is_refused() -> None:
     with pytest.raises(RequestError):
         accepted_ratio(SETTINGS, ["2"], 0.5)
     with pytest.raises(RequestError):

@@ -54,7 +54,7 @@ def metrics(http: httpx.Client) -> dict[str, float]:
     }
 
 
-def test_config_tells_what_is_in_force(http: httpx.Client) -> None:
+def test_config_shows_the_settings_in_force(http: httpx.Client) -> None:
     config = http.get("/v1/pruning/config").json()
     assert config["num_layers"] == 16
     assert config["first_layers"] == [0, 1, 11]
@@ -135,14 +135,14 @@ def test_an_explanation_draws_what_usage_counts(http: httpx.Client, model: str, 
             assert {p for p, label in enumerate(image["clusters"]) if label >= 0} == first
 
 
-def test_asked_again_an_explanation_is_whole(http: httpx.Client, model: str) -> None:
+def test_a_repeated_explanation_is_complete(http: httpx.Client, model: str) -> None:
     """Nothing known of the image is reused, or there would be nothing to tell."""
     once, again = (explain(http, chat(model, 5)).json()["images"] for _ in range(2))
     assert once == again
     assert once[0]["stages"][1]["merged"]
 
 
-def test_text_has_nothing_to_explain(http: httpx.Client, model: str) -> None:
+def test_a_request_without_images_has_an_empty_explanation(http: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
     told = explain(http, body).json()
     assert told["images"] == []
@@ -159,7 +159,7 @@ def test_text_has_nothing_to_explain(http: httpx.Client, model: str) -> None:
         ({"mm_processor_kwargs": {"explain_as": "x"}}, 400, "mm_processor_kwargs"),
     ],
 )
-def test_what_cannot_be_explained_is_refused(
+def test_requests_without_a_single_answer_are_not_explained(
     http: httpx.Client, model: str, fields: dict[str, Any], status: int, param: str
 ) -> None:
     answer = http.post("/v1/pruning/explain", json=chat(model, 1) | fields)

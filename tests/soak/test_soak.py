@@ -169,7 +169,7 @@ def compare(llm: LLM, done: list[tuple[RequestSpec, Answer]]) -> dict[str | None
 
 
 @pytest.mark.slow
-def test_answers_are_those_that_requests_get_alone(
+def test_answers_equal_those_of_single_requests(
     load: Load, checkpoint_of: Callable[[Family], Path], pytestconfig: pytest.Config
 ) -> None:
     num_requests = pytestconfig.getoption("--requests") or SHORT

@@ -45,6 +45,6 @@ def test_conversations_go_on():
     ("tokens", "difference"),
     [([1, 2, 3], None), ([1, 2], None), ([1, 9, 9], "tie"), ([1, 2, 9], "wrong")],
 )
-def test_answers_that_part_where_tokens_are_equally_likely_are_told_apart(tokens, difference):
+def test_answers_may_differ_only_where_tokens_are_equally_likely(tokens, difference):
     logprobs = [{1: -0.1, 5: -3.0}, {2: -0.7, 9: -0.7000001}, {3: -0.1, 9: -3.0}]
     assert compare_tokens(tokens, [1, 2, 3], logprobs) == difference

@@ -61,7 +61,7 @@ def test_the_lock_describes_the_installed_vllm():
     assert json.loads(LOCK.read_text()) == describe(dependencies(), installed())
 
 
-def test_what_we_depend_on_is_found():
+def test_imports_and_overrides_of_vllm_are_found():
     depends = dependencies()
     imports = {place for places in depends["imports"] for place in places}
     assert "vllm.v1.core.sched.scheduler:Scheduler" in imports

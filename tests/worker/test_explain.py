@@ -50,7 +50,7 @@ def test_where_no_image_is_to_be_explained_the_model_has_no_sink():
         assert model.sink is None
 
 
-def test_an_image_that_is_not_encoded_is_no_other_run_s():
+def test_an_image_that_was_not_encoded_does_not_shift_later_records():
     sink, model = SelectionSink(), Model()
     with pytest.raises(AssertionError, match="not encoded"), sink.attached_to(model, NAMES[:2]):
         sink.record_patches([None])

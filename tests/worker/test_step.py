@@ -48,7 +48,7 @@ def forward_of(batch: list[ScheduledRequest]) -> StagedForward | None:
     return step.forward if step else None
 
 
-def test_a_step_without_dropped_slots_is_none():
+def test_a_step_without_dropped_slots_has_no_plan():
     unpruned = RequestPlan((VisualSpan(0, VisualTokenCounts.unpruned(4)),))
     assert build_step([ScheduledRequest(None, 0, 5, 5)]) is None
     assert build_step([ScheduledRequest(unpruned, 0, 5, 5)]) is None

@@ -31,7 +31,7 @@ def test_two_answers_with_their_times_and_counts(page):
     expect(page.locator("#summary")).to_contain_text("The same answer with 89\u00a0%")
 
 
-def test_questions_are_asked_in_turn_and_share_nothing(page):
+def test_questions_are_sent_in_turn_without_cache_hits(page):
     order: list[str] = []
     bodies: list[Any] = []
 
@@ -102,7 +102,7 @@ def test_the_question_keeps_its_arrow_keys(page):
     expect(page.get_by_role("slider", name="Stage shown")).to_have_value("0")
 
 
-def test_cells_lie_on_what_the_processor_shows(page):
+def test_cells_cover_the_part_that_the_processor_crops(page):
     choose(page, "bank.png")  # 504 x 336; its middle square is shown to the model
     ask(page)
     page.locator("#frame").press("ArrowRight")
@@ -159,7 +159,7 @@ def test_answers_keep_the_question_and_ratio_they_were_made_with(page):
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
-def test_what_is_changed_while_asking_is_for_the_next_question(page):
+def test_changes_during_a_request_apply_to_the_next_question(page):
     sent: list[Request] = []
     page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
     held = hold(page, "**/v1/chat/completions")
@@ -179,7 +179,7 @@ def test_what_is_changed_while_asking_is_for_the_next_question(page):
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
-def test_another_image_has_nothing_of_the_last(page):
+def test_another_image_clears_the_answers_of_the_last(page):
     ask(page)
     assert drawn(page, ".heat")
     page.route("**/v1/pruning/plan**", lambda route: None)  # never answered
@@ -193,7 +193,7 @@ def test_another_image_has_nothing_of_the_last(page):
     expect(page.locator("#answers-title")).to_have_text("Answers")
 
 
-def test_a_plan_that_cannot_be_had_leaves_no_other_in_its_place(page):
+def test_a_failed_plan_request_clears_the_last_plan(page):
     page.route("**/v1/pruning/plan**", lambda route: route.abort())
     page.get_by_role("button", name="0.667").click()
     expect(page.get_by_role("alert")).to_contain_text("cannot be reached")

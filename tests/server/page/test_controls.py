@@ -81,12 +81,12 @@ def test_arrow_keys_with_a_modifier_are_the_browser_s(
 
 
 @pytest.mark.parametrize("modifier", ["Shift", "Alt"])
-def test_enter_with_a_modifier_asks_nothing(page: Page, modifier: str) -> None:
+def test_enter_with_a_modifier_sends_no_question(page: Page, modifier: str) -> None:
     page.get_by_role("textbox", name="Question").press(f"{modifier}+Enter")
     expect(page.locator("#status")).to_be_empty()
 
 
-def test_enter_that_ends_a_composed_word_asks_nothing(page: Page) -> None:
+def test_enter_that_ends_a_composed_word_sends_no_question(page: Page) -> None:
     """Safari says so by the key's code alone."""
     page.locator("#question").dispatch_event("keydown", {"key": "Enter", "keyCode": 229})
     expect(page.locator("#status")).to_be_empty()

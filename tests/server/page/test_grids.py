@@ -94,7 +94,7 @@ def test_an_outline_does_not_cross_the_edges_of_the_image(browser: Browser, grid
     assert set(outline.split("M")[1:]) >= {f"{columns} 0v1", "0 1v1", "4 0v1", "1 1v1"}
 
 
-def test_the_caption_tells_grid_and_saliency(browser: Browser, grid_url: str) -> None:
+def test_the_caption_names_grid_and_saliency(browser: Browser, grid_url: str) -> None:
     with asked(browser, grid_url, (1344, 140)) as (page, _):
         caption = page.locator("#caption")
         expect(caption).to_contain_text("240 tokens, each for one part of the image")

@@ -126,7 +126,7 @@ def test_a_question_waits_for_the_image_that_was_chosen_before(page: Page) -> No
     assert answers(page) == ["SNOW", "SNOW"]
 
 
-def test_no_question_is_asked_about_another_image_than_the_one_chosen(page: Page) -> None:
+def test_a_question_is_about_the_chosen_image(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         upload(page, "mine.png", "image/png", b"no image")

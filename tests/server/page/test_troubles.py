@@ -76,7 +76,7 @@ def test_an_error_of_the_server_is_a_sentence(page):
     ],
     ids=["thin", "large", "text", "drawing"],
 )
-def test_what_the_server_cannot_read_is_refused_below_the_image(page, content, sentence):
+def test_an_unreadable_image_has_its_error_below_the_image(page, content, sentence):
     upload(page, "mine.png", "image/png", content)
     expect(page.locator("#image-section").get_by_role("alert")).to_contain_text(sentence)
     expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)  # as it was
@@ -92,7 +92,7 @@ def test_a_running_question_can_be_stopped(page):
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
-def test_a_key_is_asked_for_where_one_is_needed(browser, url):
+def test_the_page_asks_for_an_api_key_if_the_server_needs_it(browser, url):
     def guard(route: Route) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.continue_()
