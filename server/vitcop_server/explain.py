@@ -1,7 +1,7 @@
 """The visual tokens of an image that each stage keeps, merges or drops.
 
-A visual token is a part of the image: a patch, or several patches that the encoder merges. Parts
-are numbered row by row in the grid of the answer.
+A visual token is a part of the image: a patch, or several patches that the encoder merges. Or it
+is a mark that ends a row. Tokens are numbered row by row in the grids of the answer, grid by grid.
 """
 
 import base64

@@ -66,7 +66,7 @@ class Preview:
             "width": width,
             "height": height,
             "box": list(layout.box),
-            "grid": {"rows": layout.rows, "columns": layout.columns},
+            "grids": [grid._asdict() for grid in layout.grids],
             "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
             "encoder_tokens": counts.encoder,
             "cluster_centres": counts.centres,

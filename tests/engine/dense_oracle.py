@@ -64,6 +64,21 @@ class Encoded:
     advance: int
 
 
+@dataclass
+class _Tile:
+    """What the vision tower makes of one tile, without [CLS].
+
+    Attributes:
+        features: (P, C) output of the layer that LLaVA uses.
+        saliency: (P,) saliency of each patch.
+        keys: (P, heads * D) keys of that layer.
+    """
+
+    features: torch.Tensor
+    saliency: torch.Tensor
+    keys: torch.Tensor
+
+
 class DenseModel(ABC):
     """An image encoder, and a decoder that drops and merges tokens between segments.
 
@@ -281,12 +296,32 @@ class DenseLlava(DenseModel):
         return (config.image_size // config.patch_size) ** 2
 
     def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
-        """Run the vision tower up to the layer whose output LLaVA uses, then Stage I."""
+        """Run the vision tower, then Stage I."""
         config = self.config.vision_config
         pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        tile = self.run_tower(pixels["pixel_values"])
+        kept = self.choose_patches(
+            tile.features, tile.saliency, pixels["pixel_values"], counts.stages[0]
+        )
+        labels = []
+        if counts.centres:
+            side = config.image_size // config.patch_size
+            labels = oracle.labels(
+                tile.keys[kept].numpy(), oracle.positions(kept, side, side), counts.centres
+            )
+        n1 = len(kept)
+        return Encoded(self.project(tile.features[kept]), labels, [(i,) for i in range(n1)], n1)
+
+    def run_tower(self, pixels: torch.Tensor) -> _Tile:
+        """Run the vision tower up to the layer whose output LLaVA uses.
+
+        Args:
+            pixels: (1, 3, height, width) of one tile.
+        """
+        config = self.config.vision_config
         tower = "model.vision_tower.vision_model"
         patches = F.conv2d(
-            pixels["pixel_values"],
+            pixels,
             self.weights[f"{tower}.embeddings.patch_embedding.weight"],
             stride=config.patch_size,
         )
@@ -317,17 +352,7 @@ class DenseLlava(DenseModel):
             saliency = attention[:, :, 1:].mean(1).sum(0)
         else:
             saliency = attention[:, 0, 1:].sum(0)
-        kept = self.choose_patches(x[1:], saliency, pixels["pixel_values"], counts.stages[0])
-        labels = []
-        if counts.centres:
-            side = config.image_size // config.patch_size
-            labels = oracle.labels(
-                key[1:].flatten(1)[kept].numpy(),
-                oracle.positions(kept, side, side),
-                counts.centres,
-            )
-        n1 = len(kept)
-        return Encoded(self.project(x[1:][kept]), labels, [(i,) for i in range(n1)], n1)
+        return _Tile(x[1:], saliency, key[1:].flatten(1))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         y = self.linear("model.multi_modal_projector.linear_1", features)

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import qwen_checkpoint
+from benchmarks import llava_next_checkpoint, qwen_checkpoint
+from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
@@ -30,7 +32,7 @@ class Family:
         save: Writes the checkpoint to a folder.
         oracle: ``module:class`` of the dense oracle. It is imported late, because conftest.py
             must set the number of threads before the first import of torch.
-        grid: (width, height) of an image -> rows and columns of its visual tokens.
+        tokens: (width, height) of an image -> number of its visual tokens.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Family:
     layers: int
     save: Callable[[Path], None]
     oracle: str
-    grid: Callable[[int, int], tuple[int, int]]
+    tokens: Callable[[int, int], int]
 
     @property
     def boundaries(self) -> tuple[int, int]:
@@ -63,8 +65,8 @@ class Family:
 
     def counts(self, ratio: float, image: int) -> VisualTokenCounts:
         """The plan of an image, given by its seed."""
-        rows, columns = self.grid(*image_size(image))
-        return plan_counts(PruningSettings(), ratio, self.layers, rows * columns)
+        tokens = self.tokens(*image_size(image))
+        return plan_counts(PruningSettings(), ratio, self.layers, tokens)
 
     def kept(self, ratio: float, *images: int) -> int:
         """Number of tokens that Stage I keeps of these images, each with a placeholder."""
@@ -80,9 +82,13 @@ def _save_llava(path: Path) -> None:
     save_random_llava(path, TINY)
 
 
-def _llava_grid(width: int, height: int) -> tuple[int, int]:
-    side = TINY.image_size // TINY.patch_size
-    return side, side
+def _save_llava_next(path: Path) -> None:
+    save_random_llava_next(path, llava_next_checkpoint.TINY)
+
+
+def _llava_next_tokens(width: int, height: int) -> int:
+    grids = llava_next_checkpoint.TINY.grids(width, height)
+    return sum(rows * (columns + marks) for rows, columns, marks in grids)
 
 
 def _save_qwen(path: Path) -> None:
@@ -96,7 +102,7 @@ LLAVA = Family(
     layers=TINY.layers,
     save=_save_llava,
     oracle="tests.engine.dense_oracle:DenseLlava",
-    grid=_llava_grid,
+    tokens=lambda width, height: TINY.visual_tokens,
 )
 
 QWEN2_5_VL = Family(
@@ -106,7 +112,17 @@ QWEN2_5_VL = Family(
     layers=qwen_checkpoint.TINY.layers,
     save=_save_qwen,
     oracle="tests.families.qwen_oracle:DenseQwen",
-    grid=qwen_checkpoint.TINY.grid,
+    tokens=lambda width, height: prod(qwen_checkpoint.TINY.grid(width, height)),
 )
 
-FAMILIES = (LLAVA, QWEN2_5_VL)
+LLAVA_NEXT = Family(
+    name="llava_next",
+    placeholder="<image>",
+    image_token=IMAGE_TOKEN,
+    layers=llava_next_checkpoint.TINY.layers,
+    save=_save_llava_next,
+    oracle="tests.families.llava_next_oracle:DenseLlavaNext",
+    tokens=_llava_next_tokens,
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, QWEN2_5_VL)

@@ -17,12 +17,13 @@ from vitcop_vllm.models.stage_one import (
     group_by_shape,
     select_items,
 )
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 V, WIDTH = 6, 8
-PRUNED = ImageShape(VisualTokenCounts(V, 1, (3, 2, 1)), 2, 3)
-MILDER = ImageShape(VisualTokenCounts(V, 2, (4, 3, 2)), 2, 3)
-WHOLE = ImageShape(VisualTokenCounts.unpruned(V), 2, 3)
+PRUNED = ImageShape(VisualTokenCounts(V, 1, (3, 2, 1)), (Grid(2, 3),))
+MILDER = ImageShape(VisualTokenCounts(V, 2, (4, 3, 2)), (Grid(2, 3),))
+WHOLE = ImageShape(VisualTokenCounts.unpruned(V), (Grid(2, 3),))
 
 
 class Attention(nn.Module):
@@ -96,6 +97,7 @@ OF_IMAGE = [[1, 3, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [2, 4, 5]]
 def test_kept_rows_of_an_image_are_offset_by_its_cls():
     assert GROUPS == {PRUNED: [0, 3], WHOLE: [1], MILDER: [2]}
     rows = kept_rows(GROUPS, KEPT, torch.device("cpu"))
+    assert rows.of_image is not None
     padded = [index + [0] * (V - len(index)) for index in OF_IMAGE]
     assert rows.of_image.tolist() == padded
     assert rows.unpadded is not None
@@ -107,6 +109,7 @@ def test_kept_rows_of_an_image_are_offset_by_its_cls():
 
 def test_equal_counts_need_no_padding():
     rows = kept_rows({PRUNED: [0, 1]}, KEPT, torch.device("cpu"))
+    assert rows.of_image is not None
     assert rows.of_image.tolist() == [OF_IMAGE[0], OF_IMAGE[3]]
     assert rows.unpadded is None
     assert rows.of_batch.tolist() == [1, 3, 6, 9, 11, 12]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vitcop_vllm.models.columns import Columns
+from vitcop_vllm.pruning.grids import Grid
 
 HIDDEN = 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,7 +20,7 @@ def test_split_returns_the_appended_columns(dtype, labels):
     columns = Columns(HIDDEN, labels=labels, places=True)
     plain, index = embeddings(300, dtype), torch.arange(300) * 54  # up to 16,146
     label = torch.arange(300) % 251
-    sent = columns.append(plain, label if labels else None, index, 127)
+    sent = columns.append(plain, label if labels else None, index, (Grid(1, 127),))
     assert sent.dtype == dtype
     back, back_labels, places = columns.split([sent])
     assert torch.equal(back[0], plain)
@@ -32,7 +33,10 @@ def test_an_image_without_columns_has_no_labels_and_zero_offsets():
     columns = Columns(HIDDEN, labels=True, places=True)
     whole = embeddings(4, torch.float32)
     pruned = columns.append(
-        embeddings(3, torch.float32), torch.tensor([1, 0, 1]), torch.tensor([2, 5, 7]), 4
+        embeddings(3, torch.float32),
+        torch.tensor([1, 0, 1]),
+        torch.tensor([2, 5, 7]),
+        (Grid(2, 4),),
     )
     plain, labels, places = columns.split([whole, pruned, whole])
     assert [image.shape for image in plain] == [(4, HIDDEN), (3, HIDDEN), (4, HIDDEN)]
@@ -47,4 +51,4 @@ def test_an_image_without_columns_has_no_labels_and_zero_offsets():
 def test_nothing_is_appended_if_the_model_needs_no_columns():
     columns = Columns(HIDDEN, labels=False, places=False)
     plain = embeddings(3, torch.float16)
-    assert columns.append(plain, None, torch.arange(3), 3) is plain
+    assert columns.append(plain, None, torch.arange(3), (Grid(1, 3),)) is plain

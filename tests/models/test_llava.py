@@ -13,6 +13,7 @@ from tests.models.test_clip_rows import WIDTH, Layer
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.llava import PrunedLlavaForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import SELECTOR_NAMES, PruningSettings, SelectorName
 
@@ -27,29 +28,40 @@ class OneLayerLlava(PrunedLlavaForConditionalGeneration):
 
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
-        settings = PruningSettings(selector=selector)
-        config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
-        vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(hf_config=config, uses_mrope=False),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
-        )
-        self._set_up_stage_one(vllm_config, HIDDEN)
-        layer = Layer(AttentionBackendEnum.TORCH_SDPA)
-        attention: Any = layer.self_attn
-        attention.head_dim, attention.scale, attention.tp_size = WIDTH // HEADS, 0.5, 1
-        encoder = SimpleNamespace(layers=[layer])
-        self.vision_tower = SimpleNamespace(vision_model=SimpleNamespace(encoder=encoder))
-        self.embed = nn.Linear(3 * 14 * 14, WIDTH)
-        self.multi_modal_projector = nn.Linear(WIDTH, HIDDEN)
+        set_up_tower(self, selector)
 
     def _embed_whole(self, kwargs):
         features = self._image_pixels_to_features(self.vision_tower, kwargs["pixel_values"])
         return [*self.multi_modal_projector(features)]
 
     def _image_pixels_to_features(self, tower, pixel_values):
-        patches = nn.functional.unfold(pixel_values, 14, stride=14).mT
-        hidden = self.embed(nn.functional.pad(patches, (0, 0, 1, 0)))
-        return tower.vision_model.encoder.layers[-1](hidden)[:, 1:]
+        return run_tower(self, pixel_values)
+
+
+def set_up_tower(model: Any, selector: SelectorName) -> None:
+    """Give a model the parts that encode images, with random weights."""
+    settings = PruningSettings(selector=selector)
+    config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config, uses_mrope=False),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+    )
+    model._set_up_stage_one(vllm_config, HIDDEN)
+    layer = Layer(AttentionBackendEnum.TORCH_SDPA)
+    attention: Any = layer.self_attn
+    attention.head_dim, attention.scale, attention.tp_size = WIDTH // HEADS, 0.5, 1
+    encoder = SimpleNamespace(layers=[layer])
+    model.vision_tower = SimpleNamespace(vision_model=SimpleNamespace(encoder=encoder))
+    model.embed = nn.Linear(3 * 14 * 14, WIDTH)
+    model.multi_modal_projector = nn.Linear(WIDTH, HIDDEN)
+
+
+def run_tower(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """(S, 3, height, width) to (S, P, C)."""
+    patches = nn.functional.unfold(pixels, 14, stride=14).mT
+    hidden = model.embed(nn.functional.pad(patches, (0, 0, 1, 0)))
+    features: torch.Tensor = model.vision_tower.vision_model.encoder.layers[-1](hidden)[:, 1:]
+    return features
 
 
 def images_of(selector: SelectorName) -> list[ImageShape]:
@@ -59,7 +71,7 @@ def images_of(selector: SelectorName) -> list[ImageShape]:
         for stages in ((20, 10, 2), (30, 12, 3))
     )
     counts = [pruned, VisualTokenCounts.unpruned(V), milder, pruned]
-    return [ImageShape(image_counts, SIDE, SIDE) for image_counts in counts]
+    return [ImageShape(image_counts, (Grid(SIDE, SIDE),)) for image_counts in counts]
 
 
 @no_host_sync()

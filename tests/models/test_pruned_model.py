@@ -10,6 +10,7 @@ from tests.worker.steps import ScheduledRequest, build_step
 from vitcop_vllm.models import pruned_model
 from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.pruned_model import PrunedModel
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.step import StagedForward
 
@@ -55,7 +56,7 @@ def embedding_of(counts: VisualTokenCounts, model: Model) -> torch.Tensor:
     embedding = torch.zeros(n1, HIDDEN)
     if not counts.is_pruned:
         return embedding
-    return model.columns.append(embedding, torch.full((n1,), n1), torch.arange(n1), 3)
+    return model.columns.append(embedding, torch.full((n1,), n1), torch.arange(n1), (Grid(1, 3),))
 
 
 def forward_of(*requests: list[VisualTokenCounts]) -> tuple[int, StagedForward | None]:

@@ -13,6 +13,7 @@ from tests.models.test_clip_rows import Projection
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import SELECTOR_NAMES, PruningSettings, SelectorName
 
@@ -136,9 +137,9 @@ def images_of(selector: SelectorName) -> list[ImageShape]:
     """Two pruned images of different shapes, and an unpruned image."""
     centres = 3 if selector == "vitcop" else 0
     return [
-        ImageShape(VisualTokenCounts(15, centres, (6, 4, 2)), 3, 5),
-        ImageShape(VisualTokenCounts(8, centres, (5, 4, 1)), 4, 2),
-        ImageShape(VisualTokenCounts.unpruned(15), 3, 5),
+        ImageShape(VisualTokenCounts(15, centres, (6, 4, 2)), (Grid(3, 5),)),
+        ImageShape(VisualTokenCounts(8, centres, (5, 4, 1)), (Grid(4, 2),)),
+        ImageShape(VisualTokenCounts.unpruned(15), (Grid(3, 5),)),
     ]
 
 
@@ -183,7 +184,7 @@ def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
             assert not own.any()
             torch.testing.assert_close(embedding, whole)
             continue
-        index = own[:, 0] * shape.columns + own[:, 1]
+        index = own[:, 0] * shape.grids[0].columns + own[:, 1]
         assert index.tolist() == sorted({*index.tolist()})
         torch.testing.assert_close(embedding, whole[index])
 

@@ -9,11 +9,12 @@ import torch
 from tests.pruning.every_selector import SELECTORS
 from tests.pruning.test_selectors import IN_ENCODER, images
 from vitcop_vllm.models.stage_one import ImageShape, StageOne
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
-SHAPE = ImageShape(VisualTokenCounts(35, 0, (11, 11, 11)), 5, 7)
+SHAPE = ImageShape(VisualTokenCounts(35, 0, (11, 11, 11)), (Grid(5, 7),))
 
 
 @pytest.mark.parametrize("name", IN_ENCODER)

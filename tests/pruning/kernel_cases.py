@@ -9,11 +9,12 @@ import os
 import pytest
 import torch
 
+from tests.pruning.places import patch_positions
 from tests.pruning.test_clustering import clumps, some_patches
 from tests.pruning.test_selection import HALVES, some_labels, tokens_of_clusters
 from vitcop_vllm.pruning.clustering import cluster_labels
 from vitcop_vllm.pruning.kernels import TRITON
-from vitcop_vllm.pruning.saliency import most_salient, patch_positions
+from vitcop_vllm.pruning.saliency import most_salient
 from vitcop_vllm.pruning.selection import merge_tokens, select_stage_three, select_stage_two
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.pruning import oracle
+from tests.pruning.places import patch_positions
 from vitcop_vllm.pruning.clustering import _densities, _feature_distances, cluster_labels
-from vitcop_vllm.pruning.saliency import patch_positions
 
 
 def some_patches(count, height, width, seed):

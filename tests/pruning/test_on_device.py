@@ -7,10 +7,13 @@ import torch
 
 from tests.device_guard import no_host_sync
 from tests.pruning.every_selector import SELECTORS
+from tests.pruning.places import patch_positions
 from tests.pruning.test_clustering import clumps
 from vitcop_vllm.pruning.clustering import cluster_labels
+from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.kernel_set import TORCH
-from vitcop_vllm.pruning.saliency import cls_saliency, most_salient, patch_positions
+from vitcop_vllm.pruning.saliency import cls_saliency, most_salient
 from vitcop_vllm.pruning.selection import (
     StageTwoSelection,
     mean_key_norm,
@@ -18,6 +21,7 @@ from vitcop_vllm.pruning.selection import (
     select_stage_three,
     select_stage_two,
 )
+from vitcop_vllm.pruning.settings import PruningSettings
 from vitcop_vllm.pruning.views import BoundaryView, EncoderView
 
 
@@ -29,10 +33,10 @@ def test_stage_one_stays_on_the_device():
     assert saliency.shape == (2, 576)
     index = most_salient(saliency, 172)
     assert index.shape == (2, 172)
-    places = patch_positions(index, 24, 24)
-    assert places.shape == (2, 172, 2)
     features = torch.ones(2, 172, 1024, device="cuda", dtype=torch.bfloat16)
-    assert cluster_labels(features, places, 20).shape == (2, 172)
+    grids = (Grid(24, 24),)
+    labels = label_images(cluster_labels, PruningSettings(), features, index, grids, 20, 8.0)
+    assert labels.shape == (2, 172)
 
 
 @no_host_sync()
@@ -59,10 +63,11 @@ def test_choosing_patches_stays_on_the_device(name):
     view = EncoderView(
         queries=lambda: ones(2, 577, 16, 64),
         cls_query=ones(2, 16, 64),
+        to_tokens=lambda of_patches: of_patches,
         features=lambda: ones(2, 576, 1024),
         keys=ones(2, 577, 16, 64),
         scale=0.125,
-        grid=(24, 24),
+        grids=(Grid(24, 24),),
         pixels=ones(2, 3, 336, 336),
         embed=lambda: ones(2, 576, 4096),
         mean_over_ranks=lambda x: x,
@@ -107,10 +112,11 @@ def all_results(query, keys, features):
     patches = EncoderView(
         queries=lambda: keys,
         cls_query=query,
+        to_tokens=lambda of_patches: of_patches,
         features=lambda: features,
         keys=keys,
         scale=0.3,
-        grid=(7, 10),
+        grids=(Grid(7, 10),),
         pixels=features,
         embed=lambda: keys[:, 1:].flatten(2),
         mean_over_ranks=lambda x: x,

@@ -10,7 +10,6 @@ from vitcop_vllm.pruning.saliency import (
     attention_received,
     cls_saliency,
     most_salient,
-    patch_positions,
 )
 
 
@@ -79,26 +78,6 @@ def test_most_salient_at_published_sizes(count):
     got = most_salient(values, count)
     assert got[0].tolist() == oracle.largest(values[0].tolist(), count)
     assert got[1].tolist() == list(range(count))
-
-
-@pytest.mark.parametrize(("height", "width"), [(24, 24), (5, 7), (1, 9), (9, 1)])
-def test_positions_are_fractions_of_height_and_width(height, width):
-    index = torch.arange(height * width)[None]
-    got = patch_positions(index, height, width)
-    assert got.dtype == torch.float32
-    assert (got >= 0).all()
-    assert (got < 1).all()
-    np.testing.assert_array_equal(
-        got[0].numpy(), np.array(oracle.positions(range(height * width), height, width))
-    )
-
-
-def test_positions_are_row_major():
-    index = torch.tensor([[0, 6, 7], [20, 8, 34]])
-    wanted = torch.tensor(
-        [[[0, 0], [0, 6 / 7], [1 / 5, 0]], [[2 / 5, 6 / 7], [1 / 5, 1 / 7], [4 / 5, 6 / 7]]]
-    )
-    torch.testing.assert_close(patch_positions(index, 5, 7), wanted)
 
 
 def test_attention_received_is_the_mean_over_queries(monkeypatch):

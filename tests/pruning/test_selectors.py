@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.pruning import oracle
 from tests.pruning.every_selector import SELECTORS
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selectors.dart import NUM_PIVOTS
@@ -34,10 +35,11 @@ def images(batch: int = 3, grid: tuple[int, int] = (5, 7), seed: int = 0) -> Enc
     return EncoderView(
         queries=lambda: queries,
         cls_query=queries[:, 0],
+        to_tokens=lambda of_patches: of_patches,
         keys=keys,
         features=lambda: keys[:, 1:].flatten(2),
         scale=8**-0.5,
-        grid=grid,
+        grids=(Grid(*grid),),
         pixels=torch.randn(batch, 3, 10, 14, generator=generator),
         embed=lambda: embeddings,
         mean_over_ranks=lambda x: x,
@@ -104,7 +106,7 @@ def chosen_tokens(name: SelectorName, segment: int, view: BoundaryView, count: i
 
 
 def expected_patches(name: str, view: EncoderView, i: int, count: int) -> list[int]:
-    height, width = view.grid
+    ((height, width, _),) = view.grids
     match name:
         case "random":
             return oracle.random_subset(view.pixels[i].numpy(), height * width, count)

@@ -7,6 +7,7 @@ from typing import Any
 from vitcop_server.preview import Preview
 from vitcop_server.usage import PrunedModel
 from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 
@@ -19,9 +20,11 @@ class GridInfo:
 
     Attributes:
         has_cls: As the info of a model tells it.
+        tiled: Whether an image also has a coarse grid, and its other grid has row marks.
     """
 
     has_cls = False
+    tiled = False
 
     def __init__(self, settings: PruningSettings | None = None) -> None:
         self.settings = settings or PruningSettings()
@@ -30,7 +33,10 @@ class GridInfo:
         if max(width, height) > 200 * min(width, height):
             raise ValueError("absolute aspect ratio must be smaller than 200")
         box = (0.0, 0.0, float(width), float(height))
-        return ImageLayout(math.ceil(height / UNIT), math.ceil(width / UNIT), box)
+        rows, columns = math.ceil(height / UNIT), math.ceil(width / UNIT)
+        if self.tiled:
+            return ImageLayout((Grid(3, 3), Grid(rows, columns, row_marks=True)), box)
+        return ImageLayout((Grid(rows, columns),), box)
 
     def counts(self, num_tokens: int, processor_kwargs: Any) -> VisualTokenCounts:
         return plan_counts(self.settings, processor_kwargs[RATIO_KEY], NUM_LAYERS, num_tokens)

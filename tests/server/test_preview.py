@@ -46,7 +46,7 @@ def test_a_plan_follows_the_image_size(
     params = {"width": width, "height": height, "ratio": ratio}
     plan = client.get("/v1/pruning/plan", params=params).json()
     assert (plan["width"], plan["height"]) == (width, height)
-    assert plan["grid"] == {"rows": rows, "columns": columns}
+    assert plan["grids"] == [{"rows": rows, "columns": columns, "row_marks": False}]
     assert plan["box"] == [0, 0, width, height]
     assert plan["encoder_tokens"] == rows * columns
     counts = GridInfo().counts(rows * columns, {"pruning_ratio": ratio})
@@ -58,10 +58,20 @@ def test_a_plan_follows_the_image_size(
     assert saved == pytest.approx(plan["effective_ratio"])
 
 
+def test_a_plan_of_tiles_has_a_grid_for_the_whole_image_too(client: TestClient) -> None:
+    client.app.state.pruning_preview.info.tiled = True  # type: ignore[attr-defined]
+    plan = client.get("/v1/pruning/plan", params={"width": 140, "height": 84}).json()
+    assert plan["grids"] == [
+        {"rows": 3, "columns": 3, "row_marks": False},
+        {"rows": 3, "columns": 5, "row_marks": True},
+    ]
+    assert plan["encoder_tokens"] == 3 * 3 + 3 * (5 + 1)
+
+
 def test_a_plan_without_a_size_is_not_of_the_largest_image(client: TestClient) -> None:
     plan = client.get("/v1/pruning/plan").json()
     assert (plan["width"], plan["height"]) == (USUAL_SIDE, USUAL_SIDE)
-    assert plan["grid"] == {"rows": 36, "columns": 36}
+    assert plan["grids"] == [{"rows": 36, "columns": 36, "row_marks": False}]
 
 
 def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> None:
@@ -112,7 +122,7 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
         "deep": [1, 2],
     }
     told = explain_image(grid_preview(), name, record)
-    assert told["grid"] == {"rows": 3, "columns": 5}
+    assert told["grids"] == [{"rows": 3, "columns": 5, "row_marks": False}]
     assert told["saliency_source"] == "received"
     assert [kept(stage, 15) for stage in told["stages"]] == [
         [0, 4, 5, 9, 12, 14],

@@ -5,7 +5,7 @@ and a chat template. Random weights give meaningless answers, but suffice for te
 measurements of speed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,15 +201,21 @@ def save_random_llava(
     path: Path, shape: LlavaShape, *, seed: int = 0, dtype: str = "float32"
 ) -> None:
     """Write a checkpoint with seeded random weights. ``dtype`` is the name of a torch dtype."""
-    import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     save_config(path, shape)
+    config = LlavaConfig.from_pretrained(path)
+    save_random_weights(path, lambda: LlavaForConditionalGeneration(config), seed, dtype)
+
+
+def save_random_weights(path: Path, make_model: Callable[[], Any], seed: int, dtype: str) -> None:
+    """Write seeded random weights for a model of transformers."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(path))
         state = {}
-        for name, weight in model.state_dict().items():
+        for name, weight in make_model().state_dict().items():
             if weight.dim() >= 2:
                 # With transformers' standard deviation of 0.02, all prompts get the same
                 # answer. Weights scaled by fan-in make keys and answers differ.

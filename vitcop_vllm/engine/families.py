@@ -94,6 +94,12 @@ FAMILIES: dict[str, Family] = {
         has_cls=True,
         checks=_LLAVA_CHECKS,
     ),
+    "LlavaNextForConditionalGeneration": Family(
+        "vitcop_vllm.models.llava_next:PrunedLlavaNextForConditionalGeneration",
+        decoders=("llama", "mistral"),
+        has_cls=True,
+        checks=_LLAVA_CHECKS,
+    ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "vitcop_vllm.models.qwen2_5_vl:PrunedQwenForConditionalGeneration",
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),

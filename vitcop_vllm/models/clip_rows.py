@@ -21,13 +21,14 @@ class KeptRows:
     """The N kept rows of B images with T rows each.
 
     Attributes:
-        of_image: (B, n) int64 in [0, T), kept rows of each image, padded with 0 to n.
+        of_image: (B, n) int64 in [0, T), kept rows of each image, padded with 0 to n; ``None`` if
+            only the device knows how many rows each has.
         unpadded: (N,) int64 in [0, B * n), entries of ``of_image`` that are not padding; ``None``
             if there is no padding.
         of_batch: (N,) int64 in [0, B * T), the kept rows in the whole batch, without padding.
     """
 
-    of_image: torch.Tensor
+    of_image: torch.Tensor | None
     unpadded: torch.Tensor | None
     of_batch: torch.Tensor
 
@@ -76,23 +77,26 @@ def skip_dropped_rows(
             the kept rows. The layer's output in dropped rows is meaningless.
     """
     attention = layer.self_attn
-    fewer_queries = attention.attn.attn_backend in _ALLOW_FEWER_QUERIES
     rows: KeptRows
     batch: torch.Size
+
+    def query_rows() -> torch.Tensor | None:
+        """``of_image`` if the attention computes these queries only."""
+        return rows.of_image if attention.attn.attn_backend in _ALLOW_FEWER_QUERIES else None
 
     def after_qkv(_: nn.Module, __: object, output: Any) -> None:
         nonlocal rows, batch
         rows, batch = select_rows(output[0]), output[0].shape[:2]
 
     def before_attention(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
-        if not fewer_queries:
+        if (of_image := query_rows()) is None:
             return None
         query, key, value = inputs
-        return gather_rows(query, rows.of_image), key, value
+        return gather_rows(query, of_image), key, value
 
     def before_out_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         attended = inputs[0].flatten(0, 1)
-        if not fewer_queries:
+        if query_rows() is None:
             return attended[rows.of_batch]
         return attended if rows.unpadded is None else attended[rows.unpadded]
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from vitcop_vllm.pruning.grids import Grids
+
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -30,15 +32,15 @@ class Columns(NamedTuple):
         embeddings: torch.Tensor,
         labels: torch.Tensor | None,
         index: torch.Tensor,
-        num_grid_columns: int,
+        grids: Grids,
     ) -> torch.Tensor:
-        """Append the extra columns to the embeddings of images with the same grid.
+        """Append the extra columns to the embeddings of images with equal grids.
 
         Args:
             embeddings: (..., n, H).
             labels: (..., n) int64 cluster labels; ``None`` without clusters.
-            index: (..., n) int64 positions in the grid, row-major.
-            num_grid_columns: Number of columns of the grid.
+            index: (..., n) int64 visual tokens.
+            grids: Grids of each image's visual tokens; one grid if there are ``places``.
 
         Returns:
             (..., n, H + number of extra columns)
@@ -48,8 +50,9 @@ class Columns(NamedTuple):
             assert labels is not None
             integers.append(labels)
         if self.places:
-            integers.append(index.div(num_grid_columns, rounding_mode="floor"))
-            integers.append(index.remainder(num_grid_columns))
+            (grid,) = grids
+            integers.append(index.div(grid.columns, rounding_mode="floor"))
+            integers.append(index.remainder(grid.columns))
         if not integers:
             return embeddings
         dtype = embeddings.dtype

@@ -1,6 +1,8 @@
-"""Grid of an image's visual tokens."""
+"""Grids of an image's visual tokens, and the part of the image that they cover."""
 
 from dataclasses import dataclass
+
+from vitcop_vllm.pruning.grids import Grids, count_tokens
 
 
 @dataclass(frozen=True)
@@ -8,15 +10,14 @@ class ImageLayout:
     """Layout of an image without pruning.
 
     Attributes:
-        rows, columns: Grid of the visual tokens, in row-major order.
+        grids: Grids of the visual tokens. Each covers ``box``.
         box: Left, top, right, bottom of the part that the encoder sees, in pixels of the image.
     """
 
-    rows: int
-    columns: int
+    grids: Grids
     box: tuple[float, float, float, float]
 
     @property
     def num_tokens(self) -> int:
         """V, number of visual tokens."""
-        return self.rows * self.columns
+        return count_tokens(self.grids)

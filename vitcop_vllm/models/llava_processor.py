@@ -7,6 +7,7 @@ from vllm.model_executor.models.llava import LlavaMultiModalProcessor, LlavaProc
 
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.processing import PrunedProcessingInfo, PrunedProcessor
+from vitcop_vllm.pruning.grids import Grid
 
 
 class PrunedLlavaProcessingInfo(PrunedProcessingInfo, LlavaProcessingInfo):
@@ -22,7 +23,7 @@ class PrunedLlavaProcessingInfo(PrunedProcessingInfo, LlavaProcessingInfo):
         """
         vision: Any = self.get_hf_config().vision_config
         side = vision.image_size // vision.patch_size
-        return ImageLayout(side, side, self._visible_box(width, height))
+        return ImageLayout((Grid(side, side),), self._visible_box(width, height))
 
     def _visible_box(self, width: int, height: int) -> tuple[float, float, float, float]:
         processor: Any = self.get_hf_processor().image_processor

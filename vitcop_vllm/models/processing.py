@@ -3,14 +3,15 @@
 A prompt has one placeholder for each visual token that Stage I keeps, and an image's identifier
 carries its visual token counts.
 
-The classes are mixins for vLLM's classes of a model family. A family adds ``layout``: the grid of
-visual tokens of an image of a given size.
+The classes are mixins for vLLM's classes of a model family. A family adds ``layout``: the grids
+of visual tokens of an image of a given size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
 from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
     CountsMismatchError,
@@ -48,7 +50,7 @@ from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
 logger = init_logger(f"vllm.{__name__}")
 
 COUNTS_FIELD = "visual_token_counts"
-"""Field of a processed image with its counts and grid, for the encoder; see :func:`shape_row`."""
+"""Field of a processed image with its counts and grids, for the encoder; see :func:`shape_row`."""
 
 _MAX_LAYOUTS = 8192
 """Maximum number of cached layouts of images sent with a uuid, some 100 bytes each."""
@@ -65,15 +67,19 @@ class MisprocessedImageError(GracefulHTTPError, CountsMismatchError):
 
 
 def shape_row(shape: ImageShape) -> list[int]:
-    """A shape as integers: V, K, n1, n2, n3, rows, columns."""
+    """A shape as integers: V, K, n1, n2, n3; then rows, columns and row marks of each grid."""
     counts = shape.counts
-    return [counts.encoder, counts.centres, *counts.stages, shape.rows, shape.columns]
+    return [counts.encoder, counts.centres, *counts.stages, *map(int, chain(*shape.grids))]
 
 
 def shape_of_row(row: Sequence[int]) -> ImageShape:
     """The shape of a row of :func:`shape_row`."""
-    encoder, centres, n1, n2, n3, rows, columns = row
-    return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), rows, columns)
+    encoder, centres, n1, n2, n3, *numbers = row
+    grids = tuple(
+        Grid(rows, columns, bool(marks))
+        for rows, columns, marks in zip(*[iter(numbers)] * 3, strict=True)
+    )
+    return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), grids)
 
 
 def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
@@ -94,7 +100,7 @@ class PrunedProcessingInfo:
     def layout(
         self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
     ) -> ImageLayout:
-        """Grid of visual tokens and visible part of an image.
+        """Grids of visual tokens and visible part of an image.
 
         Args:
             width, height: Size of the image as it was sent, in pixels.
@@ -170,8 +176,9 @@ class PrunedProcessingInfo:
         if self.position_slack is None:
             return
         beyond = positions_beyond_tokens(
-            MRoPEImage(0, counts.stages[0], rows, columns, False)
-            for counts, rows, columns in images
+            MRoPEImage(0, counts.stages[0], grid.rows, grid.columns, False)
+            for counts, grids in images
+            for grid in grids
         )
         this: Any = self
         table = self.position_slack * self._config.get_text_config().max_position_embeddings
@@ -217,7 +224,7 @@ class PrunedProcessor:
         for i in range(images.get_count()):
             layout = self._layout(images, i, processor_kwargs, uuids[i] if uuids else None)
             counts = self.info.counts(layout.num_tokens, processor_kwargs)
-            shapes.append(ImageShape(counts, layout.rows, layout.columns))
+            shapes.append(ImageShape(counts, layout.grids))
         return shapes
 
     def _layout(
@@ -243,7 +250,7 @@ class PrunedProcessor:
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:
         """Shape of an image whose embeddings the client computed."""
         num_tokens = images.get_feature_size(i)
-        return ImageShape(VisualTokenCounts.unpruned(num_tokens), 1, num_tokens)
+        return ImageShape(VisualTokenCounts.unpruned(num_tokens), (Grid(1, num_tokens),))
 
     def apply(self, *args: Any, **kwargs: Any) -> MultiModalInput:
         """vLLM's processed prompt.

@@ -168,11 +168,11 @@ class PrunedModel:
         if not self.selector.prunes_encoder:
             return
         pruned = []
-        for _, height, width in images:
-            counts = dummy_counts(self.pruning, self._num_layers, height * width)
+        for unpruned, grids in images:
+            counts = dummy_counts(self.pruning, self._num_layers, unpruned.encoder)
             if counts is None:
                 return
-            pruned.append(ImageShape(counts, height, width))
+            pruned.append(ImageShape(counts, grids))
         self._embed_in_batches(kwargs, pruned, None)
 
     def _embed_pruned(
@@ -200,7 +200,7 @@ class PrunedModel:
         for shape, numbers in groups.items():
             of_shape = embedded[shape]
             if (tokens := kept.get(shape)) is not None:
-                of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.columns)
+                of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.grids)
                 if sink is not None:
                     for number, selection in zip(numbers, tokens.of_images(), strict=True):
                         selections[number] = selection
@@ -221,9 +221,7 @@ class PrunedModel:
         }
 
         def view_of(shape: ImageShape, numbers: Sequence[int]) -> EncoderView:
-            return EncoderView.of_embeddings(
-                of_shape[shape], (shape.rows, shape.columns), self.kernels
-            )
+            return EncoderView.of_embeddings(of_shape[shape], shape.grids, self.kernels)
 
         for shape, kept in keep(view_of).items():
             of_shape[shape] = gather_rows(of_shape[shape], kept.index)

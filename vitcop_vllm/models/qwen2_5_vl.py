@@ -36,6 +36,7 @@ from vitcop_vllm.models.processing import (
 from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
 from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
+from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.views import EncoderView
 
@@ -57,7 +58,7 @@ class PrunedQwenProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
         )
         side = self._token_side()
         box = (0.0, 0.0, float(width), float(height))
-        return ImageLayout(size.height // side, size.width // side, box)
+        return ImageLayout((Grid(size.height // side, size.width // side),), box)
 
     def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
         if self.get_max_image_tokens() <= max_tokens:
@@ -78,8 +79,8 @@ class PrunedQwenProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:
         _, height, width = images.get(i)["image_grid_thw"].tolist()
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        rows, columns = height // merge, width // merge
-        return ImageShape(VisualTokenCounts.unpruned(rows * columns), rows, columns)
+        grid = Grid(height // merge, width // merge)
+        return ImageShape(VisualTokenCounts.unpruned(grid.num_tokens), (grid,))
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -163,9 +164,10 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             queries=lambda: all_tokens(last.query).float().mean(dim=2),
             keys=all_tokens(last.key).flatten(1, 2),
             cls_query=None,
+            to_tokens=lambda of_patches: of_patches.unflatten(1, (-1, patches)).mean(dim=2),
             features=lambda: all_tokens(last.raw_key).float().mean(dim=2),
             scale=attention.attn.scale,
-            grid=(shape.rows, shape.columns),
+            grids=shape.grids,
             pixels=torch.stack([pixels[first : first + length] for first in firsts]),
             embed=no_embeddings_yet,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
@@ -181,10 +183,10 @@ class PrunedQwenForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGe
             if feature.data is None or COUNTS_FIELD not in feature.data:
                 continue
             row: Any = feature.data[COUNTS_FIELD].data
-            counts, rows, columns = shape_of_row(row.tolist())
+            counts, (grid,) = shape_of_row(row.tolist())
             place = feature.mm_position
             is_whole = not self.selector.prunes_encoder or not counts.is_pruned
-            images.append(MRoPEImage(place.offset, place.length, rows, columns, is_whole))
+            images.append(MRoPEImage(place.offset, place.length, grid.rows, grid.columns, is_whole))
         if all(image.is_whole for image in images):
             return super().get_mrope_input_positions(input_tokens, mm_features)
         assert len(images) == len(mm_features), "image embeddings cannot be pruned"

@@ -8,6 +8,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
+from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.image_clusters import label_images
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.plan import STAGES, VisualTokenCounts
@@ -22,12 +23,11 @@ class ImageShape(NamedTuple):
 
     Attributes:
         counts: What is kept of each.
-        rows, columns: Grid of its visual tokens.
+        grids: Grids of its visual tokens.
     """
 
     counts: VisualTokenCounts
-    rows: int
-    columns: int
+    grids: Grids
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class StageOne:
             self.settings,
             view.concat_over_ranks(gather_rows(view.features(), index)),
             index,
-            view.grid,
+            shape.grids,
             shape.counts.centres,
             self.published_density_scale,
         )

@@ -5,12 +5,13 @@ This module clusters an image of many tokens in blocks, and makes the scale rela
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from vitcop_vllm.pruning.saliency import patch_positions
+from vitcop_vllm.pruning.grids import Grids, token_places
 from vitcop_vllm.pruning.settings import PruningSettings
 
 MAX_CLUSTERED_TOKENS = 1024
@@ -25,7 +26,7 @@ def label_images(
     settings: PruningSettings,
     features: Tensor,
     index: Tensor,
-    grid: tuple[int, int],
+    grids: Grids,
     num_centres: int,
     published_scale: float | None,
 ) -> Tensor:
@@ -35,8 +36,8 @@ def label_images(
         cluster_labels: ``clustering.cluster_labels`` or a kernel that equals it.
         settings: The operator's.
         features: (B, n, C) of the kept tokens.
-        index: (B, n) places of the kept tokens in the grid, row-major and ascending.
-        grid: Rows and columns of the image's tokens.
+        index: (B, n) int64, the kept tokens, ascending.
+        grids: Grids of each image's tokens.
         num_centres: K, from 1 to n.
         published_scale: d_c of the model's family; ``None`` if none is published.
     """
@@ -46,7 +47,7 @@ def label_images(
         # Divide the features, not the scale: kernels take the scale as a Python number, and this
         # distance is on the device.
         features = features.float() / rms_distance(features)[:, None, None]
-    positions = patch_positions(index, *grid)
+    positions, z_order = (places[index] for places in _places_on(grids, index.device))
 
     def label(features: Tensor, positions: Tensor, num_centres: int) -> Tensor:
         return cluster_labels(
@@ -60,8 +61,19 @@ def label_images(
     num_blocks = -(-index.shape[1] // MAX_CLUSTERED_TOKENS)
     if num_blocks == 1:
         return label(features, positions, num_centres)
-    return _label_blocks(
-        label, features, positions, _block_order(index, grid), num_blocks, num_centres
+    # Runs of equal length on the curve are compact parts of the image with equally many kept
+    # tokens, so shapes do not depend on which tokens are kept.
+    order = z_order.argsort(dim=1, stable=True)
+    return _label_blocks(label, features, positions, order, num_blocks, num_centres)
+
+
+@lru_cache(maxsize=64)
+def _places_on(grids: Grids, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(V, 2) float32 positions and (V,) int64 Z-order of an image's tokens, on a device."""
+    places = token_places(grids)
+    return (
+        torch.from_numpy(places.positions).to(device, non_blocking=True),
+        torch.from_numpy(places.z_order).to(device, non_blocking=True),
     )
 
 
@@ -72,20 +84,6 @@ def rms_distance(features: Tensor) -> Tensor:
     centred = wide - wide.mean(dim=1, keepdim=True)
     mean_square = 2.0 * centred.square().sum(dim=2).mean(dim=1)
     return mean_square.sqrt().float().clamp_min(_MIN_DISTANCE)
-
-
-def _block_order(index: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, n) int64: the order of tokens along a Z-order curve.
-
-    Runs of equal length on the curve are compact parts of the image with equally many kept tokens,
-    so shapes do not depend on which tokens are kept.
-    """
-    rows, columns = grid
-    row, column = index.div(columns, rounding_mode="floor"), index.remainder(columns)
-    code = torch.zeros_like(index)
-    for bit in range((max(rows, columns) - 1).bit_length()):
-        code |= (((row >> bit) & 1) << (2 * bit + 1)) | (((column >> bit) & 1) << (2 * bit))
-    return code.argsort(dim=1, stable=True)
 
 
 def _label_blocks(

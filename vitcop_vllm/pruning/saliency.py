@@ -96,22 +96,3 @@ def most_salient(saliency: Tensor, count: int) -> Tensor:
     # Not topk, which does not specify the order of ties.
     best = saliency.argsort(dim=1, descending=True, stable=True)[:, :count]
     return best.sort(dim=1).values
-
-
-def patch_positions(index: Tensor, grid_height: int, grid_width: int) -> Tensor:
-    """Positions of patches in the image, as (row / height, column / width).
-
-    Args:
-        index: (B, n) patch indices in row-major order.
-        grid_height: Rows of patches.
-        grid_width: Columns of patches.
-
-    Returns:
-        (B, n, 2) float32 in [0, 1).
-    """
-    # Tensor divisors: CUDA multiplies by the reciprocal of a Python number, which differs from
-    # the CPU's quotient in the last bit, and a distance may equal the radius exactly.
-    height = index.new_full((1,), grid_height, dtype=torch.float32)
-    width = index.new_full((1,), grid_width, dtype=torch.float32)
-    row = index.div(grid_width, rounding_mode="floor")
-    return torch.stack((row / height, index.remainder(grid_width) / width), dim=-1)

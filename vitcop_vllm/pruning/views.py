@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor
 
+from vitcop_vllm.pruning.grids import Grids, count_tokens
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
 from vitcop_vllm.pruning.selection import mean_key_norm
@@ -18,19 +19,22 @@ from vitcop_vllm.pruning.selector import SaliencySource
 
 @dataclass(frozen=True)
 class EncoderView:
-    """The last encoder layer on B images of one grid; V visual tokens, D head size.
+    """The last encoder layer on B images of equal grids; V visual tokens, D head size.
 
-    A visual token is made of P patches, which are neighbours among the keys. ``heads`` are
-    this rank's.
+    The encoder computes S sequences of T rows: one per image, or one per tile of each image.
+    ``heads`` are this rank's.
 
     Attributes:
-        queries: Makes (B, Q, heads, D), the queries that attention received is averaged over.
-        keys: (B, C + V * P, heads, D) keys, after rotary embedding; C is 1 with [CLS], else 0.
-        cls_query: (B, heads, D) query of [CLS]; ``None`` in encoders without it.
+        queries: Makes (S, Q, heads, D), the queries that attention received is averaged over.
+        keys: (S, T, heads, D) keys, after rotary embedding; [CLS] first, if the encoder has it.
+        cls_query: (S, heads, D) query of [CLS]; ``None`` in encoders without it.
+        to_tokens: Turns (S, T without [CLS]) float32, a number for each patch, into (B, V), a
+            number for each visual token, by what the model does to patches: averages, tiles put
+            together. The number of a row mark is 0.
         features: Makes (B, V, heads * D), what tokens are clustered by: their keys before
             rotary embedding, averaged over patches.
         scale: Factor on the scores of query and key.
-        grid: Rows and columns of visual tokens; row-major, V in all.
+        grids: Grids of each image's visual tokens, V in all.
         pixels: (B, ...) the images as they enter the encoder.
         embed: Makes (B, V, H), the tokens as the decoder would get them.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
@@ -41,9 +45,10 @@ class EncoderView:
     queries: Callable[[], Tensor]
     keys: Tensor
     cls_query: Tensor | None
+    to_tokens: Callable[[Tensor], Tensor]
     features: Callable[[], Tensor]
     scale: float
-    grid: tuple[int, int]
+    grids: Grids
     pixels: Tensor
     embed: Callable[[], Tensor]
     mean_over_ranks: Callable[[Tensor], Tensor]
@@ -51,16 +56,17 @@ class EncoderView:
     kernels: KernelSet
 
     @classmethod
-    def of_embeddings(cls, embeddings: Tensor, grid: tuple[int, int], kernels: KernelSet) -> Self:
+    def of_embeddings(cls, embeddings: Tensor, grids: Grids, kernels: KernelSet) -> Self:
         """A view for selectors that read (B, V, H) embeddings, and nothing of the layer."""
         nothing = embeddings.new_empty(0)
         return cls(
             queries=lambda: nothing,
             keys=nothing,
             cls_query=None,
+            to_tokens=lambda x: x,
             features=lambda: nothing,
             scale=1.0,
-            grid=grid,
+            grids=grids,
             pixels=nothing,
             embed=lambda: embeddings,
             mean_over_ranks=lambda x: x,
@@ -68,21 +74,25 @@ class EncoderView:
             kernels=kernels,
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """V, number of an image's visual tokens."""
+        return count_tokens(self.grids)
+
     def saliency(self, source: SaliencySource) -> Tensor:
         """(B, V) float32 saliency of each visual token; higher is more salient."""
-        return self._attention_of_cls() if source == "cls" else self._attention_received()
+        per_patch = self._attention_of_cls() if source == "cls" else self._attention_received()
+        return self.mean_over_ranks(self.to_tokens(per_patch))
 
     def _attention_of_cls(self) -> Tensor:
-        """Attention from [CLS], summed over heads."""
+        """(S, T - 1) attention from [CLS] to each patch, summed over heads."""
         assert self.cls_query is not None, "this encoder has no [CLS]"
-        return self.mean_over_ranks(cls_saliency(self.cls_query, self.keys, self.scale))
+        return cls_saliency(self.cls_query, self.keys, self.scale)
 
     def _attention_received(self) -> Tensor:
-        """Attention from all tokens, averaged over a visual token's patches."""
+        """(S, T without [CLS]) attention from all tokens to each patch."""
         received = attention_received(self.queries(), self.keys, self.scale)
-        per_patch = received[:, self.cls_query is not None :]
-        num_tokens = self.grid[0] * self.grid[1]
-        return self.mean_over_ranks(per_patch.unflatten(1, (num_tokens, -1)).mean(dim=2))
+        return received[:, self.cls_query is not None :]
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,11 @@ def choose(counts: VisualTokenCounts) -> dict[str, Any]:
     }
 
 
-def grid_app(has_cls: bool = False) -> FastAPI:
-    """Page, routes and answers, of a model whose encoder may have [CLS]."""
+def grid_app(*, has_cls: bool = False, tiled: bool = False) -> FastAPI:
+    """Page, routes and answers, of a model whose encoder may have [CLS] or tiles."""
     app, model = FastAPI(), Model()
     model.preview.info.has_cls = has_cls
+    model.preview.info.tiled = tiled
     app.include_router(routes.router)
     attach_page(app)
     app.state.pruning_server_settings = ServerSettings(explain=True)

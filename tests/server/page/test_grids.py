@@ -79,6 +79,34 @@ def test_parts_lie_on_a_grid_of_any_shape(
             assert every == list(range(rows * columns))
 
 
+def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser) -> None:
+    coarse, fine = (3, 3), (15, 22)
+    with serving(grid_app(tiled=True)) as url, asked(browser, url, (600, 400)) as (page, told):
+        expect(page.locator("#caption")).to_contain_text(
+            "in 3 rows and 3 columns and again in 15 rows and 22 columns with a mark after each row"
+        )
+        choice = page.get_by_role("combobox", name="Grid shown")
+        expect(choice).to_have_value("1")
+        for number, (rows, columns) in ((1, fine), (0, coarse)):
+            choice.select_option(str(number))
+            show(page, 0)
+            assert parts(page, ".heat", rows, columns) == list(range(rows * columns))
+            for step, stage in enumerate(told["stages"], 1):
+                show(page, step)
+                bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
+                split = bits[:9], bits[9 : 9 + 15 * 23].reshape(15, 23)[:, :22].flatten()
+                assert parts(page, ".kept", rows, columns) == np.flatnonzero(split[number]).tolist()
+                every = parts(page, ".kept:not(.anchor), .member, .dropped", rows, columns)
+                assert every == list(range(rows * columns))
+        show(page, 0)
+        expect(choice).to_have_value("0")
+
+
+def test_an_image_with_one_grid_offers_no_choice(browser: Browser, grid_url: str) -> None:
+    with asked(browser, grid_url, (600, 400)) as (page, _):
+        expect(page.get_by_role("combobox", name="Grid shown")).to_be_hidden()
+
+
 def test_an_outline_does_not_cross_the_edges_of_the_image(browser: Browser, grid_url: str) -> None:
     """The last part of a row and the first of the next are numbered one after the other."""
     columns = 5

@@ -8,28 +8,40 @@ from vitcop_vllm.pruning.budgets import encoder_alone
 from vitcop_vllm.pruning.selector import Selector
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from vitcop_vllm.pruning.grids import Grid
     from vitcop_vllm.pruning.views import EncoderView
 
 
 def even_grid(view: EncoderView, count: int) -> Tensor:
     """The first ``count`` tokens in the order of ordered dithering (Bayer, 1973).
 
-    With any count, two aligned squares of 2^k tokens a side differ by at most one kept token.
+    With any count, two aligned squares of 2^k tokens a side differ by at most one kept token. Of
+    several grids, each keeps the same share. Row marks come last in their grid's order.
     """
     import torch
 
-    height, width = view.grid
-    token = torch.arange(height * width, device=view.pixels.device)
+    ranks = torch.cat([_ranks(grid, view.pixels.device) for grid in view.grids])
+    index = ranks.argsort(stable=True)[:count].sort().values
+    return index.expand(view.pixels.shape[0], -1)
+
+
+def _ranks(grid: Grid, device: torch.device) -> Tensor:
+    """(V,) float64 place of each token in its grid's order, as a share of the grid's tokens."""
+    import torch
+
+    width = grid.columns + grid.row_marks
+    token = torch.arange(grid.num_tokens, device=device)
     row, column = token.div(width, rounding_mode="floor"), token.remainder(width)
-    order = torch.zeros_like(token)
+    order = (column == grid.columns).long()
     # The lowest bit of a place, whether it is odd, weighs most in its threshold.
-    for bit in range((max(height, width) - 1).bit_length()):
+    for bit in range((max(grid.rows, width) - 1).bit_length()):
         down, right = (row >> bit) & 1, (column >> bit) & 1
         order = 4 * order + 2 * (down ^ right) + down
-    index = order.argsort(stable=True)[:count].sort().values
-    return index.expand(view.pixels.shape[0], -1)
+    rank = order.argsort(stable=True).argsort()
+    return rank.double() / torch.full_like(rank, grid.num_tokens, dtype=torch.float64)
 
 
 SELECTOR = Selector(encoder_alone, encoder=even_grid)

@@ -28,7 +28,7 @@ def random_subset(view: EncoderView, count: int) -> Tensor:
     bits = pixels.view(torch.int32 if pixels.element_size() == 4 else torch.int16).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     seed = _hash((bits & _UINT32) ^ _hash(place)).sum(dim=1) & _UINT32
-    token = torch.arange(view.grid[0] * view.grid[1], device=bits.device)
+    token = torch.arange(view.num_tokens, device=bits.device)
     keys = _hash(seed[:, None] ^ _hash(token))
     return keys.argsort(dim=1, stable=True)[:, :count].sort(dim=1).values
 

@@ -1,0 +1,130 @@
+"""Writes LLaVA-NeXT checkpoints with random weights, for tests and for measurements of speed."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vitcop_vllm.demo.checkpoint import (
+    CHAT_TEMPLATE,
+    FEATURE_LAYER,
+    LlavaShape,
+    save_random_weights,
+)
+from vitcop_vllm.demo.checkpoint import (
+    SMALL as SMALL_LLAVA,
+)
+from vitcop_vllm.demo.tokenizer import byte_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaNextShape(LlavaShape):
+    """Sizes of a LLaVA-NeXT model, whose decoder is Mistral's.
+
+    Attributes:
+        pinpoints: (height, width) in pixels that an image may be scaled to: whole tiles of
+            ``image_size``.
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+
+    def grids(self, width: int, height: int) -> list[tuple[int, int, bool]]:
+        """Rows, columns and row marks of the grids of an image of that size."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        side = self.image_size // self.patch_size
+        tall, wide = select_best_resolution((height, width), [*map(list, self.pinpoints)])
+        rows, columns = tall // self.patch_size, wide // self.patch_size
+        # The image keeps its aspect ratio, is centred, and padding is cut off: patches without any
+        # part of the image, as far as they lie in pairs on both sides.
+        if width / height > wide / tall:
+            rows -= (rows - int(round(height * columns / width, 7))) // 2 * 2
+        else:
+            columns -= (columns - int(round(width * rows / height, 7))) // 2 * 2
+        return [(side, side, False), (rows, columns if rows else 0, True)]
+
+
+TINY = LlavaNextShape(
+    image_size=112,
+    pinpoints=((112, 224), (224, 112), (224, 224), (336, 112), (112, 336)),
+    vision_hidden=64,
+    vision_layers=3,
+    vision_heads=2,
+    hidden=128,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    intermediate=256,
+)
+"""64 visual tokens of a tile, at most 336 of an image, for tests and soak runs."""
+
+SMALL = LlavaNextShape(
+    **asdict(SMALL_LLAVA),
+    pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+)
+"""A large decoder for a CPU, with the tiles of the published models."""
+
+
+def save_random_llava_next(
+    path: Path, shape: LlavaNextShape, *, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
+    from transformers import LlavaNextForConditionalGeneration
+
+    config = _config(shape)
+    config.save_pretrained(path)
+    _save_processor(path, shape)
+    save_random_weights(path, lambda: LlavaNextForConditionalGeneration(config), seed, dtype)
+
+
+def _save_processor(path: Path, shape: LlavaNextShape) -> None:
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    side = {"height": shape.image_size, "width": shape.image_size}
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": shape.image_size},
+            crop_size=side,
+            image_grid_pinpoints=[*map(list, shape.pinpoints)],
+        ),
+        tokenizer=byte_tokenizer(),
+        patch_size=shape.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+def _config(shape: LlavaNextShape) -> Any:
+    from transformers import CLIPVisionConfig, LlavaNextConfig, MistralConfig
+
+    vocabulary = byte_tokenizer().get_vocab()
+    return LlavaNextConfig(
+        architectures=["LlavaNextForConditionalGeneration"],
+        vision_config=CLIPVisionConfig(
+            hidden_size=shape.vision_hidden,
+            intermediate_size=4 * shape.vision_hidden,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+        ),
+        text_config=MistralConfig(
+            architectures=["MistralForCausalLM"],
+            vocab_size=len(vocabulary),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            sliding_window=None,
+            bos_token_id=vocabulary["<s>"],
+            eos_token_id=vocabulary["</s>"],
+        ),
+        image_token_index=vocabulary["<image>"],
+        image_grid_pinpoints=[*map(list, shape.pinpoints)],
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
