@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 
-from benchmarks.asks import QUESTION, Ask, user_turn
 from benchmarks.engines import OURS, STOCK, EngineName, EngineProcess
+from benchmarks.image_requests import QUESTION, ImageRequest, user_turn
 from benchmarks.rounds import Row, Turns, summary
 
 Start = Callable[[EngineName], AbstractContextManager[EngineProcess]]
@@ -21,7 +21,7 @@ def _seconds(start: Start, name: EngineName) -> dict[str, float]:
     began = time.perf_counter()
     with start(name) as engine:
         ready = time.perf_counter() - began
-        engine.run("images", asks=[Ask(user_turn(QUESTION), (1,), 8 / 9, 1)])
+        engine.run("images", requests=[ImageRequest(user_turn(QUESTION), (1,), 8 / 9, 1)])
         return {"ready": ready, "first_token": time.perf_counter() - began}
 
 

@@ -20,18 +20,29 @@ from vitcop_vllm.demo.tokenizer import byte_tokenizer
 class LlavaNextShape(LlavaShape):
     """Sizes of a LLaVA-NeXT model, whose decoder is Mistral's.
 
+    ``image_size`` is the height and width of the bench's images.
+
     Attributes:
+        tile_size: Height and width of a tile in pixels.
         pinpoints: (height, width) in pixels that an image may be scaled to: whole tiles of
-            ``image_size``.
+            ``tile_size``.
     """
 
+    tile_size: int = 336
     pinpoints: tuple[tuple[int, int], ...]
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(
+            rows * (columns + marks)
+            for rows, columns, marks in self.grids(self.image_size, self.image_size)
+        )
 
     def grids(self, width: int, height: int) -> list[tuple[int, int, bool]]:
         """Rows, columns and row marks of the grids of an image of that size."""
         from transformers.image_processing_utils import select_best_resolution
 
-        side = self.image_size // self.patch_size
+        side = self.tile_size // self.patch_size
         tall, wide = select_best_resolution((height, width), [*map(list, self.pinpoints)])
         rows, columns = tall // self.patch_size, wide // self.patch_size
         # The image keeps its aspect ratio, is centred, and padding is cut off: patches without any
@@ -44,7 +55,8 @@ class LlavaNextShape(LlavaShape):
 
 
 TINY = LlavaNextShape(
-    image_size=112,
+    tile_size=112,
+    image_size=224,
     pinpoints=((112, 224), (224, 112), (224, 224), (336, 112), (112, 336)),
     vision_hidden=64,
     vision_layers=3,
@@ -58,7 +70,7 @@ TINY = LlavaNextShape(
 """64 visual tokens of a tile, at most 336 of an image, for tests and soak runs."""
 
 SMALL = LlavaNextShape(
-    **asdict(SMALL_LLAVA),
+    **asdict(SMALL_LLAVA) | {"image_size": 672},
     pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
 )
 """A large decoder for a CPU, with the tiles of the published models."""
@@ -79,10 +91,10 @@ def save_random_llava_next(
 def _save_processor(path: Path, shape: LlavaNextShape) -> None:
     from transformers import LlavaNextImageProcessor, LlavaNextProcessor
 
-    side = {"height": shape.image_size, "width": shape.image_size}
+    side = {"height": shape.tile_size, "width": shape.tile_size}
     LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            size={"shortest_edge": shape.image_size},
+            size={"shortest_edge": shape.tile_size},
             crop_size=side,
             image_grid_pinpoints=[*map(list, shape.pinpoints)],
         ),
@@ -105,7 +117,7 @@ def _config(shape: LlavaNextShape) -> Any:
             intermediate_size=4 * shape.vision_hidden,
             num_hidden_layers=shape.vision_layers,
             num_attention_heads=shape.vision_heads,
-            image_size=shape.image_size,
+            image_size=shape.tile_size,
             patch_size=shape.patch_size,
         ),
         text_config=MistralConfig(

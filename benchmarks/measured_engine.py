@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
-from benchmarks.asks import Ask, random_image
 from benchmarks.concurrency import kv_memory, observed
+from benchmarks.image_requests import ImageRequest, random_image
 from benchmarks.stopwatch import Stopwatch, replaced
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
@@ -68,11 +68,11 @@ class MeasuredEngine:
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         }
 
-    def images(self, *, asks: Sequence[Ask], watched: bool = False) -> Result:
+    def images(self, *, requests: Sequence[ImageRequest], watched: bool = False) -> Result:
         """Serve requests that arrive at once.
 
         Args:
-            asks: The requests.
+            requests: The requests.
             watched: Also report ``encoder_seconds`` and ``stage_seconds``, of Stages I to III. The
                 host then waits for the device.
 
@@ -81,13 +81,13 @@ class MeasuredEngine:
         """
         with self._watched() if watched else nullcontext():
             result = self._serve(
-                [self._prompt(ask) for ask in asks],
-                [self._params(ask.max_tokens, ask.letters) for ask in asks],
+                [self._prompt(request) for request in requests],
+                [self._params(request.max_tokens, request.letters) for request in requests],
             )
         if watched:
             if not self.encoder.uses:
                 raise RuntimeError("no encoder was timed: it no longer runs in embed_multimodal")
-            if self.pruned and any(ask.ratio for ask in asks) and not self.stages.uses:
+            if self.pruned and any(request.ratio for request in requests) and not self.stages.uses:
                 raise RuntimeError("no stage was timed: they no longer use SELECTION_SECONDS")
             result["encoder_seconds"] = self.encoder.seconds
             result["stage_seconds"] = self.stages.seconds
@@ -101,7 +101,7 @@ class MeasuredEngine:
         ]
         return self._serve(prompts, [self._params(max_tokens)] * batch)
 
-    def capacity(self, *, asks: Sequence[Ask], budget: int) -> Result:
+    def capacity(self, *, requests: Sequence[ImageRequest], budget: int) -> Result:
         """Serve requests with free KV memory for ``budget`` slots times layers.
 
         Returns:
@@ -111,10 +111,10 @@ class MeasuredEngine:
             ValueError: If the engine has less memory, or takes fewer requests at a time.
         """
         scheduler = self.engine.engine_core.engine_core.scheduler
-        if len(asks) > scheduler.max_num_running_reqs:
-            raise ValueError(f"max_num_seqs must be {len(asks)} or more not to be the limit")
+        if len(requests) > scheduler.max_num_running_reqs:
+            raise ValueError(f"max_num_seqs must be {len(requests)} or more not to be the limit")
         with kv_memory(scheduler, budget), observed(scheduler) as concurrency:
-            result = self.images(asks=asks)
+            result = self.images(requests=requests)
         return result | {"most": concurrency.most, "preemptions": concurrency.preemptions}
 
     @contextmanager
@@ -140,13 +140,13 @@ class MeasuredEngine:
                 stack.enter_context(replaced(SELECTION_SECONDS, "labels", watch))
             yield
 
-    def _prompt(self, ask: Ask) -> dict[str, Any]:
-        size = ask.image_size
-        images = [random_image(seed, size, size) for seed in ask.images]
-        prompt: dict[str, Any] = {"prompt": ask.prompt, "multi_modal_data": {"image": images}}
-        kwargs: dict[str, float] = {RATIO_KEY: ask.ratio} if self.pruned else {}
-        if ask.max_pixels is not None:
-            kwargs["max_pixels"] = ask.max_pixels
+    def _prompt(self, request: ImageRequest) -> dict[str, Any]:
+        size = request.image_size
+        images = [random_image(seed, size, size) for seed in request.images]
+        prompt: dict[str, Any] = {"prompt": request.prompt, "multi_modal_data": {"image": images}}
+        kwargs: dict[str, float] = {RATIO_KEY: request.ratio} if self.pruned else {}
+        if request.max_pixels is not None:
+            kwargs["max_pixels"] = request.max_pixels
         return prompt | ({"mm_processor_kwargs": kwargs} if kwargs else {})
 
     def _params(self, max_tokens: int, letters: bool = False) -> Any:

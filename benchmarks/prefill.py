@@ -18,9 +18,9 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from benchmarks.asks import QUESTION, Ask, text_of
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
+from benchmarks.image_requests import QUESTION, ImageRequest, text_of
 from benchmarks.qwen_checkpoint import QwenShape
 from benchmarks.rounds import Rounds, Row, summary
 from benchmarks.shapes import Shape
@@ -89,13 +89,13 @@ def measure_prefill(
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     text = 0
 
-    def asks(max_pixels: int | None = None) -> list[Ask]:
-        made = rounds.asks(batch, value, 1, images=images, question=question)
-        return [replace(ask, max_pixels=max_pixels) for ask in made]
+    def new_requests(max_pixels: int | None = None) -> list[ImageRequest]:
+        made = rounds.new_requests(batch, value, 1, images=images, question=question)
+        return [replace(request, max_pixels=max_pixels) for request in made]
 
-    rounds.serve(asks())  # caches, allocators and lazy kernels
+    rounds.serve(new_requests())  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, watched = rounds.serve_watched(asks)
+        timed, watched = rounds.serve_watched(new_requests)
         stock, encoder = timed[STOCK]["seconds"], watched[STOCK]["encoder_seconds"]
         text = timed[STOCK]["prompt_tokens"][0] - images * shape.visual_tokens
         layer = {
@@ -124,7 +124,7 @@ def measure_prefill(
             measured[name].append(figures)
         if isinstance(shape, QwenShape) and value:
             limit = shape.max_pixels(plans[OURS].average)
-            scaled, scaled_watched = rounds.serve_watched(partial(asks, limit), STOCK)
+            scaled, scaled_watched = rounds.serve_watched(partial(new_requests, limit), STOCK)
             seconds = scaled[STOCK]["seconds"]
             measured[OURS][-1]["vs_scaled_down"] = seconds / timed[OURS]["seconds"]
             measured[SCALED_DOWN].append(

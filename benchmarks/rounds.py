@@ -8,8 +8,8 @@ from itertools import count
 from statistics import median
 from typing import Any, Self, TypeVar
 
-from benchmarks.asks import QUESTION, Ask, user_turn
 from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
+from benchmarks.image_requests import QUESTION, ImageRequest, user_turn
 from benchmarks.measured_engine import Result
 from benchmarks.shapes import Shape, image_marker
 from vitcop_vllm.pruning.settings import SelectorName
@@ -70,7 +70,7 @@ class Rounds:
         rounds.shape = replace(self.shape, image_size=size)
         return rounds
 
-    def asks(
+    def new_requests(
         self,
         number: int,
         ratio: float,
@@ -78,11 +78,11 @@ class Rounds:
         *,
         images: int = 1,
         question: str = QUESTION,
-    ) -> list[Ask]:
+    ) -> list[ImageRequest]:
         """The same question ``number`` times, each time about new images."""
         prompt = user_turn(question, images, image_marker(self.shape))
         return [
-            Ask(
+            ImageRequest(
                 prompt,
                 tuple(next(self._seeds) for _ in range(images)),
                 ratio,
@@ -97,17 +97,17 @@ class Rounds:
         return self._turns.run({name: partial(run, name) for name in names or self.engines})
 
     def serve(
-        self, asks: Sequence[Ask], *names: EngineName, watched: bool = False
+        self, requests: Sequence[ImageRequest], *names: EngineName, watched: bool = False
     ) -> dict[EngineName, Result]:
         """The same requests on each engine, or on those named."""
 
         def run(name: EngineName) -> Result:
-            return self.engines[name].run("images", asks=asks, watched=watched)
+            return self.engines[name].run("images", requests=requests, watched=watched)
 
         return self.in_turn(run, *names)
 
     def serve_watched(
-        self, make: Callable[[], Sequence[Ask]], *names: EngineName
+        self, make: Callable[[], Sequence[ImageRequest]], *names: EngineName
     ) -> tuple[dict[EngineName, Result], dict[EngineName, Result]]:
         """Results of a run that is timed, and of a run that times encoder and stages.
 
@@ -118,10 +118,11 @@ class Rounds:
         timed = self.serve(make(), *names, watched=not self._watch_apart)
         if not self._watch_apart:
             return timed, timed
-        asks = make()
+        requests = make()
         # Outside of the turns: else the same engine would go first in every timed run.
         return timed, {
-            name: self.engines[name].run("images", asks=asks, watched=True) for name in timed
+            name: self.engines[name].run("images", requests=requests, watched=True)
+            for name in timed
         }
 
     def layer_seconds(self, batch: int, tokens: int) -> float:

@@ -18,9 +18,9 @@ from functools import partial
 from math import ceil
 from statistics import median
 
-from benchmarks.asks import Ask
 from benchmarks.engines import OURS, PEER, STOCK, EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity, ideal_prefill, kv_budget
+from benchmarks.image_requests import ImageRequest
 from benchmarks.measured_engine import Result
 from benchmarks.rounds import Rounds, Row, summary
 from vitcop_vllm.pruning.settings import SelectorName
@@ -39,10 +39,10 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
     value = float(Fraction(ratio))
     plans = {name: ImagePlan.of(rounds.shape, value, name) for name in rounds.selectors}
     measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
-    asks = partial(rounds.asks, running, value, tokens)
-    rounds.serve(asks())  # caches, allocators and lazy kernels
+    new_requests = partial(rounds.new_requests, running, value, tokens)
+    rounds.serve(new_requests())  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, watched = rounds.serve_watched(asks)
+        timed, watched = rounds.serve_watched(new_requests)
         stock = timed[STOCK]
         encoder, prefill = watched[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
         text = stock["prompt_tokens"][0] - rounds.shape.visual_tokens
@@ -78,21 +78,23 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
     ]
 
 
-def second_turn(rounds: Rounds, ask: Ask, name: EngineName) -> Result:
-    """Serve ``ask``, then the next question about the same image; the result is of the second."""
+def second_turn(rounds: Rounds, request: ImageRequest, name: EngineName) -> Result:
+    """Serve ``request``, then a second question about its image. Returns the second's result."""
     engine = rounds.engines[name]
-    (answer,) = engine.run("images", asks=[ask])["answers"]
-    prompt = f"{ask.prompt}{answer} USER: {NEXT_QUESTION} ASSISTANT:"
-    return engine.run("images", asks=[replace(ask, prompt=prompt, max_tokens=1, letters=False)])
+    (answer,) = engine.run("images", requests=[request])["answers"]
+    prompt = f"{request.prompt}{answer} USER: {NEXT_QUESTION} ASSISTANT:"
+    return engine.run(
+        "images", requests=[replace(request, prompt=prompt, max_tokens=1, letters=False)]
+    )
 
 
 def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
     """Time to the first token of a second turn, and the prompt tokens that it reuses."""
     measured = []
     for number in range(rounds.number + 1):
-        (first,) = rounds.asks(1, float(Fraction(ratio)), ANSWER_TOKENS)
-        ask = replace(first, letters=True)
-        results = rounds.in_turn(partial(second_turn, rounds, ask), STOCK, OURS)
+        (first,) = rounds.new_requests(1, float(Fraction(ratio)), ANSWER_TOKENS)
+        request = replace(first, letters=True)
+        results = rounds.in_turn(partial(second_turn, rounds, request), STOCK, OURS)
         figures: dict[str, float] = {}
         for side, name in (("stock", STOCK), ("ours", OURS)):
             figures[f"{side}_ttft_ms"] = results[name]["first_token_seconds"][0] * 1e3
@@ -108,7 +110,7 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     """The most requests that run at once in the memory of eight unpruned ones."""
     value, shape = float(Fraction(ratio)), rounds.shape
     visual, layers = shape.visual_tokens, shape.layers
-    probe = rounds.engines[STOCK].run("images", asks=rounds.asks(1, value, 1))
+    probe = rounds.engines[STOCK].run("images", requests=rounds.new_requests(1, value, 1))
     # The decoder never sees an answer's last token.
     text = probe["prompt_tokens"][0] - visual + ANSWER_TOKENS - 1
     budget = kv_budget(text + visual, layers)
@@ -120,8 +122,8 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     }
 
     def serve(name: EngineName) -> Result:
-        asks = rounds.asks(ceil(1.25 * ideals[name]), value, ANSWER_TOKENS)
-        return rounds.engines[name].run("capacity", asks=asks, budget=budget)
+        requests = rounds.new_requests(ceil(1.25 * ideals[name]), value, ANSWER_TOKENS)
+        return rounds.engines[name].run("capacity", requests=requests, budget=budget)
 
     measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds.number):

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from benchmarks import qwen_checkpoint
+from benchmarks import llava_next_checkpoint, qwen_checkpoint
+from benchmarks.llava_next_checkpoint import LlavaNextShape, save_random_llava_next
 from benchmarks.qwen_checkpoint import QwenShape, save_random_qwen
 from vitcop_vllm.demo.checkpoint import (
     DEMO,
@@ -21,6 +22,7 @@ SHAPES: dict[str, Shape] = {
     "small": SMALL,
     "llava-1.5-7b": LLAVA_1_5_7B,
     "llava-1.5-13b": LLAVA_1_5_13B,
+    "llava-next-small": llava_next_checkpoint.SMALL,
     "qwen2.5-vl-small": qwen_checkpoint.SMALL,
 }
 PUBLISHED = {"llava-1.5-7b", "llava-1.5-13b"}
@@ -42,7 +44,8 @@ def boundaries(shape: Shape) -> dict[str, int]:
 
 def describe(shape: Shape) -> str:
     """A shape's form and size, in a sentence."""
-    form = "Qwen2.5-VL" if isinstance(shape, QwenShape) else "LLaVA-1.5"
+    forms = {QwenShape: "Qwen2.5-VL", LlavaNextShape: "LLaVA-NeXT"}
+    form = forms.get(type(shape), "LLaVA-1.5")
     return (
         f"{form}'s form, {shape.layers} decoder layers of width {shape.hidden}, "
         f"{shape.vision_layers} encoder layers of width {shape.vision_hidden}"
@@ -53,6 +56,8 @@ def save_checkpoint(path: Path, shape: Shape, dtype: str, *, weights: bool) -> N
     """Write a random checkpoint; without ``weights``, enough for vLLM to make them up."""
     if isinstance(shape, QwenShape):
         save_random_qwen(path, shape, dtype=dtype)
+    elif isinstance(shape, LlavaNextShape):
+        save_random_llava_next(path, shape, dtype=dtype)
     elif weights:
         save_random_llava(path, shape, dtype=dtype)
     else:

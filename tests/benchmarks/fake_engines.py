@@ -5,9 +5,9 @@ from dataclasses import replace
 from math import floor
 from typing import Any
 
-from benchmarks.asks import Ask
 from benchmarks.engines import EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity
+from benchmarks.image_requests import ImageRequest
 from benchmarks.scenarios import ANSWER_TOKENS
 from benchmarks.shapes import Shape
 from vitcop_vllm.pruning.settings import SelectorName
@@ -31,22 +31,22 @@ class FakeEngine:
     def __init__(self, name: EngineName, shape: Shape) -> None:
         self.shape = shape
         self.selector: SelectorName | None = None if name == "stock" else name
-        self.asked: list[Mapping[str, Any]] = []
+        self.commands: list[Mapping[str, Any]] = []
 
-    def _unpruned(self, ask: Ask) -> float:
-        shape = replace(self.shape, image_size=ask.image_size)
-        if ask.max_pixels is None:
+    def _unpruned(self, request: ImageRequest) -> float:
+        shape = replace(self.shape, image_size=request.image_size)
+        if request.max_pixels is None:
             return shape.visual_tokens
-        return shape.visual_tokens * ask.max_pixels / ask.image_size**2
+        return shape.visual_tokens * request.max_pixels / request.image_size**2
 
-    def _visual(self, ask: Ask) -> float:
+    def _visual(self, request: ImageRequest) -> float:
         if self.selector is None:
-            return self._unpruned(ask)
-        shape = replace(self.shape, image_size=ask.image_size)
-        return ImagePlan.of(shape, ask.ratio, self.selector).average
+            return self._unpruned(request)
+        shape = replace(self.shape, image_size=request.image_size)
+        return ImagePlan.of(shape, request.ratio, self.selector).average
 
     def run(self, what: str, **command: Any) -> dict[str, Any]:
-        self.asked.append({"what": what, **command})
+        self.commands.append({"what": what, **command})
         run: dict[str, Any] = getattr(self, what)(**command)
         return run
 
@@ -67,11 +67,14 @@ class FakeEngine:
         seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
         return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
 
-    def images(self, *, asks, watched=False) -> dict[str, Any]:
-        encoder = ENCODER * sum(len(ask.images) for ask in asks)
-        lengths = [len(ask.prompt) + len(ask.images) * self._visual(ask) for ask in asks]
+    def images(self, *, requests, watched=False) -> dict[str, Any]:
+        encoder = ENCODER * sum(len(request.images) for request in requests)
+        lengths = [
+            len(request.prompt) + len(request.images) * self._visual(request)
+            for request in requests
+        ]
         prefill = encoder + sum(lengths) * TOKEN
-        answers = [ask.max_tokens - 1 for ask in asks]
+        answers = [request.max_tokens - 1 for request in requests]
         steps = [
             STEP
             + CACHED
@@ -80,23 +83,24 @@ class FakeEngine:
         ]
         result = {
             "seconds": prefill + sum(steps),
-            "first_token_seconds": [prefill] * len(asks),
+            "first_token_seconds": [prefill] * len(requests),
             "decode_step_seconds": steps,
             "prompt_tokens": [
-                len(ask.prompt) + len(ask.images) * self._unpruned(ask) for ask in asks
+                len(request.prompt) + len(request.images) * self._unpruned(request)
+                for request in requests
             ],
-            "reused_tokens": [0] * len(asks),
-            "tokens": [[ask.max_tokens] for ask in asks],
-            "answers": ["a" * ask.max_tokens for ask in asks],
+            "reused_tokens": [0] * len(requests),
+            "tokens": [[request.max_tokens] for request in requests],
+            "answers": ["a" * request.max_tokens for request in requests],
         }
         if watched:
             result |= {"encoder_seconds": encoder, "stage_seconds": 0.001 * prefill}
         return result
 
-    def capacity(self, *, asks, budget: int) -> dict[str, Any]:
-        longest = len(asks[0].prompt) + self._visual(asks[0]) + ANSWER_TOKENS - 1
+    def capacity(self, *, requests, budget: int) -> dict[str, Any]:
+        longest = len(requests[0].prompt) + self._visual(requests[0]) + ANSWER_TOKENS - 1
         fit = ideal_capacity(budget, longest, self.shape.layers)
-        return {"most": min(floor(fit), len(asks)), "preemptions": 0}
+        return {"most": min(floor(fit), len(requests)), "preemptions": 0}
 
     def __enter__(self):
         return self

@@ -40,21 +40,23 @@ def test_all_engines_get_equal_questions_about_new_images():
     rounds, engines = make_rounds()
     seen = []
     for _ in range(2):
-        rounds.serve(rounds.asks(3, 0.5, 4, images=2))
-        assert engines[STOCK].asked == engines[OURS].asked
-        seen += [seed for ask in engines[OURS].asked[-1]["asks"] for seed in ask.images]
+        rounds.serve(rounds.new_requests(3, 0.5, 4, images=2))
+        assert engines[STOCK].commands == engines[OURS].commands
+        seen += [
+            seed for request in engines[OURS].commands[-1]["requests"] for seed in request.images
+        ]
     assert len(set(seen)) == len(seen) == 12
 
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_timed_runs_are_not_watched_on_a_gpu(apart):
     rounds, engines = make_rounds(watch_apart=apart)
-    timed, watched = rounds.serve_watched(lambda: rounds.asks(1, 0.5, 1))
+    timed, watched = rounds.serve_watched(lambda: rounds.new_requests(1, 0.5, 1))
     for engine in engines.values():
-        assert [run["watched"] for run in engine.asked] == ([False, True] if apart else [True])
+        assert [run["watched"] for run in engine.commands] == ([False, True] if apart else [True])
     assert "encoder_seconds" in watched[STOCK]
     assert ("encoder_seconds" in timed[STOCK]) is not apart
-    images = [ask.images for run in engines[OURS].asked for ask in run["asks"]]
+    images = [request.images for run in engines[OURS].commands for request in run["requests"]]
     assert len(set(images)) == len(images)
 
 
@@ -71,5 +73,5 @@ def test_watched_runs_do_not_count_as_turns(apart):
 
         engine.run = run
     for _ in range(3):
-        rounds.serve_watched(lambda: rounds.asks(1, 0.5, 1))
+        rounds.serve_watched(lambda: rounds.new_requests(1, 0.5, 1))
     assert first == [STOCK, OURS, OURS, STOCK, STOCK, OURS]

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from benchmarks import prefill, qwen_checkpoint, scenarios
-from benchmarks.asks import text_of
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan
+from benchmarks.image_requests import text_of
 from benchmarks.rounds import Rounds
 from tests.benchmarks.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
 from vitcop_vllm.demo.checkpoint import LLAVA_1_5_7B
@@ -84,7 +84,9 @@ def test_prefill_of_images_of_a_size(apart):
     assert ours["vs_scaled_down"] == pytest.approx(scaled["ours_ms"] / ours["ours_ms"])
     assert "vs_ideal" not in scaled
     # Only stock vLLM is told to scale images down.
-    told = [ask.max_pixels for run in engines[OURS].asked for ask in run.get("asks", ())]
+    told = [
+        request.max_pixels for run in engines[OURS].commands for request in run.get("requests", ())
+    ]
     assert set(told) == {None}
     [unpruned] = prefill.measure_prefill(rounds, "0", 1, image_size=1344)
     assert unpruned["speed_up"] == EXACTLY_ONE
@@ -125,12 +127,12 @@ def test_tokens_that_differ_in_one_round_are_not_the_same(rounds):
 
 def test_turns(rounds):
     [row] = scenarios.measure_turns(rounds, "2/3")
-    first, second = rounds.engines[OURS].asked[-2:]
-    (before,), (after,) = first["asks"], second["asks"]
+    first, second = rounds.engines[OURS].commands[-2:]
+    (before,), (after,) = first["requests"], second["requests"]
     assert after.images == before.images
     assert after.prompt.startswith(before.prompt + "a" * scenarios.ANSWER_TOKENS)
     assert row["ttft"] == pytest.approx(row["ours_ttft_ms"] / row["stock_ttft_ms"])
-    assert rounds.engines[PEER].asked == []
+    assert rounds.engines[PEER].commands == []
 
 
 def test_capacity(rounds):
@@ -141,5 +143,5 @@ def test_capacity(rounds):
     assert 0.95 < ours["vs_ideal"] <= 1
     assert ours["vs_peer"] == ours["most"] / peer["most"]
     for engine in rounds.engines.values():
-        run = [asked for asked in engine.asked if asked["what"] == "capacity"][-1]
+        run = [asked for asked in engine.commands if asked["what"] == "capacity"][-1]
         assert run["budget"] == ours["budget"]

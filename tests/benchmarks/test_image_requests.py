@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.asks import random_image, text_of, user_turn
+from benchmarks.image_requests import random_image, text_of, user_turn
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 2048])

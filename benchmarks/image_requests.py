@@ -7,7 +7,7 @@ QUESTION = "What is in this picture? Answer in one word."
 
 
 @dataclass(frozen=True)
-class Ask:
+class ImageRequest:
     """A request about images of noise.
 
     Attributes:
