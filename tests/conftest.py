@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak", "tests/soak")
-    group.addoption("--model", choices=("llava", "qwen2.5-vl"), help="soak this one; default: both")
+    group.addoption(
+        "--model",
+        choices=("llava", "llava-next", "qwen2.5-vl"),
+        help="soak this model; default: all",
+    )
     group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")
     group.addoption("--seed", type=int, default=0, help="of a soak's requests")
 

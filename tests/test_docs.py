@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vitcop_vllm.engine.families import FAMILIES, Family
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
@@ -37,6 +39,15 @@ def test_every_page_is_linked() -> None:
     text = "".join(page.read_text() for page in PAGES)
     for page in PAGES[1:]:
         assert f"{page.name}" in text, f"no page links to {page.name}"
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
+def test_the_tables_of_models_have_every_family(family: Family) -> None:
+    compatibility = (ROOT / "docs" / "compatibility.md").read_text()
+    (row,) = re.findall(rf"^\| {re.escape(family.name)} .*$", compatibility, re.MULTILINE)
+    assert ("[CLS]" in row) == family.has_cls
+    assert all(decoder.split("_")[0] in row.lower() for decoder in family.decoders)
+    assert family.name in (ROOT / "README.md").read_text()
 
 
 def test_the_readme_has_at_most_150_lines() -> None:

@@ -20,10 +20,10 @@ import pytest
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import LLM
 
-from benchmarks import qwen_checkpoint
+from benchmarks import llava_next_checkpoint, qwen_checkpoint
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.scheduling import engine_core, start
-from tests.families.family import LLAVA, QWEN2_5_VL, Family
+from tests.families.family import LLAVA, LLAVA_NEXT, QWEN2_5_VL, Family
 from tests.soak.traffic import MAX_TEXT_TOKENS, Traffic
 from vitcop_vllm.demo.checkpoint import TINY
 
@@ -58,6 +58,13 @@ class Load:
 
 LOADS = {
     "llava": Load(LLAVA, range(12), TINY.visual_tokens, blocks=480, concurrency=24),
+    "llava-next": Load(
+        LLAVA_NEXT,
+        range(201, 213),
+        llava_next_checkpoint.TINY.visual_tokens,
+        blocks=580,
+        concurrency=48,
+    ),
     "qwen2.5-vl": Load(
         QWEN2_5_VL,
         range(201, 213),

@@ -13,12 +13,14 @@ class Family:
     """A row of the table.
 
     Attributes:
+        name: The family's name in the documentation.
         model: ``module:Class`` that serves the architecture.
         decoders: ``model_type`` of the text configurations whose layers can be staged.
         has_cls: Whether the encoder has [CLS], whose attention Stage I then reads.
         checks: What start-up refuses for this family.
     """
 
+    name: str
     model: str
     decoders: tuple[str, ...]
     has_cls: bool
@@ -89,18 +91,21 @@ _QWEN2_5_VL_CHECKS = (
 
 FAMILIES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
+        "LLaVA-1.5",
         "vitcop_vllm.models.llava:PrunedLlavaForConditionalGeneration",
         decoders=("llama",),
         has_cls=True,
         checks=_LLAVA_CHECKS,
     ),
     "LlavaNextForConditionalGeneration": Family(
+        "LLaVA-NeXT",
         "vitcop_vllm.models.llava_next:PrunedLlavaNextForConditionalGeneration",
         decoders=("llama", "mistral"),
         has_cls=True,
         checks=_LLAVA_CHECKS,
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
+        "Qwen2.5-VL",
         "vitcop_vllm.models.qwen2_5_vl:PrunedQwenForConditionalGeneration",
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
