@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak", "tests/soak")
     group.addoption(
         "--model",
-        choices=("llava", "llava-next", "qwen2.5-vl"),
+        choices=("llava", "llava-next", "llava-onevision", "qwen2.5-vl"),
         help="soak this model; default: all",
     )
     group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")

@@ -65,7 +65,7 @@ class Encoded:
 
 
 @dataclass
-class _Tile:
+class Tile:
     """What the vision tower makes of one tile, without [CLS].
 
     Attributes:
@@ -312,7 +312,7 @@ class DenseLlava(DenseModel):
         n1 = len(kept)
         return Encoded(self.project(tile.features[kept]), labels, [(i,) for i in range(n1)], n1)
 
-    def run_tower(self, pixels: torch.Tensor) -> _Tile:
+    def run_tower(self, pixels: torch.Tensor) -> Tile:
         """Run the vision tower up to the layer whose output LLaVA uses.
 
         Args:
@@ -352,7 +352,7 @@ class DenseLlava(DenseModel):
             saliency = attention[:, :, 1:].mean(1).sum(0)
         else:
             saliency = attention[:, 0, 1:].sum(0)
-        return _Tile(x[1:], saliency, key[1:].flatten(1))
+        return Tile(x[1:], saliency, key[1:].flatten(1))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         y = self.linear("model.multi_modal_projector.linear_1", features)

@@ -25,6 +25,7 @@ IMAGE_TOKEN = 3
 IMAGE_MARKS = {
     "llava": "<image>\n",
     "llava_next": "<image>\n",
+    "llava_onevision": "<image>\n",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
 }
 """Model type -> the text of an image in a prompt."""

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import llava_next_checkpoint, qwen_checkpoint
-from benchmarks.llava_next_checkpoint import save_random_llava_next
+from benchmarks import llava_next_checkpoint, llava_onevision_checkpoint, qwen_checkpoint
+from benchmarks.llava_next_checkpoint import LlavaNextShape, save_random_llava_next
+from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
 from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
@@ -86,8 +87,12 @@ def _save_llava_next(path: Path) -> None:
     save_random_llava_next(path, llava_next_checkpoint.TINY)
 
 
-def _llava_next_tokens(width: int, height: int) -> int:
-    grids = llava_next_checkpoint.TINY.grids(width, height)
+def _save_llava_onevision(path: Path) -> None:
+    save_random_llava_onevision(path, llava_onevision_checkpoint.TINY)
+
+
+def _tokens_of(shape: LlavaNextShape, width: int, height: int) -> int:
+    grids = shape.grids(width, height)
     return sum(rows * (columns + marks) for rows, columns, marks in grids)
 
 
@@ -121,8 +126,18 @@ LLAVA_NEXT = Family(
     image_token=IMAGE_TOKEN,
     layers=llava_next_checkpoint.TINY.layers,
     save=_save_llava_next,
-    oracle="tests.families.llava_next_oracle:DenseLlavaNext",
-    tokens=_llava_next_tokens,
+    oracle="tests.families.tiled_oracle:DenseLlavaNext",
+    tokens=partial(_tokens_of, llava_next_checkpoint.TINY),
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, QWEN2_5_VL)
+LLAVA_ONEVISION = Family(
+    name="llava_onevision",
+    placeholder="<image>",
+    image_token=IMAGE_TOKEN,
+    layers=llava_onevision_checkpoint.TINY.layers,
+    save=_save_llava_onevision,
+    oracle="tests.families.tiled_oracle:DenseLlavaOnevision",
+    tokens=partial(_tokens_of, llava_onevision_checkpoint.TINY),
+)
+
+FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL)

@@ -264,4 +264,8 @@ def test_a_repeated_prefix_computes_at_most_as_many_tokens_as_in_stock_vllm(
     left = [len(answer.prompt) - answer.reused for answer in answers]
     stock = [len(answer.prompt) - answer.reused for answer in stock_in_turn]
     assert sum(answer.reused > BLOCK for answer in stock_in_turn) == 20
-    assert all(n <= limit for n, limit in zip(left, stock, strict=True))
+    more = [n - limit for n, limit in zip(left, stock, strict=True)]
+    # The requests also share one token after their images. Stock's block may end behind it, and
+    # a pruned request's blocks end elsewhere.
+    assert max(more) <= (1 if ratio else 0), more
+    assert sum(more) <= 0

@@ -42,8 +42,7 @@ class OneLayerLlavaNext(PrunedLlavaNextForConditionalGeneration):
             image_grid_pinpoints=[[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]],
         )
         self.image_newline = nn.Parameter(torch.rand(HIDDEN))
-        self._patches_per_tile = SIDE * SIDE
-        self._patches_of = self._merge_patch_numbers
+        self.set_up_tiles()
 
     def _embed_whole(self, kwargs):
         """As vLLM's model encodes images, without its checks of the inputs."""

@@ -60,6 +60,31 @@ _LLAVA_CHECKS = (
     ),
 )
 
+
+def _lacks_siglip(start: StartUp) -> bool:
+    from transformers import SiglipVisionConfig
+
+    return not isinstance(start.vision, SiglipVisionConfig)
+
+
+_LLAVA_ONEVISION_CHECKS = (
+    Check(
+        "Stage I reads the attention of a SigLIP tower and this model's is "
+        "{start.vision.__class__.__name__}",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        _lacks_siglip,
+    ),
+    Check(
+        "Stage I reads the attention of all patches, and this model's "
+        "vision_feature_select_strategy drops the first",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: (
+            getattr(start.vllm.model_config.hf_config, "vision_feature_select_strategy", None)
+            != "full"
+        ),
+    ),
+)
+
 _QWEN2_5_VL_CHECKS = (
     Check(
         "Stage I reads the attention of the encoder's last block, and this model's last block "
@@ -103,6 +128,13 @@ FAMILIES: dict[str, Family] = {
         decoders=("llama", "mistral"),
         has_cls=True,
         checks=_LLAVA_CHECKS,
+    ),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "LLaVA-OneVision",
+        "vitcop_vllm.models.llava_onevision:PrunedLlavaOnevisionForConditionalGeneration",
+        decoders=("qwen2",),
+        has_cls=False,
+        checks=_LLAVA_ONEVISION_CHECKS,
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "Qwen2.5-VL",

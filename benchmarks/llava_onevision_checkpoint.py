@@ -1,0 +1,115 @@
+"""Writes LLaVA-OneVision checkpoints with random weights, for tests."""
+
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from benchmarks.llava_next_checkpoint import LlavaNextShape
+from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, save_random_weights
+from vitcop_vllm.demo.tokenizer import byte_tokenizer
+
+MOST_TILES = 9
+"""Larger images are scaled down to about as many tiles."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaOnevisionShape(LlavaNextShape):
+    """Sizes of a LLaVA-OneVision model; its vision sizes are those of SigLIP."""
+
+    def grids(self, width: int, height: int) -> list[tuple[int, int, bool]]:
+        base, (rows, columns, marks) = super().grids(width, height)
+        side = self.tile_size // self.patch_size
+        ratio = sqrt(rows * columns / (MOST_TILES * side**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return [base, (rows, columns, marks)]
+
+
+TINY = LlavaOnevisionShape(
+    tile_size=56,
+    image_size=224,
+    pinpoints=tuple((56 * rows, 56 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+    vision_hidden=64,
+    vision_layers=3,
+    vision_heads=2,
+    hidden=128,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    intermediate=256,
+)
+"""16 visual tokens of a tile and up to 36 tiles, more than nine of which are scaled down."""
+
+
+def save_random_llava_onevision(path: Path, shape: LlavaOnevisionShape, *, seed: int = 0) -> None:
+    """Write a whole checkpoint with seeded random float32 weights."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    config = _config(shape, tokenizer)
+    config.save_pretrained(path)
+    _save_processor(path, shape, tokenizer)
+    save_random_weights(
+        path, lambda: LlavaOnevisionForConditionalGeneration(config), seed, "float32"
+    )
+
+
+def _save_processor(path: Path, shape: LlavaOnevisionShape, tokenizer: Any) -> None:
+    from transformers import (
+        LlavaOnevisionImageProcessor,
+        LlavaOnevisionProcessor,
+        LlavaOnevisionVideoProcessor,
+    )
+
+    side = {"height": shape.tile_size, "width": shape.tile_size}
+    LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(
+            size=side, image_grid_pinpoints=[*map(list, shape.pinpoints)]
+        ),
+        tokenizer=tokenizer,
+        video_processor=LlavaOnevisionVideoProcessor(size=side),
+        num_image_tokens=(shape.tile_size // shape.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+def _config(shape: LlavaOnevisionShape, tokenizer: Any) -> Any:
+    from transformers import LlavaOnevisionConfig, Qwen2Config, SiglipVisionConfig
+
+    vocabulary = tokenizer.get_vocab()
+    return LlavaOnevisionConfig(
+        architectures=["LlavaOnevisionForConditionalGeneration"],
+        vision_config=SiglipVisionConfig(
+            hidden_size=shape.vision_hidden,
+            intermediate_size=4 * shape.vision_hidden,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.tile_size,
+            patch_size=shape.patch_size,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            architectures=["Qwen2ForCausalLM"],
+            vocab_size=len(vocabulary),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=shape.max_positions,
+            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+            bos_token_id=vocabulary["<s>"],
+            eos_token_id=vocabulary["</s>"],
+            tie_word_embeddings=False,
+        ),
+        image_token_index=vocabulary["<image>"],
+        video_token_index=vocabulary["<video>"],
+        image_grid_pinpoints=[*map(list, shape.pinpoints)],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=f"anyres_max_{MOST_TILES}",
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,135 @@
+"""LLaVA-OneVision's encoder with a tower of one layer. No engine runs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditionalGeneration
+
+from tests.device_guard import CUDA, no_host_sync
+from tests.models.test_llava import HIDDEN, SIDE, set_up_tower
+from tests.models.test_llava_next import TILE, Selections
+from tests.pruning.every_selector import SELECTORS
+from vitcop_vllm.models.llava_onevision import PrunedLlavaOnevisionForConditionalGeneration
+from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName
+
+SIZES = [(300, 300), (84, 168), (250, 170), (300, 300)]
+"""(height, width) of images; 16 tiles are scaled down to about nine, two and nine are not."""
+TILES = [17, 3, 10, 17]
+BASE = Grid(SIDE, SIDE)
+GRIDS = [
+    (BASE, Grid(18, 18, row_marks=True)),
+    (BASE, Grid(6, 12, row_marks=True)),
+    (BASE, Grid(18, 12, row_marks=True)),
+    (BASE, Grid(18, 18, row_marks=True)),
+]
+ENCODER_SELECTORS = [
+    name
+    for name in SELECTOR_NAMES
+    if SELECTORS[name].prunes_encoder and not SELECTORS[name].needs_cls
+]
+
+
+class OneLayerLlavaOnevision(PrunedLlavaOnevisionForConditionalGeneration):
+    """The parts of LLaVA-OneVision that encode images, with random weights."""
+
+    def __init__(self, selector: SelectorName) -> None:
+        nn.Module.__init__(self)
+        set_up_tower(self, selector)
+        pinpoints = [
+            [rows * TILE, columns * TILE] for rows in range(1, 5) for columns in (1, 2, 3, 4)
+        ]
+        self.config: Any = SimpleNamespace(
+            vision_config=SimpleNamespace(image_size=TILE, patch_size=14),
+            image_grid_pinpoints=pinpoints,
+        )
+        self.image_newline = nn.Parameter(torch.rand(HIDDEN))
+        self.set_up_tiles()
+
+    def _embed_whole(self, kwargs):
+        """As vLLM's model encodes images, without its checks of the inputs."""
+        return [
+            LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings(
+                self,
+                size,
+                self.multi_modal_projector(self._image_pixels_to_features(None, tiles)),
+                image_newline=self.image_newline,
+                strategy="spatial_unpad",
+            )
+            for tiles, size in zip(kwargs["pixel_values"], kwargs["image_sizes"], strict=True)
+        ]
+
+    def _image_pixels_to_features(self, tower, pixel_values):
+        patches = nn.functional.unfold(pixel_values, 14, stride=14).mT
+        return self.vision_tower.vision_model.encoder.layers[-1](self.embed(patches))
+
+
+def images_of(selector: SelectorName) -> list[ImageShape]:
+    """Images of three layouts; the last is unpruned."""
+    shapes = []
+    for number, grids in enumerate(GRIDS):
+        tokens = sum(grid.num_tokens for grid in grids)
+        counts = VisualTokenCounts.unpruned(tokens)
+        if number != 3:
+            centres = 4 if selector == "vitcop" else 0
+            counts = VisualTokenCounts(tokens, centres, (int(0.4 * tokens), 10, 3))
+        shapes.append(ImageShape(counts, grids))
+    return shapes
+
+
+def inputs_on(device: torch.device) -> dict[str, Any]:
+    return {
+        "pixel_values": [torch.rand(tiles, 3, TILE, TILE, device=device) for tiles in TILES],
+        "image_sizes": torch.tensor(SIZES),
+    }
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", ENCODER_SELECTORS)
+def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
+    torch.manual_seed(0)
+    model, inputs, images = (
+        OneLayerLlavaOnevision(selector),
+        inputs_on(torch.device("cpu")),
+        images_of(selector),
+    )
+    sink: Any = Selections()
+    plain, *_ = model.columns.split(model._embed_pruned(inputs, images, sink))
+    whole = model._embed_whole(inputs)
+    for shape, embedding, every, selection in zip(
+        images, plain, whole, sink.of_images, strict=True
+    ):
+        assert len(every) == shape.counts.encoder
+        index = range(len(every)) if selection is None else selection.patches.tolist()
+        assert len(embedding) == shape.counts.stages[0] == len({*index})
+        torch.testing.assert_close(embedding, every[index])
+
+
+@torch.inference_mode()
+def test_tokens_are_averages_of_the_patches_that_vllm_averages():
+    torch.manual_seed(0)
+    model = OneLayerLlavaOnevision("vitcop")
+    for tiles, (height, width) in zip(TILES, SIZES, strict=True):
+        rows = torch.rand(tiles, SIDE * SIDE, 3)
+        merged = model.merge_tiles(rows, height, width, torch.zeros(3))
+        patches, weights = model._find_sources(tiles, height, width)
+        assert patches.shape[1] == (4 if tiles == 17 else 1)
+        averages = (rows.flatten(0, 1)[patches.clamp(min=0)] * weights[:, :, None]).sum(dim=1)
+        torch.testing.assert_close(averages, merged)
+
+
+@no_host_sync()
+@torch.inference_mode()
+@pytest.mark.parametrize("selector", ENCODER_SELECTORS)
+def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
+    with torch.device(CUDA):
+        model = OneLayerLlavaOnevision(selector)
+    images = images_of(selector)
+    embeddings = model._embed_pruned(inputs_on(CUDA), images)
+    for (counts, *_), embedding in zip(images, embeddings, strict=True):
+        assert embedding.shape == (counts.stages[0], HIDDEN + bool(counts.centres))
