@@ -44,7 +44,7 @@ class LlavaNextShape(LlavaShape):
 
         side = self.tile_size // self.patch_size
         tall, wide = select_best_resolution((height, width), [*map(list, self.pinpoints)])
-        rows, columns = tall // self.patch_size, wide // self.patch_size
+        rows, columns = tall // self.tile_size * side, wide // self.tile_size * side
         # The image keeps its aspect ratio, is centred, and padding is cut off: patches without any
         # part of the image, as far as they lie in pairs on both sides.
         if width / height > wide / tall:

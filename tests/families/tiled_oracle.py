@@ -46,7 +46,7 @@ class DenseLlavaNext(DenseLlava):
         # The tiles: the image is scaled to fit and stands in their middle.
         width, height = image.size
         tall, wide = self.best_resolution(width, height)
-        rows, columns = tall // vision.patch_size, wide // vision.patch_size
+        rows, columns = (edge // vision.image_size * side for edge in (tall, wide))
         top = left = 0
         if width / height > wide / tall:
             top = (rows - int(round(height * columns / width, 7))) // 2

@@ -1,0 +1,71 @@
+"""The table of what an image costs, in docs/compatibility.md, is what the plans say."""
+
+from dataclasses import replace
+from math import ceil, prod
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from benchmarks import llava_next_checkpoint, qwen_checkpoint
+from benchmarks.llava_next_checkpoint import LlavaNextShape
+from benchmarks.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
+from vitcop_vllm.pruning.plan import plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+ROOT = Path(__file__).parents[1]
+SIZE = 1024, 768
+HEAD_SIZE, BYTES = 128, 2
+
+
+class Published(NamedTuple):
+    """Sizes from a published checkpoint's config.json, and V of an image of :data:`SIZE`."""
+
+    layers: int
+    kv_heads: int
+    visual_tokens: int
+
+
+def tiled(shape: LlavaNextShape) -> int:
+    return sum(rows * (columns + marks) for rows, columns, marks in shape.grids(*SIZE))
+
+
+ONEVISION: LlavaOnevisionShape = replace(
+    TINY,
+    tile_size=384,
+    pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+)
+
+PUBLISHED = {
+    "llava-1.5-7b": Published(32, 32, 576),
+    "llava-1.5-13b": Published(40, 40, 576),
+    "llava-next-7b": Published(32, 8, tiled(llava_next_checkpoint.SMALL)),
+    "llava-onevision-7b": Published(28, 4, tiled(ONEVISION)),
+    "qwen2.5-vl-7b": Published(28, 4, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
+}
+
+
+def row_of(name: str) -> str:
+    layers, kv_heads, visual = PUBLISHED[name]
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    settings = PruningSettings(**config["pruning"])
+    shallow, deep = settings.boundaries(layers)
+    lengths = [shallow, deep - shallow, layers - deep]
+    counts = plan_counts(settings, 8 / 9, layers, visual)
+    bytes_per_token = 2 * kv_heads * HEAD_SIZE * BYTES
+    unpruned = visual * layers * bytes_per_token / 2**20
+    pruned = counts.layer_average((shallow, deep), layers) * layers * bytes_per_token / 2**20
+    groups = sum(ceil(length / min(lengths)) for length in lengths)
+    kept = " / ".join(f"{n:,}" for n in counts.stages)
+    return f"| `{name}` | {visual:,} | {kept} | {unpruned:.0f} MiB | {pruned:.0f} MiB | {groups} |"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_table_of_costs_is_that_of_the_plans(name: str) -> None:
+    assert row_of(name) in (ROOT / "docs" / "compatibility.md").read_text()
+
+
+def test_every_configuration_of_a_published_model_is_in_the_table() -> None:
+    configs = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert configs - PUBLISHED.keys() == {"demo-cpu", "demo-gpu"}
