@@ -1,10 +1,10 @@
-"""``python -m benchmarks.bench``: what pruning saves, beside what it should save.
+"""``python -m benchmarks.bench``: measured speed-up of pruning, beside its ideal.
 
-Stock vLLM and ours get the same images and the same random weights, each in a process of its own,
-and take turns; figures are medians over rounds. Each scenario's module defines its figures and its
+Stock vLLM and ours run in separate processes, with the same images and the same random weights, and
+take turns; figures are medians over rounds. Each scenario's module defines its figures and its
 *ideal*: prefill, images and long_text in prefill.py, decode, turns and capacity in scenarios.py,
-load in load.py, cold_start in cold_start.py. Prefix caching is on, as is vLLM's default; only a
-second turn asks about an image that was seen before.
+load in load.py, cold_start in cold_start.py. Prefix caching is on, as is vLLM's default; only
+second turns repeat an image.
 
 The last line of standard output is a JSON document, as docs/results/ holds them.
 """
@@ -27,17 +27,17 @@ from benchmarks.bench_options import (
     ENGINE_SCENARIOS,
     LONG_ROUNDS,
     TooLittleMemoryError,
-    check_room,
+    check_kv_memory,
     engine_names,
     engine_options,
+    fill_defaults,
     parse_arguments,
-    settle_defaults,
     write_checkpoint,
 )
 from benchmarks.cold_start import measure_cold_start
-from benchmarks.conditions import WrongDeviceError, machine, settle_device
+from benchmarks.conditions import WrongDeviceError, machine, resolve_device
 from benchmarks.engines import STOCK, EngineDiedError, EngineProcess, running_engines
-from benchmarks.goals import goals_met
+from benchmarks.goals import check_goals
 from benchmarks.load import measure_load
 from benchmarks.plots import plot_speed
 from benchmarks.rounds import Rounds, Row
@@ -51,7 +51,7 @@ Case = Mapping[str, Any]
 def engine_cases(
     name: str, arguments: argparse.Namespace
 ) -> tuple[Callable[..., list[Row]], Sequence[Case]]:
-    """What measures a scenario of :data:`ENGINE_SCENARIOS`, and its arguments, case by case."""
+    """The function that measures a scenario, and its arguments for each case."""
     if name == "decode":
         return scenarios.measure_decode, [
             {"ratio": ratio, "running": running, "tokens": arguments.tokens}
@@ -75,22 +75,22 @@ def measure(
     options: dict[str, Any],
     measured: dict[str, Any],
 ) -> None:
-    """Add rows by scenario, and what the engines report about themselves, to ``measured``.
+    """Add each scenario's rows, and the engines' descriptions, to ``measured``.
 
     Raises:
-        TooLittleMemoryError: If requests that are to run at once cannot.
-        EngineDiedError: If an engine's process died; ``measured`` holds what came before.
+        TooLittleMemoryError: If a scenario's concurrent requests do not fit into KV memory.
+        EngineDiedError: If an engine's process died; ``measured`` holds the earlier rows.
     """
     shape = SHAPES[arguments.shape]
-    together = [name for name in arguments.scenarios if name in ENGINE_SCENARIOS]
-    if together:
+    in_engines = [name for name in arguments.scenarios if name in ENGINE_SCENARIOS]
+    if in_engines:
         with running_engines(checkpoint, options, engine_names(arguments)) as engines:
             about = {name: engine.run("about") for name, engine in engines.items()}
             measured["engines"] = about
-            check_room(arguments, shape, about[STOCK]["kv_blocks"], about[STOCK]["block_size"])
+            check_kv_memory(arguments, shape, about[STOCK]["kv_blocks"], about[STOCK]["block_size"])
             on_gpu = arguments.device == "gpu"
-            rounds = Rounds(engines, shape, arguments.rounds, watch_apart=on_gpu)
-            for name in together:
+            rounds = Rounds(engines, shape, arguments.rounds, profile_apart=on_gpu)
+            for name in in_engines:
                 run, cases = engine_cases(name, arguments)
                 measured[name] = [row for case in tqdm(cases, name) for row in run(rounds, **case)]
     long_rounds = min(arguments.rounds, LONG_ROUNDS)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measured: dict[str, Any] = {}
     died = None
     try:
-        settle_defaults(arguments, settle_device(arguments.device, current_platform.device_type))
+        fill_defaults(arguments, resolve_device(arguments.device, current_platform.device_type))
         shape = SHAPES[arguments.shape]
         options = engine_options(arguments, shape)
         with tempfile.TemporaryDirectory() as scratch:
@@ -142,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "engines": measured.pop("engines", {}),
     }
     document = {"conditions": conditions, **measured, **({"died": died} if died else {})}
-    document["goals"] = goals_met(document)
+    document["goals"] = check_goals(document)
     print_document(document)
     if died:
-        print(f"{died}. Above is what was measured before.", file=sys.stderr)
+        print(f"{died}. The figures above were measured before.", file=sys.stderr)
         return 1
     if arguments.plot is not None:
         plot_speed(document, arguments.plot)

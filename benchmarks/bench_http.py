@@ -1,9 +1,10 @@
-"""``python -m benchmarks.bench_http``: ``make bench``'s load for servers of a configuration file.
+"""``python -m benchmarks.bench_http``: the load of ``make bench`` on configured servers.
 
-Stock vLLM's server and ours run from the same file and take turns; ``benchmarks/load.py`` defines
-the figures. With ``--url`` a server that already runs gets the load, without a comparison.
+Stock vLLM's server and ours run from the same configuration file and take turns;
+``benchmarks/load.py`` defines the figures. ``--url`` measures a running server, without a
+comparison.
 
-Status 1 means that requests failed. The last line of standard output is a JSON document.
+Exit status 1 means that requests failed. The last line of standard output is a JSON document.
 """
 
 import argparse
@@ -37,21 +38,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--config",
         type=Path,
         default=Path("configs/demo-cpu.yaml"),
-        help="both servers run from it; by default %(default)s",
+        help="configuration of both servers; default: %(default)s",
     )
-    where.add_argument("--url", help="root of a running server; for other models give --model")
-    add("--model", default=DEMO_NAME, help="its name in requests, with --url")
-    add("--tokenizer", help="folder or repository; default: the model's")
-    add("--ratios", nargs="+", default=["0", "2/3", "8/9"], help=f"of ours, or {load.MIXED}")
-    add("--clients", nargs="+", type=int, default=[1, 16, 32], help="requests in flight")
-    add("--rates", nargs="+", type=float, default=[], help="arrivals over what stock serves")
-    add("--requests", type=int, help="of a run; three per client by default")
+    where.add_argument("--url", help="root of a running server, instead of --config")
+    add("--model", default=DEMO_NAME, help="model name in requests to --url; default: %(default)s")
+    add("--tokenizer", help="folder or repository; default: the model's own")
+    add("--ratios", nargs="+", default=["0", "2/3", "8/9"], help=f"pruning ratios, or {load.MIXED}")
+    add(
+        "--clients", nargs="+", type=int, default=[1, 16, 32], help="numbers of concurrent requests"
+    )
+    add("--rates", nargs="+", type=float, default=[], help="relative to stock's throughput")
+    add("--requests", type=int, help="number in a run; default: three per client")
     add("--tokens", type=int, default=16, help="mean length of an answer")
-    add("--rounds", type=int, default=3, help="medians are over these")
-    add("--seed", type=int, default=0, help="of images, text and lengths")
+    add("--rounds", type=int, default=3, help="number of runs; figures are medians")
+    add("--seed", type=int, default=0, help="seed of images, text and lengths")
     arguments = parser.parse_args(argv)
     if arguments.url and arguments.rates:
-        parser.error("--rates are relative to stock vLLM, which --url does not run")
+        parser.error("--rates are relative to stock vLLM: use --config, not --url")
     return arguments
 
 

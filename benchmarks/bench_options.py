@@ -15,32 +15,32 @@ from benchmarks.shapes import PUBLISHED, SHAPES, Shape, boundaries, save_checkpo
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
 ENGINE_SCENARIOS = ("prefill", "images", "long_text", "decode", "turns", "capacity")
-"""Engines run side by side in these."""
+"""Scenarios in which the engines run side by side."""
 
 SCENARIOS = (*ENGINE_SCENARIOS, "load", "cold_start")
 
 QWEN_SCENARIOS = ("prefill",)
-"""The scenarios that know images of more than one size."""
+"""Scenarios that support images of more than one size."""
 
 LONG_ROUNDS = 3
-"""Most rounds of a scenario in which a round takes minutes."""
+"""Limit on the rounds of scenarios whose rounds take minutes."""
 
 MAX_NUM_SEQS = 64
-"""More than any scenario lets run at once, unless a batch is larger."""
+"""Enough for every scenario with its default batches; larger batches raise it."""
 
 TEXT_MARGIN = 128
-"""Tokens of a prompt beside its images and a long text, and of an answer; with room."""
+"""Upper bound on the tokens of a question, the chat template and a short answer."""
 
 GPU_MEMORY = 0.9
-"""Of a GPU, as is vLLM's default: shared by the engines that are on it at a time."""
+"""Share of a GPU's memory for all engines together."""
 
 
 class TooLittleMemoryError(RuntimeError):
-    """The engines' KV caches are too small for what is to run at once."""
+    """The KV caches are too small for a scenario's concurrent requests."""
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
-    """Arguments as given; :func:`settle_defaults` completes them."""
+    """The given arguments; :func:`fill_defaults` completes them."""
     parser = argparse.ArgumentParser(
         prog="make bench",
         description=description,
@@ -48,36 +48,49 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     )
     add = parser.add_argument
     numbers: dict[str, Any] = {"type": _numbers(int), "metavar": "N,N"}
-    add("--device", choices=("cpu", "gpu"), help="default: what vLLM runs on")
+    add("--device", choices=("cpu", "gpu"), help="default: the installed vLLM's")
     add("--shape", choices=SHAPES, help="default: demo on a CPU, llava-1.5-7b on a GPU")
-    names = f"of {', '.join(SCENARIOS)}; all by default, {', '.join(QWEN_SCENARIOS)} for Qwen"
+    names = f"any of {', '.join(SCENARIOS)}; default: all, for Qwen {', '.join(QWEN_SCENARIOS)}"
     add("--scenarios", nargs="+", choices=SCENARIOS, metavar="S", help=names)
-    add("--rounds", type=_number, default=7, help=f"of long scenarios {LONG_ROUNDS} at most")
-    add("--batches", **numbers, help="prefill at once; default 1,4,16, and 1 for Qwen")
-    add("--running", **numbers, default=(1, 32), help="requests that decode")
-    add("--tokens", type=_number, default=32, help="answer length when decoding")
-    add("--rates", type=_numbers(float), default=load.RATES, help="arrivals over stock's rate")
-    add("--clients", **numbers, default=load.CLIENTS, help="who wait for their answers")
-    add("--chat-tokens", type=_number, help="mean answer under load; 16 on a CPU, 128 on a GPU")
-    add("--peers", action="store_true", help=f"also {PEER}, which prunes in the encoder alone")
-    compile_help = "torch.compile and CUDA graphs; by default on a GPU"
+    add(
+        "--rounds",
+        type=_number,
+        default=7,
+        help=f"default 7; at most {LONG_ROUNDS} in long scenarios",
+    )
+    add("--batches", **numbers, help="batch sizes of prefill; default 1,4,16, for Qwen 1")
+    add("--running", **numbers, default=(1, 32), help="batch sizes of decode")
+    add("--tokens", type=_number, default=32, help="answer length in decode")
+    add("--rates", type=_numbers(float), default=load.RATES, help="load over stock's throughput")
+    add("--clients", **numbers, default=load.CLIENTS, help="concurrent requests under load")
+    add("--chat-tokens", type=_number, help="mean answer under load; 16 on CPU, 128 on GPU")
+    add(
+        "--peers",
+        action="store_true",
+        help=f"also measure {PEER}, which prunes only in the encoder",
+    )
+    compile_help = "use torch.compile and CUDA graphs; default: on a GPU"
     add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
-    load_help = "seeded random weights, or vLLM's own (dummy), as for published shapes"
+    load_help = "seeded random weights, or vLLM's dummy weights; dummy for published shapes"
     add("--load-format", choices=("random", "dummy"), help=load_help)
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="float32 on a CPU")
-    add("--kv-cache-gib", type=_number, help="of each engine; on a GPU what the weights leave")
-    add("--plot", type=Path, metavar="FILE.png", help="draw speed over ratio")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="default: float32 on CPU, bfloat16 on GPU",
+    )
+    add("--kv-cache-gib", type=_number, help="KV cache of each engine; on a GPU the free memory")
+    add("--plot", type=Path, metavar="FILE.png", help="plot speed over ratio")
     arguments = parser.parse_args(argv)
     is_qwen = isinstance(SHAPES.get(arguments.shape), QwenShape)
     known = QWEN_SCENARIOS if is_qwen else SCENARIOS
     if unknown := set(arguments.scenarios or ()) - set(known):
-        parser.error(f"{arguments.shape} has {', '.join(known)} only, not {min(unknown)}")
+        parser.error(f"{arguments.shape} supports only {', '.join(known)}, not {min(unknown)}")
     if is_qwen and arguments.peers:
         parser.error(f"selector {PEER} needs [CLS], which the encoder of {arguments.shape} lacks")
     arguments.scenarios = [name for name in known if name in (arguments.scenarios or known)]
     arguments.batches = arguments.batches or ((1,) if is_qwen else (1, 4, 16))
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
-        parser.error(f"there is no folder {arguments.plot.parent} to write to")
+        parser.error(f"--plot: there is no folder {arguments.plot.parent}")
     return arguments
 
 
@@ -92,18 +105,18 @@ def _numbers(kind: type) -> Any:
     return lambda text: tuple(_number(part, kind) for part in text.split(","))
 
 
-def settle_defaults(arguments: argparse.Namespace, device: Device) -> None:
-    """Replace what was not given by what suits the device and the shape."""
+def fill_defaults(arguments: argparse.Namespace, device: Device) -> None:
+    """Fill missing arguments with defaults for the device and the shape."""
     on_gpu = device == "gpu"
     shape = arguments.shape or ("llava-1.5-7b" if on_gpu else "demo")
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    is_light = shape in ("demo", "qwen2.5-vl-small")  # a token takes little KV memory
+    has_small_kv = shape in ("demo", "qwen2.5-vl-small")
     defaults = {
         "shape": shape,
         "dtype": dtype,
         "compile": on_gpu,
         "chat_tokens": 128 if on_gpu else 16,
-        "kv_cache_gib": None if on_gpu else 2 if is_light else 6 if dtype == "float32" else 3,
+        "kv_cache_gib": None if on_gpu else 2 if has_small_kv else 6 if dtype == "float32" else 3,
         "load_format": "dummy" if shape in PUBLISHED else "random",
     }
     arguments.device = device
@@ -113,42 +126,43 @@ def settle_defaults(arguments: argparse.Namespace, device: Device) -> None:
 
 
 def engine_names(arguments: argparse.Namespace) -> tuple[EngineName, ...]:
-    """Engines that run side by side."""
+    """The engines that run side by side."""
     return (STOCK, OURS, PEER) if arguments.peers else (STOCK, OURS)
 
 
-def _at_once(arguments: argparse.Namespace, shape: Shape) -> dict[str, tuple[int, int]]:
-    """Most requests at once in the chosen scenarios, and the tokens of each."""
+def _concurrent_requests(arguments: argparse.Namespace, shape: Shape) -> dict[str, tuple[int, int]]:
+    """Per chosen scenario: the largest number of concurrent requests, and the tokens of each."""
     prompt = shape.visual_tokens + TEXT_MARGIN
-    most = {
+    requests = {
         "prefill": (max(arguments.batches), prompt),
         "decode": (max(arguments.running), prompt + arguments.tokens),
         "load": (max(arguments.clients), prompt + 2 * arguments.chat_tokens),
     }
-    return {name: row for name, row in most.items() if name in arguments.scenarios}
+    return {name: row for name, row in requests.items() if name in arguments.scenarios}
 
 
 def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """Arguments of ``vllm.LLM``, the same for all engines.
 
-    A step holds all prompts of a scenario that arrive at once: the bench times kernels, not
-    queues.
+    A step has room for all concurrent prompts: the bench times kernels, not queues.
     """
-    at_once = _at_once(arguments, shape)
+    concurrent = _concurrent_requests(arguments, shape)
     images = max(prefill.IMAGES) if "images" in arguments.scenarios else 1
     text = max(prefill.TEXT_TOKENS) if "long_text" in arguments.scenarios else 0
     prompt = max(images * shape.visual_tokens, shape.visual_tokens + text) + TEXT_MARGIN
-    longest = max(4096, prompt, *(tokens for _, tokens in at_once.values()))
+    longest = max(4096, prompt, *(tokens for _, tokens in concurrent.values()))
     options: dict[str, Any] = {
         "dtype": arguments.dtype,
         "max_model_len": longest,
-        "max_num_batched_tokens": max([longest, *(n * tokens for n, tokens in at_once.values())]),
-        "max_num_seqs": max([MAX_NUM_SEQS, *(number for number, _ in at_once.values())]),
+        "max_num_batched_tokens": max(
+            [longest, *(n * tokens for n, tokens in concurrent.values())]
+        ),
+        "max_num_seqs": max([MAX_NUM_SEQS, *(number for number, _ in concurrent.values())]),
         "enforce_eager": not arguments.compile,
         "limit_mm_per_prompt": {"image": images},
     }
     if pruning := boundaries(shape):
-        options[CONFIG_KEY] = pruning  # for engines that prune
+        options[CONFIG_KEY] = pruning  # stock vLLM does not get it
     if arguments.load_format == "dummy":
         options["load_format"] = "dummy"
     if arguments.kv_cache_gib is not None:
@@ -158,32 +172,32 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
     return options
 
 
-def check_room(
+def check_kv_memory(
     arguments: argparse.Namespace, shape: Shape, kv_blocks: int, block_size: int
 ) -> None:
-    """Check that requests which are to run at once can, unpruned.
+    """Check that stock vLLM's KV cache holds each scenario's concurrent requests, unpruned.
 
     Args:
-        arguments: The bench's.
-        shape: Of the model.
-        kv_blocks: Of stock vLLM's engine, which takes the most.
-        block_size: Tokens of each.
+        arguments: The bench's arguments.
+        shape: The model's shape.
+        kv_blocks: Number of blocks.
+        block_size: Tokens per block.
 
     Raises:
-        TooLittleMemoryError: If some would wait for others.
+        TooLittleMemoryError: If some requests would have to wait.
     """
-    for scenario, (number, tokens) in _at_once(arguments, shape).items():
+    for scenario, (number, tokens) in _concurrent_requests(arguments, shape).items():
         room = kv_blocks // ceil(tokens / block_size)
         if number > room:
             raise TooLittleMemoryError(
-                f"stock vLLM has KV memory for {room} requests, and {number} are to run at once "
-                f"in scenario {scenario}: raise --kv-cache-gib, lower --batches, --running or "
-                "--clients, or leave that scenario to a run without --peers"
+                f"scenario {scenario} runs {number} requests at once, and stock vLLM has KV memory "
+                f"for {room}: raise --kv-cache-gib, lower --batches, --running or --clients, or "
+                "run this scenario without --peers"
             )
 
 
 def write_checkpoint(path: Path, shape: Shape, options: dict[str, Any]) -> None:
-    """A model of ``shape`` for prompts as long as ``options`` allow."""
+    """Write a random checkpoint of ``shape`` for prompts of up to ``max_model_len`` tokens."""
     shape = replace(shape, max_positions=max(shape.max_positions, options["max_model_len"]))
     weights = options.get("load_format") != "dummy"
     save_checkpoint(path, shape, options["dtype"], weights=weights)

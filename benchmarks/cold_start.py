@@ -1,7 +1,7 @@
-"""Cold start: seconds from a new process to a ready engine, and to its first token about an image.
+"""Cold start: seconds from a new process to a ready engine, and to the first token for an image.
 
-vLLM's ``bench startup`` begins after the imports and ends before the first token, where kernels are
-still compiled; a user waits for all of it. The ideal is to start as fast as stock vLLM.
+vLLM's ``bench startup`` leaves out the imports and the first token, which compiles kernels; a user
+waits for all of it. The ideal is to start as fast as stock vLLM.
 """
 
 import time
@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from benchmarks.engines import OURS, STOCK, EngineName, EngineProcess
-from benchmarks.image_requests import QUESTION, ImageRequest, user_turn
+from benchmarks.requests import QUESTION, ImageRequest, user_turn
 from benchmarks.rounds import Row, Turns, summary
 
 Start = Callable[[EngineName], AbstractContextManager[EngineProcess]]
-"""Starts an engine's process; returns once it is ready."""
+"""Starts an engine's process and waits until it is ready."""
 
 
 def _seconds(start: Start, name: EngineName) -> dict[str, float]:
@@ -26,9 +26,9 @@ def _seconds(start: Start, name: EngineName) -> dict[str, float]:
 
 
 def measure_cold_start(start: Start, rounds: int) -> list[Row]:
-    """Start stock vLLM and ours in turn, alone on the machine, with files in the page cache.
+    """Start stock vLLM and ours in turn, one at a time, with their files in the page cache.
 
-    The first of ``rounds`` + 1 rounds does not count: it fills caches, on disk too.
+    One more round comes first and does not count: it fills caches, also on disk.
     """
     measured = []
     turns = Turns()

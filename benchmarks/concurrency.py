@@ -1,15 +1,16 @@
-"""How many requests run at once in a KV cache of a given size."""
+"""Number of concurrent requests in a KV cache of a given size."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 
 class Concurrency:
-    """Requests that ran at once, without requests that were preempted afterwards.
+    """Requests that ran at once; a request that is preempted later does not count.
 
     Attributes:
-        preemptions: How often a running request lost its KV cache.
+        preemptions: Number of preemptions.
     """
 
     def __init__(self) -> None:
@@ -25,15 +26,16 @@ class Concurrency:
             running.discard(request_id)
 
     @property
-    def most(self) -> int:
+    def max_running(self) -> int:
         return max(map(len, self._steps), default=0)
 
 
 @contextmanager
-def observed(scheduler: Any) -> Iterator[Concurrency]:
-    """Watch a vLLM scheduler; a request runs once its prompt is all computed.
+def observe(scheduler: Any) -> Iterator[Concurrency]:
+    """Record the concurrency of a vLLM scheduler.
 
-    Before, it may be in the running queue with only the text before its image.
+    A request counts once its whole prompt is computed. Before, it may be in the running queue
+    with only the text in front of its image.
     """
     concurrency = Concurrency()
     schedule, preempt = scheduler.schedule, scheduler._preempt_request
@@ -48,23 +50,20 @@ def observed(scheduler: Any) -> Iterator[Concurrency]:
         concurrency.preempt(request.request_id)
         return preempt(request, *args, **kwargs)
 
-    scheduler.schedule, scheduler._preempt_request = observed_schedule, observed_preempt
-    try:
+    with patch.multiple(scheduler, schedule=observed_schedule, _preempt_request=observed_preempt):
         yield concurrency
-    finally:
-        del scheduler.schedule, scheduler._preempt_request
 
 
 @contextmanager
-def kv_memory(scheduler: Any, budget: int) -> Iterator[None]:
-    """Leave a vLLM scheduler free blocks for ``budget`` KV slots times layers, in whole blocks.
+def limit_kv_memory(scheduler: Any, budget: int) -> Iterator[None]:
+    """Limit a vLLM scheduler's free blocks to ``budget`` KV slots times layers, rounded down.
 
     Raises:
-        ValueError: If it has fewer.
+        ValueError: If fewer blocks are free.
     """
     manager = scheduler.kv_cache_manager
     groups = manager.kv_cache_config.kv_cache_groups
-    # A block has room for the layers of the largest group, whichever group it is given to.
+    # Every block has room for the layers of the largest group.
     layers = max(len(group.layer_names) for group in groups)
     blocks = budget // (groups[0].kv_cache_spec.block_size * layers)
     spare = manager.block_pool.get_num_free_blocks() - blocks

@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured."""
+"""Device, machine and versions of a measurement."""
 
 import os
 import platform
@@ -12,36 +12,35 @@ Device = Literal["cpu", "gpu"]
 
 
 class WrongDeviceError(RuntimeError):
-    """vLLM does not run on the device that the user wants."""
+    """vLLM does not run on the wanted device."""
 
 
-def settle_device(wanted: Device | None, device_type: str) -> Device:
+def resolve_device(wanted: Device | None, device_type: str) -> Device:
     """The device that vLLM runs on.
 
     Args:
         wanted: ``--device``, if given.
-        device_type: vLLM's name of its platform's device.
+        device_type: Device type of vLLM's platform.
 
     Raises:
-        WrongDeviceError: If vLLM runs on another device, or on one that pruning does not run on.
+        WrongDeviceError: If vLLM runs on another device, or on a device without pruning.
     """
     known: dict[str, Device] = {"cpu": "cpu", "cuda": "gpu"}
     device = known.get(device_type)
     if device is None:
         raise WrongDeviceError(
-            f"vLLM finds device {device_type!r} here, and pruning runs on {', '.join(known)}"
+            f"vLLM runs on device {device_type!r} here; pruning supports {', '.join(known)}"
         )
     if wanted not in (None, device):
         raise WrongDeviceError(
-            f"--device {wanted} does not fit: the installed vLLM runs on the {device} here. "
-            f"`make install DEVICE={wanted}` installs the other one, on a machine with a "
-            f"{wanted.upper()} for it"
+            f"--device {wanted}: the installed vLLM runs on the {device} here. On a machine with a "
+            f"{wanted.upper()}, `make install DEVICE={wanted}` installs vLLM for it"
         )
     return device
 
 
 def processor_name() -> str:
-    """The processor's name, which Python does not know on Linux."""
+    """The processor's name; Python's ``platform`` has none on Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -51,7 +50,7 @@ def processor_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Versions of what computes, and the processor that it computes on."""
+    """Versions, and the processor."""
     return {
         "vllm": installed_vllm_version(),
         "torch": version("torch"),

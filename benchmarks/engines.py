@@ -1,6 +1,6 @@
-"""Engines side by side: stock vLLM, ours, and a peer, each in a process of its own.
+"""Engines side by side: stock vLLM, ours, and a peer, each in its own process.
 
-Only one of them works at a time; the others wait for their next command.
+One engine works at a time; the others wait for their next command.
 """
 
 import multiprocessing
@@ -17,16 +17,16 @@ from benchmarks.serving import NO_PLUGIN
 from vitcop_vllm.pruning.settings import CONFIG_KEY, SelectorName
 
 EngineName = Literal["stock"] | SelectorName
-"""Stock vLLM, or ours by its selector."""
+"""Stock vLLM, or ours with this selector."""
 
 STOCK: EngineName = "stock"
 OURS: SelectorName = "vitcop"
 PEER: SelectorName = "cls"
-"""Prunes in the encoder alone and by [CLS] alone, as VisionZip and its like do, in the same engine
-and at the same layer average."""
+"""Prunes only in the encoder and only by [CLS], like VisionZip, in the same engine and at the same
+layer average."""
 
 _engine: MeasuredEngine | None = None
-"""The engine of this process, if it is one of an :class:`EngineProcess`."""
+"""This process's engine, if an :class:`EngineProcess` started the process."""
 
 
 def _start(options: dict[str, Any], name: EngineName) -> None:
@@ -52,13 +52,13 @@ class EngineDiedError(RuntimeError):
 
 
 class EngineProcess:
-    """An engine's process; ready once it is made.
+    """A process with an engine; the constructor waits until the engine is ready.
 
     Args:
         model: The checkpoint's folder.
-        options: Other arguments of ``vllm.LLM``, and under ``pruning`` settings of engines that
+        options: Other arguments of ``vllm.LLM``; ``pruning`` holds settings for engines that
             prune.
-        name: Which engine it is.
+        name: The engine.
 
     Raises:
         EngineDiedError: If the process ends before the engine is ready.
@@ -75,7 +75,7 @@ class EngineProcess:
         self.run("about")
 
     def run(self, command: str, **arguments: Any) -> Result:
-        """Call a public method of the :class:`MeasuredEngine`.
+        """Call a method of the :class:`MeasuredEngine`.
 
         Raises:
             EngineDiedError: If the engine's process ended.

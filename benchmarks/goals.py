@@ -11,9 +11,9 @@ from benchmarks.rounds import Row
 _PRUNED = ("2/3", "7/9", "8/9")
 _GPU = {"device": "gpu", "shape": "llava-1.5-7b"}
 _BUSIEST: Row = {"ratio": MIXED, "clients": 32, "rate": (None, max(RATES))}
-"""Below the greatest rate, arrivals limit both."""
+"""At lower rates, arrivals limit stock vLLM and ours alike."""
 
-# Name, relation, limit, scenario, figure, and conditions of the rows that count.
+# Name, relation, limit, scenario, figure, and conditions on its rows.
 GOALS: tuple[tuple[str, str, float, str, str, Row], ...] = (
     ("prefill_vs_ideal", ">=", 1.0, "prefill", "vs_ideal", {"batch": (1, 16), "ratio": _PRUNED}),
     ("stages_share_of_unpruned_prefill", "<=", 0.02, "prefill", "stages_share", {}),
@@ -22,7 +22,7 @@ GOALS: tuple[tuple[str, str, float, str, str, Row], ...] = (
         {"ratio": "8/9", "batch": 16, **_GPU},
     ),
     ("prefill_speed_at_0", ">=", 0.98, "prefill", "speed_up", {"ratio": "0"}),
-    # vLLM's dummy weights are so small that a model repeats what it reads, right or wrong.
+    # Not with vLLM's dummy weights: they are so small that a wrong model gives the same tokens.
     (
         *("same_tokens_at_0", ">=", 1.0, "decode", "same_tokens"),
         {"ratio": "0", "load_format": (None, "random")},
@@ -50,8 +50,8 @@ def _holds(row: Row, conditions: Row) -> bool:
     )
 
 
-def goals_met(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each goal's worst figure and whether it holds, for the scenarios that were run.
+def check_goals(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each goal's worst figure, and whether it meets the goal, for measured scenarios.
 
     Args:
         document: Rows by scenario, and ``conditions``.

@@ -1,8 +1,8 @@
-"""What pruning should save, counted from the plan: pure arithmetic.
+"""Ideal savings of pruning, computed from the plan.
 
-The encoder computes every patch, and the cost of a decoder layer is taken to be its tokens.
-Attention grows faster than that, so long prompts may beat their ideal; kernels that are slow for
-few rows miss it.
+The encoder computes every patch; the cost of a decoder layer is assumed proportional to its tokens.
+Attention grows faster, so long prompts may beat their ideal; kernels that are slow for few rows
+miss it.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings, SelectorName
 
 UNPRUNED_FIT = 8
-"""Unpruned requests that stock vLLM has blocks for where KV memory is the limit."""
+"""Unpruned requests that fit in the KV memory of scenario capacity."""
 
 KV_BLOCK = 128
-"""Tokens: stock vLLM's block on a CPU, and a multiple of all others."""
+"""Tokens of stock vLLM's block on a CPU, a multiple of all other block sizes."""
 
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """An image's visual tokens, layer by layer, under the bench's settings.
+    """An image's visual tokens per layer, under the bench's settings.
 
     Attributes:
         counts: Visual tokens of each stage.
@@ -46,7 +46,7 @@ class ImagePlan:
         return self.counts.layer_average((shallow, shallow + middle), sum(self.layers))
 
     def share(self, text: int, images: int = 1) -> float:
-        """Tokens left of a prompt with ``text`` tokens of text, averaged over layers, in (0, 1]."""
+        """Kept share of a prompt with ``text`` text tokens, averaged over layers."""
         return (text + images * self.average) / (text + images * self.counts.encoder)
 
 
@@ -62,11 +62,11 @@ def ideal_prefill(stock: float, encoder: float, share: float) -> float:
 
 
 def ideal_capacity(budget: int, longest: float, num_layers: int) -> float:
-    """Requests whose KV fits if there were no blocks and no whole requests.
+    """Number of requests that fit, without rounding to blocks or to whole requests.
 
     Args:
         budget: KV slots times layers.
-        longest: Tokens of a request at its longest, averaged over layers.
+        longest: Tokens of a finished request, averaged over layers.
         num_layers: L, decoder layers.
     """
     return budget / (longest * num_layers)

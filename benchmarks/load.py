@@ -1,15 +1,15 @@
 """Load over HTTP: vLLM's serving benchmark, sent in turn to stock vLLM's server and to ours.
 
 Either ``clients`` send their next request once the last is answered, or requests arrive as a
-Poisson process, at ``rate`` times what stock vLLM served to the most clients. ``mixed`` gives each
-request one of :data:`MIXED_RATIOS`. What a request holds is in ``benchmarks/traffic.py``.
+Poisson process, at ``rate`` times stock vLLM's throughput with the most clients. ``mixed`` gives
+each request one of :data:`MIXED_RATIOS`. ``benchmarks/traffic.py`` makes the requests.
 
 ``throughput``, ``ttft_p50`` and ``ttft_p99`` are our figures over stock's in the same round.
-``ideal``: the throughput of a server that spends on an image what stock's encoder does, and on the
-rest of a request what stock vLLM spends on text of as many tokens as the plan keeps. With S stock's
-seconds for the images and T(n) its seconds for text prompts with n tokens in an image's place, that
-is S / (S - T(V) + T(kept)). Stock's text runs belong to the same round. With arrivals it is the
-ideal of as many clients, unless the last request arrives later than that.
+``ideal``: the throughput of a server that spends stock's encoder time on an image, and on the rest
+of a request stock's time for a text prompt of as many tokens as the plan keeps. If stock takes S
+seconds for the images, and T(n) seconds for prompts with n text tokens instead of the image, the
+ideal is S / (S - T(V) + T(kept)). Stock's text runs belong to the same round. With arrivals, the
+ideal is that of the clients, limited by the arrival of the last request.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from benchmarks.traffic import Endpoint, Traffic, serve
 
 MIXED = "mixed"
 MIXED_RATIOS = (7 / 9, 8 / 9, 17 / 18, 17 / 18)
-"""Equally often each; their mean is 8/9."""
+"""All equally frequent; their mean is 8/9."""
 
 RATIOS = ("0", "2/3", "8/9", MIXED)
 CLIENTS = (16, 32)
@@ -38,7 +38,7 @@ _SPREADS = ("throughput", "ttft_p50", "ttft_p99")
 
 
 def ratios_of(name: str) -> tuple[float, ...]:
-    """The ratios that ``name`` stands for."""
+    """The ratios of a run: ``mixed``, or a fraction."""
     return MIXED_RATIOS if name == MIXED else (float(Fraction(name)),)
 
 
@@ -58,14 +58,14 @@ def measure_load(
 
     Args:
         ours: Our server.
-        stock: Stock vLLM's; without it there is nothing to compare with, and no rates.
-        rounds: Medians are over these.
+        stock: Stock vLLM's server; None leaves out comparisons and does not support ``rates``.
+        rounds: Number of rounds; figures are medians.
         answer_tokens: Mean length of an answer.
-        clients: Requests in flight, one case each.
-        rates: Poisson arrivals over the rate that stock vLLM serves, one case each.
+        clients: Numbers of concurrent requests, one case each.
+        rates: Poisson arrivals over stock vLLM's throughput, one case each.
         ratios: Pruning ratios of our server.
-        requests: Of a run; by default three per client.
-        seed: Of images, text and lengths.
+        requests: Number of requests in a run; by default three per client.
+        seed: Seed of images, text and lengths.
     """
     turns, seeds = Turns(), count(seed)
     rows: list[Row] = []
@@ -116,7 +116,7 @@ def _ideals(
     seconds: float,
     ratios: Sequence[str],
 ) -> dict[str, float]:
-    """Ideal throughput by ratio, over stock vLLM, which took ``seconds`` for the images."""
+    """Ideal throughput over stock's, by ratio; ``seconds`` is stock's time for the images."""
     plans = {name: [ours.kept_tokens(ratio) for ratio in ratios_of(name)] for name in ratios}
     kept = {name: round(fmean(tokens for _, tokens in plan)) for name, plan in plans.items()}
     visual = plans[ratios[0]][0][0]

@@ -1,7 +1,7 @@
-"""A vLLM engine in the bench's process, and the clocks around it.
+"""A vLLM engine and its timing.
 
-The engine is what is timed: images are preprocessed before the clock starts. Scheduler and worker
-live in one process with the clocks, on a CPU and on a GPU, for stock vLLM and for ours.
+The clock starts after the preprocessing of images. Scheduler and worker run in the process of the
+clock, on a CPU and on a GPU, for stock vLLM and for ours.
 """
 
 import random
@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest.mock import Mock, patch
 
-from benchmarks.concurrency import kv_memory, observed
-from benchmarks.image_requests import ImageRequest, random_image
-from benchmarks.stopwatch import Stopwatch, replaced
+from benchmarks.concurrency import limit_kv_memory, observe
+from benchmarks.requests import ImageRequest, random_image
+from benchmarks.stopwatch import Stopwatch
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
 Result = dict[str, Any]
@@ -30,11 +31,11 @@ def _about_runner(worker: Any) -> Result:
 
 
 class MeasuredEngine:
-    """Serves requests and reports what they took.
+    """Serves requests and times them.
 
     Args:
         options: Arguments of ``vllm.LLM``.
-        pruned: Whether the engine prunes and so takes ratios.
+        pruned: Whether the engine prunes, so that requests carry their ratio.
     """
 
     def __init__(self, options: dict[str, Any], pruned: bool) -> None:
@@ -54,7 +55,7 @@ class MeasuredEngine:
         self._threads = torch.get_num_threads()
 
     def about(self) -> Result:
-        """Conditions that only the engine knows."""
+        """The engine's conditions."""
         config = self.engine.vllm_config
         (about_runner,) = self.llm.collective_rpc(_about_runner)
         return {
@@ -68,27 +69,27 @@ class MeasuredEngine:
             "prefix_caching": bool(config.cache_config.enable_prefix_caching),
         }
 
-    def images(self, *, requests: Sequence[ImageRequest], watched: bool = False) -> Result:
+    def images(self, *, requests: Sequence[ImageRequest], profile: bool = False) -> Result:
         """Serve requests that arrive at once.
 
         Args:
             requests: The requests.
-            watched: Also report ``encoder_seconds`` and ``stage_seconds``, of Stages I to III. The
+            profile: Also report ``encoder_seconds`` and ``stage_seconds``, of Stages I to III. The
                 host then waits for the device.
 
         Raises:
-            RuntimeError: If the encoder, or the stages of pruned requests, ran unseen.
+            RuntimeError: If nothing timed the encoder, or the stages of pruned requests.
         """
-        with self._watched() if watched else nullcontext():
+        with self._profiled() if profile else nullcontext():
             result = self._serve(
                 [self._prompt(request) for request in requests],
                 [self._params(request.max_tokens, request.letters) for request in requests],
             )
-        if watched:
+        if profile:
             if not self.encoder.uses:
-                raise RuntimeError("no encoder was timed: it no longer runs in embed_multimodal")
+                raise RuntimeError("the encoder was not timed: embed_multimodal was not called")
             if self.pruned and any(request.ratio for request in requests) and not self.stages.uses:
-                raise RuntimeError("no stage was timed: they no longer use SELECTION_SECONDS")
+                raise RuntimeError("no stage was timed: SELECTION_SECONDS was not used")
             result["encoder_seconds"] = self.encoder.seconds
             result["stage_seconds"] = self.stages.seconds
         return result
@@ -102,25 +103,27 @@ class MeasuredEngine:
         return self._serve(prompts, [self._params(max_tokens)] * batch)
 
     def capacity(self, *, requests: Sequence[ImageRequest], budget: int) -> Result:
-        """Serve requests with free KV memory for ``budget`` slots times layers.
+        """Serve requests in KV memory of ``budget`` slots times layers.
 
         Returns:
-            Also ``most`` requests that ran at once, and ``preemptions``.
+            Also ``max_running``, the most requests that ran at once, and ``preemptions``.
 
         Raises:
-            ValueError: If the engine has less memory, or takes fewer requests at a time.
+            ValueError: If the engine has less memory or a lower ``max_num_seqs``.
         """
         scheduler = self.engine.engine_core.engine_core.scheduler
         if len(requests) > scheduler.max_num_running_reqs:
-            raise ValueError(f"max_num_seqs must be {len(requests)} or more not to be the limit")
-        with kv_memory(scheduler, budget), observed(scheduler) as concurrency:
+            raise ValueError(f"max_num_seqs must be at least {len(requests)}")
+        with limit_kv_memory(scheduler, budget), observe(scheduler) as concurrency:
             result = self.images(requests=requests)
-        return result | {"most": concurrency.most, "preemptions": concurrency.preemptions}
+        return result | {
+            "max_running": concurrency.max_running,
+            "preemptions": concurrency.preemptions,
+        }
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        # vLLM's own method finds the model in each of its runners, and inside the wrapper of
-        # CUDA graphs.
+    def _profiled(self) -> Iterator[None]:
+        # vLLM's method finds the model in both of its runners, and unwraps it from CUDA graphs.
         (model,) = self.llm.collective_rpc("get_model")
         embed = model.embed_multimodal
 
@@ -131,13 +134,13 @@ class MeasuredEngine:
         self.encoder.reset()
         self.stages.reset()
         with ExitStack() as stack:
-            stack.enter_context(replaced(model, "embed_multimodal", timed_embed))
+            stack.enter_context(patch.object(model, "embed_multimodal", timed_embed))
             if self.pruned:
                 from vitcop_vllm.engine.metrics import SELECTION_SECONDS
 
-                # The server's metric times the same, but without the device's work.
-                watch = lambda *labels: self.stages  # noqa: E731
-                stack.enter_context(replaced(SELECTION_SECONDS, "labels", watch))
+                # The server's metric does not wait for the device.
+                stage_timer = Mock(return_value=self.stages)
+                stack.enter_context(patch.object(SELECTION_SECONDS, "labels", stage_timer))
             yield
 
     def _prompt(self, request: ImageRequest) -> dict[str, Any]:
@@ -169,8 +172,8 @@ class MeasuredEngine:
             self.engine.add_request(str(number), prompt, param)
         while len(finished) < len(inputs):
             # Once every request has a token, steps only decode. With asynchronous scheduling a
-            # call may return nothing, or the step before: the time between two outputs is a
-            # step's.
+            # call may return nothing or the previous step's output, so a step's time is the time
+            # between two outputs.
             decoding = len(first_token) == len(inputs)
             outputs = self.engine.step()
             now = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Images of measured figures over the pruning ratio: speed beside its ideal, and accuracy.
+"""Plots over the pruning ratio: speed beside its ideal, and accuracy.
 
-The axis of ratios is logarithmic in the share of tokens kept: from 8/9 to 17/18 half of them go, as
-from 0 to 1/2. Bands are the least and the greatest of a round, or 95 % intervals.
+The axis of ratios is logarithmic in the share of kept tokens: the steps from 0 to 1/2 and from 8/9
+to 17/18 both halve it, and look equal. Bands span the rounds, or are 95 % intervals.
 """
 
 import math
@@ -19,21 +19,21 @@ from benchmarks.load import MIXED
 from evaluation.client import Ratio
 from evaluation.report import Cell, Document, ReportError, accuracies
 
-# Okabe and Ito's colours, which colour-blind people can distinguish. Grey and black replace their
-# yellow, which is hard to see on white. A selector looks the same in every plot.
+# Okabe and Ito's colours, which colour-blind people can distinguish; grey replaces their yellow,
+# which is hard to see on white. A selector has the same style in every plot.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#767676", "#000000")
 _SELECTORS = ("vitcop", "cls", "key_norm", "divprune", "fastv", "dart", "random", "grid")
 _STYLES = dict(zip(_SELECTORS, zip(_COLOURS, "os^vDPx+", strict=True), strict=True))
 _MAX_COLUMNS = 4
 _WIDTH = 8.0
-"""Inches. READMEs show images about 830 pixels wide: 10 points come to 14 pixels."""
+"""Inches. GitHub shows an image in a README about 830 pixels wide: 10 points are 14 pixels."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass
 class Curve:
-    """Points of a curve: place on the axis, value, its band, and its ideal if it has one."""
+    """Points of a curve: position on the axis, value and band; and their ideals, if any."""
 
     points: list[tuple[float, float, tuple[float, float]]] = field(default_factory=list)
     ideals: list[float] = field(default_factory=list)
@@ -68,16 +68,16 @@ def _draw(
 
 
 def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
-    """Write a PNG with a panel each for prefill, waiting clients, and open load, as measured.
+    """Write a PNG with panels for prefill, clients and arrivals.
 
-    Figures are over stock vLLM's; dashed lines are their ideals.
+    Figures are relative to stock vLLM; dashed lines are ideals.
 
     Args:
-        document: The bench's.
-        path: Where to; left as it is if there is nothing to draw.
+        document: The bench's document.
+        path: The PNG; not written without figures to plot.
 
     Returns:
-        Whether there was something to draw.
+        Whether there were figures to plot.
     """
     load = document.get("load", ())
     prefill = [row for row in document.get("prefill", ()) if row["selector"] == OURS]
@@ -106,7 +106,7 @@ def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
         _draw(axes, curves, title, ticks, bands=True)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_ylim(0, 1.15 * axes.get_ylim()[1])  # room for the legend
-        axes.set_xlabel("pruning ratio" if over == "ratio" else "arrivals over what stock serves")
+        axes.set_xlabel("pruning ratio" if over == "ratio" else "arrivals over stock's throughput")
         axes.legend(frameon=False, fontsize=8, loc="upper left")
     every[0].set_ylabel("over stock vLLM")
     conditions = document["conditions"]
@@ -118,12 +118,12 @@ def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
 
 
 def plot_accuracy(document: Document, path: Path) -> None:
-    """Write a PNG: the mean over families, and each family in small.
+    """Write a PNG: a large plot of the mean over families, and a small plot of each family.
 
-    Points stand at the ratio that the server reports.
+    A point's ratio is the effective ratio that the server reports.
 
     Raises:
-        ReportError: If there is nothing to draw.
+        ReportError: If there are no figures to plot.
     """
     families = document.families if len(document.families) > 1 else []
     every = {family: _accuracy_curves(document.selectors, family) for family in ("mean", *families)}
@@ -143,7 +143,7 @@ def plot_accuracy(document: Document, path: Path) -> None:
         _draw(axes, curves, title, ticks, bands=is_mean or len(curves) <= 2)
         axes.set_ylim(0, 103)
         if is_mean:
-            axes.set_xlabel("pruning ratio (axis logarithmic in the share of visual tokens kept)")
+            axes.set_xlabel("pruning ratio (logarithmic in the share of kept visual tokens)")
             axes.set_ylabel("accuracy / %, mean over kinds of question")
             axes.legend(ncols=2, frameon=False, title="bands: 95 % intervals", alignment="left")
     figure.savefig(path, format="png", dpi=150)

@@ -1,14 +1,14 @@
-"""Prefill: requests that arrive at once and get one token.
+"""Prefill: concurrent requests with answers of one token.
 
-``ideal``: the encoder at its measured cost in stock vLLM, plus the rest of stock's time scaled by
-the plan's tokens, averaged over layers. ``vs_ideal``: that time over ours; 1 or more is a hit.
-``vs_stock_rows``: the same encoder plus, for each layer, stock vLLM's own time for text prompts of
-as many rows, over our time: a kernel that is slow for few rows is slow for both.
+``ideal``: stock vLLM's encoder time, plus the rest of stock's time scaled by the plan's tokens,
+averaged over layers. ``vs_ideal``: that time over ours; 1 or more meets the ideal.
+``vs_stock_rows``: stock's encoder time plus, for each layer, stock's time for text prompts of as
+many rows, over our time: kernels that are slow for few rows count on both sides.
 ``stages_share``: seconds of Stages I to III over stock's prefill. ``vs_peer``: the peer's time over
-ours, at the same layer average. ``vs_scaled_down``: stock's time for images that ``max_pixels``
-scales to about as many visual tokens, over ours.
+ours, at the same layer average. ``vs_scaled_down``: stock's time over ours, for images that
+``max_pixels`` scales down to about as many visual tokens as we keep.
 
-All of a row's times come from the same round: the machine may be slower in the next.
+All times of a row come from the same round, because the machine's speed varies between rounds.
 """
 
 from collections import defaultdict
@@ -20,28 +20,27 @@ from typing import Any
 
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
-from benchmarks.image_requests import QUESTION, ImageRequest, text_of
 from benchmarks.qwen_checkpoint import QwenShape
+from benchmarks.requests import QUESTION, ImageRequest, filler_text
 from benchmarks.rounds import Rounds, Row, summary
 from benchmarks.shapes import Shape
 
 RATIOS = ("2/3", "7/9", "8/9")
 LONG_RATIOS = ("2/3", "8/9")
-"""Of prompts with many images, or with much text."""
+"""Ratios for prompts with several images or a long text."""
 
 IMAGES = (1, 4, 8)
-"""In one prompt."""
+"""Numbers of images in a prompt."""
 
 TEXT_TOKENS = (1024, 2048)
-"""Beside one image."""
+"""Lengths of the text beside one image."""
 
 IMAGE_SIZES = (448, 1344)
-"""Height and width in pixels, for models that take images of any size."""
+"""Height and width in pixels, for models that support any size."""
 
 SCALED_DOWN = "max_pixels"
 """Selector of rows in which stock vLLM gets images scaled down to about as many visual tokens as
-pruning leaves: what people do without pruning. It also saves the encoder's work, which pruning does
-not, and the model sees less of an image."""
+pruning keeps. This alternative to pruning also saves encoder time, and loses detail."""
 
 Case = dict[str, Any]
 """Arguments of :func:`measure_prefill`."""
@@ -64,7 +63,7 @@ def image_cases() -> list[Case]:
 
 def long_text_cases() -> list[Case]:
     return [
-        {"ratio": ratio, "question": text_of(tokens)}
+        {"ratio": ratio, "question": filler_text(tokens)}
         for tokens in TEXT_TOKENS
         for ratio in LONG_RATIOS
     ]
@@ -80,7 +79,7 @@ def measure_prefill(
     question: str = QUESTION,
 ) -> list[Row]:
     """Prefill of ``batch`` requests at once: one row for each engine that prunes, and one for
-    :data:`SCALED_DOWN` if the model takes images of any size."""
+    :data:`SCALED_DOWN` if the model supports images of any size."""
     value = float(Fraction(ratio))
     if image_size is not None:
         rounds = rounds.with_image_size(image_size)
@@ -89,14 +88,14 @@ def measure_prefill(
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     text = 0
 
-    def new_requests(max_pixels: int | None = None) -> list[ImageRequest]:
+    def requests(max_pixels: int | None = None) -> list[ImageRequest]:
         made = rounds.new_requests(batch, value, 1, images=images, question=question)
         return [replace(request, max_pixels=max_pixels) for request in made]
 
-    rounds.serve(new_requests())  # caches, allocators and lazy kernels
+    rounds.serve(requests())  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, watched = rounds.serve_watched(new_requests)
-        stock, encoder = timed[STOCK]["seconds"], watched[STOCK]["encoder_seconds"]
+        timed, profiled = rounds.serve_profiled(requests)
+        stock, encoder = timed[STOCK]["seconds"], profiled[STOCK]["encoder_seconds"]
         text = timed[STOCK]["prompt_tokens"][0] - images * shape.visual_tokens
         layer = {
             tokens: rounds.layer_seconds(batch, text + images * tokens)
@@ -112,19 +111,19 @@ def measure_prefill(
                 "stock_ms": stock * 1e3,
                 "ours_ms": seconds * 1e3,
                 "stock_encoder_ms": encoder * 1e3,
-                "encoder_ms": watched[name]["encoder_seconds"] * 1e3,
+                "encoder_ms": profiled[name]["encoder_seconds"] * 1e3,
                 "speed_up": stock / seconds,
                 "ideal": stock / ideal,
                 "vs_ideal": ideal / seconds,
                 "vs_stock_rows": rows / seconds,
-                "stages_share": watched[name]["stage_seconds"] / stock,
+                "stages_share": profiled[name]["stage_seconds"] / stock,
             }
             if name == OURS and PEER in plans:
                 figures["vs_peer"] = timed[PEER]["seconds"] / seconds
             measured[name].append(figures)
         if isinstance(shape, QwenShape) and value:
             limit = shape.max_pixels(plans[OURS].average)
-            scaled, scaled_watched = rounds.serve_watched(partial(new_requests, limit), STOCK)
+            scaled, scaled_profiled = rounds.serve_profiled(partial(requests, limit), STOCK)
             seconds = scaled[STOCK]["seconds"]
             measured[OURS][-1]["vs_scaled_down"] = seconds / timed[OURS]["seconds"]
             measured[SCALED_DOWN].append(
@@ -133,7 +132,7 @@ def measure_prefill(
                     "stock_ms": stock * 1e3,
                     "ours_ms": seconds * 1e3,
                     "stock_encoder_ms": encoder * 1e3,
-                    "encoder_ms": scaled_watched[STOCK]["encoder_seconds"] * 1e3,
+                    "encoder_ms": scaled_profiled[STOCK]["encoder_seconds"] * 1e3,
                     "speed_up": stock / seconds,
                 }
             )

@@ -1,8 +1,8 @@
-"""Random Qwen2.5-VL checkpoints in the form that transformers and vLLM load.
+"""Random Qwen2.5-VL checkpoints, loadable by transformers and vLLM.
 
-Random weights answer nonsense; they are right for tests and for cost. The form is real: a vision
-tower with windowed and full attention, a 2x2 merger, a decoder with M-RoPE and grouped-query heads,
-a chat template, and a processor for images and videos.
+Random weights give nonsense answers, but are enough for tests and speed. The architecture is the
+real one: a vision tower with windowed and full attention, a 2x2 merger, a decoder with M-RoPE and
+grouped-query heads, a chat template, and a processor for images and videos.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 from vitcop_vllm.demo.checkpoint import save_weights
 
 IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
-"""The text of an image in a prompt."""
+"""Marks an image in a prompt's text."""
 
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
@@ -40,15 +40,15 @@ class QwenShape:
     """Sizes of a Qwen2.5-VL model.
 
     Attributes:
-        min_visual_tokens, max_visual_tokens: Images are scaled to so many.
+        min_visual_tokens, max_visual_tokens: Limits that images are scaled to.
         vision_hidden, vision_layers, vision_heads, vision_intermediate: The vision tower.
         window: Visual tokens along a side of an attention window.
-        full_attention: Vision layers that attend over the whole image; the last must.
+        full_attention: Vision layers that attend over the whole image, the last layer among them.
         hidden, layers, heads, kv_heads, intermediate: The decoder.
-        max_positions: Longest sequence the rotary embedding is made for, in tokens.
+        max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
-        boundaries: First layers of the second and third stage, where not the default's.
-        image_size: Height and width in pixels of the images that a bench sends.
+        boundaries: ``shallow_boundary`` and ``deep_boundary`` of pruning, if not the default.
+        image_size: Height and width of a bench's images, in pixels.
     """
 
     min_visual_tokens: int = 4
@@ -71,23 +71,23 @@ class QwenShape:
 
     @property
     def pixel_limits(self) -> dict[str, int]:
-        """Least and most pixels of an image after scaling, by the processor's names."""
+        """Limits on the pixels of a scaled image, with the processor's names."""
         least, most = self.min_visual_tokens * _TOKEN**2, self.max_visual_tokens * _TOKEN**2
         return {"shortest_edge": least, "longest_edge": most}
 
     @property
     def visual_tokens(self) -> int:
-        """V, of an image of ``image_size``."""
+        """V, the visual tokens of an image of ``image_size``."""
         rows, columns = self.grid(self.image_size, self.image_size)
         return rows * columns
 
     def max_pixels(self, visual_tokens: float) -> int:
-        """``max_pixels`` that scales a larger square image to the nearest square of tokens."""
-        # Half a token's side more, so that the processor's rounding takes none away.
+        """The ``max_pixels`` that scales a large square image to about so many visual tokens."""
+        # Half a token wider, because the processor rounds down.
         return round((round(visual_tokens**0.5) + 0.5) * _TOKEN) ** 2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Rows and columns of visual tokens of an image of that size."""
+        """Rows and columns of visual tokens for an image size."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         height, width = smart_resize(height, width, _TOKEN, *self.pixel_limits.values())
@@ -100,17 +100,17 @@ TINY = QwenShape(
     vision_layers=4,
     vision_heads=2,
     vision_intermediate=128,
-    window=3,  # most grids end in windows that are cut off
+    window=3,  # most grids end in partial windows
     full_attention=(1, 3),
     hidden=128,
     layers=8,
     heads=4,
     kv_heads=2,
     intermediate=256,
-    # So low a base that a wrong row or column changes the answer in every frequency.
+    # A low base: every frequency then notices a wrong row or column.
     rope_theta=100.0,
 )
-"""For tests, and to hammer an engine with."""
+"""For tests."""
 
 SMALL = QwenShape(
     max_visual_tokens=2400,
@@ -124,17 +124,17 @@ SMALL = QwenShape(
     heads=8,
     kv_heads=2,
     intermediate=1536,
-    boundaries=(2, 20),  # as configs/qwen2.5-vl-7b.yaml has them
+    boundaries=(2, 20),  # as in configs/qwen2.5-vl-7b.yaml
     image_size=1344,
 )
-"""The decoder's depth and the encoder's share of a prefill are about the 7B's: an eighth of the
-vision layers attend over the whole image. Small enough for a CPU."""
+"""Small enough for a CPU. The decoder's depth and the encoder's share of a prefill are about those
+of the 7B model: an eighth of the vision layers attend over the whole image."""
 
 
 def save_random_qwen(
     path: Path, shape: QwenShape, *, seed: int = 0, dtype: str = "float32"
 ) -> None:
-    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
+    """Write a checkpoint with seeded random weights of a torch ``dtype``."""
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -144,7 +144,7 @@ def save_random_qwen(
     _save_processor(path, shape, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config.dtype = "float32"  # what weights are drawn in
+        config.dtype = "float32"  # of the random numbers
         model = Qwen2_5_VLForConditionalGeneration(config)
         weights = {
             name: _random_weight(name, weight).to(getattr(torch, dtype))
@@ -154,7 +154,7 @@ def save_random_qwen(
 
 
 def byte_tokenizer() -> Any:
-    """Every byte is a token, and so is each of Qwen's special words."""
+    """A tokenizer whose tokens are the bytes and Qwen's special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -172,7 +172,7 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     token = tokenizer.convert_tokens_to_ids
-    # Qwen's own shares of the frequencies: a quarter for time, the rest for row and column.
+    # As in Qwen: a quarter of the frequencies for time, the rest for row and column.
     frequencies = shape.hidden // shape.heads // 2
     of_time = frequencies // 4
     of_row = (frequencies - of_time) // 2
@@ -230,9 +230,9 @@ def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
 
 
 def _random_weight(name: str, weight: Any) -> Any:
-    """Weights scaled by fan-in; biases and norms that cannot be left out unnoticed.
+    """A weight scaled by fan-in; a bias or norm large enough to change answers if forgotten.
 
-    Transformers' own scale of 0.02 makes every prompt continue alike.
+    With transformers' scale of 0.02, every prompt gets the same answer.
     """
     import torch
 
@@ -243,6 +243,6 @@ def _random_weight(name: str, weight: Any) -> Any:
         return 1 + 0.2 * noise
     if "embed_tokens" in name:
         return noise
-    # Attention so sharp that answers depend on single tokens.
+    # Sharp attention: answers depend on single tokens.
     scale = 2.0 if "q_proj" in name or "k_proj" in name else 1.0
     return noise * scale * weight[0].numel() ** -0.5

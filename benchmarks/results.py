@@ -1,8 +1,8 @@
-"""``python -m benchmarks.results``: write docs/results.md from what was measured.
+"""``python -m benchmarks.results``: write docs/results.md from measured documents.
 
-docs/results/ holds one JSON document for each run, as a bench prints it in its last line, and the
-text around the tables. There ``{{ run conditions }}``, ``{{ run goals }}`` and
-``{{ run prefill }}`` stand for a run's conditions, its goals, and its rows of a scenario.
+docs/results/ holds one JSON document per run, the last line of a bench's output, and
+``template.txt``. In the template, ``{{ run conditions }}``, ``{{ run goals }}`` and
+``{{ run prefill }}`` stand for a run's conditions, its goals, and a scenario's rows.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import goals_met
+from benchmarks.goals import check_goals
 from benchmarks.tables import markdown
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -22,8 +22,8 @@ def render(folder: Path = DOCS / "results") -> str:
     """The text of docs/results.md.
 
     Raises:
-        KeyError: If the text names rows that a run does not have.
-        OSError: If it names a run that is not there.
+        KeyError: If the template names rows that a run does not have.
+        OSError: If the template names an unknown run.
     """
 
     def part(place: re.Match[str]) -> str:
@@ -60,8 +60,8 @@ def _weights(conditions: Mapping[str, Any]) -> str:
 
 
 def _goals(document: Mapping[str, Any]) -> str:
-    """Goals met and missed, with their worst figure and limit."""
-    goals = document.get("goals") or goals_met(document)
+    """The goals that are met and missed, with worst figure and limit."""
+    goals = document.get("goals") or check_goals(document)
     lines = []
     for title, met in (("Met", True), ("Missed", False)):
         names = [

@@ -9,25 +9,25 @@ from statistics import median
 from typing import Any, Self, TypeVar
 
 from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
-from benchmarks.image_requests import QUESTION, ImageRequest, user_turn
 from benchmarks.measured_engine import Result
+from benchmarks.requests import QUESTION, ImageRequest, user_turn
 from benchmarks.shapes import Shape, image_marker
 from vitcop_vllm.pruning.settings import SelectorName
 
 Row = dict[str, Any]
-"""A line of a table: conditions, medians over rounds, and for some of them ``_spread``."""
+"""A table's row: conditions, medians over rounds, and ``_spread`` of some medians."""
 
 Name = TypeVar("Name")
 
 
 class Turns:
-    """Runs a set of things in turn: another one goes first with every call."""
+    """Calls functions one after the other; every time another function goes first."""
 
     def __init__(self) -> None:
         self._turn = count()
 
     def run(self, runs: Mapping[Name, Callable[[], Result]]) -> dict[Name, Result]:
-        """Results of each run by its name."""
+        """Result of each function, by name."""
         order = list(runs)
         first = next(self._turn) % len(order)
         results = {name: runs[name]() for name in (*order[first:], *order[:first])}
@@ -35,15 +35,14 @@ class Turns:
 
 
 class Rounds:
-    """Engines that take turns, and images that none of them has seen.
+    """Engines that take turns, each time with new images.
 
     Args:
-        engines: By name; ``stock`` and ours at least.
-        shape: Of their model.
-        number: Rounds of each scenario.
-        watch_apart: Whether encoder and stages are timed in runs of their own. On a GPU timing
-            them means waiting for the device, which slows the rest. On a CPU it means some ten
-            readings of a clock in a step, which take microseconds.
+        engines: Engines by name; at least stock vLLM and ours.
+        shape: Shape of their model.
+        number: Number of rounds in each scenario.
+        profile_apart: Time the encoder and the stages in separate runs. On a GPU, timing them
+            waits for the device, which slows the rest. On a CPU it only reads a clock.
     """
 
     def __init__(
@@ -52,20 +51,20 @@ class Rounds:
         shape: Shape,
         number: int,
         *,
-        watch_apart: bool = False,
+        profile_apart: bool = False,
     ) -> None:
         self.engines, self.shape, self.number = engines, shape, number
-        self._watch_apart = watch_apart
-        self._seeds = count(1)  # one seed serves all engines once: no cache knows an image
+        self._profile_apart = profile_apart
+        self._seeds = count(1)  # a seed is used once, so no cache holds its image
         self._turns = Turns()
 
     @property
     def selectors(self) -> list[SelectorName]:
-        """Of the engines that prune."""
+        """Selectors of the engines that prune."""
         return [name for name in (OURS, PEER) if name in self.engines]
 
     def with_image_size(self, size: int) -> Self:
-        """The same rounds with images of that height and width in pixels."""
+        """A copy with images of ``size`` x ``size`` pixels."""
         rounds = copy(self)
         rounds.shape = replace(self.shape, image_size=size)
         return rounds
@@ -79,7 +78,7 @@ class Rounds:
         images: int = 1,
         question: str = QUESTION,
     ) -> list[ImageRequest]:
-        """The same question ``number`` times, each time about new images."""
+        """``number`` requests with the same question, each about new images."""
         prompt = user_turn(question, images, image_marker(self.shape))
         return [
             ImageRequest(
@@ -93,35 +92,35 @@ class Rounds:
         ]
 
     def in_turn(self, run: Callable[[EngineName], Result], *names: EngineName) -> dict[Any, Result]:
-        """Results of ``run`` for each engine, or for those named."""
+        """Results of ``run`` for the named engines; all by default."""
         return self._turns.run({name: partial(run, name) for name in names or self.engines})
 
     def serve(
-        self, requests: Sequence[ImageRequest], *names: EngineName, watched: bool = False
+        self, requests: Sequence[ImageRequest], *names: EngineName, profile: bool = False
     ) -> dict[EngineName, Result]:
-        """The same requests on each engine, or on those named."""
+        """Serve the same requests on the named engines; all by default."""
 
         def run(name: EngineName) -> Result:
-            return self.engines[name].run("images", requests=requests, watched=watched)
+            return self.engines[name].run("images", requests=requests, profile=profile)
 
         return self.in_turn(run, *names)
 
-    def serve_watched(
+    def serve_profiled(
         self, make: Callable[[], Sequence[ImageRequest]], *names: EngineName
     ) -> tuple[dict[EngineName, Result], dict[EngineName, Result]]:
-        """Results of a run that is timed, and of a run that times encoder and stages.
+        """Results of a timed run, and of a run that profiles encoder and stages.
 
         Args:
-            make: Makes the requests of a run, each time about new images.
-            *names: Engines that serve them; all by default.
+            make: Makes a run's requests, about new images.
+            *names: Engines; all by default.
         """
-        timed = self.serve(make(), *names, watched=not self._watch_apart)
-        if not self._watch_apart:
+        timed = self.serve(make(), *names, profile=not self._profile_apart)
+        if not self._profile_apart:
             return timed, timed
         requests = make()
-        # Outside of the turns: else the same engine would go first in every timed run.
+        # Not as a turn: otherwise the same engine would go first in every timed run.
         return timed, {
-            name: self.engines[name].run("images", requests=requests, watched=True)
+            name: self.engines[name].run("images", requests=requests, profile=True)
             for name in timed
         }
 
@@ -138,7 +137,7 @@ class Rounds:
 
 
 def summary(measured: Sequence[Mapping[str, float]], *with_spread: str) -> Row:
-    """Median of each figure over rounds; for those named also ``_spread``, least and greatest."""
+    """Medians over rounds, and ``_spread``, [minimum, maximum], of the named figures."""
     figures = {name: [row[name] for row in measured] for name in measured[0]}
     spreads = {f"{name}_spread": figures[name] for name in with_spread if name in figures}
     medians: Row = {name: median(values) for name, values in figures.items()}

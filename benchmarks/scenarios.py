@@ -1,14 +1,14 @@
 """Scenarios beyond prefill: decode, second turns, and a full KV cache.
 
-Decode: ``decode_latency`` is our median decode step over stock vLLM's, ``throughput`` is stock's
-time for the whole over ours. Ideal is a prefill that costs its tokens, then stock's own decode
-steps after text prompts as long as what the plan keeps, averaged over layers.
+Decode: ``decode_latency`` is our median decode step over stock vLLM's; ``throughput`` is stock's
+total time over ours. The ideal is an ideal prefill (see ideals.py), then stock's decode steps after
+text prompts of as many tokens as the plan keeps, averaged over layers.
 
 Turns: ``ttft`` is our time to the first token of a second question about an image, over stock's.
-Ideal is stock's own time: the image is cached, and the same text is left.
+The ideal is stock's time: the image is cached, and both compute the same text.
 
-Capacity: the most requests that run at once, unpreempted, in KV memory of the same size. Ideal has
-no blocks and no whole requests.
+Capacity: the most requests that run at once without preemption, in KV memory of the same size. The
+ideal is not rounded to blocks or to whole requests.
 """
 
 from collections import defaultdict
@@ -20,8 +20,8 @@ from statistics import median
 
 from benchmarks.engines import OURS, PEER, STOCK, EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity, ideal_prefill, kv_budget
-from benchmarks.image_requests import ImageRequest
 from benchmarks.measured_engine import Result
+from benchmarks.requests import ImageRequest
 from benchmarks.rounds import Rounds, Row, summary
 from vitcop_vllm.pruning.settings import SelectorName
 
@@ -31,20 +31,20 @@ CAPACITY_RATIOS = ("0", "8/9")
 
 NEXT_QUESTION = "And what is it made of?"
 ANSWER_TOKENS = 16
-"""Of a first turn, and of the requests that share a KV cache."""
+"""Answer length of first turns, and of the requests in scenario capacity."""
 
 
 def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> list[Row]:
-    """Answers of ``tokens`` tokens, ``running`` at once."""
+    """Decode ``running`` concurrent answers of ``tokens`` tokens each."""
     value = float(Fraction(ratio))
     plans = {name: ImagePlan.of(rounds.shape, value, name) for name in rounds.selectors}
     measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
-    new_requests = partial(rounds.new_requests, running, value, tokens)
-    rounds.serve(new_requests())  # caches, allocators and lazy kernels
+    requests = partial(rounds.new_requests, running, value, tokens)
+    rounds.serve(requests())  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, watched = rounds.serve_watched(new_requests)
+        timed, profiled = rounds.serve_profiled(requests)
         stock = timed[STOCK]
-        encoder, prefill = watched[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
+        encoder, prefill = profiled[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
         text = stock["prompt_tokens"][0] - rounds.shape.visual_tokens
         step = median(stock["decode_step_seconds"])
         ideal_steps = {rounds.shape.visual_tokens: step}
@@ -79,7 +79,7 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
 
 
 def second_turn(rounds: Rounds, request: ImageRequest, name: EngineName) -> Result:
-    """Serve ``request``, then a second question about its image. Returns the second's result."""
+    """The result of a second question about the image of ``request``."""
     engine = rounds.engines[name]
     (answer,) = engine.run("images", requests=[request])["answers"]
     prompt = f"{request.prompt}{answer} USER: {NEXT_QUESTION} ASSISTANT:"
@@ -101,17 +101,17 @@ def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
             figures[f"{side}_prompt_tokens"] = results[name]["prompt_tokens"][0]
             figures[f"{side}_reused_tokens"] = results[name]["reused_tokens"][0]
         figures["ttft"] = figures["ours_ttft_ms"] / figures["stock_ttft_ms"]
-        if number:  # the first warms kernels that are lazy about half-cached prompts
+        if number:  # round 0 warms up kernels for partly cached prompts
             measured.append(figures)
     return [{"ratio": ratio} | summary(measured, "ttft") | {"ideal": 1.0}]
 
 
 def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
-    """The most requests that run at once in the memory of eight unpruned ones."""
+    """The most requests that run at once, in the KV memory of eight unpruned requests."""
     value, shape = float(Fraction(ratio)), rounds.shape
     visual, layers = shape.visual_tokens, shape.layers
     probe = rounds.engines[STOCK].run("images", requests=rounds.new_requests(1, value, 1))
-    # The decoder never sees an answer's last token.
+    # An answer's last token needs no KV slot.
     text = probe["prompt_tokens"][0] - visual + ANSWER_TOKENS - 1
     budget = kv_budget(text + visual, layers)
     averages = {STOCK: float(visual)} | {
@@ -127,17 +127,17 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
 
     measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds.number):
-        most = rounds.in_turn(serve)
+        results = rounds.in_turn(serve)
         for name in rounds.selectors:
             figures = {
-                "stock_most": most[STOCK]["most"],
-                "stock_vs_ideal": most[STOCK]["most"] / ideals[STOCK],
-                "most": most[name]["most"],
-                "vs_ideal": most[name]["most"] / ideals[name],
-                "preemptions": most[name]["preemptions"],
+                "stock_most": results[STOCK]["max_running"],
+                "stock_vs_ideal": results[STOCK]["max_running"] / ideals[STOCK],
+                "most": results[name]["max_running"],
+                "vs_ideal": results[name]["max_running"] / ideals[name],
+                "preemptions": results[name]["preemptions"],
             }
-            if name == OURS and PEER in most:
-                figures["vs_peer"] = most[OURS]["most"] / most[PEER]["most"]
+            if name == OURS and PEER in results:
+                figures["vs_peer"] = figures["most"] / results[PEER]["max_running"]
             measured[name].append(figures)
     return [
         {"ratio": ratio, "selector": name, "budget": budget}

@@ -1,6 +1,6 @@
-"""Starts a server, this project's or stock vLLM's, and stops it whatever happens.
+"""Starts this project's server or stock vLLM's, and always stops it.
 
-vLLM's ``bench sweep`` has a class for it, which keeps no log and kills a server at once.
+vLLM's ``bench sweep`` has a class for this, but it keeps no log and kills the server at once.
 """
 
 import json
@@ -31,23 +31,23 @@ from vitcop_vllm.pruning.settings import (
 )
 
 START_SECONDS = 900
-"""A large model is read for minutes. A server that stops is noticed at once."""
+"""Loading a large model takes minutes. If the server stops, the wait ends at once."""
 
 STOP_SECONDS = 60
 
 NO_PLUGIN = {"VLLM_PLUGINS": ""}
-"""Environment in which vLLM is stock vLLM."""
+"""Environment that makes vLLM ignore this plugin."""
 
 
 class ServerError(RuntimeError):
-    """A server that does not start, or does not answer."""
+    """A server did not start, or did not answer."""
 
 
 def server_arguments(selector: SelectorName, config: Path) -> list[str]:
-    """Arguments of ``vitcop-serve`` that serve ``config`` with another selector.
+    """Arguments that serve ``config`` with another selector.
 
     Raises:
-        ServerError: If the file cannot be read as far as the selector needs it.
+        ServerError: If the file cannot be read, or lacks an option that the selector needs.
     """
     row = selector_of(selector)
     chosen: dict[str, Any] = {"selector": selector}
@@ -55,13 +55,13 @@ def server_arguments(selector: SelectorName, config: Path) -> list[str]:
     try:
         options = yaml.safe_load(config.read_text())
         if not row.prunes_encoder:
-            # Every visual token passes the first layers: it cannot go as far as others.
+            # Every visual token passes through the first layers, which limits the ratio.
             settings = PruningSettings(**options.get(CONFIG_KEY) or {})
             layers = _decoder_layers(options["model"])
             limit = row.max_ratio(settings.boundaries(layers), layers)
             chosen["max_pruning_ratio"] = min(limit, settings.max_pruning_ratio)
         if row.reads_question and "max-model-len" in options:
-            # It needs each prompt in one step.
+            # The selector needs the whole prompt in one step.
             batch = ["--max-num-batched-tokens", str(options["max-model-len"])]
     except ValidationError as error:
         raise ServerError(f"{config}: {format_validation_error(error)}") from None
@@ -85,19 +85,18 @@ def running_server(
     environment: Mapping[str, str] | None = None,
     log: IO[str] | None = None,
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Root URL and process of a server that answers.
+    """Start a server, wait until it answers, and yield its root URL and process.
 
-    It and everything it started is gone afterwards, also after Ctrl-C, SIGTERM and errors.
+    The end stops the server and its child processes, also after Ctrl-C, SIGTERM and errors.
 
     Args:
-        *arguments: The server's; host and port are chosen here.
-        stock: vLLM's own server without the plugin, instead of this project's.
-        environment: The server's; by default this process's.
-        log: Where the server writes, open for appending and reading; by default a file that
-            is gone afterwards.
+        *arguments: The server's arguments without host and port.
+        stock: Start vLLM's own server, without the plugin.
+        environment: The server's environment; by default this process's.
+        log: The server's output, open for appending and reading; by default a temporary file.
 
     Raises:
-        ServerError: With the end of its log, if it stops or does not answer.
+        ServerError: If the server stops or does not answer; holds the end of its log.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -105,8 +104,8 @@ def running_server(
     url = f"http://127.0.0.1:{port}"
     module = "vitcop_server"
     if stock:
-        # What `vllm serve` runs. The command itself cannot start where vLLM's CPU build is
-        # installed, which has another name.
+        # The module of `vllm serve`. The command itself does not start with vLLM's CPU build,
+        # whose distribution has another name.
         module = "vllm.entrypoints.openai.api_server"
         environment = {**(os.environ if environment is None else environment), **NO_PLUGIN}
     command = [sys.executable, "-m", module, *arguments]
@@ -118,7 +117,7 @@ def running_server(
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Ctrl-C is for us: we stop it, and with its group whatever it leaves behind.
+            # Ctrl-C reaches only this process, which then stops the server's process group.
             start_new_session=True,
         )
         try:
@@ -143,7 +142,7 @@ def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
-    except OSError:  # Refused, reset or timed out; also HTTP errors.
+    except OSError:  # connection refused, reset or timed out; HTTP errors
         return False
 
 
@@ -153,14 +152,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     finally:
-        with suppress(ProcessLookupError):  # Its group is empty.
+        with suppress(ProcessLookupError):  # The group is empty.
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 @contextmanager
 def _sigterm_as_exit() -> Iterator[None]:
-    """SIGTERM would end this process without a word to the server."""
+    """Turn SIGTERM into SystemExit, so that the server is stopped."""
 
     def leave(number: int, frame: FrameType | None) -> Any:
         sys.exit(128 + number)

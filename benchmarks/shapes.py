@@ -1,4 +1,4 @@
-"""Shapes of models that the bench times, and how families differ for it."""
+"""Model shapes of the bench, and the differences between model families."""
 
 from pathlib import Path
 
@@ -26,16 +26,16 @@ SHAPES: dict[str, Shape] = {
     "qwen2.5-vl-small": qwen_checkpoint.SMALL,
 }
 PUBLISHED = {"llava-1.5-7b", "llava-1.5-13b"}
-"""Shapes too large to write random weights of: vLLM makes them up (dummy)."""
+"""Shapes too large to write random weights: they get vLLM's dummy weights."""
 
 
 def image_marker(shape: Shape) -> str:
-    """The text of an image in a prompt."""
+    """Marks an image in a prompt's text."""
     return qwen_checkpoint.IMAGE_MARKER if isinstance(shape, QwenShape) else "<image>"
 
 
 def boundaries(shape: Shape) -> dict[str, int]:
-    """Pruning settings for the first layers of the later stages, if a shape has its own."""
+    """Pruning settings for the shape's own boundaries, if any."""
     if not isinstance(shape, QwenShape) or shape.boundaries is None:
         return {}
     shallow, deep = shape.boundaries
@@ -43,17 +43,17 @@ def boundaries(shape: Shape) -> dict[str, int]:
 
 
 def describe(shape: Shape) -> str:
-    """A shape's form and size, in a sentence."""
-    forms = {QwenShape: "Qwen2.5-VL", LlavaNextShape: "LLaVA-NeXT"}
-    form = forms.get(type(shape), "LLaVA-1.5")
+    """A shape's model family and sizes."""
+    families = {QwenShape: "Qwen2.5-VL", LlavaNextShape: "LLaVA-NeXT"}
+    family = families.get(type(shape), "LLaVA-1.5")
     return (
-        f"{form}'s form, {shape.layers} decoder layers of width {shape.hidden}, "
+        f"{family}'s form, {shape.layers} decoder layers of width {shape.hidden}, "
         f"{shape.vision_layers} encoder layers of width {shape.vision_hidden}"
     )
 
 
 def save_checkpoint(path: Path, shape: Shape, dtype: str, *, weights: bool) -> None:
-    """Write a random checkpoint; without ``weights``, enough for vLLM to make them up."""
+    """Write a random checkpoint; without ``weights``, for vLLM's dummy weights."""
     if isinstance(shape, QwenShape):
         save_random_qwen(path, shape, dtype=dtype)
     elif isinstance(shape, LlavaNextShape):

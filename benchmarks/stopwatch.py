@@ -1,20 +1,19 @@
-"""Times parts of an engine's step, on a device that may work apart from the host."""
+"""Times parts of an engine's step, also on an asynchronous device."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 
 class Stopwatch:
-    """Seconds between entering and leaving; entered again inside itself, it counts once.
+    """A context manager that adds up seconds; nested uses count once.
 
     Args:
-        synchronise: Waits for the device. Its work then counts, and the host loses its lead: a
-            run that is watched must not be timed as a whole.
+        synchronise: Waits for the device, so that its work counts. The waits slow the whole run:
+            take its total time from another run.
 
     Attributes:
-        seconds, uses: In all, since :meth:`reset`.
+        seconds, uses: Totals since :meth:`reset`.
     """
 
     def __init__(self, synchronise: Callable[[], object] = lambda: None) -> None:
@@ -27,7 +26,7 @@ class Stopwatch:
         self.seconds, self.uses = 0.0, 0
 
     def time(self) -> Self:
-        """Itself, as a context manager: the form of a Prometheus histogram's timer."""
+        """The interface of a Prometheus histogram's timer."""
         return self
 
     def __enter__(self) -> Self:
@@ -43,13 +42,3 @@ class Stopwatch:
         if not self._depth:
             self._synchronise()
             self.seconds += time.perf_counter() - self._start
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
-    """Hide an attribute of ``owner``'s class behind one of its own."""
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        delattr(owner, name)

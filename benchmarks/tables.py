@@ -1,7 +1,7 @@
-"""Tables of measured rows: one layout for the terminal and for docs/results.md.
+"""Tables of measured rows, for the terminal and for docs/results.md.
 
-A column is a figure, under its name in the JSON document. Figures have three digits. Behind a
-figure with a spread, its least and greatest of a round stand in brackets.
+A column has a figure's name in the JSON document. Figures have three digits; a spread follows its
+figure in brackets.
 """
 
 import json
@@ -19,7 +19,7 @@ _SPREAD = "_spread"
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Headings, then the cells of each row; a figure that a row lacks stays empty."""
+    """Headings, then the cells of each row; missing figures are empty."""
     names = list(dict.fromkeys(name for row in rows for name in row if not name.endswith(_SPREAD)))
     headings = [name.replace("_", " ") for name in names]
     return [headings, *([_cell(row, name) for name in names] for row in rows)]
@@ -53,7 +53,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def named_tables(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]:
-    """Name and rows of every table of a bench's document."""
+    """Name and rows of every table in a bench's document."""
     engines = document["conditions"].get("engines", {})
     yield "engines", [{"engine": name, **row} for name, row in engines.items()]
     for name, rows in document.items():
@@ -64,7 +64,7 @@ def named_tables(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Row]]]
 
 
 def print_document(document: Mapping[str, Any]) -> None:
-    """Tables for people, then the document as JSON in the last line."""
+    """Print tables for people, then the document as JSON in the last line."""
     console = Console(width=None if sys.stdout.isatty() else 400)
     for name, rows in named_tables(document):
         if rows:

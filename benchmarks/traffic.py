@@ -1,7 +1,7 @@
-"""vLLM's serving benchmark: what it sends, and to which servers.
+"""vLLM's serving benchmark: its requests, and the servers.
 
-Requests hold an image of noise that no server has seen and ``QUESTION_TOKENS`` tokens of text, and
-get answers of half to one and a half times ``answer_tokens``.
+A request has a new image of noise and ``QUESTION_TOKENS`` tokens of text; its answer has 0.5 to 1.5
+times ``answer_tokens``.
 """
 
 import asyncio
@@ -30,11 +30,11 @@ IMAGE_SIZE = 336
 """Height and width in pixels."""
 
 HALF_A_GPU = ("--gpu-memory-utilization", "0.45")
-"""For each of two servers, where options leave all of a GPU's memory to the first."""
+"""For each of two servers, if their configuration does not limit GPU memory."""
 
 
 class RequestsFailedError(RuntimeError):
-    """Not every request was answered."""
+    """Some requests failed."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Endpoint:
     """A server.
 
     Attributes:
-        url: Its root.
+        url: Root URL.
         model: The model's name in requests.
-        tokenizer: Folder or repository.
+        tokenizer: Folder or repository of the tokenizer.
     """
 
     url: str
@@ -52,7 +52,7 @@ class Endpoint:
     tokenizer: str
 
     def kept_tokens(self, ratio: float) -> tuple[int, int]:
-        """V, and the visual tokens of the plan, averaged over layers."""
+        """V, and the plan's visual tokens averaged over layers."""
         query = f"width={IMAGE_SIZE}&height={IMAGE_SIZE}&ratio={ratio:.6f}"
         with urllib.request.urlopen(f"{self.url}/v1/pruning/plan?{query}") as answer:
             plan = json.load(answer)
@@ -62,7 +62,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Requests of a run; ``rate`` is in requests a second, ``clients`` limits those in flight."""
+    """A run: ``rate`` is in requests a second, ``clients`` limits concurrent requests."""
 
     requests: int
     answer_tokens: int
@@ -78,8 +78,8 @@ def sample_requests(
     ratios: Sequence[float] | None = None,
     text_tokens: int | None = None,
 ) -> list[Any]:
-    """vLLM's random requests; see :func:`serve` for the arguments."""
-    # vLLM's dataset for text alone also draws placeholders of images.
+    """Random requests, made by vLLM; see :func:`serve` for the arguments."""
+    # Also for text: vLLM's text dataset may draw the image placeholder.
     from vllm.benchmarks.datasets import RandomMultiModalDataset
 
     requests: list[Any] = RandomMultiModalDataset(random_seed=seed).sample(
@@ -109,21 +109,21 @@ def serve(
     """Results of vLLM's serving benchmark.
 
     Args:
-        server: Where the requests go.
-        traffic: How many they are, and when they come.
-        seed: Of images, text, lengths and arrivals.
-        ratios: Of the requests in turn; none where stock vLLM serves them.
-        text_tokens: Tokens of more text in place of an image.
+        server: The server to measure.
+        traffic: Number of requests, and their arrival.
+        seed: Seed of images, text, lengths and arrivals.
+        ratios: Pruning ratios, assigned to the requests in turn; None for stock vLLM.
+        text_tokens: Replace the image by so many tokens of text.
 
     Raises:
-        RequestsFailedError: If a request was not answered.
+        RequestsFailedError: If a request failed.
     """
     from vllm.benchmarks.serve import TaskType, benchmark
     from vllm.tokenizers import cached_get_tokenizer
 
     tokenizer = cached_get_tokenizer(server.tokenizer)
     requests = sample_requests(tokenizer, traffic, seed, ratios=ratios, text_tokens=text_tokens)
-    np.random.seed(seed)  # vLLM draws arrivals from it
+    np.random.seed(seed)  # for vLLM's arrivals
     with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only
         result: Result = asyncio.run(
             benchmark(
@@ -164,11 +164,11 @@ def serve(
 def both_servers(
     config: Mapping[str, Any], tokenizer: str | None = None
 ) -> Iterator[tuple[Endpoint, Endpoint]]:
-    """Stock vLLM's server and ours, run from the same options.
+    """Stock vLLM's server and ours, with the same options.
 
     Args:
-        config: A configuration file's options; stock vLLM does not get our sections.
-        tokenizer: Folder or repository; default: the model's.
+        config: Options of a configuration file; our own sections are not sent to stock vLLM.
+        tokenizer: Folder or repository of the tokenizer; default: the model's.
     """
     config = {key.replace("_", "-"): value for key, value in config.items()}
     options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, "server")}

@@ -1,4 +1,4 @@
-"""Asks a server an exam's questions, through OpenAI's client."""
+"""Sends an exam's questions to a server with OpenAI's client."""
 
 import asyncio
 import base64
@@ -20,11 +20,11 @@ NO_RATIO = "none"
 
 @dataclass(frozen=True)
 class Ratio:
-    """A pruning ratio to ask for.
+    """A requested pruning ratio.
 
     Attributes:
-        label: As people write it: "8/9", "0.889", or "none" for no header at all.
-        value: In [0, 1); None sends no header, so that the server's own default holds.
+        label: "8/9", "0.889", or "none".
+        value: In [0, 1); None sends no header, so that the server's default applies.
     """
 
     label: str
@@ -35,7 +35,7 @@ class Ratio:
         """Read a fraction, a decimal number or "none".
 
         Raises:
-            ValueError: If it is neither, or outside [0, 1).
+            ValueError: If ``text`` is none of these, or outside [0, 1).
         """
         text = text.strip()
         if text == NO_RATIO:
@@ -53,7 +53,7 @@ class Ratio:
 
     @property
     def decimal(self) -> str | None:
-        """What the header says: plain decimal, as the server wants it."""
+        """The header's value, a plain decimal number."""
         if self.value is None:
             return None
         return f"{float(self.value):.12f}".rstrip("0").rstrip(".")
@@ -64,7 +64,7 @@ UNPRUNED = Ratio("0", Fraction(0))
 
 @dataclass(frozen=True)
 class Usage:
-    """What a server reports of a request's visual tokens.
+    """A request's visual tokens, reported by the server.
 
     Attributes:
         ratio: Share of visual tokens removed, averaged over layers.
@@ -91,18 +91,18 @@ Outcome = list[Reply] | str
 
 
 class RatioRefusedError(Exception):
-    """The server refuses the pruning ratio; has the server's own words."""
+    """The server refuses the pruning ratio; holds the server's message."""
 
 
 class NotPrunedError(Exception):
-    """The server answered a request with a ratio, but reports no pruning."""
+    """A ratio was sent, but the server's answer reports no pruning."""
 
 
 @dataclass(frozen=True)
 class Examiner:
     """Asks one model on one server.
 
-    OpenAI's client repeats a request twice after timeouts, 429, 5xx and lost connections.
+    OpenAI's client retries twice after timeouts, 429, 5xx and lost connections.
     """
 
     client: openai.AsyncOpenAI
@@ -117,7 +117,7 @@ class Examiner:
         concurrency: int,
         on_answer: Callable[[], object],
     ) -> list[Outcome]:
-        """Ask every example, ``concurrency`` of them at a time.
+        """Ask all examples, ``concurrency`` at a time.
 
         Args:
             on_answer: Called after each example.
@@ -134,8 +134,8 @@ class Examiner:
                     outcome = await self._converse(example, ratio)
                 except (openai.OpenAIError, NotPrunedError, OSError) as error:
                     if example is examples[0] and getattr(error, "param", None) == RATIO_HEADER:
-                        raise RatioRefusedError(sentence(error)) from None
-                    outcome = sentence(error)
+                        raise RatioRefusedError(message_of(error)) from None
+                    outcome = message_of(error)
                 on_answer()
                 return outcome
 
@@ -143,7 +143,7 @@ class Examiner:
         return [first, *await asyncio.gather(*map(ask, examples[1:]))]
 
     async def _converse(self, example: Example, ratio: Ratio) -> list[Reply]:
-        """Ask turn after turn; the model sees its own earlier answers, right or wrong."""
+        """Ask turn after turn; the prompt holds the model's own earlier answers."""
         content: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": data_url(image)}} for image in example.images
         ]
@@ -168,31 +168,31 @@ class Examiner:
 
 
 def reported_usage(usage: Any, ratio: Ratio) -> Usage | None:
-    """What an answer's ``usage`` reports of visual tokens.
+    """The visual tokens in an answer's ``usage``.
 
     Raises:
-        NotPrunedError: If a ratio was sent and nothing is reported. Servers drop headers that
-            they do not know, and every ratio would look as good as 0.
+        NotPrunedError: If a ratio was sent, but ``usage`` has no visual tokens. A server that
+            ignores the header would make every ratio look as good as 0.
     """
     tokens = getattr(usage, "visual_tokens", None)
     if tokens is not None:
         return Usage(usage.pruning_ratio, tokens["encoder"], tuple(tokens["stages"]))
     if ratio.value is not None:
         raise NotPrunedError(
-            f"the server answered, but its usage has no visual_tokens: it does not know "
-            f"{RATIO_HEADER}; ask with --ratios {NO_RATIO}"
+            f"the server's usage has no visual_tokens: the server ignores {RATIO_HEADER}; use "
+            f"--ratios {NO_RATIO}"
         )
     return None
 
 
 def data_url(image: Path) -> str:
-    """An encoded image as a URL that contains it."""
+    """An image file as a data URL."""
     kind = mimetypes.guess_type(image)[0] or "image/png"
     return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"
 
 
-def sentence(error: Exception) -> str:
-    """What went wrong, in the server's own words where it has some."""
+def message_of(error: Exception) -> str:
+    """The server's error message if it sent one, otherwise the exception's."""
     body = getattr(error, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
     return str(message or error or type(error).__name__)

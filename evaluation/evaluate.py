@@ -1,9 +1,9 @@
-"""``python -m evaluation.evaluate``: what pruning costs in right answers.
+"""``python -m evaluation.evaluate``: accuracy at each pruning ratio.
 
-Asks a running OpenAI-compatible server (``--url``), or our own, started for each selector,
-every question of an exam at every ratio, and compares with ratio 0 example by example.
-Progress goes to standard error; standard output gets tables and, as its last line, a JSON
-document. Status 1 means that some request failed, or some server.
+Asks every question of an exam at every ratio, and compares each example with ratio 0. The server is
+a running OpenAI-compatible server (``--url``), or our own, started for each selector. Standard
+error shows progress; standard output gets tables and, as its last line, a JSON document. Exit
+status 1 means that a request or a server failed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.plots import plot_accuracy
 from benchmarks.serving import ServerError, running_server, server_arguments
-from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, sentence
+from evaluation.client import UNPRUNED, Examiner, Ratio, RatioRefusedError, message_of
 from evaluation.exam import ExamError, Example, digest, read_exam, write_exam
 from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError, tables
 from evaluation.scoring import SCORERS
@@ -34,7 +34,7 @@ ALL = "all"
 
 
 class Evaluation:
-    """An exam, and the cells measured so far; ``--out`` may hold cells of an earlier run."""
+    """An exam and its measured cells, including those of an earlier run in ``--out``."""
 
     def __init__(self, arguments: argparse.Namespace, examples: list[Example]) -> None:
         self._arguments = arguments
@@ -52,21 +52,23 @@ class Evaluation:
         self.bar = tqdm(desc="examples", total=0)
 
     def missing(self, selector: str) -> list[tuple[str, Ratio]]:
-        """Selectors and ratios of the cells that are still to be measured."""
+        """Selector and ratio of each cell that is not measured yet."""
         wanted = [
             (UNPRUNED_NAME if ratio == UNPRUNED else selector, ratio)
             for ratio in self._ratios.values()
         ]
-        return [(name, one) for name, one in wanted if not self.document.cell(name, one.label)]
+        return [
+            (name, ratio) for name, ratio in wanted if not self.document.cell(name, ratio.label)
+        ]
 
     async def measure(self, url: str, label: str | None) -> None:
-        """Measure the missing cells that the server at ``url`` can add.
+        """Measure the missing cells of the server at ``url``.
 
         Args:
-            label: Name of its selector in tables; None names the server's model there.
+            label: Name of the selector in tables; None takes the model's name.
 
         Raises:
-            ServerError: If it answers nothing.
+            ServerError: If the server answers no request.
         """
         arguments = self._arguments
         api_key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -76,7 +78,7 @@ class Evaluation:
                 try:
                     model = (await client.models.list()).data[0].id
                 except (openai.OpenAIError, IndexError) as error:
-                    raise ServerError(f"{url} lists no model: {sentence(error)}") from None
+                    raise ServerError(f"{url} lists no model: {message_of(error)}") from None
             self.document.add_conditions(model=model, vllm=_version(url))
             examiner = Examiner(client, model, SCORERS[arguments.scorer], arguments.max_tokens)
             missing = self.missing(label or model)
@@ -96,14 +98,14 @@ class Evaluation:
         else:
             cell = Cell.of(selector, ratio, self._examples, outcomes)
         self.document.results.append(cell)
-        if self._arguments.out:  # An interrupted run leaves its cells to the next one.
+        if self._arguments.out:  # keeps the cells of an interrupted run
             self.document.write(self._arguments.out)
         if cell.refusal is None and not any(map(any, cell.scores.values())):
-            raise ServerError(f"not one answer at ratio {ratio.label}: {next(iter(cell.errors))}")
+            raise ServerError(f"no answer at ratio {ratio.label}: {next(iter(cell.errors))}")
 
 
 def _version(url: str) -> str | None:
-    """vLLM's version, from its own route; None for other servers."""
+    """vLLM's version, from its route ``/version``; None for other servers."""
     try:
         address = url.rstrip("/").removesuffix("/v1") + "/version"
         with urllib.request.urlopen(address, timeout=10) as answer:
@@ -113,14 +115,14 @@ def _version(url: str) -> str | None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[Document, list[str]]:
-    """Measure as ``arguments`` say.
+    """Measure all cells.
 
     Returns:
-        The document, and a sentence for each server that failed.
+        The document, and an error message for each server that failed.
 
     Raises:
         ExamError: If the exam cannot be asked.
-        ReportError: If an earlier run's document has other conditions.
+        ReportError: If the earlier run's document has other conditions.
     """
     with TemporaryDirectory() as scratch:
         folder = arguments.data
@@ -152,49 +154,51 @@ def run(arguments: argparse.Namespace) -> tuple[Document, list[str]]:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make eval", description=__doc__)
     exam = parser.add_argument_group("exam")
-    exam.add_argument("--data", type=Path, metavar="DIR", help="an exam's folder (default: demo)")
-    exam.add_argument("--per-family", type=int, default=100, help="conversations of a kind, demo")
-    exam.add_argument("--seed", type=int, default=0, help="of the demo exam")
-    exam.add_argument("--scorer", choices=SCORERS, default="exact", help="when an answer is right")
+    exam.add_argument(
+        "--data", type=Path, metavar="DIR", help="exam folder; default: the demo exam"
+    )
+    exam.add_argument("--per-family", type=int, default=100, help="demo conversations per family")
+    exam.add_argument("--seed", type=int, default=0, help="seed of the demo exam")
+    exam.add_argument("--scorer", choices=SCORERS, default="exact", help="rule for right answers")
     exam.add_argument(
         "--ratios",
         nargs="+",
         type=_ratio,
         default=[Ratio.parse(text) for text in RATIOS],
         metavar="R",
-        help="fractions or decimals; none sends no ratio, for servers that know of none",
+        help="fractions or decimals; none sends no ratio, for servers without pruning",
     )
     server = parser.add_argument_group("server")
-    server.add_argument("--url", help="a running server, as in http://host:8000/v1")
-    server.add_argument("--model", help="the first that the server lists by default")
-    server.add_argument("--label", help="selector that the server at --url runs with, for tables")
+    server.add_argument("--url", help="a running server, such as http://host:8000/v1")
+    server.add_argument("--model", help="default: the first model that the server lists")
+    server.add_argument("--label", help="selector of the server at --url, for tables")
     server.add_argument(
         "--selectors",
         nargs="+",
         choices=[*SELECTOR_NAMES, ALL],
-        help="start our own server with each of these; vitcop by default",
+        help="start our own server with each of these; default: vitcop",
     )
     server.add_argument("--config", type=Path, default=Path("configs/demo-cpu.yaml"))
-    server.add_argument("--concurrency", type=int, default=8, help="examples at a time")
-    server.add_argument("--max-tokens", type=int, default=32, help="of an answer")
+    server.add_argument("--concurrency", type=int, default=8, help="concurrent examples")
+    server.add_argument("--max-tokens", type=int, default=32, help="longest answer")
     results = parser.add_argument_group("results")
     results.add_argument(
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="write the document there; if the file exists, go on with what it lacks",
+        help="write the document there; an existing document is continued",
     )
     results.add_argument("--plot", type=Path, metavar="FILE.png", help="draw accuracy over ratio")
     arguments = parser.parse_args(argv)
     if arguments.url and arguments.selectors:
-        parser.error("--selectors starts servers: with --url, say with --label what it runs with")
+        parser.error("--selectors starts servers: with --url, name the selector with --label")
     if arguments.label and not arguments.url:
-        parser.error("--label names what the server at --url runs with")
+        parser.error("--label names the selector of the server at --url, which is missing")
     if not (arguments.url or arguments.config.is_file()):
         parser.error(f"--config: there is no file {arguments.config}")
     for path in (arguments.out, arguments.plot):
         if path is not None and not path.parent.is_dir():
-            parser.error(f"there is no folder {path.parent} to write {path.name} to")
+            parser.error(f"there is no folder {path.parent} for {path.name}")
     for name in ("per_family", "concurrency", "max_tokens"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

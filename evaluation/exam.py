@@ -6,8 +6,8 @@ Face's datasets, so that lmms-eval can read it too. Each line is one conversatio
     {"images_file_names": ["a.png"], "family": "colour",
      "turns": [{"question": "What colour is the car?", "answers": ["red", "dark red"]}]}
 
-All images are shown with the first question. The questions are asked one after the other.
-``family`` groups conversations in tables and plots. Any of ``answers`` is right.
+The first question shows all images; the others follow one after the other. ``family`` groups
+conversations in tables and plots. Each of ``answers`` is right.
 """
 
 import argparse
@@ -29,18 +29,18 @@ METADATA = "metadata.jsonl"
 
 
 class ExamError(ValueError):
-    """An exam that cannot be asked: one line per fault, ``FILE:LINE: what is wrong``."""
+    """A bad exam: one line per fault, ``FILE:LINE: fault``."""
 
 
 def _check_family(name: str) -> str:
     if name == "mean":
-        raise ValueError("a family cannot be called 'mean': tables have a row of that name")
+        raise ValueError("a family cannot be called 'mean': tables have a row with this name")
     return name
 
 
 def _check_answer(answer: str) -> str:
     if not normalise(answer):
-        raise ValueError(f"{answer!r} has no word and no number")
+        raise ValueError(f"{answer!r} has only space and punctuation")
     return answer
 
 
@@ -49,7 +49,7 @@ class _Line(BaseModel):
 
 
 class Turn(_Line):
-    """One question, and every answer that is accepted."""
+    """One question, and its accepted answers."""
 
     question: str = Field(min_length=1)
     answers: tuple[Annotated[str, AfterValidator(_check_answer)], ...] = Field(min_length=1)
@@ -59,8 +59,8 @@ class Example(_Line):
     """A conversation.
 
     Attributes:
-        images: Paths of the images, which are all shown with the first question.
-        family: Kind of question; accuracy is reported for each.
+        images: Paths of the images, all shown with the first question.
+        family: Kind of question; each family gets its own accuracy.
         turns: Questions, asked one after the other.
     """
 
@@ -73,7 +73,7 @@ def read_exam(folder: Path) -> list[Example]:
     """The examples of a folder.
 
     Raises:
-        ExamError: With every fault, or if there is nothing to read.
+        ExamError: With every fault; also if the exam is missing or empty.
     """
     file = folder / METADATA
     try:
@@ -86,7 +86,7 @@ def read_exam(folder: Path) -> list[Example]:
             example = Example.model_validate_json(line)
             images = tuple(folder / name for name in example.images)
             for image in images:
-                Image.open(image).close()  # Reads no more than the header.
+                Image.open(image).close()  # reads only the header
             examples.append(example.model_copy(update={"images": images}))
         except ValidationError as error:
             for fault in error.errors():
@@ -115,7 +115,7 @@ def write_exam(folder: Path, examples: Iterable["questions.Example"]) -> None:
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Tells exams apart: a hash of all questions, answers and images."""
+    """A hash of all questions, answers and images."""
     hashed = hashlib.sha256()
     for example in examples:
         hashed.update(example.model_dump_json(exclude={"images"}).encode())
@@ -128,8 +128,8 @@ def main() -> None:
     from demo import questions
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="new or empty")
-    parser.add_argument("--per-family", type=int, default=100, help="conversations of a kind")
+    parser.add_argument("folder", type=Path, help="a new or an empty folder")
+    parser.add_argument("--per-family", type=int, default=100, help="conversations per family")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     try:

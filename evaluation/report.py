@@ -1,7 +1,7 @@
 """Measured cells, their accuracies, and the document and tables that show them.
 
-A cell is one exam at one ratio with one selector. A document has every score in it, so that a
-run that goes on with it can still pair each example with its score at ratio 0.
+A cell is one exam at one ratio with one selector. A document holds every score, so that a later run
+can still pair each example with its score at ratio 0.
 """
 
 import json
@@ -26,30 +26,30 @@ from evaluation.intervals import (
 )
 
 UNPRUNED_NAME = "unpruned"
-"""Selector of the cell at ratio 0, where there is nothing to select: it serves all of them."""
+"""Selector of the cell at ratio 0, which is the baseline of all selectors."""
 
 Figures = dict[str, dict[str, Any]]
-"""Per family, and for "mean", the unweighted mean of families."""
+"""Figures per family; "mean" is the unweighted mean of the families."""
 
 
 class ReportError(ValueError):
-    """A document that cannot be read, or that a run cannot go on with."""
+    """A document that cannot be read or continued."""
 
 
 class Cell(BaseModel):
     """One selector at one ratio.
 
     Attributes:
-        selector: Which tokens are kept, by name; ``UNPRUNED_NAME`` at ratio 0.
+        selector: Name of the selector; ``UNPRUNED_NAME`` at ratio 0.
         ratio: Label of the requested ratio.
-        scores: Per family and example, in the exam's order, 0 or 1 for each turn; None where
+        scores: Per family and example, in the exam's order: 0 or 1 for each turn, or None if
             the example failed.
-        effective_ratio: Share of visual tokens removed as the server reports it; like the two
-            that follow, a mean over requests.
+        effective_ratio: Share of visual tokens removed, as the server reports it. This and the
+            next two attributes are means over requests.
         visual_tokens: Visual tokens kept, averaged over layers.
         stages: Visual tokens kept in each stage.
-        errors: How often each error came.
-        refusal: Why the server refuses this ratio, else None.
+        errors: Count of each error message.
+        refusal: The server's reason for refusing the ratio.
     """
 
     selector: str
@@ -101,10 +101,10 @@ def _means(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 def accuracies(cell: Cell) -> Figures:
-    """Accuracy with its interval.
+    """Accuracies with their intervals.
 
-    An example counts once, however many turns it has: they are about the same image, so
-    its score is their mean. ``correct`` sums those, ``total`` counts them.
+    Turns of an example are about the same image, so an example counts once: its score is the mean
+    of its turns. ``correct`` is the sum of scores, ``total`` the number of examples.
     """
     figures: Figures = {}
     for family, examples in cell.scores.items():
@@ -121,25 +121,25 @@ def accuracies(cell: Cell) -> Figures:
 
 
 def differences(cell: Cell, baseline: Cell) -> Figures:
-    """Accuracy less that of ``baseline``, over the examples that both answered."""
+    """Accuracy minus that of ``baseline``, over the examples that both answered."""
     figures: Figures = {}
     for family, examples in cell.scores.items():
         pairs = [
-            (fmean(ours), fmean(theirs))
-            for ours, theirs in zip(examples, baseline.scores[family], strict=True)
-            if ours is not None and theirs is not None
+            (fmean(pruned), fmean(unpruned))
+            for pruned, unpruned in zip(examples, baseline.scores[family], strict=True)
+            if pruned is not None and unpruned is not None
         ]
         if pairs:
-            ours, theirs = zip(*pairs, strict=True)
+            pruned, unpruned = zip(*pairs, strict=True)
             figures[family] = {
-                "difference": fmean(ours) - fmean(theirs),
-                "interval": paired_difference(ours, theirs),
+                "difference": fmean(pruned) - fmean(unpruned),
+                "interval": paired_difference(pruned, unpruned),
             }
     return _with_mean(figures, cell, "difference")
 
 
 def _with_mean(figures: Figures, cell: Cell, name: str) -> Figures:
-    """Adds the mean over families, unless one of them has no figure."""
+    """Add the mean over families, unless a family has no figure."""
     if not figures or len(figures) < len(cell.scores):
         return figures
     values = [one[name] for one in figures.values()]
@@ -149,16 +149,16 @@ def _with_mean(figures: Figures, cell: Cell, name: str) -> Figures:
 
 
 class Document(BaseModel):
-    """Everything measured, and under which conditions."""
+    """All measured cells, and their conditions."""
 
     conditions: dict[str, Any] = {}
     results: list[Cell] = []
 
     def add_conditions(self, **conditions: Any) -> None:
-        """Note conditions of this run.
+        """Record conditions of this run.
 
         Raises:
-            ReportError: If an earlier run, which this one goes on with, had others.
+            ReportError: If the earlier run had other conditions.
         """
         for key, value in conditions.items():
             known = self.conditions.setdefault(key, value)
@@ -194,11 +194,11 @@ class Document(BaseModel):
 
     @property
     def failures(self) -> Counter[str]:
-        """How often each error came, over all cells."""
+        """Count of each error message, over all cells."""
         return sum((Counter(cell.errors) for cell in self.results), Counter())
 
     def summary(self) -> dict[str, Any]:
-        """The document for other programs, with accuracies and differences."""
+        """The JSON document, with accuracies and differences."""
         results = []
         for cell in self.results:
             figures: dict[str, Any] = {"accuracy": accuracies(cell)}
@@ -210,17 +210,17 @@ class Document(BaseModel):
         return {"conditions": self.conditions, "results": results}
 
     def write(self, path: Path) -> None:
-        """Write the summary as JSON. An interruption leaves the file as it was before."""
+        """Write the summary as JSON; an interruption leaves the old file."""
         unfinished = path.with_name(path.name + ".part")
         unfinished.write_text(json.dumps(self.summary()) + "\n")
         unfinished.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """What :meth:`write` wrote, without the cells in which a request failed.
+        """The document that :meth:`write` wrote, without cells with failed requests.
 
         Raises:
-            ReportError: If the file holds no such document.
+            ReportError: If the file holds no document.
         """
         try:
             document = cls.model_validate_json(path.read_text())
@@ -231,7 +231,7 @@ class Document(BaseModel):
 
 
 def tables(document: Document) -> Iterator[Table | str]:
-    """Per selector a table, and below it the reasons of refusals and failures."""
+    """A table per selector, followed by its refusals and errors."""
     for name, cells in document.selectors.items():
         yield _table(name, cells, document)
         yield from dict.fromkeys(f"- {cell.refusal}" for cell in cells if cell.refusal is not None)

@@ -1,28 +1,28 @@
-"""When an answer is right."""
+"""Rules for right answers."""
 
 import re
 from collections.abc import Callable, Sequence
 
 Scorer = Callable[[str, Sequence[str]], bool]
-"""Whether an answer is right, from the answer and every accepted one."""
+"""Whether an answer is right, from the answer and the accepted answers."""
 
-# Signs that belong to a number ("-5", ".5", "$5") are not among them.
+# Without the signs that may belong to a number, as in "-5", ".5" and "$5".
 _BEFORE = " \t\r\n\"'`([{*_“‘«¿¡"
 _AFTER = " \t\r\n\"'`)]}*_”’».,;:!?…"
 
 
 def normalise(text: str) -> str:
-    """Without case, and without the space and punctuation around it."""
+    """Remove case, and surrounding space and punctuation."""
     return text.casefold().lstrip(_BEFORE).rstrip(_AFTER)
 
 
 def exact(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether the answer is one of the accepted ones, after :func:`normalise`."""
+    """Whether the answer is an accepted answer, after :func:`normalise`."""
     return normalise(answer) in map(normalise, accepted)
 
 
 def contains(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether the answer contains an accepted one as whole words."""
+    """Whether the answer contains an accepted answer as whole words."""
     found = normalise(answer)
     return any(re.search(rf"(?<!\w){re.escape(normalise(one))}(?!\w)", found) for one in accepted)
 

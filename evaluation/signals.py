@@ -1,9 +1,8 @@
-"""What the signals that tokens are pruned by know: ``python -m evaluation.signals``.
+"""``python -m evaluation.signals``: quality of the signals that pruning selects by.
 
-The demo's images come with the truth about each patch, so a signal can be judged without
-pruning anything: does it rank patches that show something above those that show background,
-and do key norms, which need no question, rank tokens as the question's attention does? Runs
-the unpruned model in transformers.
+The demo's images come with the content of each patch, so signals can be judged without pruning:
+does a signal rank patches with content above background? Do key norms, which do not depend on the
+question, rank tokens like the question's attention? Runs the unpruned model in transformers.
 """
 
 import argparse
@@ -27,8 +26,8 @@ from vitcop_vllm.pruning.selection import mean_key_norm
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def ranks_above(score: Floats, shown: npt.NDArray[np.bool_]) -> float:
-    """Chance that a patch that shows something scores above one that does not (ROC AUC)."""
+def content_auc(score: Floats, shown: npt.NDArray[np.bool_]) -> float:
+    """Probability that a patch with content scores above a background patch (ROC AUC)."""
     from scipy.stats import mannwhitneyu  # type: ignore[import-untyped]
 
     statistic = mannwhitneyu(score[shown], score[~shown]).statistic
@@ -36,7 +35,7 @@ def ranks_above(score: Floats, shown: npt.NDArray[np.bool_]) -> float:
 
 
 def rank_correlation(a: Floats, b: Floats) -> float:
-    """Spearman's, over the visual tokens of an image."""
+    """Spearman's rank correlation over an image's visual tokens."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(a, b).statistic)
@@ -47,11 +46,11 @@ class Reading(NamedTuple):
 
     Attributes:
         cls: (V,) attention of [CLS].
-        received: (V,) attention of all tokens, which stands in for it in encoders without [CLS].
-        key_norms: (L, V), smaller is more salient.
+        received: (V,) attention of all tokens, the substitute in encoders without [CLS].
+        key_norms: (L, V); a smaller norm is more salient.
         seen: (L, V) attention from the last prompt token, averaged over heads.
-        distances: Distance between tokens that are clustered: root mean square, and then the
-            5th, 50th and 95th percentile as shares of it.
+        distances: Root mean square distance between the clustered tokens' features, then the
+            5th, 50th and 95th percentile relative to it.
     """
 
     cls: Floats
@@ -62,7 +61,7 @@ class Reading(NamedTuple):
 
 
 class Signals:
-    """A model in transformers, and what it says of each visual token."""
+    """Reads the signals of each visual token from a model in transformers."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -117,7 +116,7 @@ class Signals:
 
 
 def measure(path: Path, images: int, seed: int) -> dict[str, Any]:
-    """Averages over images; see :func:`main` for what is printed of them."""
+    """Averages over images; :func:`main` prints them."""
     signals = Signals(path)
     found: dict[str, list[Any]] = defaultdict(list)
     families = list(SINGLE)
@@ -129,11 +128,11 @@ def measure(path: Path, images: int, seed: int) -> dict[str, Any]:
         if not shown.any():
             continue
         saliency, received, norms, seen, distances = signals.read(draw(scene), turns[0].question)
-        found["saliency_auc"].append(ranks_above(saliency, shown))
-        found["received_auc"].append(ranks_above(received, shown))
+        found["saliency_auc"].append(content_auc(saliency, shown))
+        found["received_auc"].append(content_auc(received, shown))
         found["distances"].append(distances)
-        found["key_norm_auc"].append([ranks_above(-norm, shown) for norm in norms])
-        found["attention_auc"].append([ranks_above(one, shown) for one in seen])
+        found["key_norm_auc"].append([content_auc(-norm, shown) for norm in norms])
+        found["attention_auc"].append([content_auc(one, shown) for one in seen])
         found["key_norm_attention"].append(
             [rank_correlation(-norm, one) for norm, one in zip(norms, seen, strict=True)]
         )
@@ -151,8 +150,8 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(Path(resolve(args.model)), args.images, args.seed)
     print(f"\n{result['images']} images")
-    print(f"[CLS] saliency finds what is shown: AUC {result['saliency_auc']:.3f}")
-    print(f"attention received finds it: AUC {result['received_auc']:.3f}")
+    print(f"[CLS] saliency finds content: AUC {result['saliency_auc']:.3f}")
+    print(f"received attention finds content: AUC {result['received_auc']:.3f}")
     rms, low, median, high = result["distances"]
     print(
         f"distances between tokens: rms {rms:.2f}, 5/50/95 % {low:.2f}/{median:.2f}/{high:.2f} of "

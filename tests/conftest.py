@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
 from tests.families.family import LLAVA, Family
-from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, last_words, running_server
+from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, log_tail, running_server
 
 # Timing decides no test.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -114,7 +114,7 @@ def pytest_runtest_makereport(
     """Add the servers' logs to the report of a failed test."""
     report = yield
     if report.failed:
-        report.sections += [("Log of a server", last_words(log)) for log in LOGS]
+        report.sections += [("Log of a server", log_tail(log)) for log in LOGS]
     return report
 
 

@@ -1,4 +1,4 @@
-"""Functions of ``vitcop_demo.yaml``, in a file with the name that lmms-eval's tasks give it."""
+"""Functions of ``vitcop_demo.yaml``; lmms-eval's tasks call this file ``utils``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ Doc = Mapping[str, Any]
 
 
 def single_turns(docs: Any) -> Any:
-    """Conversations of one turn: lmms-eval's OpenAI clients have no second one."""
+    """Conversations of one turn: lmms-eval's OpenAI clients support no second turn."""
     return docs.filter(lambda turns: len(turns) == 1, input_columns="turns")
 
 
@@ -27,6 +27,6 @@ def doc_to_target(doc: Doc) -> str:
 
 
 def process_results(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """Score of the answer, 0 or 1: of the whole exam, and of the family of questions."""
+    """The answer's score, 0 or 1, as the metric of the exam and of its family."""
     score = float(exact(results[0], doc["turns"][0]["answers"]))
     return {"score": score, doc["family"]: score}

@@ -1,4 +1,4 @@
-"""Engines that cost exactly what the plan says: every ideal must come out as met."""
+"""Fake engines whose time follows the plan exactly, so that every ideal is met."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,26 +7,26 @@ from typing import Any
 
 from benchmarks.engines import EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity
-from benchmarks.image_requests import ImageRequest
+from benchmarks.requests import ImageRequest
 from benchmarks.scenarios import ANSWER_TOKENS
 from benchmarks.shapes import Shape
 from vitcop_vllm.pruning.settings import SelectorName
 
 ENCODER = 0.5
-"""Seconds of an image."""
+"""Seconds per image."""
 
 TOKEN = 1e-3
-"""Seconds of a token in all decoder layers."""
+"""Seconds per token, in all decoder layers together."""
 
 STEP = 0.01
-"""Seconds of a decode step, whatever is in the KV cache."""
+"""Seconds of a decode step with an empty KV cache."""
 
 CACHED = 1e-6
-"""Seconds of a token in the KV cache, in all layers, in each decode step."""
+"""Seconds that a token in the KV cache adds to a decode step."""
 
 
 class FakeEngine:
-    """Takes down what it is told to serve, in ``asked``."""
+    """Records its commands."""
 
     def __init__(self, name: EngineName, shape: Shape) -> None:
         self.shape = shape
@@ -67,7 +67,7 @@ class FakeEngine:
         seconds = batch * tokens * TOKEN + (max_tokens - 1) * step
         return {"seconds": seconds, "decode_step_seconds": [step] * (max_tokens - 1)}
 
-    def images(self, *, requests, watched=False) -> dict[str, Any]:
+    def images(self, *, requests, profile=False) -> dict[str, Any]:
         encoder = ENCODER * sum(len(request.images) for request in requests)
         lengths = [
             len(request.prompt) + len(request.images) * self._visual(request)
@@ -93,14 +93,14 @@ class FakeEngine:
             "tokens": [[request.max_tokens] for request in requests],
             "answers": ["a" * request.max_tokens for request in requests],
         }
-        if watched:
+        if profile:
             result |= {"encoder_seconds": encoder, "stage_seconds": 0.001 * prefill}
         return result
 
     def capacity(self, *, requests, budget: int) -> dict[str, Any]:
         longest = len(requests[0].prompt) + self._visual(requests[0]) + ANSWER_TOKENS - 1
         fit = ideal_capacity(budget, longest, self.shape.layers)
-        return {"most": min(floor(fit), len(requests)), "preemptions": 0}
+        return {"max_running": min(floor(fit), len(requests)), "preemptions": 0}
 
     def __enter__(self):
         return self

@@ -1,4 +1,4 @@
-"""The document a bench leaves; what is in it, nobody can know beforehand."""
+"""The bench's document, with fake engines and with real ones."""
 
 import json
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tests.benchmarks.fake_engines import FakeEngine
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 
 
-def test_another_device_is_refused_before_anything_starts(capsys):
+def test_another_device_is_refused_before_an_engine_starts(capsys):
     # The tests run on vLLM's CPU build.
     assert bench.main(["--device", "gpu"]) == 2
     assert "make install DEVICE=gpu" in capsys.readouterr().err
@@ -33,7 +33,7 @@ LOAD = [{k: v for k, v in LOAD[0].items() if k != "rate"}, LOAD[0]]
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Engines that cost what the plan says, in place of the bench's own."""
+    """Replaces the bench's engines and servers."""
 
     @contextmanager
     def running(model, options, names):
@@ -59,7 +59,7 @@ def fakes(monkeypatch):
 
 @pytest.mark.usefixtures("fakes")
 @pytest.mark.parametrize("peers", [False, True])
-def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_path):
+def test_the_last_line_is_the_document_of_all_scenarios(peers, capsys, tmp_path):
     argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "2", "--batches", "1,16"]
     plot = tmp_path / "speed.png"
     assert bench.main([*argv, "--plot", str(plot), *(["--peers"] if peers else [])]) == 0
@@ -72,9 +72,9 @@ def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_pa
         assert conditions[name]
     assert (conditions["shape"], conditions["load_format"]) == ("demo", "dummy")
     assert conditions["options"]["dtype"] == "float32"
-    # A GPU's, other weights', and those of a shape that takes images of any size.
-    elsewhere = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0", "prefill_speed_at_0"}
-    assert document["goals"].keys() == {name for name, *_ in GOALS} - elsewhere
+    # Goals for a GPU, for random weights, and for Qwen.
+    not_measured = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0", "prefill_speed_at_0"}
+    assert document["goals"].keys() == {name for name, *_ in GOALS} - not_measured
     assert document["goals"]["throughput_at_0"]["met"]
     rows = document["prefill"]
     assert len(rows) == 2 * len(prefill.RATIOS) * (1 + peers)
@@ -84,7 +84,7 @@ def test_the_last_line_is_a_document_that_holds_everything(peers, capsys, tmp_pa
     assert plot.stat().st_size > 10_000
 
 
-def test_images_of_any_size(capsys, monkeypatch, tmp_path):
+def test_qwen_measures_prefill_at_two_image_sizes(capsys, monkeypatch, tmp_path):
     @contextmanager
     def running(model, options, names):
         assert (model / "config.json").exists()
@@ -124,16 +124,16 @@ def test_each_scenario_runs_alone(scenario, capsys):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_too_little_memory_is_an_error_before_the_first_run(capsys):
+def test_too_little_memory_is_refused_before_a_measurement(capsys):
     argv = ["--shape", "demo", "--load-format", "dummy", "--running", "43"]
     assert bench.main([*argv, "--scenarios", "decode"]) == 2
     out, err = capsys.readouterr()
     assert not out
-    assert "43 are to run at once" in err
+    assert "43 requests at once" in err
 
 
 @pytest.mark.usefixtures("fakes")
-def test_results_before_an_engine_died_are_reported(capsys, monkeypatch, tmp_path):
+def test_rows_from_before_an_engine_died_are_printed(capsys, monkeypatch, tmp_path):
     def die(self, **command):
         raise EngineDiedError("engine stock is gone")
 
@@ -151,7 +151,7 @@ def test_results_before_an_engine_died_are_reported(capsys, monkeypatch, tmp_pat
     assert not plot.exists()
 
 
-def test_cold_starts_in_turn():
+def test_cold_starts_take_turns():
     order = []
 
     def start(name: Any) -> Any:
@@ -159,7 +159,7 @@ def test_cold_starts_in_turn():
         return FakeEngine(name, DEMO)
 
     [row] = cold_start.measure_cold_start(start, 2)
-    # The first pair fills caches.
+    # The first pair warms up.
     assert order == [STOCK, OURS, OURS, STOCK, STOCK, OURS]
     for until in ("ready", "first_token"):
         low, high = row[f"{until}_seconds_over_stock_spread"]
@@ -168,7 +168,7 @@ def test_cold_starts_in_turn():
 
 
 @pytest.mark.slow
-def test_real_engines_with_weights_that_are_made_up(tmp_path):
+def test_real_engines_with_dummy_weights(tmp_path):
     save_config(tmp_path, TINY)
     started = {
         "dtype": "float32",
@@ -178,7 +178,7 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
         "kv_cache_memory_bytes": 256 << 20,
     }
     with running_engines(tmp_path, started, (STOCK, OURS)) as engines:
-        rounds = Rounds(engines, TINY, 1, watch_apart=True)
+        rounds = Rounds(engines, TINY, 1, profile_apart=True)
         [unpruned] = scenarios.measure_decode(rounds, "0", 2, 6)
         [row] = prefill.measure_prefill(rounds, "8/9", images=2)
         about = {name: engine.run("about") for name, engine in engines.items()}
@@ -186,7 +186,7 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
         process.kill()
         with pytest.raises(EngineDiedError, match=f"{OURS} ended.*--kv-cache-gib"):
             engines[OURS].run("about")
-    assert unpruned["same_tokens"], "vLLM made up other weights for ours"
+    assert unpruned["same_tokens"], "the dummy weights differ"
     assert row["stock_encoder_ms"] > 0
     assert row["stages_share"] > 0
     assert row["visual_tokens"][0] < TINY.visual_tokens
@@ -196,7 +196,7 @@ def test_real_engines_with_weights_that_are_made_up(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_engines_with_images_that_are_scaled_down(tmp_path):
+def test_real_engines_with_scaled_down_images(tmp_path):
     save_random_qwen(tmp_path, qwen_checkpoint.TINY)
     started = {
         "dtype": "float32",

@@ -1,4 +1,4 @@
-"""vLLM's serving benchmark, driven by us: between which servers, and that it runs."""
+"""The HTTP load: its servers, its requests, and a run against a real server."""
 
 import json
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
 @pytest.fixture
 def started(monkeypatch):
-    """Replaces servers; configuration and further arguments of each, stock vLLM's first."""
+    """Replaces servers. Holds configuration and extra arguments of each, stock vLLM first."""
     servers = []
 
     @contextmanager
@@ -29,37 +29,37 @@ def started(monkeypatch):
     return servers
 
 
-def config_of(name: str):
+def read_config(name: str):
     with open(f"configs/{name}.yaml") as file:
         return yaml.safe_load(file)
 
 
-def test_stock_gets_the_same_options_without_ours(started):
-    config = config_of("demo-cpu")
+def test_stock_gets_all_options_except_our_sections(started):
+    config = read_config("demo-cpu")
     with both_servers(config) as (stock, ours):
         pass
-    [(theirs, _), (mine, _)] = started
-    assert theirs.keys() == config.keys() - {"pruning", "server"}
-    assert mine == {**config, "model": str(DEMO_MODEL)}
-    assert theirs["model"] == stock.tokenizer == ours.tokenizer == str(DEMO_MODEL)
+    [(stock_config, _), (our_config, _)] = started
+    assert stock_config.keys() == config.keys() - {"pruning", "server"}
+    assert our_config == {**config, "model": str(DEMO_MODEL)}
+    assert stock_config["model"] == stock.tokenizer == ours.tokenizer == str(DEMO_MODEL)
     assert (stock.url, ours.url, ours.model) == ("http://stock", "http://ours", "demo")
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", "demo-gpu", "llava-1.5-7b", "llava-1.5-13b"])
-def test_two_servers_share_the_memory_of_one(name, started):
-    config = config_of(name)
+def test_two_servers_share_a_gpu_unless_configured(name, started):
+    config = read_config(name)
     with both_servers(config):
         pass
-    takes_all = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & config.keys()
-    assert takes_all == name.startswith("llava")
+    is_unlimited = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & config.keys()
+    assert is_unlimited == name.startswith("llava")
     for _, share in started:
-        assert (share != ()) == takes_all
+        assert (share != ()) == is_unlimited
     with both_servers({**config, "gpu_memory_utilization": 0.3}):
         pass
     assert started[-1][1] == ()
 
 
-def test_requests_have_an_image_or_as_much_text():
+def test_requests_have_an_image_or_text_instead():
     tokenizer = get_tokenizer(str(DEMO_MODEL))
     run = traffic.Traffic(requests=64, answer_tokens=16)
     images = traffic.sample_requests(tokenizer, run, 11, ratios=(0.5, 0.75))
@@ -76,21 +76,21 @@ def test_requests_have_an_image_or_as_much_text():
         assert not request.multi_modal_data
         assert not request.request_overrides
         assert request.prompt_len == pytest.approx(140, abs=14)
-        assert "<image>" not in request.prompt, "the server would look for an image"
+        assert "<image>" not in request.prompt, "the server would expect an image"
 
 
 @pytest.mark.slow
-def test_a_running_server(demo_url, capsys):
-    def served() -> float:
+def test_load_on_a_running_server(demo_url, capsys):
+    def served_requests() -> float:
         lines = httpx.get(f"{demo_url}/metrics").text.splitlines()
         (line,) = (line for line in lines if line.startswith('vitcop_requests_total{ratio="0.8-'))
         return float(line.split()[-1])
 
     options = ["--ratios", "8/9", "--clients", "2", "--requests", "4", "--rounds", "1"]
     assert bench_http.main(["--url", demo_url, *options]) == 0
-    before = served()
+    before = served_requests()
     assert bench_http.main(["--url", demo_url, *options, "--seed", "5"]) == 0
-    assert served() == before + 8 + 4  # to warm up, and the run
+    assert served_requests() == before + 8 + 4  # warm-up, and the run
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     [row] = document["load"]
     assert (row["clients"], row["ratio"], row["requests"]) == (2, "8/9", 4)
@@ -99,7 +99,7 @@ def test_a_running_server(demo_url, capsys):
 
 
 @pytest.mark.slow
-def test_failed_requests_are_reported(demo_url, capsys):
+def test_failed_requests_end_the_run(demo_url, capsys):
     options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
     assert bench_http.main(["--url", demo_url, *options]) == 1
     assert "8 of 8 requests failed" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the bench is told, and what it tells its engines."""
+"""The bench's arguments, and its engines' options."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ from benchmarks import prefill
 from benchmarks.bench_options import (
     SCENARIOS,
     TooLittleMemoryError,
-    check_room,
+    check_kv_memory,
     engine_options,
+    fill_defaults,
     parse_arguments,
-    settle_defaults,
     write_checkpoint,
 )
 from benchmarks.shapes import SHAPES
@@ -21,18 +21,18 @@ from benchmarks.traffic import QUESTION_TOKENS
 from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B
 
 
-def settled(*argv: str, device: Any = "cpu") -> argparse.Namespace:
+def complete(*argv: str, device: Any = "cpu") -> argparse.Namespace:
     arguments = parse_arguments(argv, None)
-    settle_defaults(arguments, device)
+    fill_defaults(arguments, device)
     return arguments
 
 
 def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
-    return engine_options(settled(*argv, device=device), shape)
+    return engine_options(complete(*argv, device=device), shape)
 
 
 @pytest.mark.parametrize(
-    ("argv", "says"),
+    ("argv", "message"),
     [
         (["--device", "tpu"], "invalid choice"),
         (["--shape", "llava"], "invalid choice"),
@@ -44,15 +44,15 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
         (
             ["--shape", "qwen2.5-vl-small", "--scenarios", "prefill", "decode"],
-            "qwen2.5-vl-small has prefill only, not decode",
+            "qwen2.5-vl-small supports only prefill, not decode",
         ),
         (["--shape", "qwen2.5-vl-small", "--peers"], "selector cls needs [CLS]"),
     ],
 )
-def test_arguments_that_are_refused(argv, says, capsys):
+def test_bad_arguments_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(argv, None)
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_scenarios_run_once_each_and_in_order():
@@ -62,32 +62,32 @@ def test_scenarios_run_once_each_and_in_order():
 
 
 def test_defaults_suit_the_device_and_the_shape():
-    cpu, gpu = settled(), settled(device="gpu")
+    cpu, gpu = complete(), complete(device="gpu")
     assert (cpu.shape, cpu.dtype, gpu.shape, gpu.dtype) == (
         *("demo", "float32"),
         *("llava-1.5-7b", "bfloat16"),
     )
     assert (cpu.compile, cpu.kv_cache_gib, cpu.load_format) == (False, 2, "random")
     assert (gpu.compile, gpu.kv_cache_gib, gpu.load_format) == (True, None, "dummy")
-    assert settled("--shape", "small").kv_cache_gib == 6
-    assert settled("--shape", "small", "--dtype", "bfloat16").kv_cache_gib == 3
+    assert complete("--shape", "small").kv_cache_gib == 6
+    assert complete("--shape", "small", "--dtype", "bfloat16").kv_cache_gib == 3
     assert gpu.chat_tokens > cpu.chat_tokens
-    assert settled("--no-compile", device="gpu").compile is False
-    assert settled("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
+    assert complete("--no-compile", device="gpu").compile is False
+    assert complete("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
 
 
-def test_a_shape_that_takes_images_of_any_size():
-    chosen = settled("--shape", "qwen2.5-vl-small")
+def test_qwen_has_its_own_scenarios_and_boundaries():
+    chosen = complete("--shape", "qwen2.5-vl-small")
     assert (chosen.scenarios, chosen.batches, chosen.kv_cache_gib) == (["prefill"], (1,), 2)
-    told = engine_options(chosen, SHAPES[chosen.shape])
-    assert told["max_num_batched_tokens"] >= told["max_model_len"] > 2304
-    assert told["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
+    made = engine_options(chosen, SHAPES[chosen.shape])
+    assert made["max_num_batched_tokens"] >= made["max_model_len"] > 2304
+    assert made["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
     assert "pruning" not in options()
-    assert settled("--shape", "qwen2.5-vl-small", "--batches", "1,2").batches == (1, 2)
-    assert settled().batches == (1, 4, 16)
+    assert complete("--shape", "qwen2.5-vl-small", "--batches", "1,2").batches == (1, 2)
+    assert complete().batches == (1, 4, 16)
 
 
-def test_engines_share_a_gpu_and_keep_its_defaults():
+def test_engines_share_a_gpu_s_memory_and_keep_its_defaults():
     two = options(device="gpu")
     assert not two.keys() & {"block_size", "kv_cache_memory_bytes"}
     assert two["enforce_eager"] is False
@@ -100,7 +100,7 @@ def test_engines_share_a_gpu_and_keep_its_defaults():
     assert "gpu_memory_utilization" not in cpu
 
 
-def test_a_step_holds_what_arrives_at_once():
+def test_a_step_has_room_for_all_concurrent_prompts():
     prompt = 576 + len("USER: <image>\nWhat is in this picture? Answer in one word. ASSISTANT:")
     few = options("--scenarios", "turns", "capacity", "cold_start")
     assert (few["max_model_len"], few["max_num_batched_tokens"]) == (4096, 4096)
@@ -115,28 +115,28 @@ def test_a_step_holds_what_arrives_at_once():
     assert images["max_model_len"] >= max(prefill.IMAGES) * 576 + prompt - 576
     assert images["limit_mm_per_prompt"] == {"image": max(prefill.IMAGES)}
     clients = options("--scenarios", "load", "--chat-tokens", "4000")
-    # Answers are up to half longer than that.
+    # Answers have up to 1.5 times the mean length.
     assert clients["max_model_len"] >= prompt + QUESTION_TOKENS + 1.5 * 4000
     assert options("--scenarios", "load", "--clients", "16,80")["max_num_seqs"] == 80
-    for one in (few, batch, decode, images, clients):
-        # Else an image with much text would be cut in two.
-        assert one["max_num_batched_tokens"] >= one["max_model_len"]
+    for made in (few, batch, decode, images, clients):
+        # Otherwise vLLM would split the longest prompt.
+        assert made["max_num_batched_tokens"] >= made["max_model_len"]
 
 
-def test_requests_that_are_to_run_at_once_must_fit():
-    at_once = settled("--scenarios", "prefill", "decode", "--batches", "16", "--running", "32")
-    check_room(at_once, DEMO, kv_blocks=32 * 6, block_size=128)
-    with pytest.raises(TooLittleMemoryError, match=r"for 31 requests, and 32 are .* --kv-cache"):
-        check_room(at_once, DEMO, kv_blocks=32 * 6 - 1, block_size=128)
-    check_room(settled("--scenarios", "prefill"), DEMO, kv_blocks=16 * 6, block_size=128)
-    check_room(settled("--scenarios", "turns"), DEMO, kv_blocks=6, block_size=128)
-    chat = settled("--scenarios", "load", "--chat-tokens", "128")
-    check_room(chat, DEMO, kv_blocks=32 * 8, block_size=128)
-    with pytest.raises(TooLittleMemoryError, match=r"scenario load: .* without --peers"):
-        check_room(chat, DEMO, kv_blocks=32 * 8 - 1, block_size=128)
+def test_concurrent_requests_must_fit_into_kv_memory():
+    at_once = complete("--scenarios", "prefill", "decode", "--batches", "16", "--running", "32")
+    check_kv_memory(at_once, DEMO, kv_blocks=32 * 6, block_size=128)
+    with pytest.raises(TooLittleMemoryError, match=r"32 requests at once, .* for 31: .*--kv-cache"):
+        check_kv_memory(at_once, DEMO, kv_blocks=32 * 6 - 1, block_size=128)
+    check_kv_memory(complete("--scenarios", "prefill"), DEMO, kv_blocks=16 * 6, block_size=128)
+    check_kv_memory(complete("--scenarios", "turns"), DEMO, kv_blocks=6, block_size=128)
+    chat = complete("--scenarios", "load", "--chat-tokens", "128")
+    check_kv_memory(chat, DEMO, kv_blocks=32 * 8, block_size=128)
+    with pytest.raises(TooLittleMemoryError, match=r"scenario load .* without --peers"):
+        check_kv_memory(chat, DEMO, kv_blocks=32 * 8 - 1, block_size=128)
 
 
-def test_large_shapes_have_no_file_of_weights(tmp_path):
+def test_published_shapes_get_dummy_weights(tmp_path):
     chosen = options("--shape", "llava-1.5-7b", shape=LLAVA_1_5_7B)
     write_checkpoint(tmp_path, LLAVA_1_5_7B, chosen)
     assert chosen["load_format"] == "dummy"

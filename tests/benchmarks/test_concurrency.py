@@ -1,27 +1,27 @@
-"""Who ran at once, and how much KV memory a scheduler is left with."""
+"""Counting concurrent requests, and limiting a scheduler's KV memory."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.concurrency import Concurrency, kv_memory, observed
+from benchmarks.concurrency import Concurrency, limit_kv_memory, observe
 
 
-def test_preempted_requests_did_not_run_at_once():
+def test_preempted_requests_do_not_count_as_concurrent():
     concurrency = Concurrency()
-    assert concurrency.most == 0
+    assert concurrency.max_running == 0
     concurrency.step(set("ab"))
     concurrency.step(set("abcd"))
     concurrency.preempt("d")
     concurrency.preempt("c")
-    assert (concurrency.most, concurrency.preemptions) == (2, 2)
+    assert (concurrency.max_running, concurrency.preemptions) == (2, 2)
     concurrency.step(set("abc"))
     concurrency.step(set("cd"))
-    assert concurrency.most == 3
+    assert concurrency.max_running == 3
 
 
 class FakeScheduler:
-    """Runs as many more requests in each step."""
+    """Adds a request to the running queue in each step."""
 
     def __init__(self, *group_sizes):
         self.running = []
@@ -57,25 +57,28 @@ class FakeScheduler:
         self.free += len(blocks)
 
 
-def test_requests_run_once_their_prompt_is_computed():
+def test_requests_count_once_their_prompt_is_computed():
     scheduler = FakeScheduler(1)
-    with observed(scheduler) as concurrency:
+    with observe(scheduler) as concurrency:
         assert scheduler.schedule("a", 10) == "a"
         scheduler.schedule("b", 9)
-        assert concurrency.most == 1
+        assert concurrency.max_running == 1
         scheduler.schedule("c", 12)
-        assert concurrency.most == 2
+        assert concurrency.max_running == 2
         assert scheduler._preempt_request(scheduler.running[-1], 4.5) == 4.5
-        assert (concurrency.most, concurrency.preemptions) == (1, 1)
+        assert (concurrency.max_running, concurrency.preemptions) == (1, 1)
     scheduler.schedule("d", 10)
     scheduler.schedule("e", 10)
-    assert concurrency.most == 1
+    assert concurrency.max_running == 1
 
 
 def test_kv_memory_is_counted_in_slots_times_layers():
     scheduler = FakeScheduler(4, 4, 3)
-    with kv_memory(scheduler, 7 * 32 * 4 + 5):
+    with limit_kv_memory(scheduler, 7 * 32 * 4 + 5):
         assert scheduler.free == 7
     assert scheduler.free == 100
-    with pytest.raises(ValueError, match="1 more KV blocks"), kv_memory(scheduler, 101 * 32 * 4):
+    with (
+        pytest.raises(ValueError, match="1 more KV blocks"),
+        limit_kv_memory(scheduler, 101 * 32 * 4),
+    ):
         pass

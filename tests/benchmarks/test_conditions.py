@@ -1,27 +1,27 @@
-"""Which device a bench is on."""
+"""The bench's device and machine."""
 
 import pytest
 
-from benchmarks.conditions import WrongDeviceError, machine, processor_name, settle_device
+from benchmarks.conditions import WrongDeviceError, machine, processor_name, resolve_device
 
 
-def test_the_device_is_the_one_that_vllm_runs_on():
-    assert settle_device(None, "cpu") == settle_device("cpu", "cpu") == "cpu"
-    assert settle_device(None, "cuda") == settle_device("gpu", "cuda") == "gpu"
+def test_the_device_is_vllm_s():
+    assert resolve_device(None, "cpu") == resolve_device("cpu", "cpu") == "cpu"
+    assert resolve_device(None, "cuda") == resolve_device("gpu", "cuda") == "gpu"
 
 
-@pytest.mark.parametrize(("asked", "device_type"), [("gpu", "cpu"), ("cpu", "cuda")])
-def test_another_is_refused(asked, device_type):
-    with pytest.raises(WrongDeviceError, match=f"make install DEVICE={asked}"):
-        settle_device(asked, device_type)
+@pytest.mark.parametrize(("wanted", "device_type"), [("gpu", "cpu"), ("cpu", "cuda")])
+def test_another_device_is_refused(wanted, device_type):
+    with pytest.raises(WrongDeviceError, match=f"make install DEVICE={wanted}"):
+        resolve_device(wanted, device_type)
 
 
-def test_a_device_that_pruning_does_not_run_on():
-    with pytest.raises(WrongDeviceError, match=r"'tpu'.*runs on cpu, cuda"):
-        settle_device(None, "tpu")
+def test_a_device_without_pruning_is_refused():
+    with pytest.raises(WrongDeviceError, match=r"'tpu'.*supports cpu, cuda"):
+        resolve_device(None, "tpu")
 
 
-def test_the_machine():
+def test_the_machine_has_versions_and_a_processor():
     told = machine()
     assert told["vllm"].startswith("0.32.")
     assert told["torch"][0].isdigit()

@@ -1,6 +1,6 @@
-"""Figures that goals are held against."""
+"""Which figures count for a goal, and whether they meet it."""
 
-from benchmarks.goals import GOALS, goals_met
+from benchmarks.goals import GOALS, check_goals
 
 PREFILL = [
     {"selector": "vitcop", "ratio": "2/3", "batch": 1, "vs_ideal": 1.1, "stages_share": 0.03},
@@ -27,16 +27,16 @@ LOAD = [
 
 
 def figures(**document):
-    return {name: goal["figure"] for name, goal in goals_met(document).items()}
+    return {name: goal["figure"] for name, goal in check_goals(document).items()}
 
 
-def test_scenarios_that_did_not_run_have_no_goals():
+def test_only_measured_scenarios_have_goals():
     assert figures() == {}
     assert figures(images=PREFILL) == {}
     assert figures(load=LOAD).keys() == {"mixed_throughput", "mixed_ttft_p99"}
 
 
-def test_prefill_is_held_to_its_ideal_with_one_request_and_with_sixteen():
+def test_prefill_vs_ideal_counts_batches_of_one_and_sixteen():
     assert figures(prefill=PREFILL) == {
         "prefill_vs_ideal": 0.9,
         "stages_share_of_unpruned_prefill": 0.03,
@@ -44,7 +44,7 @@ def test_prefill_is_held_to_its_ideal_with_one_request_and_with_sixteen():
     assert "prefill_vs_ideal" not in figures(prefill=[PREFILL[1]])
 
 
-def test_decode():
+def test_decode_latency_counts_only_busy_rows():
     assert figures(decode=DECODE) == {
         "same_tokens_at_0": 0.0,
         "throughput_at_0": 0.99,
@@ -53,7 +53,7 @@ def test_decode():
     assert "decode_latency_at_8/9" not in figures(decode=DECODE[:3])
 
 
-def test_clients_and_load():
+def test_arrivals_replace_clients_in_mixed_goals():
     assert figures(load=CLIENTS) == {
         "mixed_throughput": 4.5,
         "mixed_ttft_p99": 0.5,
@@ -63,17 +63,17 @@ def test_clients_and_load():
     assert (both["mixed_throughput"], both["mixed_ttft_p99"]) == (4.1, 0.6)
 
 
-def test_the_speed_that_only_one_gpu_and_shape_are_held_to():
+def test_the_gpu_goal_needs_its_device_and_shape():
     row = PREFILL[2] | {"speed_up": 4.4}
-    there = {"device": "gpu", "shape": "llava-1.5-7b"}
-    assert figures(prefill=[row], conditions=there)["gpu_prefill_speed_up_at_8/9"] == 4.4
+    conditions = {"device": "gpu", "shape": "llava-1.5-7b"}
+    assert figures(prefill=[row], conditions=conditions)["gpu_prefill_speed_up_at_8/9"] == 4.4
     for other in ({"device": "cpu"}, {"shape": "llava-1.5-13b"}):
-        elsewhere = figures(prefill=[row], conditions=there | other)
-        assert "gpu_prefill_speed_up_at_8/9" not in elsewhere
+        found = figures(prefill=[row], conditions=conditions | other)
+        assert "gpu_prefill_speed_up_at_8/9" not in found
 
 
-def test_limits():
-    met = goals_met(
+def test_figures_meet_or_miss_their_limits():
+    met = check_goals(
         {
             "turns": [{"ttft": 0.9}, {"ttft": 1.06}],
             "capacity": [{"ratio": "0", "vs_ideal": 0.5}, {"ratio": "8/9", "vs_ideal": 0.95}],
@@ -105,6 +105,6 @@ def test_limits():
     assert met.keys() == {name for name, *_ in GOALS} - {"decode_latency_at_8/9"}
 
 
-def test_dummy_weights_prove_no_tokens():
+def test_dummy_weights_do_not_count_for_same_tokens():
     assert "same_tokens_at_0" in figures(decode=DECODE, conditions={"load_format": "random"})
     assert "same_tokens_at_0" not in figures(decode=DECODE, conditions={"load_format": "dummy"})

@@ -1,4 +1,4 @@
-"""Load on servers that cost exactly what the plan says: every ideal must come out as met."""
+"""Load on fake servers whose time follows the plan exactly, so that every ideal is met."""
 
 from statistics import mean
 
@@ -9,14 +9,14 @@ from benchmarks.traffic import Endpoint, Traffic
 
 OURS, STOCK = Endpoint("http://ours", "m", "t"), Endpoint("http://stock", "m", "t")
 ENCODER, TOKEN, TEXT, V = 0.5, 1e-3, 40, 576
-"""Seconds of an image and of a token, tokens of a question and of an image."""
+"""Seconds per image and per token; tokens of a question and of an image."""
 
 EXACTLY_ONE = pytest.approx(1.0, abs=1e-9)
 
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Replaces servers; takes down what each got."""
+    """Replaces servers, and records their runs."""
     seen = []
 
     def kept_tokens(self, ratio):
@@ -43,14 +43,14 @@ def runs(monkeypatch):
 
 
 @pytest.mark.parametrize("clients", load.CLIENTS)
-def test_mixed_ratios(clients):
+def test_mixed_ratios_are_equally_frequent(clients):
     ratios = load.ratios_of(load.MIXED)
     assert mean(ratios) == pytest.approx(8 / 9, abs=1e-12)
-    assert clients * load.REQUESTS_PER_CLIENT % len(ratios) == 0, "equally often each"
+    assert clients * load.REQUESTS_PER_CLIENT % len(ratios) == 0
     assert load.ratios_of("2/3") == (2 / 3,)
 
 
-def test_clients(runs):
+def test_clients_meet_their_ideal(runs):
     rows = load.measure_load(OURS, STOCK, rounds=2, answer_tokens=4, clients=(16,))
     assert [(row["clients"], row["ratio"]) for row in rows] == [(16, r) for r in load.RATIOS]
     for row in rows:
@@ -61,15 +61,15 @@ def test_clients(runs):
     assert unpruned["throughput"] == unpruned["ideal"] == 1.0
     assert 1 < pruned[0]["throughput"] < pruned[1]["throughput"]
     seconds = ENCODER + (V + TEXT) * TOKEN
-    left = ENCODER + (64 + TEXT) * TOKEN
-    assert pruned[1]["ideal"] == pytest.approx(seconds / left)
-    # In a round all get the same requests, and in the next one others.
+    pruned_seconds = ENCODER + (64 + TEXT) * TOKEN
+    assert pruned[1]["ideal"] == pytest.approx(seconds / pruned_seconds)
+    # All runs of a round have the same seed; each round has a new seed.
     seeds = [{seed for _, traffic, seed, *_ in runs if traffic.clients == 16}]
     assert len(*seeds) == 2
     assert all(ratios is None for server, _, _, ratios, _ in runs if server is STOCK)
 
 
-def test_arrivals_are_relative_to_stock_throughput(runs):
+def test_arrivals_are_relative_to_stock_s_throughput(runs):
     rows = load.measure_load(
         OURS, STOCK, rounds=2, answer_tokens=4, clients=(4, 16), rates=load.RATES, ratios=["8/9"]
     )
@@ -78,17 +78,17 @@ def test_arrivals_are_relative_to_stock_throughput(runs):
     assert [row["rate"] for row in arrivals] == list(load.RATES)
     for row in arrivals:
         assert row["clients"] == 16
-        served = many["stock_requests_per_second"]
-        assert row["arrivals_per_second"] == row["rate"] * served
+        stock_rate = many["stock_requests_per_second"]
+        assert row["arrivals_per_second"] == row["rate"] * stock_rate
         assert row["vs_ideal"] == EXACTLY_ONE
     slow, _, fast = arrivals
-    # Stock is idle half of the time, and nobody is done before the last request came.
+    # Stock is idle half of the time: the last request's arrival limits both.
     assert slow["throughput"] == slow["ideal"] == EXACTLY_ONE
     assert fast["throughput"] == pytest.approx(many["throughput"])
     assert {traffic.clients for _, traffic, *_ in runs if traffic.rate < 1e9} == {None}
 
 
-def test_one_server_alone_gives_no_comparison(runs):
+def test_without_stock_there_are_no_comparisons(runs):
     [row] = load.measure_load(OURS, None, rounds=1, answer_tokens=4, clients=(2,), ratios=["8/9"])
     assert row["ours_requests_per_second"] > 0
     assert not {"throughput", "ideal", "stock_requests_per_second"} & row.keys()

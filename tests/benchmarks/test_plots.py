@@ -1,4 +1,4 @@
-"""Images of measured figures: each curve and panel is there, and nothing that was not measured."""
+"""Plots have a curve or panel for each measured figure, and no other."""
 
 import pytest
 from PIL import Image
@@ -56,7 +56,7 @@ def test_refused_and_unknown_ratios_are_left_out(tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_a_run_without_plottable_results_is_refused(tmp_path):
+def test_no_accuracy_is_an_error(tmp_path):
     nothing = Document(conditions={}, results=[Cell(selector="s", ratio="1/2", refusal="no")])
     with pytest.raises(ReportError, match="nothing to plot"):
         plot(nothing, tmp_path / "x.png")
@@ -88,7 +88,7 @@ def drawn(path, **scenarios) -> set[bytes]:
     return colours(path)
 
 
-def test_each_batch_has_its_curve_of_speed(tmp_path):
+def test_each_batch_of_our_prefill_has_its_curve(tmp_path):
     path = tmp_path / "speed.png"
     one, two = prefill(1), prefill(16)
     assert {VITCOP, CLS} & drawn(path, prefill=one) == {VITCOP}
@@ -96,7 +96,7 @@ def test_each_batch_has_its_curve_of_speed(tmp_path):
     assert {VITCOP, CLS} & drawn(path, prefill=one + prefill(16, "cls")) == {VITCOP}
 
 
-def test_waiting_clients_and_arrivals_have_their_panels(tmp_path):
+def test_clients_and_arrivals_have_their_panels(tmp_path):
     sizes = []
     for number, load in enumerate((CLIENTS, ARRIVALS, CLIENTS + ARRIVALS)):
         path = tmp_path / f"{number}.png"
@@ -105,7 +105,7 @@ def test_waiting_clients_and_arrivals_have_their_panels(tmp_path):
     assert len(set(sizes)) == 3
 
 
-def test_without_speed_the_image_is_left_alone(tmp_path):
+def test_without_figures_no_plot_is_written(tmp_path):
     path = tmp_path / "speed.png"
     path.write_bytes(b"before")
     assert not plot_speed({"conditions": CONDITIONS, "prefill": [], "turns": [{}]}, path)

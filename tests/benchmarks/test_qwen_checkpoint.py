@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL checkpoints: what their files say, and how images lie in visual tokens."""
+"""Random Qwen2.5-VL checkpoints: their files, and the visual tokens of images."""
 
 import json
 
@@ -11,7 +11,7 @@ from benchmarks.qwen_checkpoint import IMAGE_MARKER, SMALL, TINY, save_random_qw
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_depends_on_shape_and_seed_only(tmp_path, dtype):
+def test_a_checkpoint_follows_from_shape_and_seed(tmp_path, dtype):
     folders = [tmp_path / name for name in ("one", "again", "other")]
     for folder, seed in zip(folders, (0, 0, 1), strict=True):
         save_random_qwen(folder, TINY, seed=seed, dtype=dtype)
@@ -28,7 +28,7 @@ def test_a_checkpoint_depends_on_shape_and_seed_only(tmp_path, dtype):
     assert vision["depth"] - 1 in vision["fullatt_block_indexes"]
 
 
-def test_the_processor_takes_images_as_the_shape_says(tmp_path):
+def test_the_processor_agrees_with_the_shape_s_grid(tmp_path):
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -48,16 +48,16 @@ def test_the_processor_takes_images_as_the_shape_says(tmp_path):
     assert IMAGE_MARKER + "Hi" in chat
 
 
-def test_images_that_a_bench_sends():
+def test_the_bench_s_shape_has_the_7b_s_boundaries():
     assert (SMALL.image_size, SMALL.visual_tokens) == (1344, 2304)
     assert SMALL.grid(448, 448) == (16, 16)
     assert SMALL.grid(4000, 20) == (1, 143)
-    # As configs/qwen2.5-vl-7b.yaml is served.
+    # As in configs/qwen2.5-vl-7b.yaml.
     assert ImagePlan.of(SMALL, 8 / 9, "vitcop").layers == (2, 18, 8)
 
 
 @pytest.mark.parametrize("tokens", [4.0, 28.4, 85.3, 256.0, 511.9, 768.1])
-def test_max_pixels_gives_about_the_wanted_number_of_tokens(tokens):
+def test_max_pixels_scales_to_about_the_wanted_tokens(tokens):
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     pixels = SMALL.max_pixels(tokens)

@@ -1,4 +1,4 @@
-"""docs/results.md is what the program makes of measured documents."""
+"""docs/results.md is made from the measured documents."""
 
 import json
 import re
@@ -8,7 +8,7 @@ import pytest
 from benchmarks.results import DOCS, render
 
 
-def test_the_results_page_is_up_to_date():
+def test_the_page_is_up_to_date():
     assert (DOCS / "results.md").read_text() == render(), "run python -m benchmarks.results"
 
 
@@ -17,7 +17,7 @@ def test_every_run_is_shown():
     assert shown == {path.stem for path in (DOCS / "results").glob("*.json")}
 
 
-def test_no_table_of_figures_is_typed_by_hand():
+def test_the_template_has_no_table_of_figures():
     for table in re.findall(r"(?:^\|.*\n)+", template(), re.MULTILINE):
         assert table.startswith("| scenario |")
 
@@ -26,7 +26,7 @@ def template() -> str:
     return (DOCS / "results" / "template.txt").read_text()
 
 
-def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
+def test_a_bench_s_document_fills_the_template(tmp_path):
     document = {
         "conditions": {
             "command": "make bench",
@@ -52,7 +52,7 @@ def test_a_bench_s_last_line_can_be_dropped_in(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "error"), [("{{ run x }}", KeyError), ("{{ no x }}", OSError)])
-def test_unmeasured_scenarios_are_not_shown(text, error, tmp_path):
+def test_unknown_runs_and_rows_are_errors(text, error, tmp_path):
     (tmp_path / "run.json").write_text('{"conditions": {}}')
     (tmp_path / "template.txt").write_text(text)
     with pytest.raises(error):

@@ -1,4 +1,4 @@
-"""Whose turn it is, and what is watched when."""
+"""The order of turns, and which runs are profiled."""
 
 from functools import partial
 from typing import Any
@@ -16,12 +16,12 @@ def make_rounds(number: int = 1, **options: Any) -> tuple[Rounds, dict[Any, Any]
     return Rounds(engines, DEMO, number, **options), engines
 
 
-def test_summary():
+def test_summary_has_medians_and_spreads():
     rounds = [{"a": 3.0, "b": 4.0}, {"a": 1.0, "b": 4.0}, {"a": 2.0, "b": 5.0}]
     assert summary(rounds, "a", "c") == {"a": 2.0, "b": 4.0, "a_spread": [1.0, 3.0]}
 
 
-def test_everyone_goes_first_in_turn():
+def test_another_engine_goes_first_each_time():
     turns = Turns()
     order: list[str] = []
 
@@ -36,7 +36,7 @@ def test_everyone_goes_first_in_turn():
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
 
 
-def test_all_engines_get_equal_questions_about_new_images():
+def test_all_engines_get_the_same_requests_about_new_images():
     rounds, engines = make_rounds()
     seen = []
     for _ in range(2):
@@ -49,29 +49,29 @@ def test_all_engines_get_equal_questions_about_new_images():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_timed_runs_are_not_watched_on_a_gpu(apart):
-    rounds, engines = make_rounds(watch_apart=apart)
-    timed, watched = rounds.serve_watched(lambda: rounds.new_requests(1, 0.5, 1))
+def test_profiling_apart_makes_a_second_run(apart):
+    rounds, engines = make_rounds(profile_apart=apart)
+    timed, profiled = rounds.serve_profiled(lambda: rounds.new_requests(1, 0.5, 1))
     for engine in engines.values():
-        assert [run["watched"] for run in engine.commands] == ([False, True] if apart else [True])
-    assert "encoder_seconds" in watched[STOCK]
+        assert [run["profile"] for run in engine.commands] == ([False, True] if apart else [True])
+    assert "encoder_seconds" in profiled[STOCK]
     assert ("encoder_seconds" in timed[STOCK]) is not apart
     images = [request.images for run in engines[OURS].commands for request in run["requests"]]
     assert len(set(images)) == len(images)
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_watched_runs_do_not_count_as_turns(apart):
-    rounds, engines = make_rounds(watch_apart=apart)
+def test_profiling_apart_does_not_count_as_a_turn(apart):
+    rounds, engines = make_rounds(profile_apart=apart)
     first = []
     for name, engine in engines.items():
 
         def run(what, *, _name=name, _run=engine.run, **command):
-            if not (apart and command["watched"]):
+            if not (apart and command["profile"]):
                 first.append(_name)
             return _run(what, **command)
 
         engine.run = run
     for _ in range(3):
-        rounds.serve_watched(lambda: rounds.new_requests(1, 0.5, 1))
+        rounds.serve_profiled(lambda: rounds.new_requests(1, 0.5, 1))
     assert first == [STOCK, OURS, OURS, STOCK, STOCK, OURS]

@@ -1,4 +1,4 @@
-"""Scenarios with engines that cost what the plan says: each ideal must be met, and no more."""
+"""Scenarios on fake engines whose time follows the plan, so that figures equal their ideals."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from benchmarks import prefill, qwen_checkpoint, scenarios
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan
-from benchmarks.image_requests import text_of
+from benchmarks.requests import filler_text
 from benchmarks.rounds import Rounds
 from tests.benchmarks.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
 from vitcop_vllm.demo.checkpoint import LLAVA_1_5_7B
@@ -17,24 +17,24 @@ V = SHAPE.visual_tokens
 EXACTLY_ONE = pytest.approx(1.0, abs=1e-9)
 
 
-@pytest.fixture(params=[False, True], ids=["watched-at-once", "watched-apart"])
+@pytest.fixture(params=[False, True], ids=["profiled-at-once", "profiled-apart"])
 def rounds(request) -> Rounds:
     engines: dict[Any, Any] = {name: FakeEngine(name, SHAPE) for name in (STOCK, OURS, PEER)}
-    return Rounds(engines, SHAPE, 2, watch_apart=request.param)
+    return Rounds(engines, SHAPE, 2, profile_apart=request.param)
 
 
 def average(ratio: float, selector: Any = OURS) -> float:
     return ImagePlan.of(SHAPE, ratio, selector).average
 
 
-def test_prefill(rounds):
+def test_prefill_meets_its_ideal(rounds):
     ours, peer = prefill.measure_prefill(rounds, "8/9", 4)
     assert (ours["selector"], peer["selector"]) == (OURS, PEER)
     assert ours["visual_tokens"] == [172, 77, 15]
     assert ours["vs_ideal"] == peer["vs_ideal"] == EXACTLY_ONE
     assert ours["ideal"] == pytest.approx(ours["speed_up"])
     assert ours["vs_ideal_spread"] == [EXACTLY_ONE, EXACTLY_ONE]
-    # Text prompts of as many rows cost a layer as much.
+    # Text prompts of as many rows take as long.
     assert ours["vs_stock_rows"] == EXACTLY_ONE
     assert ours["stock_encoder_ms"] == pytest.approx(4 * ENCODER * 1e3)
     text = ours["text_tokens"]
@@ -44,32 +44,31 @@ def test_prefill(rounds):
     assert "vs_peer" not in peer
 
 
-def test_images(rounds):
+def test_images_count_with_their_encoder_time(rounds):
     one, eight = (prefill.measure_prefill(rounds, "8/9", images=images)[0] for images in (1, 8))
     assert one["vs_ideal"] == eight["vs_ideal"] == eight["vs_stock_rows"] == EXACTLY_ONE
     assert eight["images"] == 8
     assert eight["stock_encoder_ms"] == pytest.approx(8 * ENCODER * 1e3)
-    # The more images, the less the text counts: but the encoder counts with them.
     text = eight["text_tokens"]
-    left = ENCODER * 8 + (text + 8 * average(8 / 9)) * TOKEN
-    assert eight["ideal"] == pytest.approx((ENCODER * 8 + (text + 8 * V) * TOKEN) / left)
+    pruned = ENCODER * 8 + (text + 8 * average(8 / 9)) * TOKEN
+    assert eight["ideal"] == pytest.approx((ENCODER * 8 + (text + 8 * V) * TOKEN) / pruned)
 
 
-def test_long_text(rounds):
-    [row, _] = prefill.measure_prefill(rounds, "8/9", question=text_of(2048))
+def test_long_text_lowers_the_ideal(rounds):
+    [row, _] = prefill.measure_prefill(rounds, "8/9", question=filler_text(2048))
     assert row["vs_ideal"] == row["vs_stock_rows"] == EXACTLY_ONE
     text = row["text_tokens"]
     assert 2048 < text < 2100
-    left = ENCODER + (text + average(8 / 9)) * TOKEN
-    assert row["ideal"] == pytest.approx((ENCODER + (text + V) * TOKEN) / left)
+    pruned = ENCODER + (text + average(8 / 9)) * TOKEN
+    assert row["ideal"] == pytest.approx((ENCODER + (text + V) * TOKEN) / pruned)
     assert row["ideal"] < prefill.measure_prefill(rounds, "8/9", 1)[0]["ideal"]
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_prefill_of_images_of_a_size(apart):
+def test_prefill_compares_with_scaled_down_images(apart):
     shape = qwen_checkpoint.SMALL
     engines: dict[Any, Any] = {name: FakeEngine(name, shape) for name in (STOCK, OURS)}
-    rounds = Rounds(engines, shape, 2, watch_apart=apart)
+    rounds = Rounds(engines, shape, 2, profile_apart=apart)
     ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, image_size=448)
     assert (ours["selector"], scaled["selector"]) == (OURS, prefill.SCALED_DOWN)
     assert ours["image_size"] == scaled["image_size"] == 448
@@ -77,17 +76,17 @@ def test_prefill_of_images_of_a_size(apart):
     assert ours["vs_stock_rows"] == EXACTLY_ONE
     text = ours["text_tokens"]
     assert ours["stock_ms"] == pytest.approx((ENCODER + (text + 256) * TOKEN) * 1e3)
-    # The same tokens cost the same, up to what a square of them leaves over.
+    # About as many tokens: a square of them.
     assert ours["average_tokens"] == pytest.approx(256 / 9, abs=1.0)
     assert scaled["average_tokens"] == pytest.approx(5.5**2)
     assert scaled["speed_up"] * scaled["ours_ms"] == pytest.approx(ours["stock_ms"])
     assert ours["vs_scaled_down"] == pytest.approx(scaled["ours_ms"] / ours["ours_ms"])
     assert "vs_ideal" not in scaled
-    # Only stock vLLM is told to scale images down.
-    told = [
+    # Only stock vLLM scales images down.
+    limits = [
         request.max_pixels for run in engines[OURS].commands for request in run.get("requests", ())
     ]
-    assert set(told) == {None}
+    assert set(limits) == {None}
     [unpruned] = prefill.measure_prefill(rounds, "0", 1, image_size=1344)
     assert unpruned["speed_up"] == EXACTLY_ONE
     assert unpruned["vs_ideal"] == EXACTLY_ONE
@@ -95,13 +94,13 @@ def test_prefill_of_images_of_a_size(apart):
     assert rounds.shape == shape
 
 
-def test_decode(rounds):
+def test_decode_meets_its_ideal(rounds):
     [row, peer] = scenarios.measure_decode(rounds, "8/9", 4, tokens=9)
     step = row["stock_decode_step_ms"] / 1e3
     assert step > STEP
     dropped = 4 * (V - average(8 / 9)) * CACHED
     assert row["decode_latency"] == pytest.approx((step - dropped) / step)
-    # Of prompts of whole tokens, where an average over layers is none.
+    # Approximately, because stock's text prompts have whole tokens.
     assert row["ideal_decode_latency"] == pytest.approx(row["decode_latency"], rel=1e-3)
     assert row["vs_ideal"] == pytest.approx(1.0, abs=1e-4)
     assert peer["vs_ideal"] == pytest.approx(1.0, abs=1e-4)
@@ -113,19 +112,19 @@ def test_decode(rounds):
     assert unpruned["same_tokens"] is True
 
 
-def test_tokens_that_differ_in_one_round_are_not_the_same(rounds):
+def test_one_round_with_other_tokens_clears_same_tokens(rounds):
     ours = rounds.engines[OURS]
-    honest, seen = ours.images, []
+    images, calls = ours.images, []
 
-    def sometimes(**command):
-        seen.append(1)  # the first warms up
-        return honest(**command) | ({"tokens": [[-1]]} if len(seen) == 2 else {})
+    def other_tokens_in_round_1(**command):
+        calls.append(1)  # call 1 is the warm-up
+        return images(**command) | ({"tokens": [[-1]]} if len(calls) == 2 else {})
 
-    ours.images = sometimes
+    ours.images = other_tokens_in_round_1
     assert scenarios.measure_decode(rounds, "0", 1, tokens=4)[0]["same_tokens"] is False
 
 
-def test_turns(rounds):
+def test_a_second_turn_continues_the_first(rounds):
     [row] = scenarios.measure_turns(rounds, "2/3")
     first, second = rounds.engines[OURS].commands[-2:]
     (before,), (after,) = first["requests"], second["requests"]
@@ -135,13 +134,13 @@ def test_turns(rounds):
     assert rounds.engines[PEER].commands == []
 
 
-def test_capacity(rounds):
+def test_capacity_meets_its_ideal(rounds):
     ours, peer = scenarios.measure_capacity(rounds, "8/9")
-    # Of memory for eight in whole blocks; these engines have no blocks.
+    # The memory of eight requests in whole blocks; fake engines have no blocks.
     assert 8 <= ours["stock_most"] == int(ours["stock_ideal"])
     assert 4 * ours["stock_most"] < ours["most"] == int(ours["ideal"])
     assert 0.95 < ours["vs_ideal"] <= 1
     assert ours["vs_peer"] == ours["most"] / peer["most"]
     for engine in rounds.engines.values():
-        run = [asked for asked in engine.commands if asked["what"] == "capacity"][-1]
+        run = [command for command in engine.commands if command["what"] == "capacity"][-1]
         assert run["budget"] == ours["budget"]

@@ -1,4 +1,4 @@
-"""Servers of our own: how they are started, and that they are gone afterwards."""
+"""Starting servers, and stopping them with all their processes."""
 
 import json
 import os
@@ -28,21 +28,21 @@ def config(checkpoint: Path, tmp_path: Path) -> Path:
     return path
 
 
-def test_selectors_without_options_need_only_their_name(config):
+def test_selectors_of_the_encoder_need_only_their_name(config):
     arguments = server_arguments("vitcop", config)
     assert arguments == ["--config", str(config), "--pruning", '{"selector": "vitcop"}']
 
 
 @pytest.mark.parametrize("selector", ["key_norm", "fastv", "dart"])
-def test_selectors_that_start_in_the_decoder(config, selector):
+def test_selectors_of_the_decoder_lower_the_largest_ratio(config, selector):
     arguments = server_arguments(selector, config)
-    # The first 2 of 8 layers see every token.
+    # The first 2 of 8 layers compute every token.
     assert json.loads(arguments[3]) == {"selector": selector, "max_pruning_ratio": 0.75}
-    whole = ["--max-num-batched-tokens", "2048"] if selector == "fastv" else []
-    assert arguments[4:] == whole
+    batch = ["--max-num-batched-tokens", "2048"] if selector == "fastv" else []
+    assert arguments[4:] == batch
 
 
-def test_limits_are_only_lowered(config):
+def test_a_lower_configured_limit_stays(config):
     config.write_text(config.read_text() + "  max_pruning_ratio: 0.5\n")
     assert json.loads(server_arguments("dart", config)[3])["max_pruning_ratio"] == 0.5
 
@@ -55,15 +55,15 @@ def processes(group: int | None = None, *, command: str = "") -> list[int]:
             if not entry.name.isdigit():
                 continue
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-            mine = group is None or os.getpgid(int(entry.name)) == group
+            matches = group is None or os.getpgid(int(entry.name)) == group
             words = (entry / "cmdline").read_text().replace("\0", " ")
-            if mine and command in words and state != "Z":
+            if matches and command in words and state != "Z":
                 found.append(int(entry.name))
     return found
 
 
 def server_group(config: Path) -> int:
-    """Process group of the server that serves ``config``, once there is one."""
+    """Wait for the server of ``config``; its process group."""
     deadline = time.monotonic() + 120
     while not (found := processes(command=f"-m vitcop_server --config {config}")):
         assert time.monotonic() < deadline
@@ -71,7 +71,7 @@ def server_group(config: Path) -> int:
     return os.getpgid(found[0])
 
 
-def test_settings_that_no_limit_can_be_derived_from(config):
+def test_a_bad_configuration_is_refused(config):
     config.write_text(config.read_text() + "  shallow: 3\n")
     with pytest.raises(ServerError, match=r"tiny\.yaml: .*Did you mean 'shallow_boundary'"):
         server_arguments("dart", config)
@@ -81,7 +81,7 @@ def test_settings_that_no_limit_can_be_derived_from(config):
 
 
 def assert_gone(group: int) -> None:
-    """A killed process takes a moment to disappear."""
+    """Wait for a killed process group to disappear."""
     deadline = time.monotonic() + 10
     while left := processes(group):
         assert time.monotonic() < deadline, left
@@ -89,7 +89,7 @@ def assert_gone(group: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_refuses_says_why(config):
+def test_a_stopped_server_s_error_holds_its_log(config):
     config.write_text(config.read_text() + "  max_pruning_ratio: 2.0\n")
     expected = pytest.raises(ServerError, match=r"(?s)the server stopped.*max_pruning_ratio")
     with expected, running_server("--config", str(config)):
@@ -97,7 +97,7 @@ def test_a_server_that_refuses_says_why(config):
 
 
 @pytest.mark.slow
-def test_a_server_serves_and_is_gone(config):
+def test_a_server_answers_and_is_stopped(config):
     with process.running_server(*server_arguments("key_norm", config)) as (url, _):
         assert openai.OpenAI(base_url=f"{url}/v1", api_key="none").models.list().data
         group = server_group(config)
@@ -117,15 +117,15 @@ def test_signals_stop_the_server_too(config, number, status):
     harness = subprocess.Popen(
         [sys.executable, "-m", "evaluation.evaluate", *arguments],
         stderr=subprocess.PIPE,
-        # As from a terminal's own shell: some parents have SIGINT ignored.
+        # As from a terminal; other parents may ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         group = server_group(config)
         harness.send_signal(number)
-        _, told = harness.communicate(timeout=120)
-        assert harness.returncode == status, told.decode()
-        assert b"Traceback" not in told
+        _, log = harness.communicate(timeout=120)
+        assert harness.returncode == status, log.decode()
+        assert b"Traceback" not in log
         assert_gone(group)
     finally:
         harness.kill()

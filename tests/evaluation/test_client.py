@@ -1,4 +1,4 @@
-"""Ratios as people write them, and what a server's usage reports of them."""
+"""Parsing ratios, and reading a server's usage."""
 
 from fractions import Fraction
 
@@ -20,7 +20,7 @@ from evaluation.client import UNPRUNED, NotPrunedError, Ratio, Usage, reported_u
         ("none", "none", None, None),
     ],
 )
-def test_ratios(text, label, value, decimal):
+def test_ratios_are_parsed(text, label, value, decimal):
     ratio = Ratio.parse(text)
     assert (ratio.label, ratio.value, ratio.decimal) == (label, value, decimal)
     assert Ratio.parse(ratio.label) == ratio
@@ -33,7 +33,7 @@ def test_ratio_0_is_the_baseline(text):
 
 
 @pytest.mark.parametrize("text", ["1", "9/8", "-1/9", "8/0", "1/2/3", "", "nan", "inf", "null"])
-def test_bad_ratios(text):
+def test_bad_ratios_are_refused(text):
     with pytest.raises(ValueError, match="a ratio is"):
         Ratio.parse(text)
 
@@ -43,7 +43,7 @@ def usage(**fields: object) -> CompletionUsage:
     return CompletionUsage.model_validate({**counts, **fields})
 
 
-def test_reported_usage():
+def test_usage_is_read():
     reported = usage(pruning_ratio=0.7, visual_tokens={"encoder": 576, "stages": [172, 76, 15]})
     assert reported_usage(reported, Ratio.parse("2/3")) == Usage(0.7, 576, (172, 76, 15))
 
@@ -51,7 +51,7 @@ def test_reported_usage():
 @pytest.mark.parametrize(
     "reported", [usage(), usage(pruning_ratio=None, visual_tokens=None), None], ids=str
 )
-def test_servers_that_know_no_ratio(reported):
+def test_a_server_that_ignores_ratios_is_an_error(reported):
     assert reported_usage(reported, Ratio.parse("none")) is None
     for ratio in (UNPRUNED, Ratio.parse("1/2")):
         with pytest.raises(NotPrunedError, match="--ratios none"):

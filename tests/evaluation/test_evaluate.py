@@ -22,14 +22,14 @@ from vitcop_vllm.pruning.settings import PruningSettings
 MAX_TOKENS = 12
 
 
-def test_defaults():
+def test_default_arguments():
     arguments = parse_arguments([])
     assert (arguments.data, arguments.selectors) == (None, ["vitcop"])
     assert [ratio.label for ratio in arguments.ratios] == list(RATIOS)
     assert arguments.ratios[0] == UNPRUNED
 
 
-def test_arguments():
+def test_ratios_and_selectors_are_parsed():
     arguments = parse_arguments(["--ratios", "0", "16/18", "none"])
     assert arguments.ratios == [UNPRUNED, Ratio.parse("8/9"), Ratio.parse("none")]
     assert parse_arguments(["--selectors", "cls", "all"]).selectors == list(SELECTORS)
@@ -40,7 +40,7 @@ def test_arguments():
     ("argv", "words"),
     [
         (["--ratios", "1"], "a ratio is a fraction"),
-        (["--url", "http://x/v1", "--selectors", "cls"], "--label what it runs with"),
+        (["--url", "http://x/v1", "--selectors", "cls"], "name the selector with --label"),
         (["--label", "cls"], "--label names"),
         (["--concurrency", "0"], "--concurrency must be at least 1"),
         (["--selectors", "best"], "invalid choice: 'best'"),
@@ -48,25 +48,25 @@ def test_arguments():
         (["--out", "no-such/a.json"], "there is no folder no-such"),
     ],
 )
-def test_bad_arguments(argv, words, capsys):
+def test_bad_arguments_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_arguments(argv)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_faults_of_an_exam_come_before_any_request(tmp_path, capsys):
+def test_a_bad_exam_is_refused_before_a_request(tmp_path, capsys):
     (tmp_path / METADATA).write_text("{}\n")
     # Nobody listens at this port.
     assert main(["--url", "http://127.0.0.1:9/v1", "--data", str(tmp_path)]) == 2
-    told = capsys.readouterr()
-    assert told.err.startswith(f"{tmp_path / METADATA}:1: images_file_names: Field required")
-    assert told.out == ""
+    out, err = capsys.readouterr()
+    assert err.startswith(f"{tmp_path / METADATA}:1: images_file_names: Field required")
+    assert out == ""
 
 
 @dataclass
 class Run:
-    """An evaluation that is over."""
+    """A finished evaluation."""
 
     status: int
     out: str
@@ -84,7 +84,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions whose right answers are whatever the unpruned model answers."""
+    """Questions whose right answers are the unpruned model's answers."""
     folder = tmp_path_factory.mktemp("exam")
     client = openai.OpenAI(base_url=f"{server_url}/v1", api_key="none", max_retries=0)
     model = client.models.list().data[0].id
@@ -100,7 +100,7 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return made.choices[0].message.content or ""
 
     def ask(messages: list[Any], images: Sequence[str] = ()) -> dict[str, Any]:
-        """A question that the model answers with some text; random models often do not."""
+        """A question with a non-empty answer; random models often answer nothing."""
         urls: list[Any] = [
             {"type": "image_url", "image_url": {"url": data_url(folder / name)}} for name in images
         ]
@@ -114,20 +114,20 @@ def exam(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
                     {"role": "assistant", "content": right},
                 ]
                 return {"question": question, "answers": ["no", right]}
-        raise AssertionError("this model answers nothing")
+        raise AssertionError("the model answers nothing")
 
     names = [f"{seed}.png" for seed in range(4)]
     for seed, name in enumerate(names):
         sample_image(seed).save(folder / name)
     talk: list[Any] = []
-    asked = [
+    conversations = [
         *(("one", [name], [ask([], [name])]) for name in names),
         ("two", names[2:], [ask([], names[2:])]),
         ("talk", names[:1], [ask(talk, names[:1]), ask(talk)]),
     ]
     lines = [
         {"images_file_names": images, "family": family, "turns": turns}
-        for family, images, turns in asked
+        for family, images, turns in conversations
     ]
     (folder / METADATA).write_text("\n".join(map(json.dumps, lines)))
     return folder
@@ -138,14 +138,13 @@ def evaluate(server_url: str, exam: Path, capsys: pytest.CaptureFixture[str]) ->
     def run(*argv: str, url: str = f"{server_url}/v1") -> Run:
         tokens = ["--max-tokens", str(MAX_TOKENS), "--concurrency", "3"]
         status = main(["--url", url, "--data", str(exam), *tokens, *argv])
-        told = capsys.readouterr()
-        return Run(status, told.out, told.err)
+        return Run(status, *capsys.readouterr())
 
     return run
 
 
 @pytest.mark.slow
-def test_against_the_server(evaluate, tmp_path):
+def test_every_ratio_is_measured_on_a_real_server(evaluate, tmp_path):
     out, png = tmp_path / "out.json", tmp_path / "out.png"
     ratios = ("0", "1/2", "8/9", "0.99")
     run = evaluate("--ratios", *ratios, "--label", "vitcop", "--out", str(out), "--plot", str(png))
@@ -163,7 +162,7 @@ def test_against_the_server(evaluate, tmp_path):
     assert unpruned["accuracy"]["one"]["total"] == 4
     assert unpruned["scores"]["talk"] == [[1.0, 1.0]]
     assert unpruned["effective_ratio"] == 0
-    # Six single images (the conversation's twice), and one pair.
+    # Six requests with one image, as the conversation has two turns, and one with two.
     assert unpruned["visual_tokens"] == pytest.approx((6 * 256 + 512) / 7)
 
     settings = PruningSettings()
@@ -196,11 +195,11 @@ def test_against_the_server(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_continues_the_file_of_an_earlier_run(evaluate, tmp_path):
+def test_an_earlier_run_is_continued(evaluate, tmp_path):
     out = ("--label", "vitcop", "--out", str(tmp_path / "out.json"))
     assert evaluate("--ratios", "0", *out).status == 0
     run = evaluate("--ratios", "0", "8/9", *out)
-    assert "6/6" in run.err, "ratio 0 is not asked again"
+    assert "6/6" in run.err, "ratio 0 must not be measured again"
     assert [cell["ratio"] for cell in run.document["results"]] == ["0", "8/9"]
     assert "difference" in run.cell("8/9")
     other = evaluate("--ratios", "0", "--max-tokens", "3", *out)
@@ -211,7 +210,7 @@ def test_a_run_continues_the_file_of_an_earlier_run(evaluate, tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_ratio_the_server_s_default_holds(evaluate):
+def test_ratio_none_gets_the_server_s_default(evaluate):
     run = evaluate("--ratios", "none")
     assert run.status == 0
     assert run.cell("none")["accuracy"]["mean"]["accuracy"] == 1.0
@@ -219,21 +218,21 @@ def test_without_a_ratio_the_server_s_default_holds(evaluate):
 
 
 @pytest.mark.slow
-def test_failures_are_loud(evaluate):
+def test_a_server_that_answers_nothing_ends_the_run(evaluate):
     run = evaluate("--ratios", "0", "1/2", "--model", "no-such-model")
     assert run.status == 1
-    assert "not one answer at ratio 0" in run.err
+    assert "no answer at ratio 0" in run.err
     assert "no-such-model" in run.err
-    # Nothing more is asked of a server that answers nothing.
+    # The second ratio was not tried.
     assert [cell["ratio"] for cell in run.document["results"]] == ["0"]
     assert run.cell("0")["errors"].popitem()[1] == 6
 
 
 @pytest.mark.slow
-def test_one_failure_does_not_spoil_the_rest(evaluate, exam, tmp_path):
+def test_other_answers_count_after_a_failure(evaluate, exam, tmp_path):
     lines = (exam / METADATA).read_text().splitlines()
     long = json.loads(lines[1])
-    long["turns"][0]["question"] = "What is it? " * 400  # More than the model's 2048 tokens.
+    long["turns"][0]["question"] = "What is it? " * 400  # longer than the model's 2048 tokens
     for name in exam.glob("*.png"):
         (tmp_path / name.name).write_bytes(name.read_bytes())
     (tmp_path / METADATA).write_text("\n".join([lines[0], json.dumps(long)]))
@@ -244,13 +243,13 @@ def test_one_failure_does_not_spoil_the_rest(evaluate, exam, tmp_path):
     assert "! 1 x " in run.out
 
 
-def test_no_server(tmp_path, capsys):
+def test_an_unreachable_server_is_reported(tmp_path, capsys):
     sample_image(0).save(tmp_path / "0.png")
     turn = {"question": "What?", "answers": ["That."]}
     line = {"images_file_names": ["0.png"], "family": "one", "turns": [turn]}
     (tmp_path / METADATA).write_text(json.dumps(line))
     # Nobody listens at this port.
     assert main(["--url", "http://127.0.0.1:9/v1", "--data", str(tmp_path)]) == 1
-    told = capsys.readouterr()
-    assert "http://127.0.0.1:9/v1 lists no model: Connection error." in told.err
-    assert told.out == ""
+    out, err = capsys.readouterr()
+    assert "http://127.0.0.1:9/v1 lists no model: Connection error." in err
+    assert out == ""

@@ -1,4 +1,4 @@
-"""Exams in folders, written and read."""
+"""Reading and writing exams."""
 
 import json
 import re
@@ -31,7 +31,7 @@ TURN = {"question": "Q", "answers": ["A"]}
 GOOD = {"images_file_names": ["a.png"], "family": "f", "turns": [TURN]}
 
 
-def test_conversations_and_several_images(folder):
+def test_conversations_with_several_images_are_read(folder):
     turns = [TURN, {"question": "Q2", "answers": ["A2", "a2"]}]
     write(folder, GOOD, {**GOOD, "images_file_names": ["a.png", "b.jpg"], "turns": turns})
     a, b = folder / "a.png", folder / "b.jpg"
@@ -59,10 +59,10 @@ def test_conversations_and_several_images(folder):
         ({**GOOD, "turns": [{**TURN, "question": ""}]}, "turns.0.question: "),
         ({**GOOD, "turns": [{"question": "Q"}]}, "turns.0.answers: Field required"),
         ({**GOOD, "turns": [{**TURN, "answers": []}]}, "at least 1 item"),
-        ({**GOOD, "turns": [{**TURN, "answers": ["A", "..."]}]}, "'...' has no word"),
+        ({**GOOD, "turns": [{**TURN, "answers": ["A", "..."]}]}, "'...' has only space"),
     ],
 )
-def test_faults_come_with_their_line(folder, line, fault):
+def test_a_fault_names_its_line(folder, line, fault):
     write(folder, GOOD, line)
     with pytest.raises(ExamError, match=rf"^\S*{re.escape(METADATA)}:2: .*{fault}"):
         read_exam(folder)
@@ -76,7 +76,7 @@ def test_every_fault_is_reported(folder):
     assert places == {f"{folder / METADATA}:{number}" for number in (1, 3)}
 
 
-def test_a_missing_results_file_is_an_error(tmp_path):
+def test_a_missing_or_empty_exam_is_an_error(tmp_path):
     with pytest.raises(ExamError, match="No such file"):
         read_exam(tmp_path)
     (tmp_path / METADATA).touch()
@@ -84,7 +84,7 @@ def test_a_missing_results_file_is_an_error(tmp_path):
         read_exam(tmp_path)
 
 
-def test_a_generated_exam_is_written_without_loss(tmp_path):
+def test_a_written_exam_reads_back_unchanged(tmp_path):
     image = Image.radial_gradient("L").convert("RGB")
     turns = (questions.Turn("Q", "A"), questions.Turn("Q2", "A2"))
     write_exam(tmp_path / "new", [questions.Example("f", (image, image), turns)])
@@ -99,21 +99,21 @@ def test_a_generated_exam_is_written_without_loss(tmp_path):
         write_exam(tmp_path / "new", [])
 
 
-def test_the_program_writes_the_exam_that_eval_asks(tmp_path, monkeypatch):
+def test_the_program_writes_the_demo_exam(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["exam", str(tmp_path / "exam"), "--per-family", "1", "--seed", "3"]
     )
     exam.main()
-    written = [(one.family, one.turns[0].question) for one in read_exam(tmp_path / "exam")]
-    assert written == [(one.family, one.turns[0].question) for one in questions.exam(1, 3)]
+    written = [(e.family, e.turns[0].question) for e in read_exam(tmp_path / "exam")]
+    assert written == [(e.family, e.turns[0].question) for e in questions.exam(1, 3)]
 
 
-def test_data_urls_name_the_kind_of_image(folder):
+def test_data_urls_hold_the_image_s_media_type(folder):
     assert data_url(folder / "a.png").startswith("data:image/png;base64,iVBOR")
     assert data_url(folder / "b.jpg").startswith("data:image/jpeg;base64,/9j/")
 
 
-def test_digest_sees_everything(folder):
+def test_the_digest_depends_on_everything(folder):
     def example(image: str = "a.png", family: str = "f", answer: str = "A", turns: int = 1) -> Any:
         turn = Turn(question="Q", answers=(answer,))
         return Example(images=(folder / image,), family=family, turns=(turn,) * turns)
@@ -127,6 +127,6 @@ def test_digest_sees_everything(folder):
         [example()] * 2,
     ]
     assert len({digest(one) for one in exams}) == len(exams)
-    # The name of an image does not matter, its content does.
+    # It depends on an image's content, not on its name.
     (folder / "c.png").write_bytes((folder / "a.png").read_bytes())
     assert digest([example("c.png")]) == digest(exams[0])

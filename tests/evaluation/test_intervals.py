@@ -1,4 +1,4 @@
-"""Intervals against published values, and against how often they hold the truth."""
+"""Intervals against published values, and their coverage of the truth."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_wilson_stays_within_bounds():
 
 
 def scores(both: int, ours: int, theirs: int, neither: int) -> tuple[list[float], list[float]]:
-    """Scores of two that were right together, one by one, or not at all this many times."""
+    """Paired scores: counts of both right, only ours, only theirs, neither."""
     return (
         [1.0] * (both + ours) + [0.0] * (theirs + neither),
         [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither,
@@ -53,15 +53,15 @@ def test_paired_difference_against_published_values(table, low, high):
     assert paired_difference(theirs, ours) == pytest.approx((-high, -low), abs=5e-5)
 
 
-def test_pairing_narrows():
+def test_agreement_narrows_the_interval():
     together = scores(40, 5, 5, 40)
     apart = scores(22, 23, 23, 22)
     widths = [high - low for low, high in (paired_difference(*together), paired_difference(*apart))]
     assert widths[0] < 0.6 * widths[1]
 
 
-def test_equal_answers_have_an_interval_around_zero():
-    # None of 100 changed: of all, up to 4 % may (Wilson's limit of 0 in 100).
+def test_equal_scores_have_an_interval_of_positive_width():
+    # 0 of 100 changed: Wilson's upper limit is about 4 %.
     low, high = paired_difference(*scores(100, 0, 0, 0))
     assert high == pytest.approx(wilson(0, 100)[1])
     assert low == -high
@@ -73,28 +73,28 @@ def test_paired_difference_stays_within_bounds():
 
 
 @pytest.mark.parametrize(("both", "ours", "theirs"), [(0.6, 0.05, 0.2), (0.9, 0.0, 0.04)])
-def test_paired_difference_holds_the_truth(both, ours, theirs):
+def test_paired_difference_covers_the_truth(both, ours, theirs):
     rng = np.random.default_rng(0)
     tables = rng.multinomial(100, [both, ours, theirs, 1 - both - ours - theirs], size=2000)
-    held = 0
+    covered = 0
     for table in tables.tolist():
         low, high = paired_difference(*scores(*table))
-        held += low <= ours - theirs <= high
-    assert 0.93 < held / len(tables) < 0.99
+        covered += low <= ours - theirs <= high
+    assert 0.93 < covered / len(tables) < 0.99
 
 
-def test_interval_of_mean():
+def test_the_interval_of_a_mean_narrows():
     assert interval_of_mean([0.5], [(0.4, 0.7)]) == pytest.approx((0.4, 0.7))
-    # Four alike: half as wide. Distances below and above stay apart.
+    # Four equal estimates: half as wide. Distances below and above combine separately.
     assert interval_of_mean([0.5] * 4, [(0.3, 0.6)] * 4) == pytest.approx((0.4, 0.55))
 
 
-def test_interval_of_mean_holds_the_truth():
+def test_the_interval_of_a_mean_covers_the_truth():
     rng = np.random.default_rng(1)
     truths = np.array([0.98, 0.8, 0.5, 0.95])
-    held = 0
+    covered = 0
     for right in rng.binomial(50, truths, size=(2000, 4)):
-        seen = [float(one) / 50 for one in right]
-        low, high = interval_of_mean(seen, [wilson(one, 50) for one in seen])
-        held += low <= truths.mean() <= high
-    assert 0.93 < held / 2000 < 0.975
+        seen = [float(count) / 50 for count in right]
+        low, high = interval_of_mean(seen, [wilson(share, 50) for share in seen])
+        covered += low <= truths.mean() <= high
+    assert 0.93 < covered / 2000 < 0.975

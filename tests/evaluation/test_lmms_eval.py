@@ -1,4 +1,4 @@
-"""The task's file and functions; lmms-eval itself has an environment of its own."""
+"""The lmms-eval task's file and functions; lmms-eval itself is not installed here."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ TASK = Path(utils.__file__).with_name("vitcop_demo.yaml")
 
 
 class Loader(yaml.SafeLoader):
-    """Reads ``!function utils.name`` as lmms-eval does: as the function."""
+    """Reads ``!function utils.name`` as the function, like lmms-eval."""
 
 
 def load_function(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
@@ -40,32 +40,32 @@ def doc(*turns: tuple[str, list[str]], images: int = 1) -> dict[str, Any]:
     }
 
 
-def test_every_family_of_one_turn_is_a_metric(task):
+def test_every_single_turn_family_is_a_metric(task):
     names = [row["metric"] for row in task["metric_list"]]
     assert names == ["score", *(family for family in EXAMINED if family != "dialogue")]
 
 
-def test_it_asks_as_our_own_runner_does(task):
+def test_it_asks_like_our_own_evaluation(task):
     assert task["generation_kwargs"] == {
         "max_new_tokens": parse_arguments([]).max_tokens,
         "temperature": 0,
     }
-    one = doc(("Which picture shows a cross?", ["second", "2"]), images=2)
-    assert task["doc_to_text"](one) == "Which picture shows a cross?"
-    assert [image.mode for image in task["doc_to_visual"](one)] == ["RGB", "RGB"]
-    assert task["doc_to_target"](one) == "second"
+    example = doc(("Which picture shows a cross?", ["second", "2"]), images=2)
+    assert task["doc_to_text"](example) == "Which picture shows a cross?"
+    assert [image.mode for image in task["doc_to_visual"](example)] == ["RGB", "RGB"]
+    assert task["doc_to_target"](example) == "second"
 
 
 @pytest.mark.parametrize(("answer", "score"), [("Second.", 1), ("2", 1), ("first", 0)])
-def test_scores(task, answer, score):
-    one = doc(("Which?", ["second", "2"]))
-    assert task["process_results"](one, [answer]) == {"score": score, "two pictures": score}
+def test_answers_are_scored(task, answer, score):
+    example = doc(("Which?", ["second", "2"]))
+    assert task["process_results"](example, [answer]) == {"score": score, "two pictures": score}
 
 
-def test_conversations_of_several_turns_are_left_out(task):
+def test_multi_turn_conversations_are_left_out(task):
     class Docs(list[dict[str, Any]]):
         def filter(self, keep, input_columns):
-            return [one for one in self if keep(one[input_columns])]
+            return [item for item in self if keep(item[input_columns])]
 
     single, several = doc(("Q", ["A"])), doc(("Q", ["A"]), ("R", ["B"]))
     assert task["process_docs"](Docs([single, several])) == [single]

@@ -1,4 +1,4 @@
-"""From answers to cells, figures, tables and documents."""
+"""Cells, accuracies, tables and documents."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def baseline(**scores: list[list[float] | None]) -> Cell:
     return cell(UNPRUNED_NAME, "0", **scores)
 
 
-def test_cell_of_answers():
+def test_a_cell_sums_up_its_answers():
     made = Cell.of(
         "vitcop",
         Ratio.parse("1/2"),
@@ -64,13 +64,13 @@ def test_cell_of_answers():
     assert made.stages == [80, 40]
 
 
-def test_a_server_without_usage_fields_has_a_cell():
+def test_a_cell_without_usage_has_no_ratio():
     made = Cell.of("m", Ratio.parse("none"), [example("a")], [[reply(True, ratio=None)]])
     assert (made.effective_ratio, made.visual_tokens, made.stages) == (None, None, None)
     assert printed(Document(results=[made]))[-1].split() == ["in", "each", "stage", "-"]
 
 
-def test_cell_without_an_answer():
+def test_a_cell_without_answers_has_no_accuracy():
     made = Cell.of("m", UNPRUNED, [example("a")] * 2, ["x", "y"])
     assert made.scores == {"a": [None, None]}
     assert accuracies(made) == {}
@@ -86,7 +86,7 @@ def test_accuracies_count_examples_not_turns():
     }
     assert figures["b"]["correct"] == 1.5
     assert figures["b"]["interval"] == wilson(0.75, 2)
-    # Families weigh the same, however many examples each has.
+    # All families have the same weight.
     assert figures["mean"]["accuracy"] == pytest.approx((2 / 3 + 0.75) / 2)
     assert figures["mean"]["interval"] == interval_of_mean(
         [2 / 3, 0.75], [wilson(2 / 3, 3), wilson(0.75, 2)]
@@ -105,7 +105,7 @@ def test_differences_are_paired():
     assert figures["mean"] == figures["a"]
 
 
-def test_document_survives_writing(tmp_path):
+def test_a_document_reads_back_unchanged(tmp_path):
     document = Document(
         conditions={"exam": "e"},
         results=[baseline(a=[[1], None]), cell("cls", "1/2", a=[[0], [1, 0.5]])],
@@ -114,10 +114,10 @@ def test_document_survives_writing(tmp_path):
     document.write(file)
     assert list(tmp_path.iterdir()) == [file]
     assert Document.read(file) == document
-    told = json.loads(file.read_text())
-    assert "difference" not in told["results"][0]
-    assert told["results"][1]["accuracy"]["a"]["correct"] == 0.75
-    assert told["results"][1]["difference"]["a"]["difference"] == -1
+    written = json.loads(file.read_text())
+    assert "difference" not in written["results"][0]
+    assert written["results"][1]["accuracy"]["a"]["correct"] == 0.75
+    assert written["results"][1]["difference"]["a"]["difference"] == -1
     file.write_text("[]")
     with pytest.raises(ReportError, match=r"out\.json: not a document"):
         Document.read(file)
@@ -132,7 +132,7 @@ def test_cells_with_errors_are_measured_again(tmp_path):
     assert Document.read(tmp_path / "a.json").results == [good]
 
 
-def test_a_run_goes_on_only_under_the_same_conditions():
+def test_a_run_continues_only_under_the_same_conditions():
     document = Document(conditions={"exam": "e"})
     document.add_conditions(exam="e", model="m")
     assert document.conditions == {"exam": "e", "model": "m"}
@@ -150,7 +150,7 @@ def test_each_selector_is_compared_with_the_common_baseline():
     assert document.summary()["results"][2]["difference"]["mean"]["difference"] == -1
 
 
-def test_tables():
+def test_tables_show_refusals_and_errors():
     refused = Cell(selector="fastv", ratio="17/18", refusal="must be at most 0.9375")
     failed = cell("fastv", "8/9", a=[[1], None], b=[[1], [0]])
     failed.errors = {"timed out": 3}

@@ -1,4 +1,4 @@
-"""What counts as right."""
+"""Rules for right answers."""
 
 import pytest
 
@@ -23,7 +23,7 @@ from evaluation.scoring import contains, exact
         ("5.", ["5"], True),
     ],
 )
-def test_exact(answer, accepted, right):
+def test_exact_ignores_case_and_punctuation(answer, accepted, right):
     assert exact(answer, accepted) is right
 
 
@@ -38,5 +38,5 @@ def test_exact(answer, accepted, right):
         ("", ["red"], False),
     ],
 )
-def test_contains(answer, accepted, right):
+def test_contains_matches_whole_words(answer, accepted, right):
     assert contains(answer, accepted) is right

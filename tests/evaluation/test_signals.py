@@ -1,4 +1,4 @@
-"""What is measured of pruning's signals, against the same computed otherwise."""
+"""Measured signals against transformers' own attention and keys."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from demo.drawing import draw
 from demo.scenes import make_scene
-from evaluation.signals import Signals, measure, rank_correlation, ranks_above
+from evaluation.signals import Signals, content_auc, measure, rank_correlation
 from vitcop_vllm.demo.checkpoint import LlavaShape, save_random_llava
 from vitcop_vllm.pruning import saliency as saliency_module
 
@@ -31,18 +31,18 @@ def path(tmp_path_factory) -> Path:
     return path
 
 
-def test_ranks():
+def test_auc_and_rank_correlation():
     shown = np.array([True, False, True, False, False])
-    assert ranks_above(np.array([5.0, 1.0, 4.0, 2.0, 3.0]), shown) == 1.0
-    assert ranks_above(np.array([0.0, 1.0, 0.0, 2.0, 3.0]), shown) == 0.0
+    assert content_auc(np.array([5.0, 1.0, 4.0, 2.0, 3.0]), shown) == 1.0
+    assert content_auc(np.array([0.0, 1.0, 0.0, 2.0, 3.0]), shown) == 0.0
     # Of six pairs four are in order, and one is a tie.
-    assert ranks_above(np.array([3.0, 1.0, 1.5, 1.5, 2.0]), shown) == pytest.approx(4.5 / 6)
+    assert content_auc(np.array([3.0, 1.0, 1.5, 1.5, 2.0]), shown) == pytest.approx(4.5 / 6)
     assert rank_correlation(np.array([1.0, 5.0, 9.0]), np.array([-3.0, 0.0, 8.0])) == 1.0
 
 
 @pytest.mark.slow
-def test_signals_are_the_model_s_own(path, monkeypatch):
-    monkeypatch.setattr(saliency_module, "MAX_QUERIES", 577)  # all of them
+def test_signals_equal_the_model_s(path, monkeypatch):
+    monkeypatch.setattr(saliency_module, "MAX_QUERIES", 577)  # all tokens
     image, question = draw(make_scene(np.random.default_rng(3))), "Where is the star?"
     signals = Signals(path)
     saliency, received, norms, seen, distances = signals.read(image, question)
@@ -59,7 +59,7 @@ def test_signals_are_the_model_s_own(path, monkeypatch):
     with torch.inference_mode():
         tower = signals.model.model.vision_tower(pixels, output_attentions=True)
         whole = signals.model(**inputs, output_attentions=True)
-    # LLaVA-1.5 reads the layer before the last: its own attention of [CLS] is the saliency.
+    # LLaVA-1.5 reads the second-last layer: the attention of its [CLS] is the saliency.
     expected = tower.attentions[-2][0, :, 0, 1:].mean(dim=0).numpy()
     assert rank_correlation(saliency, expected) == pytest.approx(1.0, abs=1e-4)
     of_all = tower.attentions[-2][0, :, :, 1:].mean(dim=(0, 1)).numpy()
@@ -73,7 +73,7 @@ def test_signals_are_the_model_s_own(path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_averages_are_over_images_and_the_same_each_time(path):
+def test_averages_over_images_are_reproducible(path):
     found = measure(path, 4, seed=1)
     assert 0 < found["images"] <= 4
     for name in ("key_norm_auc", "attention_auc", "key_norm_attention"):

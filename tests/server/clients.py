@@ -1,4 +1,4 @@
-"""A client that sends anything, and what it may expect to get."""
+"""A client that sends any body, and checks of the answers."""
 
 import json
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ MAX_BODY = 2 * 2**20
 
 
 class Server:
-    """One connection to a server that must survive whatever is sent."""
+    """One connection to a server that must survive every request."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
         limits = httpx.Limits(max_connections=1)
@@ -21,7 +21,7 @@ class Server:
         self.model = self.http.get("/v1/models").json()["data"][0]["id"]
 
     def chat(self, **fields: Any) -> httpx.Response:
-        """A small answer to ``fields``, encoded as JSON that may hold anything."""
+        """Send a short chat request with ``fields``, which may hold any JSON."""
         body = {"model": self.model, "messages": [{"role": "user", "content": "Hi"}]}
         return self.post(CHAT, json.dumps({**body, "max_tokens": 1, **fields}))
 
@@ -29,8 +29,8 @@ class Server:
         return self.http.post(path, content=content, headers={"content-type": kind})
 
     @contextmanager
-    def unharmed(self) -> Iterator[None]:
-        """Whatever happens inside leaves server and connection usable."""
+    def stays_usable(self) -> Iterator[None]:
+        """Check that the server and the connection are still usable at the end."""
         before = local_port(self.chat())
         yield
         good = self.chat()

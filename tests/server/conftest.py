@@ -1,4 +1,4 @@
-"""Servers that survive whatever is sent, with one connection each."""
+"""Running servers, with one connection each."""
 
 import json
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def server(server_url: str) -> Server:
 
 @pytest.fixture(scope="session")
 def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
-    """A server with keys, a small body limit, and one host from which images are fetched."""
+    """A server with an API key, a small body limit, and one allowed image host."""
     limits = {"max_body_bytes": MAX_BODY, "max_image_pixels": 10_000, "image_ids": True}
     flags = ["--api-key", "key", "--enable-request-id-headers", "--server", json.dumps(limits)]
     media = ["--allowed-media-domains", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 1}']
@@ -41,5 +41,5 @@ def http(server_url: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def model(http: httpx.Client) -> str:
-    """The name under which the model is served."""
+    """The served model's name."""
     return str(http.get("/v1/models").json()["data"][0]["id"])

@@ -1,4 +1,4 @@
-"""A model that makes a visual token of each 28 x 28 pixels, without a server or weights."""
+"""A model with a visual token per 28 x 28 pixels, without a server or weights."""
 
 import math
 from types import SimpleNamespace
@@ -16,10 +16,10 @@ UNIT = 28
 
 
 class GridInfo:
-    """Stands for vLLM's processing info of a model whose grid depends on the image's size.
+    """Replaces the processing info of a model whose grid depends on the image's size.
 
     Attributes:
-        has_cls: As the info of a model tells it.
+        has_cls: Whether the encoder has [CLS].
         tiled: Whether an image also has a coarse grid, and its other grid has row marks.
     """
 
@@ -46,6 +46,6 @@ class GridInfo:
 
 
 def grid_preview(**settings: Any) -> Preview:
-    """Plans of such a model, with these pruning settings."""
+    """The model's plans with these pruning settings."""
     chosen = PruningSettings(**settings)
     return Preview(PrunedModel(chosen, NUM_LAYERS, ("grid",)), GridInfo(chosen), kv_bytes=100)

@@ -1,4 +1,4 @@
-"""vLLM's handlers, as they are without an engine."""
+"""vLLM's handlers without an engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,7 @@ from vitcop_vllm.pruning.settings import PruningSettings
 
 
 def bare_handler(of: Any) -> Any:
-    """A handler of class ``of`` that has a renderer, of a model whose image token is 3.
-
-    Its renderer has no tokenizer.
-    """
+    """A handler of class ``of``. Its model has image token 3; its renderer has no tokenizer."""
     serving, renderer = of.__new__(of), OnlineRenderer.__new__(OnlineRenderer)
     renderer.model_config = SimpleNamespace(hf_config=SimpleNamespace(image_token_index=3))
     renderer.renderer = SimpleNamespace(tokenizer=None)

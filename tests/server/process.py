@@ -1,4 +1,4 @@
-"""``vitcop-serve`` in a process of its own, for tests."""
+"""``vitcop-serve`` in its own process, for tests."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ import psutil  # type: ignore[import-untyped]
 from benchmarks import serving
 
 LITTLE_MEMORY = ("--kv-cache-memory-bytes", "512M", "--mm-processor-cache-gb", "0.1")
-"""For a server that runs beside others. vLLM fills all of its KV cache with zeros at start-up."""
+"""Options of a server that runs beside others; vLLM allocates the whole KV cache at start-up."""
 
 TINY_OPTIONS = (
     *("--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details"),
@@ -20,27 +20,22 @@ TINY_OPTIONS = (
     *("--mm-processor-cache-gb", "0.003"),
     *("--allowed-origins", '["*"]'),  # vLLM's default allows none
 )
-"""What a server of a tiny model is started with: several live at a time, by the end of a run."""
+"""Options of a tiny model's server; several such servers run at the same time."""
 
 IMAGE_ROOM = 5
-"""Images that the image cache of such a server holds."""
-
+"""Images that fit into the image cache of such a server."""
 
 LOGS: list[IO[str]] = []
-"""What each running server has written: shown with a test that fails."""
+"""Logs of the running servers, shown when a test fails."""
 
 
 @contextmanager
 def running_server(
     *arguments: str, stock: bool = False
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """Root URL and process of a server that answers; see :func:`serving.running_server`.
+    """:func:`benchmarks.serving.running_server` with a log for failed tests.
 
-    The tests' own engine runs in their process; the server's has one of its own.
-
-    Args:
-        *arguments: The server's.
-        stock: vLLM's own server without the plugin.
+    The engine runs in its own process, although the tests' own engines do not.
     """
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with tempfile.TemporaryFile("a+") as log:
@@ -54,8 +49,8 @@ def running_server(
             LOGS.remove(log)
 
 
-def last_words(log: IO[str], lines: int = 20) -> str:
-    """The end of a server's log, without a line for each request."""
+def log_tail(log: IO[str], lines: int = 20) -> str:
+    """The end of a server's log, without its lines about requests."""
     log.seek(0)
     return "\n".join(
         [line for line in log.read().splitlines() if not line.startswith("INFO:")][-lines:]
@@ -63,7 +58,7 @@ def last_words(log: IO[str], lines: int = 20) -> str:
 
 
 def engine_of(server: subprocess.Popen[bytes]) -> psutil.Process:
-    """The process of a server's only engine."""
+    """The process of a server's engine."""
     (engine,) = [
         child
         for child in psutil.Process(server.pid).children()

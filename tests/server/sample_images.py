@@ -1,4 +1,4 @@
-"""Images, each told by its seed, and chat requests about them."""
+"""Images by seed, and chat requests about them."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def png_url(seed: int, size: tuple[int, int] = (64, 48)) -> str:
-    """A PNG of coloured blocks as a data URL, the same for the same seed."""
+    """A data URL of a PNG of coloured blocks; the seed determines it."""
     colours = random.Random(seed)
     image = Image.new("RGB", (4, 3))
     image.putdata([tuple(colours.randbytes(3)) for _ in range(12)])
@@ -25,5 +25,5 @@ def image_message(*seeds: int, text: str = "What is this?") -> dict[str, object]
 
 
 def chat_body(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
-    """A greedy chat request about one image per seed; ``fields`` replace its own."""
+    """A greedy chat request about one image per seed; ``fields`` override its own."""
     return {"model": model, "messages": [image_message(*seeds)], "temperature": 0, **fields}

@@ -1,4 +1,4 @@
-"""Model names that carry a ratio."""
+"""Model names with a ratio."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SETTINGS = PruningSettings(max_pruning_ratio=0.9)
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "expected"),
     [
         ("m", ("m", None)),
         (None, (None, None)),
@@ -20,18 +20,18 @@ SETTINGS = PruningSettings(max_pruning_ratio=0.9)
         ("m@0", ("m", 0.0)),
         ("a@b@.5", ("a@b", 0.5)),
         ("a@b", ("a@b", None)),
-        ("a@0.5", ("a@0.5", None)),  # for vLLM to say that there is no such model
+        ("a@0.5", ("a@0.5", None)),  # vLLM refuses the unknown model
         ("other@0.5", ("other@0.5", None)),
         ("other", ("other", None)),
         ("m@0.3", ("m@0.3", None)),
     ],
 )
-def test_names(name: str | None, meant: Any) -> None:
-    assert split_alias(name, ["m", "a@b", "m@0.3"], SETTINGS) == meant
+def test_names_are_split(name: str | None, expected: Any) -> None:
+    assert split_alias(name, ["m", "a@b", "m@0.3"], SETTINGS) == expected
 
 
 @pytest.mark.parametrize("ratio", ["", "x", "0.95", "-1", "1e-1", "0,5"])
-def test_a_served_model_with_no_ratio_in_range_is_refused(ratio: str) -> None:
+def test_a_bad_ratio_after_a_served_model_is_refused(ratio: str) -> None:
     with pytest.raises(RequestError, match=r"from 0 to 0\.9") as refused:
         split_alias(f"m@{ratio}", ["m"], SETTINGS)
     assert refused.value.param == "model"

@@ -1,4 +1,4 @@
-"""Errors of ``/v1/messages``, in Anthropic's shape whoever found them."""
+"""All errors of ``/v1/messages`` have Anthropic's shape."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ ROUTES = ["/v1/messages", "/v1/messages/count_tokens"]
 
 def assert_anthropic(answer: httpx.Response, status: int, kind: str, words: str = "") -> None:
     assert answer.status_code == status, answer.text
-    told = answer.json()
-    assert told.keys() == {"type", "error"}
-    assert told["type"] == "error"
-    assert (told["error"]["type"], told["error"]["code"]) == (kind, status)
-    assert words in told["error"]["message"]
+    body = answer.json()
+    assert body.keys() == {"type", "error"}
+    assert body["type"] == "error"
+    assert (body["error"]["type"], body["error"]["code"]) == (kind, status)
+    assert words in body["error"]["message"]
 
 
 def ask(server: Server, route: str, headers: dict[str, str] | None = None, **fields: Any) -> Any:
@@ -40,18 +40,20 @@ def ask(server: Server, route: str, headers: dict[str, str] | None = None, **fie
         ({"messages": "x"}, "messages"),
         ({"messages": [{"role": "user", "content": "<image>"}]}, "content parts"),
     ],
-    ids=["header", "field", "keywords", "xargs", "validation", "mark"],
+    ids=["header", "field", "keywords", "xargs", "validation", "placeholder"],
 )
-def test_bad_requests(server: Server, route: str, options: dict[str, Any], words: str) -> None:
+def test_a_bad_request_is_a_400(
+    server: Server, route: str, options: dict[str, Any], words: str
+) -> None:
     answer = ask(server, route, **options)
     assert_anthropic(answer, 400, "invalid_request_error", words)
-    # No other way to send a ratio works here.
+    # Only the header works on this route.
     assert "body field" not in answer.text
     assert "/v1/chat/completions" not in answer.text
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_other_errors(server: Server, route: str) -> None:
+def test_other_errors_have_the_shape(server: Server, route: str) -> None:
     no_json = server.http.post(route, content="{", headers=JSON)
     assert_anthropic(no_json, 400, "invalid_request_error")
     deep = server.http.post(route, content="[" * 20_000, headers=JSON)
@@ -63,7 +65,7 @@ def test_other_errors(server: Server, route: str) -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_errors_of_an_operator_s_limits(guarded: Server, route: str) -> None:
+def test_errors_of_configured_limits_have_the_shape(guarded: Server, route: str) -> None:
     wrong_key = ask(guarded, route, headers={"Authorization": "Bearer no"})
     assert_anthropic(wrong_key, 401, "authentication_error")
     large = guarded.post(route, b"x" * (MAX_BODY + 1))

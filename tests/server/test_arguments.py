@@ -1,4 +1,4 @@
-"""The command line: vLLM's, with a pruning section."""
+"""The command line: vLLM's arguments and a pruning section."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from vitcop_server.arguments import make_parser, parse
 
 
-def parsed(*argv: str, environ: dict[str, str] | None = None) -> Namespace:
+def parse_argv(*argv: str, environ: dict[str, str] | None = None) -> Namespace:
     return parse(make_parser(), argv, environ or {})
 
 
@@ -23,40 +23,40 @@ def config(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("style", ["--config {}", "--config={}"])
-def test_yaml(config: str, style: str) -> None:
-    args = parsed(*style.format(config).split(" "))
+def test_a_configuration_file_is_read(config: str, style: str) -> None:
+    args = parse_argv(*style.format(config).split(" "))
     assert (args.model, args.port, args.max_model_len) == ("some/model", 1234, 512)
     assert args.additional_config["pruning"]["default_ratio"] == 0.5
     assert args.additional_config["pruning"]["max_pruning_ratio"] == 0.95
 
 
 def test_command_line_wins(config: str) -> None:
-    args = parsed("--config", config, "--port", "99", "--pruning.default_ratio", "0.7")
+    args = parse_argv("--config", config, "--port", "99", "--pruning.default_ratio", "0.7")
     assert args.port == 99
     assert args.additional_config["pruning"]["default_ratio"] == 0.7
     assert args.additional_config["pruning"]["shallow_boundary"] == 3
 
 
 def test_positional_model_wins(config: str) -> None:
-    assert parsed("other/model", "--config", config).model == "other/model"
+    assert parse_argv("other/model", "--config", config).model == "other/model"
 
 
 def test_defaults() -> None:
-    args = parsed("some/model")
+    args = parse_argv("some/model")
     assert not args.trust_request_mm_kwargs
     assert args.additional_config["pruning"]["default_ratio"] == 0.0
 
 
 def test_additional_config_is_kept() -> None:
     given = '{"mine": 1, "pruning": {"default_ratio": 0.1, "deep_boundary": 9}}'
-    args = parsed("m", "--additional-config", given, "--pruning", '{"default_ratio": 0.2}')
+    args = parse_argv("m", "--additional-config", given, "--pruning", '{"default_ratio": 0.2}')
     assert args.additional_config["mine"] == 1
     assert args.additional_config["pruning"]["default_ratio"] == 0.2
     assert args.additional_config["pruning"]["deep_boundary"] == 9
 
 
 @pytest.mark.parametrize(
-    ("argv", "sentence"),
+    ("argv", "message"),
     [
         (["--pruning.defaut_ratio", "0.5"], "Did you mean 'default_ratio'"),
         (["--pruning.default_ratio", "2"], "default_ratio: Input should be less than 1"),
@@ -74,11 +74,13 @@ def test_additional_config_is_kept() -> None:
         (["--server.max_aspect_ratio", "0.5"], "server.max_aspect_ratio: Input should be"),
     ],
 )
-def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[str], sentence: str) -> None:
+def test_bad_arguments_are_refused(
+    capsys: pytest.CaptureFixture[str], argv: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit) as exit_:
-        parsed("m", *argv)
+        parse_argv("m", *argv)
     assert exit_.value.code == 2
-    assert sentence in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -89,17 +91,17 @@ def test_refusals(capsys: pytest.CaptureFixture[str], argv: list[str], sentence:
         ["--pruning.selector", "dart", "--enable-prefix-caching"],
     ],
 )
-def test_prefix_caching_is_refused_only_where_asked_for(argv: list[str]) -> None:
-    assert parsed("m", *argv).additional_config["pruning"]["selector"] == argv[1]
+def test_prefix_caching_is_refused_only_if_requested(argv: list[str]) -> None:
+    assert parse_argv("m", *argv).additional_config["pruning"]["selector"] == argv[1]
 
 
 def test_rust_server_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parsed("m", environ={"VLLM_USE_RUST_FRONTEND": "1"})
+        parse_argv("m", environ={"VLLM_USE_RUST_FRONTEND": "1"})
     assert "VLLM_USE_RUST_FRONTEND" in capsys.readouterr().err
 
 
-def test_help_shows_our_flags_and_vllm_s() -> None:
+def test_help_shows_our_options_and_vllm_s() -> None:
     text = make_parser().format_help()
     assert "ViTCoP" in text
     assert "ModelConfig" in text

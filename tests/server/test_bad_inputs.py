@@ -1,6 +1,6 @@
-"""Whatever a client sends, it gets a 4xx in OpenAI's shape, and nobody else notices.
+"""A bad request gets a 4xx in OpenAI's shape and harms no other request.
 
-After each bad request a good one is answered on the same connection.
+After each bad request, the same connection answers a good request.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.server.test_media import data_url, encoded, huge_png
 pytestmark = pytest.mark.slow
 
 SURROGATE = "\ud800"
-"""Half a character: valid in JSON, but no text."""
+"""Half a surrogate pair: valid in JSON, but not in UTF-8."""
 
 JPEG = encoded(Image.new("RGB", (64, 64)), "JPEG")
 FLAT = Image.new("1", (12_000, 12_000))
@@ -48,14 +48,14 @@ BAD_IMAGES = {
 
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
-def test_bad_images(server: Server, name: str) -> None:
-    with server.unharmed():
+def test_bad_images_are_refused(server: Server, name: str) -> None:
+    with server.stays_usable():
         start = time.monotonic()
         assert_refused(server.chat(messages=one_image(BAD_IMAGES[name])))
         assert time.monotonic() - start < 3
 
 
-def test_limits_of_images_are_named(server: Server) -> None:
+def test_errors_name_the_image_limit(server: Server) -> None:
     for name, limit in {"thin": "server.max_aspect_ratio", "large": "25000000"}.items():
         assert_refused(server.chat(messages=one_image(BAD_IMAGES[name])), words=limit)
 
@@ -72,7 +72,7 @@ def test_limits_of_images_are_named(server: Server) -> None:
     ],
     ids=["1x1", "CMYK", "16 bit", "LA", "RGBA", "GIF"],
 )
-def test_odd_images_are_images(server: Server, data: bytes) -> None:
+def test_unusual_images_are_accepted(server: Server, data: bytes) -> None:
     answer = server.chat(messages=one_image(data_url(data)))
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["visual_tokens"]["encoder"] == 256
@@ -110,20 +110,22 @@ BAD_PARTS: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BAD_PARTS)
-def test_bad_messages(server: Server, name: str) -> None:
-    with server.unharmed():
+def test_bad_messages_are_refused(server: Server, name: str) -> None:
+    with server.stays_usable():
         assert_refused(server.chat(messages=BAD_PARTS[name]))
 
 
-REFUSED_ONCE_READ = {"<image>": "What is <image>?", "long": "a " * 950}
-"""Texts refused when the images beside them have been processed already."""
+REFUSED_AFTER_PREPROCESSING = {"<image>": "What is <image>?", "long": "a " * 950}
+"""Texts that are refused after the preprocessing of their images."""
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("name", REFUSED_ONCE_READ)
-def test_a_image_of_a_refused_request(server: Server, name: str, is_stream: bool) -> None:
-    seed = 1000 + 2 * list(REFUSED_ONCE_READ).index(name) + is_stream
-    message = image_message(seed, text=REFUSED_ONCE_READ[name])
+@pytest.mark.parametrize("name", REFUSED_AFTER_PREPROCESSING)
+def test_an_image_of_a_refused_chat_request_stays_usable(
+    server: Server, name: str, is_stream: bool
+) -> None:
+    seed = 1000 + 2 * list(REFUSED_AFTER_PREPROCESSING).index(name) + is_stream
+    message = image_message(seed, text=REFUSED_AFTER_PREPROCESSING[name])
     refused = server.chat(messages=[message], stream=is_stream)
     assert refused.status_code == 400 or '"code": 400' in refused.text, refused.text
     answer = server.chat(messages=[image_message(seed)])
@@ -131,12 +133,14 @@ def test_a_image_of_a_refused_request(server: Server, name: str, is_stream: bool
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-@pytest.mark.parametrize("name", REFUSED_ONCE_READ)
-def test_a_image_of_a_refused_response(server: Server, name: str, is_stream: bool) -> None:
-    seed = 2000 + 2 * list(REFUSED_ONCE_READ).index(name) + is_stream
+@pytest.mark.parametrize("name", REFUSED_AFTER_PREPROCESSING)
+def test_an_image_of_a_refused_response_stays_usable(
+    server: Server, name: str, is_stream: bool
+) -> None:
+    seed = 2000 + 2 * list(REFUSED_AFTER_PREPROCESSING).index(name) + is_stream
     content = [
         {"type": "input_image", "image_url": png_url(seed)},
-        {"type": "input_text", "text": REFUSED_ONCE_READ[name]},
+        {"type": "input_text", "text": REFUSED_AFTER_PREPROCESSING[name]},
     ]
     item = {"role": "user", "content": content}
     body = {"model": server.model, "input": [item], "max_output_tokens": 1, "stream": is_stream}
@@ -182,8 +186,8 @@ BAD_FIELDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", BAD_FIELDS)
-def test_bad_fields(server: Server, name: str) -> None:
-    with server.unharmed():
+def test_bad_fields_are_refused(server: Server, name: str) -> None:
+    with server.stays_usable():
         assert_refused(server.chat(**BAD_FIELDS[name]))
 
 
@@ -191,12 +195,12 @@ def test_bad_fields(server: Server, name: str) -> None:
     "route", ["/v1/responses", "/v1/messages", "/invocations", "/v1/chat/completions/batch"]
 )
 @pytest.mark.parametrize("name", ["half a character in stop", "engine argument", "uuid"])
-def test_bad_fields_elsewhere(server: Server, route: str, name: str) -> None:
+def test_bad_fields_are_refused_on_other_routes(server: Server, route: str, name: str) -> None:
     messages = BAD_PARTS.get(name, user("Hi"))
     body = {"model": server.model, "messages": messages, "input": messages, "max_tokens": 1}
     if route.endswith("/batch"):
         body["messages"] = [messages]
-    with server.unharmed():
+    with server.stays_usable():
         assert_refused(server.post(route, json.dumps(body | BAD_FIELDS.get(name, {}))))
 
 
@@ -209,15 +213,15 @@ def test_bad_fields_elsewhere(server: Server, route: str, name: str) -> None:
         {"type": "custom_tool_call", "input": "x"},
     ],
 )
-def test_malformed_past_answers_are_refused(server: Server, item: dict[str, Any]) -> None:
-    with server.unharmed():
+def test_bad_items_of_past_answers_are_refused(server: Server, item: dict[str, Any]) -> None:
+    with server.stays_usable():
         body = json.dumps({"model": server.model, "input": [item], "max_output_tokens": 1})
         assert_refused(server.post("/v1/responses", body))
 
 
 @pytest.mark.parametrize("prompt", ["<image>", SURROGATE, [999_999], [-1], [2**70], [], ""])
-def test_bad_prompts(server: Server, prompt: object) -> None:
-    with server.unharmed():
+def test_bad_prompts_are_refused(server: Server, prompt: object) -> None:
+    with server.stays_usable():
         body = json.dumps({"model": server.model, "prompt": prompt, "max_tokens": 1})
         assert_refused(server.post("/v1/completions", body))
 
@@ -231,7 +235,7 @@ def test_bad_prompts(server: Server, prompt: object) -> None:
         ("/v1/chat/completions/batch", {"messages": [user("<image>")]}, "messages", "parts"),
     ],
 )
-def test_marks_without_images_are_blamed_on_the_right_field(
+def test_the_error_of_a_stray_placeholder_names_its_field(
     server: Server, route: str, fields: dict[str, Any], param: str, advice: str
 ) -> None:
     answer = server.post(route, json.dumps({"model": server.model, **fields}))
@@ -239,7 +243,7 @@ def test_marks_without_images_are_blamed_on_the_right_field(
     assert answer.json()["error"]["param"] == param
 
 
-def test_unknown_roles_are_blamed_on_the_right_field(server: Server) -> None:
+def test_the_error_of_an_unknown_role_names_its_field(server: Server) -> None:
     items = [{"role": "alien", "content": "Hi"}]
     answer = server.post("/v1/responses", json.dumps({"model": server.model, "input": items}))
     assert_refused(answer)
@@ -247,21 +251,21 @@ def test_unknown_roles_are_blamed_on_the_right_field(server: Server) -> None:
     body = {"model": server.model, "messages": items, "max_tokens": 1}
     answer = server.post("/v1/messages", json.dumps(body))
     assert_refused(answer, words="'assistant'")
-    assert "developer" not in answer.text  # no role of Anthropic's
+    assert "developer" not in answer.text  # Anthropic has no such role
 
 
 def test_an_image_cannot_be_echoed(server: Server) -> None:
     answer = server.chat(messages=[image_message(1)], echo=True, add_generation_prompt=False)
     assert_refused(answer)
     assert answer.json()["error"]["param"] == "echo"
-    said = {"role": "assistant", "content": "I see"}
+    prefix = {"role": "assistant", "content": "I see"}
     fields = {"continue_final_message": True, "add_generation_prompt": False}
-    prefilled = server.chat(messages=[image_message(1), said], echo=True, **fields)
+    prefilled = server.chat(messages=[image_message(1), prefix], echo=True, **fields)
     assert prefilled.status_code == 200, prefilled.text
     assert prefilled.json()["choices"][0]["message"]["content"].startswith("I see")
 
 
-def test_unusual_but_valid_requests_are_answered(server: Server) -> None:
+def test_unusual_but_valid_requests_are_accepted(server: Server) -> None:
     assert server.chat(messages=user("a\0b")).status_code == 200
     assert server.chat(messages=user("<imag e> and image>")).status_code == 200
     assert server.chat(truncate_prompt_tokens=10).status_code == 200
@@ -281,20 +285,20 @@ BODIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_bad_bodies(server: Server, route: str) -> None:
-    with server.unharmed():
+def test_bad_bodies_are_refused(server: Server, route: str) -> None:
+    with server.stays_usable():
         for body, kind in BODIES.values():
             assert_refused(server.post(route, body, kind))
 
 
-def test_unknown_model_route_and_method(server: Server) -> None:
-    with server.unharmed():
+def test_unknown_models_routes_and_methods_are_refused(server: Server) -> None:
+    with server.stays_usable():
         assert_refused(server.chat(model="none"), 404)
         assert_refused(server.post("/v1/nothing", "{}"), 404)
         assert_refused(server.http.get(CHAT), 405)
         assert_refused(server.http.get("/nothing"), 404)
 
 
-def test_a_body_over_the_default_limit(server: Server) -> None:
-    with server.unharmed():
+def test_a_body_over_the_default_limit_is_refused(server: Server) -> None:
+    with server.stays_usable():
         assert_refused(server.post(CHAT, b"x" * 100_000_000), 413, "server.max_body_bytes")

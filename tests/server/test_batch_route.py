@@ -1,4 +1,4 @@
-"""Several conversations in one request: one ratio, one usage, answers as each gets alone."""
+"""Several conversations in one request: one ratio, one usage, the same answers as alone."""
 
 from typing import Any
 
@@ -32,7 +32,9 @@ def alone(http: httpx.Client, model: str, *seeds: int, ratio: str) -> Any:
 
 
 @pytest.mark.parametrize("where", ["header", "field", "model"])
-def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, where: str) -> None:
+def test_conversations_get_the_answers_they_get_alone(
+    http: httpx.Client, model: str, where: str
+) -> None:
     headers = {HEADER: "0.667"} if where == "header" else {}
     fields: dict[str, dict[str, Any]] = {
         "field": {"pruning_ratio": 0.667},
@@ -56,7 +58,7 @@ def test_conversations_are_pruned_as_each_alone(http: httpx.Client, model: str, 
     assert usage["prompt_tokens"] == sum(one["usage"]["prompt_tokens"] for one in expected)
 
 
-def test_requests_without_images_have_no_pruning_usage(http: httpx.Client, model: str) -> None:
+def test_a_batch_without_images_reports_no_visual_tokens(http: httpx.Client, model: str) -> None:
     hello = [{"role": "user", "content": "Hi"}]
     answer = http.post(ROUTE, json=batch(model, hello, hello), headers={HEADER: "0.5"})
     assert answer.status_code == 200, answer.text
@@ -64,7 +66,7 @@ def test_requests_without_images_have_no_pruning_usage(http: httpx.Client, model
 
 
 def test_images_of_a_refused_batch_are_answered_afterwards(http: httpx.Client, model: str) -> None:
-    """vLLM believes that the engine has got the first one, which the second kept from it."""
+    """vLLM's cache holds the first image, but the second conversation kept it from the engine."""
     stray = [{"role": "user", "content": "What is <image>?"}]
     body = batch(model, [image_message(7310)], stray)
     refused = http.post(ROUTE, json=body, headers={HEADER: "0.5"})
@@ -74,7 +76,7 @@ def test_images_of_a_refused_batch_are_answered_afterwards(http: httpx.Client, m
     alone(http, model, 7310, ratio="0.5")
 
 
-def test_a_batch_asks_for_no_more_answers_than_a_request(http: httpx.Client, model: str) -> None:
+def test_a_batch_has_the_limit_on_answers(http: httpx.Client, model: str) -> None:
     hello = [{"role": "user", "content": "Hi"}]
     refused = http.post(ROUTE, json=batch(model, *[hello] * (MAX_ANSWERS + 1), max_tokens=1))
     assert refused.status_code == 400
@@ -100,7 +102,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         {"echo": True, "add_generation_prompt": False},
     ],
 )
-def test_a_batch_is_refused_as_a_request_is(
+def test_a_batch_is_refused_like_a_request(
     http: httpx.Client, model: str, fields: dict[str, Any]
 ) -> None:
     refused = http.post(ROUTE, json=batch(model, [image_message(1)], **fields))
@@ -108,7 +110,7 @@ def test_a_batch_is_refused_as_a_request_is(
     assert refused.json()["error"]["param"] == next(iter(fields))
 
 
-def test_empty_fields_are_accepted(http: httpx.Client, model: str) -> None:
+def test_fields_with_null_or_false_are_accepted(http: httpx.Client, model: str) -> None:
     body = batch(model, [image_message(1)], stream=False, tools=None, prompt_logprobs=None)
     answer = http.post(ROUTE, json=body)
     assert answer.status_code == 200, answer.text

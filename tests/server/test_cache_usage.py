@@ -1,4 +1,4 @@
-"""Prompt tokens read from the prefix cache and written to it, as clients pay by them."""
+"""Usage reports prompt tokens that were read from and written to the prefix cache."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ pytestmark = pytest.mark.slow
 HEADER = "X-Pruning-Ratio"
 
 TURNS = [("What is this?", 8401), ("How many are there?", 8402, 8403), ("And here?", 8401)]
-"""Of a conversation: a question and the seeds of its images."""
+"""Turns of a conversation: a question, and the seeds of its images."""
 
 
 def chat(http: httpx.Client, body: dict[str, Any], ratio: str) -> tuple[int, int, int]:
-    """Prompt tokens: all, read and written."""
+    """Prompt tokens: total, read and written."""
     answer = http.post("/v1/chat/completions", json=body, headers={HEADER: ratio}).json()
     details = answer["usage"]["prompt_tokens_details"]
     return (
@@ -46,21 +46,21 @@ def anthropic_image(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ratio", ["0", "0.3", "0.889"])
 @pytest.mark.parametrize(("ask", "image"), [(chat, openai_image), (messages, anthropic_image)])
-def test_a_repeated_request_reads_every_token_from_the_cache(
+def test_a_repeated_request_reads_all_cached_tokens(
     http: httpx.Client, model: str, ask: Any, image: Any, ratio: str
 ) -> None:
-    said: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
     written = 0
     for question, *seeds in TURNS:
         text = {"type": "text", "text": question}
         parts = [*map(image, seeds), text]
-        if not said:  # so that no test reads what another one wrote
+        if not history:  # tests must not share a prefix
             parts.insert(0, {"type": "text", "text": f"{ask.__name__} at {ratio}: "})
-        said.append({"role": "user", "content": parts})
-        body = {"model": model, "messages": said, "max_tokens": 2, "temperature": 0}
+        history.append({"role": "user", "content": parts})
+        body = {"model": model, "messages": history, "max_tokens": 2, "temperature": 0}
         (total, *first), (_, *again) = (ask(http, body, ratio) for _ in range(2))
         assert first[0] >= written
         written = sum(first)
         assert 0 < written < total
         assert again == [written, 0]
-        said.append({"role": "assistant", "content": "Yes."})
+        history.append({"role": "assistant", "content": "Yes."})

@@ -1,4 +1,4 @@
-"""What a page of another origin may read."""
+"""Headers that pages of other origins may read, and HEAD requests."""
 
 import httpx
 import pytest
@@ -27,9 +27,7 @@ def test_headers_are_exposed_to_allowed_origins(already: tuple[str, ...]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0.5", "2"])
-def test_the_ratio_can_be_read_in_answers_and_errors(
-    server_url: str, model: str, ratio: str
-) -> None:
+def test_other_origins_may_read_the_ratio_header(server_url: str, model: str, ratio: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
     headers = {**ORIGIN, "X-Pruning-Ratio": ratio}
     answer = httpx.post(f"{server_url}/v1/chat/completions", json=body, headers=headers)
@@ -43,7 +41,7 @@ def test_the_ratio_can_be_read_in_answers_and_errors(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["/ready", "/v1/pruning/config", "/v1/pruning/plan"])
-def test_head_answers_as_get_does(server_url: str, path: str) -> None:
+def test_head_has_the_headers_of_get(server_url: str, path: str) -> None:
     answer = httpx.head(server_url + path)
     assert answer.status_code == 200
     assert answer.content == b""

@@ -1,4 +1,4 @@
-"""Tokens that are counted are those that are billed, wherever the ratio stands."""
+"""Token counting agrees with usage, however the ratio is sent."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +40,7 @@ WHERE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3), ()])
 @pytest.mark.parametrize("where", ["nowhere", "header", "alias"])
-def test_count_tokens_counts_what_messages_bill(
+def test_count_tokens_agrees_with_messages(
     http: httpx.Client, where: str, seeds: tuple[int, ...]
 ) -> None:
     options = dict(WHERE[where])
@@ -54,9 +54,7 @@ def test_count_tokens_counts_what_messages_bill(
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3), ()])
 @pytest.mark.parametrize("where", WHERE)
-def test_tokenize_counts_what_a_chat_bills(
-    http: httpx.Client, where: str, seeds: tuple[int, ...]
-) -> None:
+def test_tokenize_agrees_with_chat(http: httpx.Client, where: str, seeds: tuple[int, ...]) -> None:
     options = dict(WHERE[where])
     body = chat_body(options.pop("model", "demo"), *seeds)
     if "field" in options:
@@ -69,7 +67,7 @@ def test_tokenize_counts_what_a_chat_bills(
     assert len(counted.json()["tokens"]) == counted.json()["count"]
 
 
-def test_text_has_as_many_tokens_at_every_ratio(http: httpx.Client) -> None:
+def test_the_ratio_does_not_change_text_tokens(http: httpx.Client) -> None:
     counts = [
         http.post("/tokenize", json={"model": model, "prompt": "What is this?"}).json()
         for model in ("demo", "demo@0.5")
@@ -78,7 +76,7 @@ def test_text_has_as_many_tokens_at_every_ratio(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("route", ["/v1/messages/count_tokens", "/tokenize"])
-def test_a_ratio_that_cannot_be_accepted(http: httpx.Client, route: str) -> None:
+def test_a_bad_ratio_is_refused_and_the_header_wins(http: httpx.Client, route: str) -> None:
     body = message_body("demo") if "messages" in route else chat_body("demo")
     refused = http.post(route, json=body, headers={HEADER: "2"})
     assert refused.status_code == 400

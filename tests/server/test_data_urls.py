@@ -1,4 +1,4 @@
-"""Data URLs are read as browsers read them; what is wrong with any other is said."""
+"""Data URLs are read as browsers read them; errors name the fault of a bad URL."""
 
 import base64
 import random
@@ -17,7 +17,7 @@ from vitcop_server.data_urls import decode_base64
 from vitcop_server.errors import RequestError
 
 PNG = encoded(Image.frombytes("L", (64, 64), random.Random(0).randbytes(4096)))
-PNG += bytes(1 + -len(PNG) % 3)  # Bytes after the image, so that its base64 ends with "==".
+PNG += bytes(1 + -len(PNG) % 3)  # makes its base64 end with "=="
 TEXT = base64.b64encode(PNG).decode()
 assert {"+", "/", "="} < set(TEXT)
 LINES = re.findall(".{1,76}", TEXT)
@@ -43,7 +43,7 @@ DATA_URLS = {
 
 
 @pytest.mark.parametrize("name", DATA_URLS)
-def test_data_urls_that_browsers_read(name: str) -> None:
+def test_data_urls_are_read_like_browsers_do(name: str) -> None:
     loaded = load(DATA_URLS[name])
     assert loaded.original_bytes == PNG
     assert loaded.media.size == (64, 64)
@@ -74,7 +74,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("url", WRONG, ids=lambda url: ascii(url[:40]))
-def test_unreadable_urls_are_refused_with_the_reason(url: str) -> None:
+def test_errors_name_the_fault_of_a_url(url: str) -> None:
     with pytest.raises(RequestError, match=WRONG[url]) as refused:
         load(url)
     assert len(str(refused.value)) < 300
@@ -90,8 +90,8 @@ def test_white_space_and_padding_change_nothing(content: bytes, data: st.DataObj
 
 
 @pytest.mark.parametrize("unit", ["%41", "%2B", "a\n", "-"])
-def test_time_is_bounded(unit: str) -> None:
-    """Whatever the data, a few passes in C: vLLM's threads share one lock with its event loop."""
+def test_decoding_time_is_bounded(unit: str) -> None:
+    """Decoding holds the GIL, so it must take only a few passes in C."""
     text = unit * (8_000_000 // len(unit))
     start = time.process_time()
     with suppress(RequestError):

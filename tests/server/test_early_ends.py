@@ -1,4 +1,4 @@
-"""A request that ends early, or waits half-way, never makes a good request fail.
+"""A request that ends early, or waits, never makes a good request fail.
 
 The server's image cache has room for a few images, so it is full in most of these tests.
 """
@@ -33,7 +33,7 @@ def stray_image_token(http: httpx.Client, model: str, seed: int) -> None:
 
 
 def wrong_schema(http: httpx.Client, model: str, seed: int) -> None:
-    """Refused by vLLM, later than everything else."""
+    """vLLM refuses it last, after all other checks."""
     schema = {"name": "x", "schema": {"type": "nonsense"}}
     wrong = {"type": "json_schema", "json_schema": schema}
     assert ask(http, model, seed, response_format=wrong).status_code == 400
@@ -59,7 +59,7 @@ def counted(http: httpx.Client, model: str, seed: int) -> None:
 
 
 def unsendable(http: httpx.Client, model: str, seed: int) -> None:
-    """No process can send half a surrogate pair to another."""
+    """Half a surrogate pair cannot be encoded for the engine."""
     body = json.dumps(chat_body(model, seed, max_tokens=2, stop=["\ud800"]))
     answer = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code < 500, answer.text
@@ -101,7 +101,7 @@ def test_an_image_is_usable_while_a_batch_with_it_is_prepared(
 ) -> None:
     def batch(seed: int) -> httpx.Response:
         seeds = [seed, *(next(new_seeds) for _ in range(7))]
-        conversations = [[image_message(one)] for one in seeds]
+        conversations = [[image_message(s)] for s in seeds]
         body = {"model": model, "messages": conversations, "max_tokens": 2}
         return http.post(f"{CHAT}/batch", json=body)
 
@@ -113,8 +113,8 @@ def test_an_image_is_usable_while_a_batch_with_it_is_prepared(
             assert {job.result().status_code for job in jobs} == {200}
 
 
-def test_a_request_may_show_more_images_than_fit(http: httpx.Client, model: str) -> None:
-    """The last is in the cache until the others come in."""
+def test_a_request_may_have_more_images_than_fit(http: httpx.Client, model: str) -> None:
+    """The last image is cached until the others evict it."""
     seed = next(new_seeds)
     assert ask(http, model, seed).status_code == 200
     many = [next(new_seeds) for _ in range(IMAGE_ROOM)]

@@ -1,4 +1,4 @@
-"""One shape of errors, whoever answers."""
+"""All errors have the same shape."""
 
 import json
 from argparse import Namespace
@@ -99,30 +99,30 @@ def test_every_error_has_the_shape(
     assert answer.headers["content-type"] == "application/json"
 
 
-def test_uncaught_request_errors_are_formatted(client: TestClient) -> None:
+def test_our_uncaught_errors_have_the_shape(client: TestClient) -> None:
     assert client.post("/request_error").json() == WHOLE
     assert (
         client.post("/json", json={}).json()["error"]["message"] == "the body is nested too deeply"
     )
 
 
-def test_other_headers_stay(client: TestClient) -> None:
+def test_other_headers_are_kept(client: TestClient) -> None:
     assert client.get("/answer/none").headers["Retry-After"] == "9"
     assert client.get("/answer/whole").headers["X-Request-Id"] == "7"
     assert client.get("/nothing", headers={"Origin": "x"}).headers["content-length"]
 
 
-def test_a_busy_server_says_when_to_come_again(client: TestClient) -> None:
+def test_a_busy_server_sends_retry_after(client: TestClient) -> None:
     answer = client.get("/answer/busy")
     assert answer.headers["Retry-After"] == "5"
     assert answer.json()["error"]["message"] == "busy"
 
 
-def test_existing_error_fields_are_kept(client: TestClient) -> None:
+def test_a_complete_error_is_kept(client: TestClient) -> None:
     assert client.get("/answer/whole").content == json.dumps(WHOLE, separators=(",", ":")).encode()
-    told: dict[str, Any] = client.get("/answer/anthropic").json()
-    assert told["type"] == "error"
-    assert told["error"] == ANTHROPIC["error"] | {"param": None, "code": 400}  # type: ignore[operator]
+    body: dict[str, Any] = client.get("/answer/anthropic").json()
+    assert body["type"] == "error"
+    assert body["error"] == ANTHROPIC["error"] | {"param": None, "code": 400}  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_anthropic_s_routes_have_anthropic_s_shape(
     assert answer.json() == {"type": "error", "error": error}
 
 
-def test_a_wrong_key_on_anthropic_s_routes(client: TestClient) -> None:
+def test_a_wrong_key_on_anthropic_s_routes_has_its_shape(client: TestClient) -> None:
     answer = client.post("/v1/messages")
     assert answer.status_code == 401
     assert answer.json()["type"] == "error"
@@ -161,16 +161,16 @@ def test_a_wrong_key_on_anthropic_s_routes(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(("name", "body"), [("html", "<p>"), ("large", "x" * 200_000)])
-def test_errors_that_are_not_text_pass_unchanged(client: TestClient, name: str, body: str) -> None:
+def test_html_and_large_errors_pass_unchanged(client: TestClient, name: str, body: str) -> None:
     assert client.get(f"/answer/{name}").text == body
 
 
-def test_success_passes(client: TestClient) -> None:
+def test_success_and_head_pass_unchanged(client: TestClient) -> None:
     assert client.get("/answer/fine").json() == {"detail": "fine"}
     assert client.head("/answer/none").status_code == 503
 
 
-def test_it_is_put_around_the_operators_middleware() -> None:
+def test_it_wraps_the_operator_s_middleware() -> None:
     args = Namespace(middleware=["their.Own"])
     use_openai_errors(args)
     assert args.middleware == ["their.Own", "vitcop_server.errors.OpenAIErrorMiddleware"]

@@ -1,4 +1,4 @@
-"""The process's status after the engine's."""
+"""The process's exit status after the engine died."""
 
 from dataclasses import dataclass, field
 

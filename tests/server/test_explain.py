@@ -1,4 +1,4 @@
-"""Explanations that get lost between the engine and the one who asked."""
+"""Explanations whose selections are lost in the engine."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ NAME = explained_identifier("request", 0, (64, 48), f"abc@{PRUNED.encode()}")
 
 
 class Answer:
-    """Of vLLM's chat handler, as far as an explanation looks into it."""
+    """Replaces vLLM's chat handler and its answer."""
 
     async def create_chat_completion(self, request: Any, raw_request: Any) -> Any:
         getattr(raw_request.state, EXPLAIN_STATE_KEY).identifiers.append(NAME)
@@ -32,7 +32,7 @@ class Engine:
         return [{}]
 
 
-def test_a_lost_explanation_is_no_fault_of_the_client() -> None:
+def test_a_lost_explanation_is_a_503() -> None:
     app = FastAPI()
     app.include_router(routes.router)
     app.state.pruning_server_settings = SimpleNamespace(explain=True)
@@ -50,10 +50,10 @@ def test_a_lost_explanation_is_no_fault_of_the_client() -> None:
     [
         {},
         {"patches": range(8)},
-        {"deep": [0, 1]},  # newer ones came between its stages
+        {"deep": [0, 1]},  # the record of the first stages was evicted
         {"patches": range(8), "shallow": [0, 1, 2, 3]},
     ],
 )
-def test_an_incomplete_record_is_an_error(record: dict[str, Any]) -> None:
+def test_a_partial_record_is_lost(record: dict[str, Any]) -> None:
     with pytest.raises(explain.LostSelectionsError):
         explain.explain_image(None, NAME, record)  # type: ignore[arg-type]

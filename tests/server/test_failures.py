@@ -1,6 +1,6 @@
-"""What goes wrong in production: clients vanish, memory runs out, the engine dies.
+"""Failures in production: clients disconnect, memory runs out, the engine dies.
 
-The server answers what vLLM's would, and never hangs.
+The server answers like vLLM's, and never hangs.
 """
 
 import json
@@ -26,12 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 HEADERS = {"X-Pruning-Ratio": "0.889"}
 
 QUEUE = 16
-"""Requests that the starved server takes before it turns others away."""
+"""Requests that the starved server accepts at a time."""
 
 
 @pytest.fixture(scope="module")
 def starved(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
-    """A server whose KV cache holds two of the longest requests."""
+    """A server whose KV cache holds two requests of the longest kind."""
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "768"]
     blocks = ["--num-gpu-blocks-override", "400", "--max-num-seqs", "16"]
     queue = ["--max-num-queued-reqs", str(QUEUE)]
@@ -56,7 +56,7 @@ def metric(url: str, name: str) -> float:
 def wait_until_idle(url: str) -> None:
     until = time.monotonic() + 30
     while metric(url, "vllm:num_requests_running") or metric(url, "vllm:kv_cache_usage_perc"):
-        assert time.monotonic() < until, "something still runs, or holds blocks"
+        assert time.monotonic() < until, "a request still runs or holds blocks"
         time.sleep(0.2)
 
 
@@ -70,7 +70,7 @@ def ask(url: str, model: str, *seeds: int, **fields: Any) -> httpx.Response:
 
 
 @pytest.mark.parametrize("events", [0, 1, 20])
-def test_a_client_that_vanishes_gives_everything_back(server_url: str, events: int) -> None:
+def test_a_disconnected_client_frees_its_memory(server_url: str, events: int) -> None:
     model = model_of(server_url)
     long = body(model, 1, 2, max_tokens=1000, stream=True)
     with httpx.stream(
@@ -84,7 +84,7 @@ def test_a_client_that_vanishes_gives_everything_back(server_url: str, events: i
 
 
 def raw_request(url: str, content: bytes) -> bytes:
-    """A chat request as it goes over the wire."""
+    """A chat request's bytes."""
     lines = [
         "POST /v1/chat/completions HTTP/1.1",
         f"Host: {httpx.URL(url).netloc.decode()}",
@@ -95,13 +95,13 @@ def raw_request(url: str, content: bytes) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
 
 
-def test_slow_clients_do_not_delay_others(server_url: str) -> None:
-    """Some stop in the middle of their request, some never read their answer."""
+def test_slow_clients_do_not_block_others(server_url: str) -> None:
+    """Some clients stop in the middle of their request, some never read their answer."""
     model = model_of(server_url)
     address = (httpx.URL(server_url).host, httpx.URL(server_url).port or 80)
     whole = raw_request(server_url, json.dumps(body(model, 1, max_tokens=3)).encode())
     stream = body(model, 1, max_tokens=1000, stream=True, logprobs=True, top_logprobs=20)
-    deaf = raw_request(server_url, json.dumps(stream).encode())
+    unread = raw_request(server_url, json.dumps(stream).encode())
     with ExitStack() as clients:
         slow = [clients.enter_context(socket.create_connection(address)) for _ in range(40)]
         for number, client in enumerate(slow):
@@ -111,7 +111,7 @@ def test_slow_clients_do_not_delay_others(server_url: str) -> None:
             client = clients.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(address)
-            client.sendall(deaf)
+            client.sendall(unread)
         started = time.monotonic()
         answers = [ask(server_url, model, seed, max_tokens=3) for seed in range(8)]
         assert [answer.status_code for answer in answers] == [200] * 8
@@ -128,7 +128,7 @@ def test_more_requests_than_memory_are_all_answered(starved: tuple[str, Popen[by
     engine = engine_of(server)
     alone = [ask(url, model, seed, max_tokens=300).json() for seed in range(2)]
     with ThreadPoolExecutor(16) as clients:
-        engine.suspend()  # so that they come to it all at once, however slow the machine
+        engine.suspend()  # so that all requests arrive at once
         jobs = [clients.submit(ask, url, model, i % 8, max_tokens=300) for i in range(16)]
         time.sleep(5)
         engine.resume()
@@ -141,8 +141,8 @@ def test_more_requests_than_memory_are_all_answered(starved: tuple[str, Popen[by
     wait_until_idle(url)
 
 
-def test_memory_and_files_stay(starved: tuple[str, Popen[bytes]]) -> None:
-    """Once its caches are full, a server holds no more after 200 requests than before."""
+def test_memory_and_files_do_not_grow(starved: tuple[str, Popen[bytes]]) -> None:
+    """With full caches, 200 more requests take no more memory or files."""
     url, server = starved
     model = model_of(url)
     parent = psutil.Process(server.pid)
@@ -159,24 +159,24 @@ def test_memory_and_files_stay(starved: tuple[str, Popen[bytes]]) -> None:
         assert bad.status_code == 400
         wait_until_idle(url)
 
-    def held() -> tuple[int, int]:
+    def usage() -> tuple[int, int]:
         """Open files, and MiB of memory, of all the server's processes."""
         files = sum(process.num_fds() for process in processes)
         return files, sum(process.memory_info().rss for process in processes) >> 20
 
     traffic(60)
-    files, memory = held()
+    files, memory = usage()
     for _ in range(4):
         traffic(200)
-        files_after, memory_after = held()
-        assert files_after - files <= 8  # connections that are kept for the next request
+        files_after, memory_after = usage()
+        assert files_after - files <= 8  # kept-alive connections
         grown, memory = memory_after - memory, memory_after
-        if grown <= 20:  # allocators take some rounds to come to rest; a leak never does
+        if grown <= 20:  # allocators settle after some rounds; a leak does not
             break
     assert grown <= 20
 
 
-def test_ten_times_the_load_is_turned_away_with_a_word(
+def test_requests_beyond_the_queue_are_refused_with_503(
     starved: tuple[str, Popen[bytes]],
 ) -> None:
     url, server = starved
@@ -191,7 +191,7 @@ def test_ten_times_the_load_is_turned_away_with_a_word(
         engine.resume()
         answers = [job.result() for job in jobs]
     refused = [answer for answer in answers if answer.status_code != 200]
-    # vLLM says that its limit is not exact.
+    # vLLM documents its limit as approximate.
     assert 8 * QUEUE <= len(refused) <= 9 * QUEUE
     for answer in refused:
         assert answer.status_code == 503
@@ -201,7 +201,7 @@ def test_ten_times_the_load_is_turned_away_with_a_word(
     assert ask(url, model, 1, max_tokens=3).status_code == 200
 
 
-def test_a_prompt_longer_than_the_model_holds_is_refused(
+def test_a_prompt_beyond_max_model_len_is_refused(
     starved: tuple[str, Popen[bytes]],
 ) -> None:
     url, _ = starved
@@ -214,10 +214,10 @@ def test_a_prompt_longer_than_the_model_holds_is_refused(
     assert ask(url, model, 1, max_tokens=3).status_code == 200
 
 
-def test_an_engine_killed_mid_request_ends_request_and_server(
+def test_a_killed_engine_ends_its_requests_and_the_server(
     starved: tuple[str, Popen[bytes]],
 ) -> None:
-    """Last in this file: nothing is left to ask."""
+    """Last in this file: the server is gone afterwards."""
     url, server = starved
     engine = engine_of(server)
     model = model_of(url)
@@ -229,7 +229,7 @@ def test_an_engine_killed_mid_request_ends_request_and_server(
     ):
         lines = stream.iter_lines()
         assert next(lines).startswith("data: ")
-        engine.suspend()  # nothing can be answered before it is killed
+        engine.suspend()  # so that no request finishes before the kill
         jobs = [clients.submit(ask, url, model, seed, max_tokens=400) for seed in (1, 2)]
         time.sleep(2)
         assert not any(job.done() for job in jobs)

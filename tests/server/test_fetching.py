@@ -1,4 +1,4 @@
-"""Images are fetched from where the operator allows, and nothing hangs on who serves them."""
+"""Images are fetched only from allowed hosts, and failing hosts do not block the server."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Where images are: answers with the status in the path."""
+    """A host of images; the path is the status of the answer."""
 
     seen: list[str]
 
@@ -37,7 +37,7 @@ class Upstream(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # The server does not wait for everything.
+        with suppress(ConnectionError):  # the server may disconnect early
             super().handle()
 
     def log_message(self, *args: object) -> None:
@@ -46,7 +46,7 @@ class Upstream(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def upstream() -> Iterator[tuple[str, list[str]]]:
-    """A server's address, and the paths that were fetched from it."""
+    """The image host's address, and the fetched paths."""
     seen: list[str] = []
     handler = type("Handler", (Upstream,), {"seen": seen})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -56,17 +56,17 @@ def upstream() -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
 
 
-def test_no_image_is_fetched_without_permission(
-    server: Server, upstream: tuple[str, list[str]]
-) -> None:
+def test_by_default_nothing_is_fetched(server: Server, upstream: tuple[str, list[str]]) -> None:
     url, seen = upstream
-    with server.unharmed():
+    with server.stays_usable():
         for host in (url, url.replace("127.0.0.1", "localhost"), url.replace("http", "HTTP")):
             assert_refused(server.chat(messages=one_image(f"{host}/200")), words="data URLs")
     assert seen == []
 
 
-def test_images_from_an_allowed_host(guarded: Server, upstream: tuple[str, list[str]]) -> None:
+def test_images_are_fetched_only_from_an_allowed_host(
+    guarded: Server, upstream: tuple[str, list[str]]
+) -> None:
     url, seen = upstream
     assert guarded.chat(messages=one_image(f"{url}/200")).status_code == 200
     other = url.replace("127.0.0.1", "localhost")
@@ -76,7 +76,7 @@ def test_images_from_an_allowed_host(guarded: Server, upstream: tuple[str, list[
 
 def test_redirects_are_not_followed(guarded: Server, upstream: tuple[str, list[str]]) -> None:
     url, seen = upstream
-    with guarded.unharmed():
+    with guarded.stays_usable():
         assert_refused(guarded.chat(messages=one_image(f"{url}/302")))
     assert seen == ["/302"]
 
@@ -91,17 +91,17 @@ def test_redirects_are_not_followed(guarded: Server, upstream: tuple[str, list[s
         ("/large", "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB=2"),
     ],
 )
-def test_an_upstream_that_fails(
+def test_a_failing_host_is_a_422(
     guarded: Server, upstream: tuple[str, list[str]], path: str, words: str
 ) -> None:
-    with guarded.unharmed():
+    with guarded.stays_usable():
         start = time.monotonic()
         assert_refused(guarded.chat(messages=one_image(upstream[0] + path)), 422, words)
         assert time.monotonic() - start < 5
 
 
-def test_an_unreachable_image_host_is_a_422(guarded: Server) -> None:
-    with socket.socket() as free, guarded.unharmed():
+def test_an_unreachable_host_is_a_422(guarded: Server) -> None:
+    with socket.socket() as free, guarded.stays_usable():
         free.bind(("127.0.0.1", 0))
         start = time.monotonic()
         url = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"

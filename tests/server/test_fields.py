@@ -1,4 +1,4 @@
-"""Marks of images and videos in text, videos, and images that only a cache knows."""
+"""Stray placeholders, videos, and images sent only as the id of a cached image."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ LLAVA = SimpleNamespace(image_token_index=IMAGE)
 
 
 class Tokenizer:
-    """Knows two tokens."""
+    """Has two tokens."""
 
     def decode(self, tokens: list[int]) -> str:
         return "".join({IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>"}[token] for token in tokens)
@@ -39,7 +39,7 @@ def refuse(
 
 
 @pytest.mark.parametrize("config", [QWEN, LLAVA])
-def test_images_of_different_lengths_are_no_stray_marks(config: Any) -> None:
+def test_placeholders_of_images_are_accepted(config: Any) -> None:
     small, large = [START, IMAGE, IMAGE, END], [START, *[IMAGE] * 5, END]
     refuse([WORD, *small, WORD, *large, WORD], [(2, 2), (7, 5)], config)
     refuse([WORD], [], config)
@@ -55,7 +55,7 @@ def test_images_of_different_lengths_are_no_stray_marks(config: Any) -> None:
         ([START, IMAGE, VIDEO, END], [(1, 1)], "videos are not accepted"),
     ],
 )
-def test_the_error_names_a_stray_placeholder_as_it_was_written(
+def test_a_stray_placeholder_is_quoted_in_the_error(
     tokens: list[int], places: list[tuple[int, int]], words: str
 ) -> None:
     with pytest.raises(RequestError) as refused:
@@ -92,7 +92,7 @@ def content(*parts: Any) -> dict[str, Any]:
         {"type": "video_url", "video_url": None, "uuid": "a"},
     ],
 )
-def test_a_video_is_refused_in_a_sentence(part: dict[str, Any]) -> None:
+def test_a_video_is_refused(part: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="videos are not accepted") as refused:
         refuse_unsafe_body(content(part), ServerSettings(image_ids=True))
     assert refused.value.param == "messages"

@@ -1,4 +1,4 @@
-"""A file that is no readable image is named, and so are the formats that can be read."""
+"""Errors name an unreadable file's format, and the readable formats."""
 
 import struct
 
@@ -32,16 +32,16 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("words", UNREADABLE)
-def test_an_unreadable_file_is_named_in_the_error(words: str) -> None:
+def test_the_error_names_the_file_s_format(words: str) -> None:
     with pytest.raises(RequestError, match=words) as refused:
         load(data_url(UNREADABLE[words]))
-    sentence = str(refused.value)
-    assert "BytesIO" not in sentence
-    assert len(sentence) < 300
-    assert ("include AVIF, BMP, " in sentence) is (UNREADABLE[words] != b"")
+    message = str(refused.value)
+    assert "BytesIO" not in message
+    assert len(message) < 300
+    assert ("include AVIF, BMP, " in message) is (UNREADABLE[words] != b"")
 
 
-def test_readable_formats_are_readable() -> None:
+def test_the_listed_formats_can_be_read() -> None:
     assert {"PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"} <= set(common_formats())
     assert not {"EPS", "WMF", "MPEG", "PDF"} & set(common_formats())
     for name in set(common_formats()) & Image.SAVE.keys() - {"ICNS"}:
@@ -49,7 +49,7 @@ def test_readable_formats_are_readable() -> None:
         assert load(data_url(encoded(image, name))).media.mode == "RGB"
 
 
-def test_a_damaged_image() -> None:
+def test_a_damaged_image_is_refused() -> None:
     png = encoded(Image.effect_noise((64, 64), 50))
     with pytest.raises(RequestError, match=r"cannot be loaded: image file is truncated"):
         load(data_url(png[: len(png) // 2]))

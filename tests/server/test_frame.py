@@ -1,4 +1,4 @@
-"""The frame that the model gets of an image file, and the same refusals as in a chat request."""
+"""The frame of an image file that the model gets; errors are those of a chat request."""
 
 import base64
 import io
@@ -30,14 +30,14 @@ def url_of(image: Image.Image, kind: str, **options: Any) -> str:
 
 
 def turned_url(kind: str, **options: Any) -> str:
-    """Stored on its side, with a note to turn it."""
+    """Stored rotated, with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return url_of(halves().transpose(Image.Transpose.ROTATE_90), kind, exif=exif, **options)
 
 
 def clear_url() -> str:
-    """Blue, with a left half that is clear."""
+    """Blue, with a transparent left half."""
     image = Image.new("RGBA", (96, 32), (*BLUE, 255))
     image.paste((0, 0, 0, 0), (0, 0, 48, 32))
     return url_of(image, "PNG")
@@ -121,7 +121,9 @@ def test_a_large_image_is_scaled_down(
     ],
     ids=["text", "empty", "plain", "half", "thin", "large", "file", "http", "ftp", "word"],
 )
-def test_an_image_is_refused_as_in_a_chat_request(http: httpx.Client, model: str, url: str) -> None:
+def test_a_bad_image_gets_the_error_of_a_chat_request(
+    http: httpx.Client, model: str, url: str
+) -> None:
     answer = http.post(ROUTE, json={"image_url": url})
     assert answer.status_code == 400
     content = [{"type": "image_url", "image_url": {"url": url}}]
@@ -149,6 +151,6 @@ def test_other_bodies_are_refused(
     assert (answer.json()["error"]["param"] or "").endswith(param)
 
 
-def test_a_key_guards_it(guarded_process: Any) -> None:
+def test_the_route_needs_the_api_key(guarded_process: Any) -> None:
     answer = httpx.post(f"{guarded_process[0]}{ROUTE}", json={"image_url": png_url(1)})
     assert answer.status_code == 401

@@ -1,6 +1,6 @@
-"""Random requests against the running server: no 5xx, and the server lives.
+"""Random requests to the running server: no 5xx, and the server stays alive.
 
-``FUZZ_EXAMPLES`` sets how many bodies each route gets; by default few, for time.
+``FUZZ_EXAMPLES`` sets the number of bodies per route; the default is small, to save time.
 """
 
 import json
@@ -39,17 +39,17 @@ GOOD: dict[str, dict[str, Any]] = {
     "/generative_scoring": {"query": "Hi", "items": ["Hi"], "label_token_ids": [1]},
     "/invocations": {"messages": HELLO},
 }
-"""Inference routes, and what makes a body of each one that is answered."""
+"""Inference routes, and the fields of a valid body for each."""
 
 DISPATCHED = {"/invocations": CHAT}
-"""A route without a schema of its own, and one that it passes bodies on to."""
+"""A route without its own schema, and the route that it passes bodies on to."""
 
 fuzzed = settings(
     deadline=None,
     database=None,
-    # The tests ask the same each time; a longer run asks something new.
+    # By default the requests are the same every time; a longer run has new ones.
     derandomize="FUZZ_EXAMPLES" not in os.environ,
-    # Shrinking would take longer than reading an answer.
+    # Shrinking takes long, and the failing answer is enough.
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
@@ -82,7 +82,7 @@ def post(http: httpx.Client, route: str, body: object) -> None:
 
 @pytest.mark.parametrize("route", GOOD)
 def test_bodies_from_the_schema(http: httpx.Client, model: str, schema: Any, route: str) -> None:
-    """Each as it was made, which is hardly ever valid, and with what a valid one needs."""
+    """Each body is sent as generated, which is rarely valid, and with valid fields added."""
 
     @settings(fuzzed, max_examples=EXAMPLES)
     @given(schema[DISPATCHED.get(route, route)]["POST"].as_strategy())
@@ -111,7 +111,7 @@ SAMPLING = {
 }
 
 
-def test_sampling_fields(http: httpx.Client, model: str) -> None:
+def test_random_sampling_fields(http: httpx.Client, model: str) -> None:
     @settings(fuzzed, max_examples=4 * EXAMPLES)
     @given(st.fixed_dictionaries({}, optional=SAMPLING))
     def send(fields: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ header_bytes = st.binary(max_size=40).filter(lambda value: not set(value) & set(
 @pytest.mark.parametrize(
     "name", ["X-Pruning-Ratio", "Content-Type", "Authorization", "X-Request-Id"]
 )
-def test_header_values(http: httpx.Client, model: str, name: str) -> None:
+def test_random_header_values(http: httpx.Client, model: str, name: str) -> None:
     body = json.dumps({"model": model, "messages": HELLO, "max_tokens": 1})
     digits = st.text("0123456789.,-+eE_ ", max_size=8).map(str.encode)
 
@@ -139,7 +139,7 @@ def test_header_values(http: httpx.Client, model: str, name: str) -> None:
         headers: list[tuple[bytes, bytes]] = [(name.encode(), value) for value in values]
         if name != "Content-Type":
             headers.append((b"Content-Type", b"application/json"))
-        with suppress(httpx.LocalProtocolError):  # What httpx does not even send.
+        with suppress(httpx.LocalProtocolError):  # httpx refuses to send it
             answer = http.post(CHAT, content=body, headers=headers)
             if answer.text != NOT_HTTP:
                 assert_harmless(answer)
@@ -161,7 +161,7 @@ edits = st.lists(
 
 
 def mutated(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
-    """``data`` with some bytes, at most eight in a row, replaced, removed or added."""
+    """``data`` with up to eight bytes at each position replaced, removed or added."""
     for start, length, new in changes:
         data = data[:start] + new + data[start + length :]
     return data

@@ -1,4 +1,4 @@
-"""What an operator forbids: long bodies, strangers, large images, a long queue."""
+"""The operator's limits: body size, API keys, image size, queue length."""
 
 import socket
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from tests.server.test_media import data_url, encoded
 pytestmark = pytest.mark.slow
 
 
-def test_bodies_over_the_limit(guarded: Server) -> None:
+def test_bodies_over_the_limit_are_refused(guarded: Server) -> None:
     pieces: list[Callable[[], Any]] = [
         lambda: b"x" * (MAX_BODY + 1),
         lambda: (b"x" * 2**16 for _ in range(2 * MAX_BODY // 2**16)),
     ]
     for route in (CHAT, "/v1/responses"):
         for body in pieces:
-            with guarded.unharmed():
+            with guarded.stays_usable():
                 assert_refused(guarded.post(route, body()), 413, str(MAX_BODY))
 
 
@@ -38,40 +38,40 @@ def test_a_body_that_never_ends_is_answered_at_once(guarded: Server) -> None:
     assert guarded.chat().status_code == 200
 
 
-def test_wrong_keys(guarded: Server) -> None:
-    with guarded.unharmed():
+def test_wrong_keys_are_refused(guarded: Server) -> None:
+    with guarded.stays_usable():
         for key in ("", "Bearer no", "Basic key"):
             answer = guarded.http.get("/v1/models", headers={"Authorization": key})
             assert_refused(answer, 401)
             assert answer.headers["X-Request-Id"]
 
 
-def test_request_ids_of_errors(guarded: Server) -> None:
+def test_errors_carry_the_request_id(guarded: Server) -> None:
     answer = guarded.http.get("/v1/nothing", headers={"X-Request-Id": "mine"})
     assert_refused(answer, 404)
     assert answer.headers["X-Request-Id"] == "mine"
 
 
-def test_more_images_than_the_operator_allows(guarded: Server) -> None:
-    with guarded.unharmed():
+def test_more_images_than_allowed_are_refused(guarded: Server) -> None:
+    with guarded.stays_usable():
         assert_refused(guarded.chat(messages=[image_message(1, 2)]), words="At most 1")
 
 
-def test_the_operators_own_limits(guarded: Server) -> None:
-    with guarded.unharmed():
+def test_configured_limits_replace_the_defaults(guarded: Server) -> None:
+    with guarded.stays_usable():
         answer = guarded.chat(messages=one_image(data_url(encoded(Image.new("1", (101, 100))))))
         assert_refused(answer, words="10000")
         assert guarded.chat(messages=one_image(png_url(1), uuid="a")).status_code == 200
 
 
-def test_a_full_queue_says_when_to_come_again(
+def test_a_full_queue_sends_retry_after(
     guarded: Server, guarded_process: tuple[str, Popen[bytes]]
 ) -> None:
     engine = engine_of(guarded_process[1])
     body = {"model": guarded.model, "messages": user("Hi"), "max_tokens": 100, "ignore_eos": True}
     with ThreadPoolExecutor(8) as clients:
         url = guarded.http.base_url.join(CHAT)
-        engine.suspend()  # nothing is answered before somebody is turned away
+        engine.suspend()  # so that the queue fills
         jobs = [
             clients.submit(httpx.post, url, json=body, headers=KEY, timeout=60) for _ in range(8)
         ]

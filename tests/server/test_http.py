@@ -1,4 +1,4 @@
-"""The running server, asked by OpenAI's own client and by raw HTTP."""
+"""The running server, through OpenAI's client and raw HTTP."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,7 +13,7 @@ from tests.server.sample_images import image_message
 pytestmark = pytest.mark.slow
 
 HEADER = "X-Pruning-Ratio"
-ROUND_OFF = 0.15  # Tiny images have few tokens to count in.
+ROUND_OFF = 0.15  # tiny images have few tokens
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def test_header_is_echoed_and_usage_reports_counts(
     assert_pruned(answer.json()["usage"], float(ratio))
 
 
-def test_the_default_ratio_is_reported_without_a_header(http: httpx.Client, model: str) -> None:
+def test_the_default_ratio_is_reported(http: httpx.Client, model: str) -> None:
     answer = chat(http, model, 1)
     assert float(answer.headers[HEADER]) == 0
     assert_pruned(answer.json()["usage"], 0)
 
 
-def test_body_field_through_the_official_client(client: openai.OpenAI, model: str) -> None:
+def test_the_body_field_works_with_openai_s_client(client: openai.OpenAI, model: str) -> None:
     raw = client.chat.completions.with_raw_response.create(
         **chat_body(model, 2), extra_body={"pruning_ratio": 0.667}
     )
@@ -81,7 +81,7 @@ def test_body_field_through_the_official_client(client: openai.OpenAI, model: st
     assert_pruned(usage.model_dump(), 0.667)
 
 
-def test_equal_header_and_body(http: httpx.Client, model: str) -> None:
+def test_header_and_body_may_agree(http: httpx.Client, model: str) -> None:
     answer = chat(http, model, 1, ratio="0.50", pruning_ratio=0.5)
     assert answer.status_code == 200
     assert answer.headers[HEADER] == "0.5"
@@ -91,7 +91,7 @@ def test_null_in_the_body_is_no_ratio(http: httpx.Client, model: str) -> None:
     assert chat(http, model, 1, ratio="0.5", pruning_ratio=None).headers[HEADER] == "0.5"
 
 
-def test_prompt_tokens_count_what_stage_one_keeps(http: httpx.Client, model: str) -> None:
+def test_prompt_tokens_count_the_tokens_that_stage_i_keeps(http: httpx.Client, model: str) -> None:
     full = chat(http, model, 1, ratio="0").json()["usage"]
     pruned = chat(http, model, 1, ratio="0.889").json()["usage"]
     dropped = pruned["visual_tokens"]["encoder"] - pruned["visual_tokens"]["stages"][0]
@@ -107,7 +107,7 @@ def test_two_images_are_summed(http: httpx.Client, model: str) -> None:
     assert two["pruning_ratio"] == pytest.approx(one["pruning_ratio"])
 
 
-def test_choices_do_not_multiply_images(http: httpx.Client, model: str) -> None:
+def test_several_choices_count_an_image_once(http: httpx.Client, model: str) -> None:
     one = chat(http, model, 1, ratio="0.667").json()["usage"]
     three = chat(http, model, 1, ratio="0.667", n=3, temperature=1).json()["usage"]
     assert three["visual_tokens"] == one["visual_tokens"]
@@ -136,7 +136,7 @@ def test_stream_without_usage_is_untouched(http: httpx.Client, model: str) -> No
     assert "usage" not in answer.text
 
 
-def test_text_only_chat(http: httpx.Client, model: str) -> None:
+def test_chat_without_images_reports_null(http: httpx.Client, model: str) -> None:
     answer = chat(http, model, ratio="0.667")
     assert answer.headers[HEADER] == "0.667"
     usage = answer.json()["usage"]
@@ -145,7 +145,7 @@ def test_text_only_chat(http: httpx.Client, model: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_text_completions(http: httpx.Client, model: str, stream: bool) -> None:
+def test_completions_report_null(http: httpx.Client, model: str, stream: bool) -> None:
     body: dict[str, Any] = {"model": model, "prompt": ["Hi", "Ho"], "max_tokens": 2}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
@@ -176,14 +176,14 @@ BAD_HEADERS = [
 
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("value", BAD_HEADERS, ids=lambda value: value[:12])
-def test_bad_header(http: httpx.Client, model: str, route: str, value: str) -> None:
+def test_a_bad_header_is_a_400(http: httpx.Client, model: str, route: str, value: str) -> None:
     body = chat_body(model) if "chat" in route else {"model": model, "prompt": "Hi"}
     answer = http.post(route, json=body, headers={HEADER: value})
     assert_refused(answer, HEADER, HEADER, "0 to 0.95")
     assert len(answer.text) < 1000
 
 
-def test_bad_header_in_bytes_that_are_digits_elsewhere(http: httpx.Client, model: str) -> None:
+def test_digits_of_other_scripts_are_refused(http: httpx.Client, model: str) -> None:
     answer = http.post(
         "/v1/chat/completions",
         json=chat_body(model),
@@ -193,7 +193,9 @@ def test_bad_header_in_bytes_that_are_digits_elsewhere(http: httpx.Client, model
 
 
 @pytest.mark.parametrize("values", [("0.5", "0.5"), ("0.5", "0.6"), ("", "0.5")])
-def test_header_sent_twice(http: httpx.Client, model: str, values: tuple[str, str]) -> None:
+def test_a_repeated_header_is_refused(
+    http: httpx.Client, model: str, values: tuple[str, str]
+) -> None:
     answer = http.post(
         "/v1/chat/completions",
         json=chat_body(model),
@@ -203,13 +205,13 @@ def test_header_sent_twice(http: httpx.Client, model: str, values: tuple[str, st
 
 
 @pytest.mark.parametrize("value", ["abc", "", -0.1, 1, 1.5, 10**400, True, [0.5], {"a": 1}])
-def test_bad_body_field(http: httpx.Client, model: str, value: object) -> None:
+def test_a_bad_body_field_is_a_400(http: httpx.Client, model: str, value: object) -> None:
     answer = chat(http, model, pruning_ratio=value)
     assert_refused(answer, "pruning_ratio", "pruning_ratio", "0 to 0.95")
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_header_and_body_differ(http: httpx.Client, model: str, stream: bool) -> None:
+def test_header_and_body_must_not_differ(http: httpx.Client, model: str, stream: bool) -> None:
     answer = chat(http, model, 1, ratio="0.5", pruning_ratio=0.6, stream=stream)
     assert_refused(answer, "pruning_ratio", HEADER, "0.5", "0.6")
 
@@ -220,7 +222,7 @@ def test_header_and_body_differ(http: httpx.Client, model: str, stream: bool) ->
     "route",
     ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/invocations"],
 )
-def test_processor_keywords_of_clients(
+def test_processor_keywords_are_refused(
     http: httpx.Client, model: str, route: str, field: str, value: object
 ) -> None:
     body = chat_body(model, 1) | {"prompt": "Hi", "input": "Hi", field: value}
@@ -238,7 +240,7 @@ OTHER_ROUTES = [
 
 
 @pytest.mark.parametrize("route", OTHER_ROUTES)
-def test_ratio_on_other_routes(http: httpx.Client, model: str, route: str) -> None:
+def test_a_ratio_on_other_routes_is_refused(http: httpx.Client, model: str, route: str) -> None:
     body = chat_body(model, 1) | {"input": "Hi"}
     answer = http.post(route, json=body, headers={HEADER: "0.5"})
     assert_refused(answer, HEADER, HEADER, "/v1/chat/completions")
@@ -246,7 +248,7 @@ def test_ratio_on_other_routes(http: httpx.Client, model: str, route: str) -> No
     assert_refused(answer, "pruning_ratio", "/v1/chat/completions")
 
 
-def test_ratio_hidden_by_another_encoding(http: httpx.Client, model: str) -> None:
+def test_a_ratio_in_utf_16_is_found(http: httpx.Client, model: str) -> None:
     body = f'{{"model": "{model}", "prompt": "Hi", "pruning_ratio": 0.5}}'.encode("utf-16")
     answer = http.post("/detokenize", content=body, headers={"content-type": "application/json"})
     assert_refused(answer, "pruning_ratio")
@@ -260,12 +262,12 @@ def test_other_routes_work_without_a_ratio(http: httpx.Client, model: str) -> No
     assert http.post("/tokenize", json={"model": model, "prompt": "Hi"}).status_code == 200
 
 
-def test_made_up_features_do_not_reach_the_engine(http: httpx.Client, model: str) -> None:
+def test_features_from_clients_are_refused(http: httpx.Client, model: str) -> None:
     body = {"model": model, "token_ids": [1], "sampling_params": {}, "features": {}}
     assert_refused(http.post("/inference/v1/generate", json=body), "features")
 
 
-def test_get_with_default_headers(http: httpx.Client) -> None:
+def test_get_ignores_the_header(http: httpx.Client) -> None:
     assert http.get("/v1/models", headers={HEADER: "0.5"}).status_code == 200
 
 
@@ -291,7 +293,7 @@ def test_unknown_model_keeps_status(http: httpx.Client) -> None:
     assert HEADER not in answer.headers
 
 
-def test_broken_image_is_the_clients_fault(http: httpx.Client, model: str) -> None:
+def test_a_broken_image_is_a_400(http: httpx.Client, model: str) -> None:
     message = image_message(1)
     message["content"][0]["image_url"]["url"] = "data:image/png;base64,AAAA"  # type: ignore[index]
     answer = chat(http, model, ratio="0.5", messages=[message])
@@ -299,7 +301,7 @@ def test_broken_image_is_the_clients_fault(http: httpx.Client, model: str) -> No
     assert HEADER not in answer.headers
 
 
-def test_connection_survives_refusals(server_url: str, model: str) -> None:
+def test_the_connection_survives_refusals(server_url: str, model: str) -> None:
     limits = httpx.Limits(max_connections=1)
     with httpx.Client(base_url=server_url, timeout=120, limits=limits) as http:
 

@@ -1,7 +1,7 @@
-"""However requests end, the engine has each image that the front end leaves out.
+"""The engine has every image that the front end leaves out, however requests end.
 
-Hypothesis drives vLLM's own caches of both sides, its merging of processed images and its
-encoding of requests. No engine runs: what it does with its cache is one call.
+Hypothesis drives vLLM's caches of both sides, its merging of processed images and its encoding of
+requests. No engine runs; a call replaces its use of the cache.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ from vitcop_server.image_cache import keep_caches_equal
 
 ROOM = 40_000
 SIZES = [6_000, 9_000, 9_000, 13_000, 13_000, 21_000, 41_000]
-"""Bytes of the processed images, and room for some of them: the last fits no cache."""
+"""Bytes of processed images, and of the cache. Some images fit; the last is too large alone."""
 
 BUFFER_NAME = "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME"
 
@@ -81,7 +81,7 @@ def image_of(item: MultiModalKwargsItem) -> int:
 
 
 class Client(AsyncMPClient):
-    """vLLM's client, with a queue in the place of its socket."""
+    """vLLM's client, with a queue instead of its socket."""
 
     client_index = 0
 
@@ -101,7 +101,7 @@ class Client(AsyncMPClient):
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests that are rendered, and later sent or not; the engine reads them when it likes."""
+    """Renders requests, and sends them, refuses them and reads them in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Traffic(RuleBasedStateMachine):
 
     @rule(images=prompts)
     def render(self, images: list[int]) -> None:
-        """As vLLM's ``_cached_apply_hf_processor`` does."""
+        """Like vLLM's ``_cached_apply_hf_processor``."""
         names = [f"image {image}" for image in images]
         is_cached = self.sender.is_cached(names)
         missing = [
@@ -152,16 +152,16 @@ class Traffic(RuleBasedStateMachine):
     @precondition(lambda self: self.rendered)
     @rule(data=st.data())
     def refuse(self, data: st.DataObject) -> None:
-        """Or count it, or lose its client, or find the engine's queue full."""
+        """Drop a rendered request: refused, only counted, disconnected, or queue full."""
         self.rendered.pop(data.draw(st.integers(0, len(self.rendered) - 1)))
 
     @precondition(lambda self: self.rendered)
     @rule(data=st.data(), answers=st.integers(1, 3))
     def send(self, data: st.DataObject, answers: int) -> None:
-        """Once for each answer, as vLLM does."""
+        """Send a request once per answer, like vLLM."""
         request = self.rendered.pop(data.draw(st.integers(0, len(self.rendered) - 1)))
-        for one in [*(copy(request) for _ in range(answers - 1)), request]:
-            asyncio.run(self.client.add_request_async(one))
+        for sent in [*(copy(request) for _ in range(answers - 1)), request]:
+            asyncio.run(self.client.add_request_async(sent))
 
     @precondition(lambda self: self.client.wire)
     @rule()
@@ -177,13 +177,13 @@ class Traffic(RuleBasedStateMachine):
 
 
 class SharedMemoryTraffic(Traffic):
-    """The worker reads images from memory into which the front end writes."""
+    """The worker reads images from memory shared with the front end."""
 
     numbers = count()
 
     def connect(self, vllm_config: Any) -> None:
-        # A buffer that is collected late would remove another one of its name. An engine that
-        # ran in this process has made vLLM keep what it read from the environment.
+        # A new name each time: an old buffer removes its name when it is collected. An engine in
+        # this process made vLLM cache its environment, so the attribute is set.
         setattr(envs, BUFFER_NAME, f"vitcop-test-{os.getpid()}-{next(self.numbers)}")
         self.sender = ShmObjectStoreSenderCache(vllm_config)
         self.receiver = ShmObjectStoreReceiverCache(vllm_config, Lock())
@@ -206,12 +206,12 @@ def test_the_engine_never_lacks_an_image() -> None:
 
 
 @pytest.mark.slow
-def test_nor_does_a_worker_that_shares_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_with_shared_memory_never_lacks_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(envs, BUFFER_NAME, "", raising=False)
     run(SharedMemoryTraffic, 50)
 
 
-def test_images_that_the_engine_has_are_sent_without_data() -> None:
+def test_cached_images_are_sent_without_data() -> None:
     traffic = Traffic()
     for _ in range(3):
         traffic.render([0, 0, 1])

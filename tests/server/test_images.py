@@ -1,4 +1,4 @@
-"""Images as clients really send them, on each route that takes images."""
+"""Images as real clients send them, on each route with images."""
 
 import json
 from typing import Any
@@ -36,7 +36,7 @@ def ask(server: Server, route: str, url: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_wrapped_base64_without_padding(server: Server, route: str) -> None:
+def test_wrapped_base64_without_padding_is_read(server: Server, route: str) -> None:
     header, _, text = data_url(encoded(Image.fromarray(GREY)) + b"\0").partition(",")
     lines = [text[at : at + 76] for at in range(0, len(text), 76)]
     url = header.replace("base64", " BASE64") + ",\r\n" + "\r\n".join(lines).rstrip("=")
@@ -54,16 +54,14 @@ def test_wrapped_base64_without_padding(server: Server, route: str) -> None:
         ("data:image/png;base64,abc_", "'_' after 3 digits"),
     ],
 )
-def test_a_bad_image_is_a_400_with_the_reason(
-    server: Server, route: str, url: str, words: str
-) -> None:
-    with server.unharmed():
+def test_the_error_names_the_fault(server: Server, route: str, url: str, words: str) -> None:
+    with server.stays_usable():
         answer = ask(server, route, url)
         assert answer.status_code == 400, answer.text
         assert words in answer.json()["error"]["message"]
 
 
-def test_16_bits_are_seen_as_8_bits(server: Server) -> None:
+def test_16_bits_look_like_8_bits_to_the_model(server: Server) -> None:
     def first_logprobs(image: Image.Image) -> Any:
         messages = one_image(data_url(encoded(image)))
         answer = server.chat(messages=messages, logprobs=True, top_logprobs=5, temperature=0)

@@ -59,15 +59,13 @@ def test_a_ratio_is_applied(http: httpx.Client, options: dict[str, Any]) -> None
     ],
     ids=["header", "field", "alias", "adapter", "both"],
 )
-def test_a_ratio_that_cannot_be_accepted(
-    http: httpx.Client, options: dict[str, Any], param: str
-) -> None:
+def test_a_bad_ratio_is_refused(http: httpx.Client, options: dict[str, Any], param: str) -> None:
     answer = invoke(http, **options)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 
-def test_streams_and_prompts_take_a_ratio(http: httpx.Client) -> None:
+def test_streams_and_prompts_accept_a_ratio(http: httpx.Client) -> None:
     stream = invoke(http, "demo@0.889", fields={"stream": True})
     assert stream.headers[HEADER] == "0.889"
     assert stream.text.rstrip().endswith("data: [DONE]")
@@ -75,7 +73,7 @@ def test_streams_and_prompts_take_a_ratio(http: httpx.Client) -> None:
     assert (prompt.status_code, prompt.headers[HEADER]) == (200, "0.5")
 
 
-def test_other_names_are_vllm_s_to_judge(http: httpx.Client) -> None:
+def test_vllm_checks_other_model_names(http: httpx.Client) -> None:
     assert invoke(http).json()["usage"]["pruning_ratio"] == 0
     assert invoke(http, "whoever@0.5").json()["usage"]["pruning_ratio"] == 0
     assert invoke(http, headers={ADAPTER: "nobody"}).status_code == 404

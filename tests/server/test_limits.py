@@ -1,4 +1,4 @@
-"""Bodies that are too large, over applications that read them in every way."""
+"""The limit on bodies, in front of applications that read them differently."""
 
 import asyncio
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def client() -> Iterator[TestClient]:
 
 
 def pieces(size: int, piece: int = 100) -> Iterator[bytes]:
-    """A chunked body: it announces no length."""
+    """A chunked body, without Content-Length."""
     return (b"x" * piece for _ in range(size // piece))
 
 
@@ -50,12 +50,12 @@ def assert_too_large(answer: Any) -> None:
 
 
 @pytest.mark.parametrize("route", ["/whole", "/json", "/never", "/nothing"])
-def test_an_announced_body_over_the_limit(client: TestClient, route: str) -> None:
+def test_a_body_over_the_limit_is_a_413(client: TestClient, route: str) -> None:
     assert_too_large(client.post(route, content=b"x" * (LIMIT + 1)))
 
 
 @pytest.mark.parametrize("route", ["/whole", "/json", "/v1/responses"])
-def test_a_chunked_body_over_the_limit(client: TestClient, route: str) -> None:
+def test_a_chunked_body_over_the_limit_is_a_413(client: TestClient, route: str) -> None:
     assert_too_large(client.post(route, content=pieces(LIMIT + 100)))
 
 
@@ -71,7 +71,7 @@ def test_the_client_is_usable_afterwards(client: TestClient) -> None:
 
 
 def run(app: object, chunks: int) -> list[Message]:
-    """What a bare ASGI application behind the limit sends, for chunks of half the limit."""
+    """Messages that a bare ASGI application sends, for chunks of half the limit."""
     left = [b"x" * (LIMIT // 2)] * chunks
     sent: list[Message] = []
 
@@ -116,11 +116,11 @@ def test_pieces_stream_through() -> None:
 
 
 @pytest.mark.parametrize("app", [gives_up, raises])
-def test_an_application_that_leaves_no_answer(app: object) -> None:
+def test_an_application_without_an_answer_gets_a_413(app: object) -> None:
     assert [message.get("status") for message in run(app, 3)] == [413, None]
 
 
-def test_an_answer_under_way_is_not_replaced() -> None:
+def test_a_started_answer_is_not_replaced() -> None:
     start, body = run(answers_at_once, 3)
     assert (start["status"], body["body"]) == (200, b"done")
 
@@ -133,7 +133,7 @@ def test_an_applications_own_errors_pass() -> None:
         run(fails, 1)
 
 
-def test_the_operators_number_of_answers_stands() -> None:
+def test_the_operator_s_limit_on_answers_is_kept() -> None:
     chosen, unset = {"VLLM_MAX_N_SEQUENCES": "7"}, dict[str, str]()
     limit_answers(chosen)
     limit_answers(unset)

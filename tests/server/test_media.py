@@ -1,4 +1,4 @@
-"""What the media connector loads, and what it refuses before it costs anything."""
+"""Images that the media connector loads, and images that it refuses before decoding."""
 
 import asyncio
 import base64
@@ -42,7 +42,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size and whose data are few bytes."""
+    """A PNG with any size in its header and few bytes of data."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         body = name + data
@@ -56,7 +56,7 @@ def huge_png(width: int, height: int) -> bytes:
 
 
 def icon(png: bytes) -> bytes:
-    """An icon file that calls the image in it 16 pixels wide and high."""
+    """An icon file that declares its image to be 16 x 16 pixels."""
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22)
     return struct.pack("<HHH", 0, 1, 1) + entry + png
 
@@ -88,7 +88,7 @@ def load(url: str, connection: Any = None, **options: Any) -> Any:
         icon(encoded(Image.new("RGBA", (16, 16)))),
     ],
 )
-def test_images_of_every_kind(data: bytes) -> None:
+def test_images_of_every_format_are_loaded(data: bytes) -> None:
     assert load(data_url(data)).media.mode == "RGB"
 
 
@@ -109,7 +109,7 @@ def test_an_animation_shows_its_first_frame() -> None:
         (icon(encoded(Image.new("RGBA", (90, 10)))), "is 4"),
     ],
 )
-def test_too_large_and_too_thin(data: bytes, limit: str) -> None:
+def test_too_large_and_too_thin_images_are_refused(data: bytes, limit: str) -> None:
     with pytest.raises(RequestError, match=limit) as refused:
         load(data_url(data))
     assert refused.value.parameter == "image_url"
@@ -151,14 +151,14 @@ JPEG = encoded(Image.new("RGB", (64, 64)), "JPEG")
     ],
     ids=lambda url: url[:40],
 )
-def test_everything_else_is_the_clients_fault(url: str) -> None:
+def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(RequestError) as refused:
         load(url)
     assert len(str(refused.value)) < 300
 
 
 class Failing(HTTPConnection):
-    """A network in which one thing happens."""
+    """A connection that always fails."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -173,7 +173,7 @@ def response_error(status: int) -> aiohttp.ClientResponseError:
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (response_error(404), "404"),
         (response_error(429), "429"),
@@ -185,21 +185,21 @@ def response_error(status: int) -> aiohttp.ClientResponseError:
         (aiohttp.InvalidURL("x"), "Invalid URL"),
     ],
 )
-def test_a_failing_image_host_is_a_422(error: Exception, told: str) -> None:
+def test_a_failed_fetch_is_a_422(error: Exception, message: str) -> None:
     url = "http://here.example/" + "a" * 5000
-    with pytest.raises(VLLMUnprocessableEntityError, match=told) as refused:
+    with pytest.raises(VLLMUnprocessableEntityError, match=message) as refused:
         load(url, Failing(error), allowed_media_domains=["here.example"])
     assert len(str(refused.value)) < 300
 
 
-def test_only_allowed_hosts() -> None:
+def test_other_hosts_are_refused() -> None:
     with pytest.raises(RequestError, match=r"allowed domains.*there\.example"):
         load(
             "http://there.example/a.png", Failing(OSError()), allowed_media_domains=["here.example"]
         )
 
 
-def test_a_silent_server_is_not_waited_for() -> None:
+def test_a_silent_server_is_a_timeout() -> None:
     class Silent(HTTPConnection):
         async def get_async_response(self, *args: Any, **kwargs: Any) -> Any:
             await asyncio.sleep(30)
@@ -211,7 +211,7 @@ def test_a_silent_server_is_not_waited_for() -> None:
         asyncio.run(BoundedSilent().async_get_bytes("http://127.0.0.1/", timeout=0.2))
 
 
-def test_files_below_the_operators_folder(tmp_path: Path) -> None:
+def test_only_files_in_the_allowed_folder_are_loaded(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (8, 8))))
     options = {"allowed_local_media_path": str(tmp_path)}
     assert load(f"file://{tmp_path}/a.png", **options).media.size == (8, 8)
@@ -220,7 +220,7 @@ def test_files_below_the_operators_folder(tmp_path: Path) -> None:
             load(f"file://{path}", **options)
 
 
-def test_vllm_finds_the_connector_and_the_operators_choice_stands() -> None:
+def test_vllm_finds_the_connector_and_keeps_the_operator_s_choice() -> None:
     environ = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1"}
     guard_media(ServerSettings(max_image_pixels=50, max_body_bytes=3 * 2**20), environ)
     assert environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "1"

@@ -1,4 +1,4 @@
-"""Under which ratio a request is counted."""
+"""Buckets of ratios in the metrics."""
 
 import pytest
 
@@ -21,6 +21,6 @@ IMAGES = [VisualTokenCounts.unpruned(576)]
         (17 / 18, "0.9-1"),
     ],
 )
-def test_buckets(ratio: float, bucket: str) -> None:
+def test_a_ratio_has_its_bucket(ratio: float, bucket: str) -> None:
     assert ratio_bucket(ratio, IMAGES) == bucket
     assert ratio_bucket(ratio, []) == "none"

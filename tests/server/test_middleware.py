@@ -1,4 +1,4 @@
-"""The ratio around routes: told where it is accepted, refused on the others."""
+"""The ratio header: reported on routes that accept a ratio, refused on others."""
 
 import json
 from collections.abc import Iterator
@@ -37,15 +37,15 @@ def client() -> Iterator[TestClient]:
         yield client
 
 
-def test_successful_answers_have_a_ratio_header(client: TestClient) -> None:
+def test_ratio_is_reported_on_success(client: TestClient) -> None:
     assert client.post("/v1/chat/completions").headers[HEADER] == "0.00001"
 
 
-def test_failed_answers_have_no_ratio_header(client: TestClient) -> None:
+def test_ratio_is_not_reported_on_failure(client: TestClient) -> None:
     assert HEADER not in client.post("/v1/completions").headers
 
 
-def test_header_elsewhere_is_refused(client: TestClient) -> None:
+def test_the_header_on_other_routes_is_refused(client: TestClient) -> None:
     answer = client.post(OTHER, headers={HEADER: ""}, content=b"x" * 200_000)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == HEADER
@@ -53,7 +53,7 @@ def test_header_elsewhere_is_refused(client: TestClient) -> None:
 
 @pytest.mark.parametrize("field", ["pruning_ratio", "mm_processor_kwargs", "media_io_kwargs"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
-def test_fields_elsewhere_are_refused(client: TestClient, field: str, encoding: str) -> None:
+def test_fields_on_other_routes_are_refused(client: TestClient, field: str, encoding: str) -> None:
     body = json.dumps({field: {}}).replace("p", "\\u0070").encode(encoding)
     answer = client.post(OTHER, content=body)
     assert answer.status_code == 400
@@ -85,15 +85,15 @@ def test_body_in_pieces_arrives_whole(client: TestClient) -> None:
     assert answer.json()["body"] == "abc"
 
 
-def test_features_from_elsewhere(client: TestClient) -> None:
+def test_features_from_clients_are_refused(client: TestClient) -> None:
     assert client.post("/inference/v1/generate", json={"features": {}}).status_code == 400
     assert client.post(OTHER, json={"features": {}}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/ping", "/start_profile", "/v1/responses/resp_1/cancel"])
-def test_routes_without_inference_take_default_headers(client: TestClient, path: str) -> None:
+def test_routes_without_inference_ignore_the_header(client: TestClient, path: str) -> None:
     assert client.post(path, headers={HEADER: "0.5"}).status_code == 200
 
 
-def test_get_takes_default_headers(client: TestClient) -> None:
+def test_get_ignores_the_header(client: TestClient) -> None:
     assert client.get("/v1/models", headers={HEADER: "0.5"}).status_code == 200

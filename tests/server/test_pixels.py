@@ -1,4 +1,4 @@
-"""Every mode and layout of samples becomes the RGB that a browser shows, or is refused."""
+"""Every mode and layout of samples becomes the RGB of a browser, or is refused."""
 
 import io
 import struct
@@ -24,7 +24,7 @@ WHITE = np.full(3, 255.0)
 
 
 def shown(colours: Any, alpha: Any, background: Any = WHITE) -> Any:
-    """What is seen of ``colours`` [..., 3] before a background."""
+    """``colours`` [..., 3] over a background."""
     share = np.asarray(alpha)[..., None] / 255
     return colours * share + background * (1 - share)
 
@@ -69,10 +69,10 @@ SAMPLES = {
     "I": (Image.fromarray(GREY.astype(np.int32)), TRIPLES),
     "F": (Image.fromarray(GREY.astype(np.float32)), TRIPLES),
 }
-"""Of each mode an image, and the RGB that a browser shows."""
+"""An image of each mode, and the RGB that a browser shows."""
 
 ROUNDING = {"YCbCr": 3, "HSV": 6, "La": 9, "RGBa": 9}
-"""What a colour loses in the 8-bit samples of a mode, where it is more than 1."""
+"""Rounding error of a mode's 8-bit samples, if above 1."""
 
 FILES = {
     "1": ["PNG", "TIFF", "BMP", "GIF", "PPM"],
@@ -109,7 +109,7 @@ def pixels(data: bytes, **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("mode", "kind"), [(mode, kind) for mode, kinds in FILES.items() for kind in kinds]
 )
-def test_files_of_every_mode(mode: str, kind: str) -> None:
+def test_files_of_every_mode_become_rgb(mode: str, kind: str) -> None:
     image, expected = SAMPLES[mode]
     data = encoded(image, kind, **OPTIONS.get(kind, {}))
     tolerance = max(ROUNDING.get(mode, 1), LOSS.get(kind, 1))
@@ -117,15 +117,15 @@ def test_files_of_every_mode(mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", [mode for mode in SAMPLES if mode not in ("I", "F")])
-def test_images_of_every_mode(mode: str) -> None:
-    """Also of modes in which no plugin of Pillow's opens a file today."""
+def test_images_of_every_mode_become_rgb(mode: str) -> None:
+    """Also modes that no Pillow plugin opens a file in today."""
     image, expected = SAMPLES[mode]
     with Image.open(io.BytesIO(encoded(GREY_IMAGE))) as file:
         converted = convert_image_mode(to_eight_bits(image, file), "RGB")
     assert np.abs(np.asarray(converted, np.float64) - expected).max() <= ROUNDING.get(mode, 1)
 
 
-def test_no_mode_of_pillows_is_forgotten() -> None:
+def test_every_pillow_mode_has_a_sample() -> None:
     assert set(Image.MODES) <= SAMPLES.keys()
 
 
@@ -134,7 +134,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, depth: int, colour_type: int, row: str, transparent: str = "") -> bytes:
-    """A PNG of one row, whose samples and transparent colour are given in hexadecimal."""
+    """A PNG of one row; samples and transparent colour are hexadecimal."""
     header = struct.pack(">IIBBBBB", width, 1, depth, colour_type, 0, 0, 0)
     key = chunk(b"tRNS", bytes.fromhex(transparent)) if transparent else b""
     data = chunk(b"IDAT", zlib.compress(b"\0" + bytes.fromhex(row)))
@@ -144,7 +144,7 @@ def png(width: int, depth: int, colour_type: int, row: str, transparent: str = "
 def tiff(
     width: int, bits: list[int], photometric: int, row: str, extra: int = -1, sample_format: int = 1
 ) -> bytes:
-    """A TIFF of one row, whose samples are given in hexadecimal."""
+    """A TIFF of one row; samples are hexadecimal."""
     samples = bytes.fromhex(row)
     tags = {
         256: [width],
@@ -206,18 +206,18 @@ LAYOUTS: dict[str, tuple[bytes, list[Any]]] = {
     ),
     "TIFF RGB 16": (tiff(1, [16] * 3, RGB_TIFF, "000080803412"), [(0, 128, 18)]),
 }
-"""Files that Pillow does not write, and their greys or colours."""
+"""Files that Pillow cannot write, and their greys or colours."""
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_of_samples(name: str) -> None:
+def test_layouts_of_samples_become_rgb(name: str) -> None:
     data, expected = LAYOUTS[name]
     colours = np.array([np.broadcast_to(colour, 3) for colour in expected])
     assert np.abs(pixels(data)[0] - colours).max() <= 1
 
 
-def test_12_bit_jpeg_2000() -> None:
-    """Pillow writes 16 bits only; with another precision in the header, white is 4095."""
+def test_12_bit_jpeg_2000_becomes_rgb() -> None:
+    """Pillow writes only 16 bits; with precision 12 in the header, white is 4095."""
     image = Image.fromarray(GREY.astype(np.uint16) * 16 + 30720)
     data = bytearray(encoded(image, "JPEG2000", no_jp2=True))
     size_marker = data.index(b"\xff\x51")
@@ -270,7 +270,7 @@ def test_samples_that_cannot_be_shown_are_refused(data: bytes, problem: str) -> 
     ids=["RGBA", "LA", "P", "GIF", "16 bit", "L", "RGB"],
 )
 @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 30)])
-def test_transparency_shows_the_operators_background(
+def test_transparency_shows_the_configured_background(
     data: bytes, colours: Any, alpha: Any, background: tuple[int, int, int]
 ) -> None:
     options = {"media_io_kwargs": {"image": {"rgba_background_color": background}}}
@@ -282,7 +282,7 @@ def test_transparency_shows_the_operators_background(
     ("image", "mode"),
     [(RGBA_IMAGE, "RGBA"), (LA_IMAGE, "LA"), (palette_image(), "P"), (deep("I;16"), "L")],
 )
-def test_an_operator_may_keep_modes_of_8_bits(image: Image.Image, mode: str) -> None:
+def test_image_mode_none_keeps_8_bit_modes(image: Image.Image, mode: str) -> None:
     options = {"media_io_kwargs": {"image": {"image_mode": None}}}
     assert load(data_url(encoded(image)), **options).media.mode == mode
 
@@ -311,12 +311,12 @@ ORIENTATIONS = {
     7: lambda array: np.rot90(array, 2).swapaxes(0, 1),
     8: lambda array: np.rot90(array, 1),
 }
-"""By EXIF's number, how a file's pixels are turned before they are shown."""
+"""EXIF orientation -> the transformation that shows a file's pixels."""
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_orientation(kind: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upper = RGB_IMAGE.crop((0, 0, SIDE, SIDE // 2))

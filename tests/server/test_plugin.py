@@ -68,7 +68,7 @@ def init(*, server: dict[str, Any] | None = None, **hf_config: Any) -> SimpleNam
     return state
 
 
-def test_speaks_the_protocol() -> None:
+def test_it_implements_the_protocol() -> None:
     assert isinstance(PruningEndpointPlugin(), EndpointPlugin)
     assert PruningEndpointPlugin.name == "vitcop"
 
@@ -85,7 +85,7 @@ def test_handlers_are_replaced() -> None:
     assert state.openai_serving_chat.pruned_model.names == ("some/model",)
 
 
-def test_settings_of_the_server_are_in_force() -> None:
+def test_server_settings_are_applied() -> None:
     pruning = PruningSettings().model_dump(mode="json")
     state = init(pruning=pruning, server={"explain": True, "aliases": [0.5]})
     assert state.pruning_server_settings.explain
@@ -96,13 +96,13 @@ def test_settings_of_the_server_are_in_force() -> None:
         init(pruning=pruning, server={"explian": True})
 
 
-def test_foreign_architecture_stops_start_up() -> None:
+def test_an_unknown_architecture_stops_start_up() -> None:
     with pytest.raises(ValueError, match="NewModel"):
         init()
 
 
 @pytest.mark.parametrize("folder", [None, "/somewhere"])
-def test_a_missing_metrics_folder_is_a_warning(
+def test_missing_metrics_are_logged(
     folder: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)

@@ -1,4 +1,4 @@
-"""VLLM_PLUGINS as the launcher leaves it."""
+"""The launcher sets VLLM_PLUGINS."""
 
 from importlib.metadata import EntryPoint
 
@@ -7,14 +7,14 @@ import pytest
 from vitcop_server import plugins
 
 
-def test_users_choice_is_kept() -> None:
+def test_the_user_s_plugins_are_kept() -> None:
     environ = {"VLLM_PLUGINS": "mine,other"}
     plugins.allow_plugin(environ)
     assert environ["VLLM_PLUGINS"] == "mine,other,vitcop"
 
 
 @pytest.mark.parametrize("chosen", ["", "vitcop"])
-def test_named_once(chosen: str) -> None:
+def test_our_plugin_is_named_once(chosen: str) -> None:
     environ = {"VLLM_PLUGINS": chosen}
     plugins.allow_plugin(environ)
     assert environ["VLLM_PLUGINS"] == "vitcop"
@@ -27,7 +27,7 @@ def fake_entry_points(monkeypatch: pytest.MonkeyPatch, *found: EntryPoint) -> No
     monkeypatch.setattr(plugins, "entry_points", entry_points)
 
 
-def test_unset_plugins_keep_all_but_endpoint_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unset_keeps_all_plugins_except_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_entry_points(
         monkeypatch,
         EntryPoint("lora", "x:y", "vllm.general_plugins"),
@@ -39,13 +39,13 @@ def test_unset_plugins_keep_all_but_endpoint_plugins(monkeypatch: pytest.MonkeyP
     assert environ["VLLM_PLUGINS"] == "lora,chip,vitcop"
 
 
-def test_missing_plugin_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_plugin_stops_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_entry_points(monkeypatch, EntryPoint("vitcop", "os:path", "vllm.general_plugins"))
     with pytest.raises(SystemExit, match=r"vllm\.endpoint_plugins.*pip install"):
         plugins.require_plugin()
 
 
-def test_broken_plugin_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_plugin_stops_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_entry_points(
         monkeypatch,
         EntryPoint("vitcop", "os:path", "vllm.general_plugins"),

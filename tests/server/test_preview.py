@@ -1,4 +1,4 @@
-"""Plans and explanations of images whose grids are not square, nor all of one size."""
+"""Plans and explanations for grids of different shapes and sizes."""
 
 import base64
 import math
@@ -40,7 +40,7 @@ def client() -> TestClient:
     ],
 )
 @pytest.mark.parametrize("ratio", [0, 0.3, 0.889])
-def test_a_plan_follows_the_image_size(
+def test_a_plan_has_the_grid_of_its_image_size(
     client: TestClient, width: int, height: int, rows: int, columns: int, ratio: float
 ) -> None:
     params = {"width": width, "height": height, "ratio": ratio}
@@ -68,13 +68,13 @@ def test_a_plan_of_tiles_has_a_grid_for_the_whole_image_too(client: TestClient) 
     assert plan["encoder_tokens"] == 3 * 3 + 3 * (5 + 1)
 
 
-def test_a_plan_without_a_size_is_not_of_the_largest_image(client: TestClient) -> None:
+def test_a_plan_without_a_size_is_for_the_usual_size(client: TestClient) -> None:
     plan = client.get("/v1/pruning/plan").json()
     assert (plan["width"], plan["height"]) == (USUAL_SIDE, USUAL_SIDE)
     assert plan["grids"] == [{"rows": 36, "columns": 36, "row_marks": False}]
 
 
-def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> None:
+def test_an_unsupported_size_is_a_400(client: TestClient) -> None:
     answer = client.get("/v1/pruning/plan", params={"width": 201, "height": 1})
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -94,7 +94,7 @@ def test_a_size_that_the_model_does_not_take_has_no_plan(client: TestClient) -> 
         ("fastv", False, None),
     ],
 )
-def test_a_plan_names_the_saliency_of_stage_one(
+def test_a_plan_names_the_saliency_of_stage_i(
     selector: Any, has_cls: bool, source: str | None
 ) -> None:
     preview = grid_preview(selector=selector)
@@ -109,8 +109,8 @@ def kept(stage: dict[str, Any], total: int) -> list[int]:
     return [int(i) for i in np.flatnonzero(bits)]
 
 
-def test_an_explanation_numbers_parts_row_by_row() -> None:
-    """3 rows of 5: V is no multiple of a byte's bits."""
+def test_an_explanation_numbers_cells_row_by_row() -> None:
+    """3 rows of 5: V is not a multiple of 8 bits."""
     counts = VisualTokenCounts(15, 2, (6, 3, 2))
     name = explained_identifier("request", 0, (140, 84), tag_identifier("abc", counts))
     record = {
@@ -121,16 +121,17 @@ def test_an_explanation_numbers_parts_row_by_row() -> None:
         "merged": [[0, 1], [3, 2]],
         "deep": [1, 2],
     }
-    told = explain_image(grid_preview(), name, record)
-    assert told["grids"] == [{"rows": 3, "columns": 5, "row_marks": False}]
-    assert told["saliency_source"] == "received"
-    assert [kept(stage, 15) for stage in told["stages"]] == [
+    explanation = explain_image(grid_preview(), name, record)
+    assert explanation["grids"] == [{"rows": 3, "columns": 5, "row_marks": False}]
+    assert explanation["saliency_source"] == "received"
+    assert [kept(stage, 15) for stage in explanation["stages"]] == [
         [0, 4, 5, 9, 12, 14],
         [0, 9, 14],
         [9, 14],
     ]
-    assert [stage["merged"] for stage in told["stages"]] == [[], [[0, 4], [9, 5]], [[9, 5]]]
-    assert told["clusters"] == [0, -1, -1, -1, 0, 1, -1, -1, -1, 1, -1, -1, 0, -1, 1]
+    merged = [stage["merged"] for stage in explanation["stages"]]
+    assert merged == [[], [[0, 4], [9, 5]], [[9, 5]]]
+    assert explanation["clusters"] == [0, -1, -1, -1, 0, 1, -1, -1, -1, 1, -1, -1, 0, -1, 1]
 
 
 def test_usage_sums_images_of_different_sizes() -> None:
@@ -140,5 +141,5 @@ def test_usage_sums_images_of_different_sizes() -> None:
     usage = grid_preview().model.usage_fields(counts)
     assert usage["visual_tokens"] == {"encoder": 2308, "stages": [695, 313, 66]}
     boundaries = PruningSettings().boundaries(NUM_LAYERS)
-    kept_on_average = sum(one.layer_average(boundaries, NUM_LAYERS) for one in counts)
+    kept_on_average = sum(image.layer_average(boundaries, NUM_LAYERS) for image in counts)
     assert usage["pruning_ratio"] == pytest.approx(1 - kept_on_average / 2308)

@@ -1,4 +1,4 @@
-"""Which ratio a request gets, and what it is told when it gets none."""
+"""The ratio of a request, and errors for bad ratios."""
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,7 @@ SETTINGS = PruningSettings(default_ratio=0.25)
         (["0"], 0.0, 0.0),
     ],
 )
-def test_accepts(headers: list[str], body: object, ratio: float) -> None:
+def test_valid_ratios_are_accepted(headers: list[str], body: object, ratio: float) -> None:
     assert accepted_ratio(SETTINGS, headers, body) == ratio
 
 
@@ -39,7 +39,7 @@ def test_accepts(headers: list[str], body: object, ratio: float) -> None:
         *["0.5\x00", "0.5\n", "0_5", "9" * 9000],
     ],
 )
-def test_refuses_header(value: str) -> None:
+def test_a_bad_header_is_refused(value: str) -> None:
     with pytest.raises(RequestError, match=r"X-Pruning-Ratio.* 0 to 0\.95") as refusal:
         accepted_ratio(SETTINGS, [value], None)
     assert refusal.value.param == RATIO_HEADER
@@ -47,7 +47,7 @@ def test_refuses_header(value: str) -> None:
 
 
 @pytest.mark.parametrize("values", [["0.5", "0.5"], ["0.5", "0.6"], ["", ""], ["x"] * 3])
-def test_refuses_header_sent_twice(values: list[str]) -> None:
+def test_a_repeated_header_is_refused(values: list[str]) -> None:
     with pytest.raises(RequestError, match=r"once.* 0 to 0\.95") as refusal:
         accepted_ratio(SETTINGS, values, None)
     assert refusal.value.param == RATIO_HEADER
@@ -57,18 +57,18 @@ def test_refuses_header_sent_twice(values: list[str]) -> None:
     "value",
     ["abc", -0.1, 1, 1.5, float("nan"), float("inf"), 10**400, True, False, [0.5], {"ratio": 0.5}],
 )
-def test_refuses_body(value: object) -> None:
+def test_a_bad_body_field_is_refused(value: object) -> None:
     with pytest.raises(RequestError, match=r"pruning_ratio.* 0 to 0\.95") as refusal:
         accepted_ratio(SETTINGS, [], value)
     assert refusal.value.param == "pruning_ratio"
 
 
-def test_refuses_two_opinions() -> None:
+def test_header_and_body_must_agree() -> None:
     with pytest.raises(RequestError, match=r"X-Pruning-Ratio.*0\.5 .*pruning_ratio.*0\.6"):
         accepted_ratio(SETTINGS, ["0.50"], 0.6)
 
 
-def test_one_invalid_value_of_two_is_refused() -> None:
+def test_one_bad_value_is_refused_beside_a_good_one() -> None:
     with pytest.raises(RequestError):
         accepted_ratio(SETTINGS, ["2"], 0.5)
     with pytest.raises(RequestError):
@@ -80,7 +80,7 @@ def test_minus_zero_prints_as_zero() -> None:
 
 
 @given(st.floats(min_value=1e-15, max_value=0.95))
-def test_text_reads_back(ratio: float) -> None:
+def test_a_printed_ratio_reads_back(ratio: float) -> None:
     text = ratio_text(ratio)
     assert "e" not in text.lower()
     assert float(text) == ratio

@@ -1,4 +1,4 @@
-"""SIGTERM while an answer streams: it goes on to its end, and nobody else is let in."""
+"""SIGTERM while an answer streams: the answer completes, and new requests are refused."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.server.process import LITTLE_MEMORY, engine_of, running_server
 
 
 @pytest.mark.slow
-def test_a_signal_cuts_off_no_answer() -> None:
+def test_sigterm_lets_a_running_answer_complete() -> None:
     with running_server("--config", "configs/demo-cpu.yaml", *LITTLE_MEMORY) as (url, server):
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
         engine = engine_of(server)
@@ -26,7 +26,7 @@ def test_a_signal_cuts_off_no_answer() -> None:
         with httpx.stream("POST", route, json=body, timeout=120) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            engine.suspend()  # until all has been looked at
+            engine.suspend()  # so that the answer does not end before the checks
             server.terminate()
             until = time.monotonic() + 10
             while (ready := httpx.get(f"{url}/ready")).status_code == 200:
@@ -39,17 +39,17 @@ def test_a_signal_cuts_off_no_answer() -> None:
             engine.resume()
             *_, last = (line for line in lines if line)
         assert last == "data: [DONE]"
-        for turned_away in (ready, refused):
-            assert turned_away.status_code == 503
-            assert int(turned_away.headers["Retry-After"]) > 0
-            assert turned_away.json()["error"]["type"] == "ServiceUnavailableError"
+        for answer_503 in (ready, refused):
+            assert answer_503.status_code == 503
+            assert int(answer_503.headers["Retry-After"]) > 0
+            assert answer_503.json()["error"]["type"] == "ServiceUnavailableError"
         assert overloaded.status_code == head.status_code == 503
         assert overloaded.json()["type"] == "error"
         assert overloaded.json()["error"]["type"] == "overloaded_error"
         assert alive.status_code == 200
         assert server.wait(timeout=60) == 0
         with log:
-            said = log.read()
-        assert "Application shutdown complete." in said
-        assert "ERROR" not in said
-        assert "Traceback" not in said
+            text = log.read()
+        assert "Application shutdown complete." in text
+        assert "ERROR" not in text
+        assert "Traceback" not in text

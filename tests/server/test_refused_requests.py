@@ -1,4 +1,4 @@
-"""A request whose images contradict its prompt, by a fault of ours, fails alone and loudly."""
+"""If our own bug makes images contradict the prompt, only that request fails, with an error."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from tests.server.sample_images import chat_body, png_url
 pytestmark = pytest.mark.slow
 
 FAULTY = '''
-"""A plugin of vLLM: faults of the processor and of what comes after it."""
+"""A vLLM plugin that injects bugs into the processor and behind it."""
 
 from dataclasses import replace
 
@@ -56,7 +56,7 @@ HEADERS = {"X-Pruning-Ratio": "0.667"}
 
 @pytest.fixture(scope="module")
 def faulty(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A server that is wrong about images 97 pixels wide, and about requests with 3 images."""
+    """A server with injected bugs for images 97 pixels wide and for requests with 3 images."""
     folder = tmp_path_factory.mktemp("faulty")
     (folder / "faulty.py").write_text(FAULTY)
     (folder / "faulty-1.dist-info").mkdir()
@@ -80,7 +80,7 @@ def mismatches(http: httpx.Client, found_by: str) -> float:
 
 
 def wide_image(route: str) -> list[dict[str, Any]]:
-    """Messages for a route, about an image that the server is wrong about."""
+    """A route's messages with an image that triggers the bug."""
     url = png_url(1, (97, 64))
     part: dict[str, Any] = {"type": "image_url", "image_url": {"url": url}}
     if route == "/v1/messages":
@@ -104,13 +104,13 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("route", "key", "fields"), ROUTES)
-def test_a_fault_of_the_processor_is_answered_with_503(
+def test_a_bug_in_the_processor_is_a_503(
     faulty: httpx.Client, route: str, key: str, fields: dict[str, Any]
 ) -> None:
     name = faulty.get("/v1/models").json()["data"][0]["id"]
     before = mismatches(faulty, "processor")
-    said: Any = wide_image(route)
-    body = {"model": name, key: [said] if route.endswith("batch") else said, **fields}
+    messages: Any = wide_image(route)
+    body = {"model": name, key: [messages] if route.endswith("batch") else messages, **fields}
     answer = faulty.post(route, json=body)
     assert answer.status_code == 503, answer.text
     assert int(answer.headers["Retry-After"]) > 0
@@ -120,7 +120,7 @@ def test_a_fault_of_the_processor_is_answered_with_503(
     assert faulty.get("/health").status_code == 200
 
 
-def test_a_fault_after_the_processor_harms_no_other_request(faulty: httpx.Client) -> None:
+def test_a_bug_behind_the_processor_harms_no_other_request(faulty: httpx.Client) -> None:
     name = faulty.get("/v1/models").json()["data"][0]["id"]
     before = mismatches(faulty, "scheduler")
 

@@ -1,4 +1,4 @@
-"""Every route of the running server that takes a model, and where a ratio may stand on it."""
+"""All routes with a model, and the places of a ratio on each."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,10 +22,10 @@ BODIES: dict[str, dict[str, Any]] = {
     "/detokenize": {"tokens": [5]},
     "/generative_scoring": {"query": "Hi", "items": ["Hi"], "label_token_ids": [5]},
 }
-"""Routes that take a model, each with a body that is answered."""
+"""Routes with a model, each with a valid body."""
 
 NOT_IMPLEMENTED = {"/v1/systemone"}
-"""Routes that take a model, and which vLLM does not serve for models of ours."""
+"""Routes with a model that vLLM does not implement for our models."""
 
 WITHOUT_MODEL = {
     "/invocations",  # has no schema; see test_invocations
@@ -42,11 +42,11 @@ def scope(path: str, root_path: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_a_proxy_s_prefix_changes_no_rules(path: str) -> None:
+def test_a_proxy_s_prefix_does_not_change_rules(path: str) -> None:
     assert rules_of(scope(path)) is rules_of(scope(path, "/prefix")) is ROUTES[path]
 
 
-def test_rules_of_other_routes() -> None:
+def test_other_routes_have_rules() -> None:
     assert not rules_of(scope("/v1/responses/resp_1/cancel")).is_inference
     assert rules_of(scope("/v1/messages/render")).is_anthropic
     assert not rules_of(scope("/v1/messages2")).is_anthropic
@@ -78,7 +78,7 @@ def takes_model(schema: dict[str, Any], node: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_all_routes_of_the_server_are_known_here(http: httpx.Client) -> None:
+def test_this_file_lists_all_routes(http: httpx.Client) -> None:
     schema = http.get("/openapi.json").json()
     routes: dict[bool, set[str]] = {True: set(), False: set()}
     for path, operations in schema["paths"].items():
@@ -99,7 +99,7 @@ def send(http: httpx.Client, route: str, model: str, **options: Any) -> httpx.Re
 
 @pytest.mark.slow
 @pytest.mark.parametrize("route", BODIES)
-def test_an_alias_is_known_on_every_route(http: httpx.Client, model: str, route: str) -> None:
+def test_an_alias_works_on_every_route(http: httpx.Client, model: str, route: str) -> None:
     plain, alias = (send(http, route, name) for name in (model, f"{model}@0.5"))
     assert (plain.status_code, alias.status_code) == (200, 200), (plain.text, alias.text)
     assert send(http, route, "nobody@0.5").status_code == 404

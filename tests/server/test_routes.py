@@ -1,4 +1,4 @@
-"""Plans, settings, explanations, aliases and metrics, of a running server."""
+"""Plans, settings, explanations, aliases and metrics of a running server."""
 
 import base64
 import json
@@ -54,7 +54,7 @@ def metrics(http: httpx.Client) -> dict[str, float]:
     }
 
 
-def test_config_shows_the_settings_in_force(http: httpx.Client) -> None:
+def test_config_has_the_settings_in_force(http: httpx.Client) -> None:
     config = http.get("/v1/pruning/config").json()
     assert config["num_layers"] == 16
     assert config["first_layers"] == [0, 1, 11]
@@ -65,7 +65,7 @@ def test_config_shows_the_settings_in_force(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0, 0.3, 0.667, 0.889])
-def test_the_plan_is_what_usage_reports(http: httpx.Client, model: str, ratio: float) -> None:
+def test_the_plan_agrees_with_usage(http: httpx.Client, model: str, ratio: float) -> None:
     plan = http.get("/v1/pruning/plan", params={"width": 64, "height": 48, "ratio": ratio}).json()
     answer = http.post("/v1/chat/completions", json=chat(model, 1, pruning_ratio=ratio)).json()
     tokens = answer["usage"]["visual_tokens"]
@@ -80,7 +80,7 @@ def test_the_plan_is_what_usage_reports(http: httpx.Client, model: str, ratio: f
     assert plan["kv_bytes"]["unpruned"] == 2 * 192 * 4 * 16 * V
 
 
-def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Client) -> None:
+def test_a_plan_without_a_size_is_for_the_model_s_size(http: httpx.Client) -> None:
     plan = http.get("/v1/pruning/plan").json()
     assert (plan["width"], plan["height"], plan["box"]) == (336, 336, [0, 0, 336, 336])
     wide = http.get("/v1/pruning/plan", params={"width": 672, "height": 336}).json()
@@ -98,55 +98,57 @@ def test_a_plan_without_a_size_is_of_one_that_needs_no_scaling(http: httpx.Clien
         ({"width": "9" * 30, "height": "1"}, "query.width"),
     ],
 )
-def test_a_bad_plan_is_refused(http: httpx.Client, params: dict[str, str], param: str) -> None:
+def test_a_bad_query_for_a_plan_is_refused(
+    http: httpx.Client, params: dict[str, str], param: str
+) -> None:
     answer = http.get("/v1/pruning/plan", params=params)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize("ratio", ["0", "0.3", "0.667", "0.889"])
-def test_an_explanation_draws_what_usage_counts(http: httpx.Client, model: str, ratio: str) -> None:
+def test_an_explanation_agrees_with_usage(http: httpx.Client, model: str, ratio: str) -> None:
     explained = explain(http, chat(model, 1, 2), ratio)
     assert explained.status_code == 200, explained.text
     assert float(explained.headers[HEADER]) == float(ratio)
-    told = explained.json()
+    body = explained.json()
     plain = http.post("/v1/chat/completions", json=chat(model, 1, 2), headers={HEADER: ratio})
-    assert told["completion"]["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+    assert body["completion"]["choices"][0]["message"] == plain.json()["choices"][0]["message"]
     usage = plain.json()["usage"]
-    assert told["completion"]["usage"]["visual_tokens"] == usage["visual_tokens"]
-    assert len(told["images"]) == 2
+    assert body["completion"]["usage"]["visual_tokens"] == usage["visual_tokens"]
+    assert len(body["images"]) == 2
     for number, total in enumerate(usage["visual_tokens"]["stages"]):
-        drawn = [kept(image["stages"][number]) for image in told["images"]]
-        assert sum(map(len, drawn)) == total
-        for image, patches in zip(told["images"], drawn, strict=True):
+        explained_patches = [kept(image["stages"][number]) for image in body["images"]]
+        assert sum(map(len, explained_patches)) == total
+        for image, patches in zip(body["images"], explained_patches, strict=True):
             assert image["stages"][number]["tokens"] == len(patches)
-    for image in told["images"]:
+    for image in body["images"]:
         first, second, third = map(kept, image["stages"])
         assert first >= second >= third
         assert (image["width"], image["height"]) == (64, 48)
         assert image["box"] == pytest.approx([8, 0, 56, 48], abs=0.1)
         assert (image["saliency"] is None) == (ratio == "0")
-        for stage, stays in zip(image["stages"], (first, second, third), strict=True):
+        for stage, kept_patches in zip(image["stages"], (first, second, third), strict=True):
             for group in stage["merged"]:
-                assert group[0] in stays
-                assert not stays & set(group[1:])
+                assert group[0] in kept_patches
+                assert not kept_patches & set(group[1:])
                 assert first >= set(group)
         if image["clusters"]:
             assert {p for p, label in enumerate(image["clusters"]) if label >= 0} == first
 
 
 def test_a_repeated_explanation_is_complete(http: httpx.Client, model: str) -> None:
-    """Nothing known of the image is reused, or there would be nothing to tell."""
+    """An explanation reuses no cached tokens, because the cache has no selections."""
     once, again = (explain(http, chat(model, 5)).json()["images"] for _ in range(2))
     assert once == again
     assert once[0]["stages"][1]["merged"]
 
 
-def test_a_request_without_images_has_an_empty_explanation(http: httpx.Client, model: str) -> None:
+def test_text_has_an_empty_explanation(http: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
-    told = explain(http, body).json()
-    assert told["images"] == []
-    assert told["completion"]["usage"]["visual_tokens"] is None
+    answer = explain(http, body).json()
+    assert answer["images"] == []
+    assert answer["completion"]["usage"]["visual_tokens"] is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +161,7 @@ def test_a_request_without_images_has_an_empty_explanation(http: httpx.Client, m
         ({"mm_processor_kwargs": {"explain_as": "x"}}, 400, "mm_processor_kwargs"),
     ],
 )
-def test_requests_without_a_single_answer_are_not_explained(
+def test_a_bad_request_for_an_explanation_is_refused(
     http: httpx.Client, model: str, fields: dict[str, Any], status: int, param: str
 ) -> None:
     answer = http.post("/v1/pruning/explain", json=chat(model, 1) | fields)
@@ -167,7 +169,7 @@ def test_requests_without_a_single_answer_are_not_explained(
     assert answer.json()["error"]["param"] == param
 
 
-def test_an_alias_is_a_ratio(http: httpx.Client, model: str) -> None:
+def test_an_alias_sets_the_ratio(http: httpx.Client, model: str) -> None:
     names = [card["id"] for card in http.get("/v1/models").json()["data"]]
     assert names == [model, f"{model}@0.667", f"{model}@0.889"]
     answer = http.post("/v1/chat/completions", json=chat(f"{model}@0.889", 1))
@@ -189,7 +191,7 @@ def message_body(model: str, seed: int) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": content}]}
 
 
-def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) -> None:
+def test_anthropic_s_messages_accept_the_header(http: httpx.Client, model: str) -> None:
     body = message_body(model, 1) | {"max_tokens": 3}
     unpruned = http.post("/v1/messages", json=body)
     pruned = http.post("/v1/messages", json=body, headers={HEADER: "0.889"})
@@ -205,10 +207,8 @@ def test_anthropic_s_messages_take_the_header(http: httpx.Client, model: str) ->
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "pruning_ratio")
 
 
-def test_a_image_whose_tokens_were_counted_first_is_answered(
-    http: httpx.Client, model: str
-) -> None:
-    """vLLM believes that the engine has got it, which only counting does not see to."""
+def test_an_image_stays_usable_after_token_counting(http: httpx.Client, model: str) -> None:
+    """vLLM's front end caches the image, but counting does not send it to the engine."""
     body = message_body(model, 7201)
     counted = http.post("/v1/messages/count_tokens", json=body)
     assert counted.status_code == 200
@@ -225,16 +225,16 @@ def response_body(model: str, *seeds: int, text: str = "What is this?", **fields
 
 
 @pytest.mark.parametrize("where", ["header", "field", "model"])
-def test_responses_take_the_ratio(http: httpx.Client, model: str, where: str) -> None:
+def test_responses_accept_the_ratio(http: httpx.Client, model: str, where: str) -> None:
     headers = {HEADER: "0.889"} if where == "header" else {}
     fields = {"field": {"pruning_ratio": 0.889}, "model": {"model": f"{model}@0.889"}}
     body = response_body(model, 1) | fields.get(where, {})
-    told = http.post("/v1/responses", json=body, headers=headers)
-    assert told.status_code == 200, told.text
-    assert told.headers[HEADER] == "0.889"
-    usage = told.json()["usage"]
-    asked = http.post("/v1/chat/completions", json=chat(model, 1), headers={HEADER: "0.889"})
-    expected = asked.json()["usage"]
+    response = http.post("/v1/responses", json=body, headers=headers)
+    assert response.status_code == 200, response.text
+    assert response.headers[HEADER] == "0.889"
+    usage = response.json()["usage"]
+    chat_answer = http.post("/v1/chat/completions", json=chat(model, 1), headers={HEADER: "0.889"})
+    expected = chat_answer.json()["usage"]
     for name in ("pruning_ratio", "visual_tokens"):
         assert usage[name] == expected[name]
     assert usage["input_tokens"] == expected["prompt_tokens"]
@@ -261,7 +261,7 @@ def test_responses_stream_the_same_usage(http: httpx.Client, model: str) -> None
         ({"mm_processor_kwargs": {}}, "mm_processor_kwargs"),
     ],
 )
-def test_responses_refuse(
+def test_responses_refuse_bad_ratios(
     http: httpx.Client, model: str, fields: dict[str, Any], param: str
 ) -> None:
     refused = http.post("/v1/responses", json=response_body(model, 1, **fields))
@@ -273,7 +273,7 @@ def test_responses_refuse(
     assert unlike.status_code == 400
 
 
-def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
+def test_metrics_count_requests_and_tokens(http: httpx.Client, model: str) -> None:
     before = metrics(http)
     plan = http.get("/v1/pruning/plan", params={"ratio": 0.889}).json()
     http.post("/v1/chat/completions", json=chat(model, 77, 78), headers={HEADER: "0.889"})
@@ -282,23 +282,23 @@ def test_metrics_count_what_was_done(http: httpx.Client, model: str) -> None:
     http.post("/detokenize", json={"model": model, "tokens": [5]}, headers={HEADER: "0.5"})
     after = metrics(http)
 
-    def more(name: str) -> float:
+    def increase(name: str) -> float:
         return after[name] - before.get(name, 0)
 
-    assert more('vitcop_requests_total{ratio="0.8-0.9"}') == 1
-    assert more('vitcop_requests_total{ratio="none"}') == 1
-    assert more("vitcop_ratio_errors_total") == 2
+    assert increase('vitcop_requests_total{ratio="0.8-0.9"}') == 1
+    assert increase('vitcop_requests_total{ratio="none"}') == 1
+    assert increase("vitcop_ratio_errors_total") == 2
     for name, stage in zip(STAGES, plan["stages"], strict=True):
         label = f'{{stage="{name}"}}'
-        assert more(f"vitcop_visual_tokens_kept_total{label}") == 2 * stage["tokens"]
+        assert increase(f"vitcop_visual_tokens_kept_total{label}") == 2 * stage["tokens"]
         dropped = 2 * (V - stage["tokens"])
-        assert more(f"vitcop_visual_tokens_dropped_total{label}") == dropped
-        assert more(f"vitcop_selection_seconds_count{label}") >= 1
-    # Two images less some hundred tokens each, in layers of 8: blocks of 32, groups by stage.
-    assert more("vitcop_kv_blocks_not_taken_total") > 0
+        assert increase(f"vitcop_visual_tokens_dropped_total{label}") == dropped
+        assert increase(f"vitcop_selection_seconds_count{label}") >= 1
+    # Two images without some hundred tokens each free blocks of 32 tokens.
+    assert increase("vitcop_kv_blocks_not_taken_total") > 0
 
 
-def test_explanations_are_off_unless_the_operator_wants_them(server_url: str) -> None:
+def test_explanations_are_off_by_default(server_url: str) -> None:
     model = httpx.get(f"{server_url}/v1/pruning/config").json()["model"]
     refused = httpx.post(f"{server_url}/v1/pruning/explain", json=chat(model, 1), timeout=60)
     assert refused.status_code == 404

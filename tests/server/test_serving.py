@@ -1,4 +1,4 @@
-"""vLLM's own routes, request types and error handlers, over handlers without an engine."""
+"""vLLM's routes, request types and error handlers with handlers without an engine."""
 
 import json
 from collections.abc import AsyncGenerator, Iterator
@@ -36,7 +36,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 class Stock:
-    """Stands for vLLM's methods; remembers what reached the processor."""
+    """Replaces vLLM's methods, and records the keywords that reach the processor."""
 
     def __init__(self) -> None:
         self.processor_kwargs: list[Any] = []
@@ -139,7 +139,7 @@ def test_one_request_does_not_see_the_images_of_another(client: TestClient, rout
         assert answer.json()["usage"]["visual_tokens"] == REPORT
 
 
-def test_stream(client: TestClient, stock: Stock, route: str) -> None:
+def test_a_stream_reports_usage_and_is_closed(client: TestClient, stock: Stock, route: str) -> None:
     body = ROUTES[route] | {"user": "image", "stream": True}
     answer = client.post(route, json=body, headers={HEADER: "0.5"})
     assert answer.headers[HEADER] == "0.5"
@@ -162,7 +162,7 @@ def test_stream(client: TestClient, stock: Stock, route: str) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_refusals(
+def test_bad_ratios_and_keywords_are_refused(
     client: TestClient,
     stock: Stock,
     route: str,
@@ -179,7 +179,7 @@ def test_refusals(
     assert stock.processor_kwargs == []
 
 
-def test_a_video_is_refused_before_anything_is_fetched(client: TestClient, stock: Stock) -> None:
+def test_a_video_is_refused_before_a_fetch(client: TestClient, stock: Stock) -> None:
     part = {"type": "video_url", "video_url": {"url": "http://127.0.0.1:9/a.mp4"}}
     body = CHAT | {"messages": [{"role": "user", "content": [part]}]}
     answer = client.post("/v1/chat/completions", json=body)
@@ -190,7 +190,7 @@ def test_a_video_is_refused_before_anything_is_fetched(client: TestClient, stock
     assert stock.processor_kwargs == []
 
 
-def test_a_stray_placeholder_is_named_by_the_models_tokenizer(
+def test_a_stray_placeholder_is_named_by_the_model_s_tokenizer(
     client: TestClient, route: str
 ) -> None:
     handler = client.app.state.openai_serving_chat  # type: ignore[attr-defined]
@@ -204,14 +204,14 @@ def test_a_stray_placeholder_is_named_by_the_models_tokenizer(
     assert f"{field} contains <mark[3]>" in answer.json()["error"]["message"]
 
 
-def test_error_of_the_processor_is_the_clients(client: TestClient, route: str) -> None:
+def test_an_error_of_the_processor_is_a_400(client: TestClient, route: str) -> None:
     answer = client.post(route, json=ROUTES[route] | {"user": "bad image"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "cannot read image"
     assert HEADER not in answer.headers
 
 
-def test_adopting_leaves_the_original_alone() -> None:
+def test_adopting_does_not_change_the_original() -> None:
     original = bare_handler(OpenAIServingChat)
     original.response_role = "assistant"
     adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32))

@@ -1,4 +1,4 @@
-"""The span that carries the ratio, as an exporter gets it."""
+"""The exported span with the ratio."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ print(json.dumps([json.loads(span.to_json()) for span in exporter.get_finished_s
 """
 
 
-def test_a_span_of_the_client_s_trace_has_the_ratio() -> None:
+def test_a_span_has_the_ratio_in_the_client_s_trace() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120
     )

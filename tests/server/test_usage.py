@@ -1,4 +1,4 @@
-"""Counts read from processed prompts, and usage that reports them."""
+"""Token counts of processed prompts, and their fields in usage."""
 
 import json
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ PRUNED = VisualTokenCounts(576, 20, (172, 83, 17))
 
 
 def names(*counts: VisualTokenCounts) -> list[str]:
-    return [f"a@b{index}@{one.encode()}" for index, one in enumerate(counts)]
+    return [f"a@b{index}@{image.encode()}" for index, image in enumerate(counts)]
 
 
 def engine_input(*counts: VisualTokenCounts) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def test_text_has_no_images() -> None:
     assert image_identifiers([{"type": "token", "prompt_token_ids": [1]}]) == []
 
 
-def test_untagged_image_is_our_fault() -> None:
+def test_an_untagged_image_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="without visual token counts"):
         image_counts(["abc"])
 
@@ -62,7 +62,7 @@ def test_no_images_is_null() -> None:
     assert MODEL.usage_fields([]) == {"pruning_ratio": None, "visual_tokens": None}
 
 
-def test_event_with_usage() -> None:
+def test_an_event_with_usage_is_extended() -> None:
     event = 'data: {"choices":[{"delta":{"content":"é"}}],"usage":{"prompt_tokens":3}}\n\n'
     extended = extend_event(event, {"pruning_ratio": 0.5})
     assert extended.endswith("\n\n")
@@ -83,7 +83,7 @@ def test_event_with_usage() -> None:
         'data: {"error":{"message":"no","code":500}}\n\n',
     ],
 )
-def test_event_without_usage_is_not_touched(event: str) -> None:
+def test_an_event_without_usage_is_not_changed(event: str) -> None:
     assert extend_event(event, {"pruning_ratio": 0.5}) is event
 
 
@@ -94,12 +94,12 @@ def model_config(**hf_config: Any) -> SimpleNamespace:
     )
 
 
-def test_model_from_config() -> None:
+def test_the_model_is_read_from_its_configuration() -> None:
     settings = PruningSettings(default_ratio=0.5)
     config = model_config(pruning=settings.model_dump(mode="json"))
     assert PrunedModel.from_config(config) == PrunedModel(settings, 8)
 
 
-def test_foreign_architecture_is_refused() -> None:
+def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match=r"NewModel.*VLLM_PLUGINS"):
         PrunedModel.from_config(model_config())

@@ -1,4 +1,4 @@
-"""A real browser, on the page of a real server with the demo model."""
+"""A real browser on the page of a real server with the demo model."""
 
 import os
 import shutil
@@ -23,12 +23,12 @@ FLAGS = [
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=30_000)
-    path = shutil.which("chromium") or shutil.which("google-chrome")  # else Playwright's own
+    path = shutil.which("chromium") or shutil.which("google-chrome")  # None: Playwright's own
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
         except Error as error:
-            reason = f"no Chromium to drive: {error.message.splitlines()[0]}"
+            reason = f"no Chromium found: {error.message.splitlines()[0]}"
             if os.environ.get("CI"):
                 pytest.fail(reason)
             pytest.skip(reason)
@@ -38,14 +38,14 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="package")
 def url(browser: Browser, request: pytest.FixtureRequest) -> str:
-    """Of the demo model's server, which is not started where there is no browser."""
+    """The demo server's URL; without a browser the server does not start."""
     demo_url: str = request.getfixturevalue("demo_url")
     return demo_url
 
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """Opened, with its first sample image."""
+    """The page with its first sample image."""
     with opened(browser, url) as page:
         expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         expect(page.locator("#stops li")).to_have_count(4)

@@ -1,4 +1,4 @@
-"""The page on real routes, of a model without weights whose grids have any number of rows."""
+"""The page and its real routes, for a model without weights whose grid follows the image."""
 
 import json
 import random
@@ -30,18 +30,18 @@ MEDIA = SimpleNamespace(
 
 
 class Answer:
-    """A whole answer of vLLM's, as far as an explanation looks into it."""
+    """Replaces vLLM's answer in an explanation."""
 
     def model_dump(self) -> dict[str, Any]:
         return {}
 
 
 class Model:
-    """Answers every question with one word, and chooses tokens at random.
+    """Answers every question with one word, and selects tokens at random.
 
     Attributes:
         preview: Plans of the model.
-        records: What the stages selected, by the image's identifier.
+        records: Selections by the image's identifier.
     """
 
     def __init__(self) -> None:
@@ -77,31 +77,31 @@ class Model:
 
 
 def choose(counts: VisualTokenCounts) -> dict[str, Any]:
-    """What a worker would record: tokens that go on alone, and rows of neighbours merged."""
+    """A random worker's record: kept tokens, and merged groups of neighbours."""
     if not counts.is_pruned:
         return {}
-    chance = random.Random(1)
+    rng = random.Random(1)
     n1, n2, n3 = counts.stages
     groups = max(1, min(counts.centres // 2, n2 - 1, (n1 - n2) // 2))
     rows = list(range(n1))
-    merged_at = sorted(chance.sample(rows, min(n1 - n2 + groups, 4 * groups)))
+    merged_at = sorted(rng.sample(rows, min(n1 - n2 + groups, 4 * groups)))
     merged = [
         merged_at[i * len(merged_at) // groups : (i + 1) * len(merged_at) // groups]
         for i in range(groups)
     ]
-    alone = sorted(chance.sample(sorted(set(rows) - set(merged_at)), n2 - groups))
+    alone = sorted(rng.sample(sorted(set(rows) - set(merged_at)), n2 - groups))
     shallow = sorted([*alone, *(group[0] for group in merged)])
     return {
-        "patches": sorted(chance.sample(range(counts.encoder), n1)),
-        "saliency": [chance.random() for _ in range(counts.encoder)],
+        "patches": sorted(rng.sample(range(counts.encoder), n1)),
+        "saliency": [rng.random() for _ in range(counts.encoder)],
         "shallow": shallow,
         "merged": merged,
-        "deep": sorted(chance.sample(range(n2), n3)),
+        "deep": sorted(rng.sample(range(n2), n3)),
     }
 
 
 def grid_app(*, has_cls: bool = False, tiled: bool = False) -> FastAPI:
-    """Page, routes and answers, of a model whose encoder may have [CLS] or tiles."""
+    """An application with page, routes and answers; the encoder may have [CLS], or tiles."""
     app, model = FastAPI(), Model()
     model.preview.info.has_cls = has_cls
     model.preview.info.tiled = tiled

@@ -1,4 +1,4 @@
-"""What a person does on the page, and sees there."""
+"""A user's actions on the page, and its visible content."""
 
 import io
 import re
@@ -19,28 +19,28 @@ SAMPLES = {
     ],
     "duck.png": ["DUCK", "square", "middle left"],
 }
-"""What is right to answer to each question that the page offers."""
+"""Right answers to the page's sample questions."""
 
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The page, in a browser that has never seen it; nothing in its console is left unread."""
+    """The page in a new browser context; checks that its console has no errors."""
     context = browser.new_context(**options)
     page = context.new_page()
-    troubles: list[str] = []
-    page.on("console", lambda line: troubles.append(line.text))
-    page.on("pageerror", lambda error: troubles.append(error.message))
+    errors: list[str] = []
+    page.on("console", lambda line: errors.append(line.text))
+    page.on("pageerror", lambda error: errors.append(error.message))
     try:
         page.goto(f"{url}/ui")
         yield page
     finally:
         context.close()
-    # A refused request is a line of its own there; violated policies and bugs are others.
-    assert [line for line in troubles if not line.startswith("Failed to load resource")] == []
+    # Tests may provoke refused requests; policy violations and bugs are errors.
+    assert [line for line in errors if not line.startswith("Failed to load resource")] == []
 
 
 def hold(page: Page, address: str) -> list[Route]:
-    """The next request to ``address``, once it is sent: nobody answers it until the test does."""
+    """Hold the next request to ``address``; the test continues it."""
     held: list[Route] = []
     page.route(address, lambda route: held.append(route), times=1)
     return held
@@ -82,14 +82,14 @@ def facts(page: Page, pane: int) -> dict[str, str]:
 
 
 def numbers(text: str) -> list[int]:
-    """Those in ``text``, in which 1,024 is one."""
+    """The numbers in ``text``; commas separate thousands."""
     return [int(number) for number in re.findall(r"\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))]
 
 
 def drawn(page: Page, what: str) -> list[tuple[float, float, float, float]]:
-    """Left, top, right, bottom of what is drawn, as shares of the image.
+    """Left, top, right and bottom of drawn items, as shares of the image.
 
-    A path of closed squares is as many things; any other path is one.
+    A path of closed squares is an item per square; any other path is one item.
     """
     script = """(cells, what) => {
       const { width, height } = cells.viewBox.baseVal;

@@ -25,13 +25,13 @@ def test_two_answers_with_their_times_and_counts(page):
     ask(page)
     assert answers(page) == ["PLUM", "PLUM"]
     full, pruned = facts(page, 0), facts(page, 1)
-    for told in (full, pruned):
-        assert 0 < numbers(told["First token"])[0] <= numbers(told["Last token"])[0]
+    for pane in (full, pruned):
+        assert 0 < numbers(pane["First token"])[0] <= numbers(pane["Last token"])[0]
     assert (full["Tokens kept"], pruned["Tokens kept"]) == ("all 576", "172, 77, 15 of 576")
     expect(page.locator("#summary")).to_contain_text("The same answer with 89\u00a0%")
 
 
-def test_questions_are_sent_in_turn_without_cache_hits(page):
+def test_questions_are_asked_in_turn_and_share_no_cache(page):
     order: list[str] = []
     bodies: list[Any] = []
 
@@ -49,7 +49,7 @@ def test_questions_are_sent_in_turn_without_cache_hits(page):
     assert order == ["sent 0", "done 0", "sent 0.889", "done 0.889"]
     first, second = bodies
     assert first["cache_salt"] != second["cache_salt"]
-    # Not even the encoder's output: to the server's caches they are two images.
+    # The images differ too, so that the encoder's output is not shared.
     images = [body["messages"][0]["content"][0]["image_url"]["url"] for body in bodies]
     assert images[0][:1000] == images[1][:1000]
     assert images[0] != images[1]
@@ -141,25 +141,25 @@ def test_the_plan_follows_the_ratio(page):
     assert facts(page, 1)["Tokens kept"] == "all 576"
 
 
-def test_answers_keep_the_question_and_ratio_they_were_made_with(page):
+def test_answers_keep_their_question_and_ratio(page):
     ask(page)
     expect(page.locator("#answers-title")).to_have_text("Answers to “What does the sign say?”")
-    told = facts(page, 1)
+    facts_before = facts(page, 1)
     assert drawn(page, ".heat")
     page.get_by_role("button", name="0.778").click()
     page.get_by_role("textbox", name="Question").fill("Where is the purple moon?")
-    # What stands at the new ratio is its plan, and says so.
+    # The new ratio shows only its plan.
     expect(page.locator("#plan h2")).to_contain_text("at ratio 0.778")
     expect(page.locator("#caption")).to_contain_text("Ask a question to see")
     assert not drawn(page, "g path")
     expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
     expect(page.locator("#answers-title")).to_have_text("Answers to “What does the sign say?”")
-    assert (answers(page), facts(page, 1)) == (["PLUM", "PLUM"], told)
+    assert (answers(page), facts(page, 1)) == (["PLUM", "PLUM"], facts_before)
     page.get_by_role("button", name="0.889").click()
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
-def test_changes_during_a_request_apply_to_the_next_question(page):
+def test_changes_while_asking_apply_to_the_next_question(page):
     sent: list[Request] = []
     page.on("request", lambda request: sent.append(request) if request.method == "POST" else None)
     held = hold(page, "**/v1/chat/completions")
@@ -175,11 +175,11 @@ def test_changes_during_a_request_apply_to_the_next_question(page):
     assert answers(page) == ["PLUM", "PLUM"]
     expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
     assert facts(page, 1)["Removed"] == "89\u00a0%"
-    page.get_by_role("button", name="0.889").click()  # Which tokens were kept is known.
+    page.get_by_role("button", name="0.889").click()  # This ratio has kept tokens to show.
     expect(page.locator("#cells .heat").first).to_be_visible()
 
 
-def test_another_image_clears_the_answers_of_the_last(page):
+def test_another_image_clears_answers_and_tokens(page):
     ask(page)
     assert drawn(page, ".heat")
     page.route("**/v1/pruning/plan**", lambda route: None)  # never answered
@@ -193,7 +193,7 @@ def test_another_image_clears_the_answers_of_the_last(page):
     expect(page.locator("#answers-title")).to_have_text("Answers")
 
 
-def test_a_failed_plan_request_clears_the_last_plan(page):
+def test_a_failed_plan_hides_the_old_plan(page):
     page.route("**/v1/pruning/plan**", lambda route: route.abort())
     page.get_by_role("button", name="0.667").click()
     expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
@@ -205,11 +205,11 @@ def test_a_failed_plan_request_clears_the_last_plan(page):
 
 
 def test_without_explanations_counts_are_shown(browser, server_url):
-    asked: list[str] = []
+    urls: list[str] = []
     with opened(browser, server_url) as page:
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: urls.append(request.url))
         expect(page.locator("#stops li")).to_have_count(4)
-        # The plan may come first, and there is no question without the sample.
+        # The plan may load before the sample image.
         expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         ask(page)
         *counts, encoder = numbers(facts(page, 1)["Tokens kept"])
@@ -220,10 +220,10 @@ def test_without_explanations_counts_are_shown(browser, server_url):
             expect(page.get_by_role("slider", name="Stage shown")).to_have_value(str(stage))
         expect(page.locator("#caption")).to_contain_text("--server.explain true")
         assert not drawn(page, "g path")
-    assert not [address for address in asked if "explain" in address]
+    assert not [address for address in urls if "explain" in address]
 
 
-def test_everything_has_a_name(page):
+def test_every_control_has_an_accessible_name(page):
     for role, name in [
         ("textbox", "Question"),
         ("spinbutton", "Ratio: the share of visual tokens removed, averaged over layers"),
@@ -241,7 +241,7 @@ def test_everything_has_a_name(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_needs_no_sideways_scrolling(browser, url, scheme):
+def test_a_phone_needs_no_horizontal_scrolling(browser, url, scheme):
     phone = {"width": 360, "height": 780}
     with opened(browser, url, viewport=phone, color_scheme=scheme) as page:
         expect(page.locator("#stops li")).to_have_count(4)

@@ -1,4 +1,4 @@
-"""Clicks, keys, pastes and drags, as people and their browsers mean them."""
+"""Clicks, keys, pastes and drags."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ COPY = """async (text) => {
   if (text) parts["text/plain"] = new Blob([text], { type: "text/plain" });
   await navigator.clipboard.write([new ClipboardItem(parts)]);
 }"""
-"""Puts an image into the browser's clipboard, and the text that a spreadsheet puts beside it."""
+"""Copies an image, and text beside it as spreadsheets do."""
 
 DROP = """([target, text]) => {
   const data = new DataTransfer();
@@ -35,23 +35,23 @@ def alt(page: Page) -> Any:
 
 @pytest.mark.parametrize("how", ["double click", "held key"])
 def test_two_clicks_ask_once(page: Page, how: str) -> None:
-    asked: list[Request] = []
-    page.on("request", lambda sent: asked.append(sent) if "completions" in sent.url else None)
+    sent: list[Request] = []
+    page.on("request", lambda one: sent.append(one) if "completions" in one.url else None)
     button = page.get_by_role("button", name="Ask", exact=True)
     if how == "double click":
         button.dblclick()
     else:
         button.focus()
-        for _ in range(5):  # Each repeats the last: the key is not let go.
+        for _ in range(5):  # A key that is held down repeats.
             page.keyboard.down("Enter")
         page.keyboard.up("Enter")
     expect(page.locator("#summary")).not_to_be_empty()
     expect(button).to_be_visible()
     assert answers(page) == ["PLUM", "PLUM"]
-    assert len(asked) == 2
+    assert len(sent) == 2
 
 
-def test_stopping_by_key_leaves_the_focus_where_asking_goes_on(page: Page) -> None:
+def test_stopping_by_key_moves_the_focus_to_ask(page: Page) -> None:
     page.route("**/v1/chat/completions", lambda route: None)  # never answered
     page.get_by_role("button", name="Ask", exact=True).press("Enter")
     expect(page.get_by_role("button", name="Asking")).to_have_attribute("aria-disabled", "true")
@@ -65,7 +65,7 @@ def test_stopping_by_key_leaves_the_focus_where_asking_goes_on(page: Page) -> No
 
 @pytest.mark.parametrize("modifier", ["Alt", "Control", "Meta", "Shift"])
 @pytest.mark.parametrize("focus", ["body", "#frame"])
-def test_arrow_keys_with_a_modifier_are_the_browser_s(
+def test_arrow_keys_with_a_modifier_are_left_to_the_browser(
     page: Page, focus: str, modifier: str
 ) -> None:
     page.evaluate(
@@ -87,12 +87,12 @@ def test_enter_with_a_modifier_sends_no_question(page: Page, modifier: str) -> N
 
 
 def test_enter_that_ends_a_composed_word_sends_no_question(page: Page) -> None:
-    """Safari says so by the key's code alone."""
+    """Safari marks this Enter only with the key's code."""
     page.locator("#question").dispatch_event("keydown", {"key": "Enter", "keyCode": 229})
     expect(page.locator("#status")).to_be_empty()
 
 
-def test_copied_cells_are_pasted_as_text_where_text_belongs(page: Page) -> None:
+def test_copied_cells_are_pasted_as_text_into_a_text_field(page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     before = alt(page)
     page.evaluate(COPY, COPIED)
@@ -101,11 +101,11 @@ def test_copied_cells_are_pasted_as_text_where_text_belongs(page: Page) -> None:
     question.press("Control+V")
     expect(question).to_have_value(COPIED)
     assert alt(page) == before
-    page.locator("#frame").press("Control+V")  # no text belongs here
+    page.locator("#frame").press("Control+V")  # no text field
     expect(page.locator("#image")).to_have_attribute("alt", "Pasted image")
 
 
-def test_a_copied_image_is_pasted_wherever_the_cursor_is(page: Page) -> None:
+def test_a_copied_image_is_pasted_even_in_a_text_field(page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.evaluate(COPY, "")
     page.get_by_role("textbox", name="Question").press("Control+V")
@@ -133,13 +133,13 @@ def test_text_can_be_dragged_into_the_question(page: Page) -> None:
         ("#ratio-range", "cells", True),
     ],
 )
-def test_a_dropped_file_with_text_is_text_in_a_text_field(
+def test_a_text_field_takes_the_text_of_a_dropped_file(
     page: Page, target: str, text: str, is_taken: bool
 ) -> None:
     assert page.evaluate(DROP, [target, text]) == is_taken
 
 
-def test_an_empty_ratio_is_no_ratio(page: Page) -> None:
+def test_a_bad_ratio_is_not_applied(page: Page) -> None:
     ratio = page.get_by_role("spinbutton", name="Ratio")
     for wrong in ("", "1.5", "-1"):
         ratio.fill(wrong)
@@ -148,7 +148,7 @@ def test_an_empty_ratio_is_no_ratio(page: Page) -> None:
         expect(page.locator("#plan h2")).to_contain_text("at ratio 0.889")
         expect(page.locator("#pruned-title")).to_have_text("Ratio 0.889")
         expect(page.locator("#stops b")).to_have_text(["576", "172", "77", "15"])
-        page.get_by_role("button", name="Ask", exact=True).click()  # The browser says what to do.
+        page.get_by_role("button", name="Ask", exact=True).click()  # the browser shows its hint
         expect(ratio).to_be_focused()
         expect(page.locator("#status")).to_be_empty()
     ratio.fill("0.5")

@@ -1,4 +1,4 @@
-"""The files that the page is made of, as they are sent."""
+"""The page's files and their HTTP headers."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parents[3] / "server" / "vitcop_server" / "samples"
 
 
 @pytest.mark.slow
-def test_page_and_samples_come_with_strict_headers(url):
+def test_page_and_samples_have_strict_headers(url):
     with httpx.Client(base_url=url) as client:
         for path, kind in (
             ("/ui", "text/html; charset=utf-8"),

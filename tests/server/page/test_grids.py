@@ -1,4 +1,4 @@
-"""Images of any shape, each with a grid of its own, on the page of a model without weights."""
+"""Images of any aspect ratio and their grids, on the page of a model without weights."""
 
 import base64
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 GRIDS = {
     (1344, 140): (5, 48),
     (140, 1344): (48, 5),
-    (600, 400): (15, 22),  # no multiple of 28
+    (600, 400): (15, 22),  # not a multiple of 28
     (1792, 1008): (36, 64),
 }
 
@@ -30,8 +30,8 @@ def grid_url(browser: Browser) -> Iterator[str]:
 
 
 @contextmanager
-def asked(browser: Browser, url: str, size: tuple[int, int], **options: Any) -> Iterator[Any]:
-    """The page after a question about an image of a size, and what the server explained."""
+def asked_page(browser: Browser, url: str, size: tuple[int, int], **options: Any) -> Iterator[Any]:
+    """The page after a question about an image of ``size``, and the server's explanation."""
     with opened(browser, url, **options) as page:
         expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)
         width, height = size
@@ -40,12 +40,12 @@ def asked(browser: Browser, url: str, size: tuple[int, int], **options: Any) -> 
         page.get_by_role("textbox", name="Question").fill("What is it?")
         with page.expect_response("**/v1/pruning/explain") as explained:
             ask(page)
-        (told,) = explained.value.json()["images"]
-        yield page, told
+        (explanation,) = explained.value.json()["images"]
+        yield page, explanation
 
 
 def parts(page: Page, what: str, rows: int, columns: int) -> list[int]:
-    """Numbers of the parts of the image on which ``what`` is drawn, row by row."""
+    """Indices of the grid cells on which ``what`` is drawn, row by row."""
     boxes = drawn(page, what)
     found = []
     for left, top, right, bottom in boxes:
@@ -62,13 +62,13 @@ def show(page: Page, step: int) -> None:
 
 
 @pytest.mark.parametrize("size", GRIDS)
-def test_parts_lie_on_a_grid_of_any_shape(
+def test_cells_lie_on_a_grid_of_any_shape(
     browser: Browser, grid_url: str, size: tuple[int, int]
 ) -> None:
     rows, columns = GRIDS[size]
-    with asked(browser, grid_url, size) as (page, told):
+    with asked_page(browser, grid_url, size) as (page, explanation):
         assert parts(page, ".heat", rows, columns) == list(range(rows * columns))
-        for step, stage in enumerate(told["stages"], 1):
+        for step, stage in enumerate(explanation["stages"], 1):
             show(page, step)
             bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
             assert parts(page, ".kept", rows, columns) == np.flatnonzero(bits).tolist()
@@ -81,7 +81,13 @@ def test_parts_lie_on_a_grid_of_any_shape(
 
 def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser) -> None:
     coarse, fine = (3, 3), (15, 22)
-    with serving(grid_app(tiled=True)) as url, asked(browser, url, (600, 400)) as (page, told):
+    with (
+        serving(grid_app(tiled=True)) as url,
+        asked_page(browser, url, (600, 400)) as (
+            page,
+            explanation,
+        ),
+    ):
         expect(page.locator("#caption")).to_contain_text(
             "in 3 rows and 3 columns and again in 15 rows and 22 columns with a mark after each row"
         )
@@ -91,7 +97,7 @@ def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser) -> None:
             choice.select_option(str(number))
             show(page, 0)
             assert parts(page, ".heat", rows, columns) == list(range(rows * columns))
-            for step, stage in enumerate(told["stages"], 1):
+            for step, stage in enumerate(explanation["stages"], 1):
                 show(page, step)
                 bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
                 split = bits[:9], bits[9 : 9 + 15 * 23].reshape(15, 23)[:, :22].flatten()
@@ -103,44 +109,45 @@ def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser) -> None:
 
 
 def test_an_image_with_one_grid_offers_no_choice(browser: Browser, grid_url: str) -> None:
-    with asked(browser, grid_url, (600, 400)) as (page, _):
+    with asked_page(browser, grid_url, (600, 400)) as (page, _):
         expect(page.get_by_role("combobox", name="Grid shown")).to_be_hidden()
 
 
 def test_an_outline_does_not_cross_the_edges_of_the_image(browser: Browser, grid_url: str) -> None:
-    """The last part of a row and the first of the next are numbered one after the other."""
+    """The last cell of a row and the first of the next have consecutive indices."""
     columns = 5
-    with asked(browser, grid_url, (140, 84)) as (page, told):
-        stage = told["stages"][1]
+    with asked_page(browser, grid_url, (140, 84)) as (page, explanation):
+        stage = explanation["stages"][1]
         stage["merged"] = [[4, 5]]
-        page.route("**/v1/pruning/explain", lambda route: route.fulfill(json={"images": [told]}))
+        body = {"images": [explanation]}
+        page.route("**/v1/pruning/explain", lambda route: route.fulfill(json=body))
         ask(page)
         show(page, 2)
         outline = page.locator("#cells .cluster").get_attribute("d")
     assert outline is not None
-    assert outline.count("M") == 8  # two squares that touch nowhere
+    assert outline.count("M") == 8  # two separate squares
     assert set(outline.split("M")[1:]) >= {f"{columns} 0v1", "0 1v1", "4 0v1", "1 1v1"}
 
 
 def test_the_caption_names_grid_and_saliency(browser: Browser, grid_url: str) -> None:
-    with asked(browser, grid_url, (1344, 140)) as (page, _):
+    with asked_page(browser, grid_url, (1344, 140)) as (page, _):
         caption = page.locator("#caption")
         expect(caption).to_contain_text("240 tokens, each for one part of the image")
         expect(caption).to_contain_text("in 5 rows and 48 columns")
         expect(caption).to_contain_text("how much attention each token gets from the whole image")
         expect(caption).not_to_contain_text("CLS")
-    with serving(grid_app(has_cls=True)) as url, asked(browser, url, (1344, 140)) as (page, _):
+    with serving(grid_app(has_cls=True)) as url, asked_page(browser, url, (1344, 140)) as (page, _):
         expect(page.locator("#caption")).to_contain_text("attention the encoder's [CLS] token pays")
 
 
 def test_16384_tokens_are_drawn_with_few_elements(browser: Browser, grid_url: str) -> None:
-    """One element per token takes seconds."""
-    with asked(browser, grid_url, (3584, 3584)) as (page, told):
+    """One element per token would take seconds."""
+    with asked_page(browser, grid_url, (3584, 3584)) as (page, explanation):
         assert facts(page, 0)["Tokens kept"] == "all 16,384"
         for step in range(4):
             show(page, step)
             expect(page.locator("#cells")).to_have_class("fine")
-            groups = len(told["stages"][step - 1]["merged"]) if step else 0
+            groups = len(explanation["stages"][step - 1]["merged"]) if step else 0
             assert page.locator("#cells *").count() < 80 + groups
         kept_last = numbers(page.locator("#caption").inner_text().split(":", 1)[1])[0]
         assert len(drawn(page, ".kept")) == kept_last
@@ -152,7 +159,7 @@ def test_an_image_of_any_shape_fits_its_frame(
     browser: Browser, grid_url: str, size: tuple[int, int], width: int
 ) -> None:
     viewport = {"width": width, "height": 800}
-    with asked(browser, grid_url, size, viewport=viewport) as (page, _):
+    with asked_page(browser, grid_url, size, viewport=viewport) as (page, _):
         image, frame = (page.locator(part).bounding_box() for part in ("#image", "#frame"))
         assert image is not None
         assert frame is not None
@@ -163,8 +170,8 @@ def test_an_image_of_any_shape_fits_its_frame(
         assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-def test_lines_around_parts_return_where_there_is_room(browser: Browser, grid_url: str) -> None:
-    with asked(browser, grid_url, (1792, 1008)) as (page, _):
+def test_cell_borders_are_drawn_only_with_enough_room(browser: Browser, grid_url: str) -> None:
+    with asked_page(browser, grid_url, (1792, 1008)) as (page, _):
         page.set_viewport_size({"width": 1280, "height": 800})
         expect(page.locator("#cells")).not_to_have_class("fine")
         page.set_viewport_size({"width": 320, "height": 800})

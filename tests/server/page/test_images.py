@@ -1,4 +1,4 @@
-"""Files that browsers show in another way than the server decodes them, or not at all."""
+"""Files that browsers decode differently from the server, or not at all."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def halves(mode: str = "RGB", size: tuple[int, int] = (600, 336)) -> Image.Image
 
 
 def turned_webp() -> bytes:
-    """Stored on its side, with a note to turn it that Chromium does not read."""
+    """Stored rotated, with an EXIF orientation that Chromium ignores."""
     exif = Image.Exif()
     exif[0x0112] = 6
     stored = halves().transpose(Image.Transpose.ROTATE_90)
@@ -35,14 +35,14 @@ def animation(kind: str, **options: Any) -> bytes:
 
 
 def clear_png() -> bytes:
-    """Blue, with a left half that is clear."""
+    """Blue, with a transparent left half."""
     image = Image.new("RGBA", (600, 336), (*BLUE, 255))
     image.paste((0, 255, 0, 0), (0, 0, 300, 336))
     return encoded(image)
 
 
 def pixels(page: Page) -> list[tuple[int, ...]]:
-    """Of what the page draws on: in the middle of its left half, and of its right half."""
+    """Colours of the page's image, in the middle of its left and right half."""
     script = """(image) => {
       const canvas = new OffscreenCanvas(image.naturalWidth, image.naturalHeight);
       const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -67,21 +67,21 @@ def pixels(page: Page) -> list[tuple[int, ...]]:
     ],
     ids=["turned", "apng", "apng-default", "gif", "webp", "tiff", "cmyk", "clear"],
 )
-def test_the_page_draws_on_the_frame_that_the_model_gets(
+def test_the_page_shows_the_frame_that_the_model_gets(
     page: Page, kind: str, content: bytes, left: tuple[int, ...]
 ) -> None:
     upload(page, f"mine.{kind}", f"image/{kind}", content)
     expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 600 336")
-    page.wait_for_timeout(200)  # for any animation to go on
+    page.wait_for_timeout(200)  # an animation would change
     for colour, expected in zip(pixels(page), (left, BLUE), strict=True):
         assert colour == pytest.approx(expected, abs=8)
-    # What is left outside is there before anyone asks, and where explanations are off.
+    # The cropped-off area is marked even without a question.
     expect(page.locator("#cells .outside")).to_have_attribute(
         "d", "M0 0H600V336H0ZM132 0V336H468V0Z"
     )
 
 
-def test_parts_lie_where_a_turned_image_shows_them(page: Page) -> None:
+def test_cells_follow_a_rotated_image(page: Page) -> None:
     upload(page, "mine.webp", "image/webp", turned_webp())
     expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 600 336")
     page.get_by_role("textbox", name="Question").fill("What does the sign say?")
@@ -92,7 +92,7 @@ def test_parts_lie_where_a_turned_image_shows_them(page: Page) -> None:
     assert edges == pytest.approx([132 / 600, 0, 468 / 600, 1], abs=0.005)
 
 
-def test_a_large_image_comes_back_small_and_keeps_its_size(page: Page) -> None:
+def test_a_large_image_is_shown_small_with_its_size(page: Page) -> None:
     upload(page, "mine.png", "image/png", encoded(halves(size=(3000, 1500))))
     expect(page.locator("#cells")).to_have_attribute("viewBox", "0 0 3000 1500")
     size = page.locator("#image").evaluate("(img) => [img.naturalWidth, img.naturalHeight]")
@@ -102,7 +102,7 @@ def test_a_large_image_comes_back_small_and_keeps_its_size(page: Page) -> None:
     assert box["width"] == pytest.approx(2 * box["height"], rel=0.01)
 
 
-def test_of_two_images_the_one_chosen_last_is_shown(page: Page) -> None:
+def test_the_last_chosen_image_is_shown(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         upload(page, "slow.png", "image/png", png(300, 100))
@@ -116,7 +116,7 @@ def test_of_two_images_the_one_chosen_last_is_shown(page: Page) -> None:
     expect(page.locator("#alert")).to_be_hidden()
 
 
-def test_a_question_waits_for_the_image_that_was_chosen_before(page: Page) -> None:
+def test_a_question_waits_for_the_chosen_image(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         page.locator("#samples [value='snow.png']").click()
@@ -126,7 +126,7 @@ def test_a_question_waits_for_the_image_that_was_chosen_before(page: Page) -> No
     assert answers(page) == ["SNOW", "SNOW"]
 
 
-def test_a_question_is_about_the_chosen_image(page: Page) -> None:
+def test_a_refused_image_cancels_the_question(page: Page) -> None:
     held = hold(page, "**/v1/pruning/image")
     with page.expect_request("**/v1/pruning/image"):
         upload(page, "mine.png", "image/png", b"no image")

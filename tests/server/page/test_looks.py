@@ -20,7 +20,7 @@ def styles(elements: Locator) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_forced_colours_keep_the_cells_apart(browser: Browser, url: str, scheme: str) -> None:
+def test_forced_colours_keep_meaningful_colours(browser: Browser, url: str, scheme: str) -> None:
     with opened(browser, url, forced_colors="active", color_scheme=scheme) as page:
         expect(page.locator("#stops li")).to_have_count(4)
         ask(page)
@@ -57,7 +57,7 @@ BOXES = "(all) => all.map((element) => element.getBoundingClientRect().toJSON())
 
 @pytest.mark.parametrize("text_size", [100, 200])
 @pytest.mark.parametrize("width", [320, 375, 640, 1280])
-def test_elements_do_not_overlap_or_overflow(
+def test_nothing_overlaps_or_overflows(
     browser: Browser, url: str, width: int, text_size: int
 ) -> None:
     with opened(browser, url, viewport={"width": width, "height": 800}) as page:

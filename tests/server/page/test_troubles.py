@@ -1,4 +1,4 @@
-"""Images of one's own, markup where text belongs, refusals, and keys."""
+"""Pasted images, markup in text, errors, and API keys."""
 
 import json
 
@@ -56,8 +56,8 @@ def test_markup_in_an_error_is_text(page, streamed):
     expect(page.locator("#alert *")).to_have_count(0)
 
 
-def test_an_error_of_the_server_is_a_sentence(page):
-    page.get_by_role("textbox", name="Question").fill("<image>")  # the placeholder of another image
+def test_a_server_error_shows_its_message(page):
+    page.get_by_role("textbox", name="Question").fill("<image>")  # an image placeholder
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("The server answered 400: ")
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
@@ -67,7 +67,7 @@ def test_an_error_of_the_server_is_a_sentence(page):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
         (png(2000, 100), "server.max_aspect_ratio"),
         (png(6000, 5000), "server.max_image_pixels"),
@@ -76,10 +76,10 @@ def test_an_error_of_the_server_is_a_sentence(page):
     ],
     ids=["thin", "large", "text", "drawing"],
 )
-def test_an_unreadable_image_has_its_error_below_the_image(page, content, sentence):
+def test_a_refused_image_shows_its_error_below_the_image(page, content, message):
     upload(page, "mine.png", "image/png", content)
-    expect(page.locator("#image-section").get_by_role("alert")).to_contain_text(sentence)
-    expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)  # as it was
+    expect(page.locator("#image-section").get_by_role("alert")).to_contain_text(message)
+    expect(page.locator("#samples [aria-pressed=true]")).to_have_count(1)  # unchanged
     choose(page, "snow.png")
     expect(page.locator("#alert")).to_be_hidden()
 
@@ -92,7 +92,7 @@ def test_a_running_question_can_be_stopped(page):
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_visible()
 
 
-def test_the_page_asks_for_an_api_key_if_the_server_needs_it(browser, url):
+def test_the_page_asks_for_a_missing_api_key(browser, url):
     def guard(route: Route) -> None:
         if route.request.headers.get("authorization") == "Bearer sesame":
             route.continue_()
@@ -107,7 +107,7 @@ def test_the_page_asks_for_an_api_key_if_the_server_needs_it(browser, url):
         expect(key).to_be_visible()
         expect(key).to_have_attribute("type", "password")
         expect(key).to_be_focused()
-        expect(page.locator("#alert")).to_be_hidden()  # nothing was wrong yet
+        expect(page.locator("#alert")).to_be_hidden()  # no error yet
         alert = page.locator("#key-form").get_by_role("alert")
         for wrong, sentence in (
             ("wrong", "does not accept this key"),

@@ -1,4 +1,4 @@
-"""Requests that the bench sends: images of noise, and text of a known length."""
+"""The bench's requests: images of noise, and text of a known length."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ class ImageRequest:
     Attributes:
         prompt: Text, with the model's marker for each image.
         images: Seeds of the images' pixels.
-        ratio: Pruning ratio, in [0, 1); stock vLLM does not get it.
+        ratio: Pruning ratio, in [0, 1); not sent to stock vLLM.
         max_tokens: Length of the answer.
-        letters: Whether the answer is made of letters only. Random weights also answer bytes that
-            are not text, and a next turn would hold those as other tokens.
+        letters: Allow only letters in the answer. Random weights also produce bytes that are no
+            valid text; the next turn's prompt would encode these as other tokens.
         image_size: Height and width of the images, in pixels.
-        max_pixels: Limit that the processor scales larger images down to, if it has one.
+        max_pixels: The processor scales larger images down to this limit.
     """
 
     prompt: str
@@ -35,13 +35,13 @@ def user_turn(question: str, images: int = 1, marker: str = "<image>") -> str:
     return f"USER: {marker * images}\n{question} ASSISTANT:"
 
 
-def text_of(tokens: int) -> str:
-    """Text of ``tokens`` tokens: the byte tokenizer makes one of each letter."""
+def filler_text(tokens: int) -> str:
+    """Text of ``tokens`` tokens: the byte tokenizer makes a token of each letter."""
     return ("tell me what is in this picture and why " * tokens)[:tokens]
 
 
 def random_image(seed: int, width: int = 336, height: int = 336) -> Any:
-    """An image of noise: right for cost, without meaning for the selection."""
+    """An image of noise: it costs as much as a photo, but has no content to select."""
     import numpy as np
     from PIL import Image
 
