@@ -36,8 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--model",
         choices=("llava", "llava-next", "llava-onevision", "qwen2.5-vl"),
-        help="soak this model; default: all",
+        help="soak this model; default: llava and qwen2.5-vl, all with --full",
     )
+    group.addoption("--full", action="store_true", help="all families in every test")
     group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")
     group.addoption("--seed", type=int, default=0, help="of a soak's requests")
 
@@ -56,6 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["OMP_NUM_THREADS"] = str(len(own_cores))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own_cores))
 
+
+SAME_FOR_TILED = {"test_tensor_parallel", "test_model_runner_v2", "test_compiled_segments"}
+"""Files whose tests run the same code for LLaVA-OneVision as for LLaVA-NeXT."""
 
 ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
 """Files that use engines in the tests' process, or child processes that end with a test."""
@@ -82,9 +86,18 @@ WITHOUT_SERVER = tuple(
 """Files below ``SERVERS`` that use no server."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run soaks last: the end of a soak's engine ends the process groups of all engines here."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run soaks last: the end of a soak's engine ends the process groups of all engines here.
+
+    Without ``--full``, skip tests that take minutes and run the same code for another family.
+    """
     items.sort(key=lambda item: "tests/soak/" in item.nodeid)
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="runs the same code as LLaVA-NeXT's test; --full runs it too")
+    for item in items:
+        if item.path.stem in SAME_FOR_TILED and "[llava_onevision" in item.name:
+            item.add_marker(skip)
 
 
 class SharedProcesses(LoadScopeScheduling):

@@ -79,7 +79,9 @@ LOADS = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "load" in metafunc.fixturenames:
         names = [metafunc.config.getoption("--model")]
-        names = list(LOADS) if names == [None] else names
+        if names == [None]:
+            is_full = metafunc.config.getoption("--full")
+            names = list(LOADS) if is_full else ["llava", "qwen2.5-vl"]
         metafunc.parametrize("load", [LOADS[name] for name in names], ids=names)
 
 
