@@ -42,8 +42,8 @@ class Sequences:
 
     Attributes:
         kept: (N, n) int64, ascending: patches whose tokens the decoder sees.
-        ids, labels, positions, segments: (S, T) int64. Every token sees segment 0; tokens of
-            another segment are seen only inside that segment. Segment -1 is padding.
+        ids, labels, positions, segments: (S, T) int64. A token sees segment 0 and its own
+            segment. Segment -1 is padding.
         families: (S, T) int64: for tokens of an answer, the question's index in
             :data:`questions.FAMILIES`; -1 elsewhere.
         looks: (K, 3) int64: sequence, token index, attention head. The head of a prompt's last

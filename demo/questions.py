@@ -69,7 +69,7 @@ def _place(thing: Thing, side: int) -> str | None:
 
 
 def _unique(things: Sequence[Thing], key: Callable[[Thing], str]) -> list[Thing]:
-    """Things whose ``key`` no other thing has."""
+    """Things with a unique ``key``."""
     keys = [key(thing) for thing in things]
     return [thing for thing in things if keys.count(key(thing)) == 1]
 

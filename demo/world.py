@@ -101,7 +101,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Letter:
-    """One of a sign's letters, by its index in the text."""
+    """A letter of a sign, by its index in the text."""
 
     sign: Sign
     index: int

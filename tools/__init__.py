@@ -1,1 +1,1 @@
-"""Programs for people who change this project; no wheel holds them."""
+"""Programs for developers; not in the wheels."""

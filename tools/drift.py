@@ -1,16 +1,15 @@
-"""What another vLLM release changes under this plugin, read from its sources.
+"""Changes in another vLLM release that affect this plugin, found in vLLM's sources.
 
-``python -m tools.drift 0.33.0`` compares that release with ``tools/drift.lock``, which
-describes, for the installed vLLM, each thing of vLLM's that our code depends on:
+``python -m tools.drift 0.33.0`` compares the release with ``tools/drift.lock``. The lock describes
+the parts of the installed vLLM that our code depends on:
 
-- ``import``: a name that a module of ours imports, with its parameters if it is a function;
-- ``override``: a method of vLLM's that one of ours overrides, with its parameters and a hash of
-  its body;
-- ``call``: a method of vLLM's that a class of ours calls on itself, likewise;
-- ``name``: an attribute or string in our code that vLLM's sources hold too.
+- ``import``: a name that our code imports, and its parameters if it is a function;
+- ``override``: a vLLM method that our code overrides, its parameters and a hash of its body;
+- ``call``: a vLLM method that our classes call on ``self``, with the same details;
+- ``name``: an attribute or string in our code that also occurs in vLLM's sources.
 
-GONE means that our code fails, or is never called. CHANGED means that somebody has to read the
-new code. ``--write`` describes the installed vLLM again. Exit status 1 if something is gone.
+GONE: our code fails, or is never called. CHANGED: a developer must read the new code. ``--write``
+rewrites the lock for the installed vLLM. The exit status is 1 if a dependency is gone.
 """
 
 import argparse
@@ -42,7 +41,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{3,}")
 
 
 class Sources:
-    """The Python files of a package ``vllm`` in a folder. Nothing is imported."""
+    """Parses the package ``vllm`` in a folder, without importing it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +55,7 @@ class Sources:
         return None
 
     def find(self, module: str, name: str) -> ast.AST | None:
-        """What ``name`` of a module is: its definition, through imports; ``None`` if absent."""
+        """The definition of a module's ``name``, also through imports; ``None`` if absent."""
         tree = self.tree(module)
         if tree is None:
             return None
@@ -72,7 +71,7 @@ class Sources:
                         return self.find(source, alias.name) or self.tree(f"{source}.{name}")
             elif name in _bound(node):
                 return node
-        # A submodule, or a name that the package's __getattr__ looks up in a table.
+        # A submodule, or a name in the table of the package's __getattr__.
         return self.tree(f"{module}.{name}") or _mention(tree, name)
 
     def _absolute(self, module: str, node: ast.ImportFrom) -> str:
@@ -85,7 +84,7 @@ class Sources:
         return ".".join([*parts, *([node.module] if node.module else [])])
 
     def find_method(self, module: str, class_name: str, name: str) -> Function | None:
-        """A method of a class, its own or inherited from a class of vLLM's."""
+        """A method of a class, also if inherited inside vLLM."""
         found = self.find(module, class_name)
         if not isinstance(found, ast.ClassDef):
             return None
@@ -100,7 +99,7 @@ class Sources:
         return None
 
     def _home(self, module: str, name: str) -> str:
-        """The module that defines ``name``, which ``module`` may only import."""
+        """The module that defines ``name``; ``module`` may only import it."""
         tree = self.tree(module)
         for node in _statements(tree) if tree else ():
             if isinstance(node, ast.ImportFrom):
@@ -110,13 +109,13 @@ class Sources:
         return module
 
     def words(self) -> set[str]:
-        """Every identifier in the files, in strings and comments too."""
+        """All identifiers in the files, also in strings and comments."""
         files = sorted((self.folder / "vllm").rglob("*.py"))
         return set().union(*(_WORD.findall(file.read_text()) for file in files))
 
 
 def _statements(scope: ast.AST) -> Iterator[ast.AST]:
-    """Statements of a module or class, those under ``if`` and ``try`` too."""
+    """Statements of a module or class, also under ``if``, ``try`` and ``with``."""
     for node in ast.iter_child_nodes(scope):
         if isinstance(node, ast.stmt):
             yield node
@@ -139,7 +138,7 @@ def _mention(tree: ast.Module, name: str) -> ast.AST | None:
 
 
 class _WithoutHints(ast.NodeTransformer):
-    """Removes what does not run: docstrings and annotations."""
+    """Removes docstrings and annotations."""
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None
@@ -156,7 +155,7 @@ class _WithoutHints(ast.NodeTransformer):
 
 
 def _parameters(node: ast.AST) -> str:
-    """Of a function, or of a class that it is made with; empty for anything else."""
+    """Parameters of a function or of a class's ``__init__``; empty for other nodes."""
     if isinstance(node, ast.ClassDef):
         methods = (n for n in _statements(node) if isinstance(n, ast.FunctionDef))
         node = next((method for method in methods if method.name == "__init__"), node)
@@ -170,14 +169,14 @@ def _digest(node: ast.AST) -> str:
 
 
 def _form(node: object) -> object:
-    """A syntax tree as tuples, the same in each version of Python: ``ast.dump`` differs."""
+    """A syntax tree as tuples. Unlike ``ast.dump``, it is equal in all versions of Python."""
     if isinstance(node, ast.AST):
         fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return type(node).__name__, [(name, _form(value)) for name, value in fields]
     return [_form(one) for one in node] if isinstance(node, list) else repr(node)
 
 
-# What of vLLM's our code depends on.
+# Our code's dependencies on vLLM.
 
 
 def _files() -> dict[str, Path]:
@@ -194,7 +193,7 @@ def _files() -> dict[str, Path]:
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[str, ...]]:
-    """Per name that a file imports from vLLM: where from, or from where instead."""
+    """For each name that a file imports from vLLM: its places, alternatives included."""
     sources: dict[str, list[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
@@ -206,7 +205,7 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, ...]]:
 
 
 def _classes() -> Iterator[type]:
-    """Classes of ours, those too that are made for an attention backend."""
+    """Our classes, including the classes made for each attention backend."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vitcop_vllm.engine.attention import create_staged_attention_backend
@@ -224,7 +223,7 @@ def _classes() -> Iterator[type]:
 
 
 def _overrides(cls: type) -> Iterator[tuple[str, str]]:
-    """Methods of ours that a class has, each with the method of vLLM's that it overrides."""
+    """Pairs of our methods in a class and the vLLM methods that they override."""
     methods = (FunctionType, classmethod, staticmethod, property)
     for number, ours in enumerate(cls.__mro__):
         if ours.__module__.partition(".")[0] not in PACKAGES:
@@ -240,7 +239,7 @@ def _overrides(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def _calls(cls: type, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Methods of vLLM's that a class of ours calls on itself, each with where it is."""
+    """Pairs of our class and a vLLM method that it calls on ``self`` or ``cls``."""
     body = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
     for node in ast.walk(body):
         match node:
@@ -252,7 +251,7 @@ def _calls(cls: type, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _names(trees: Mapping[str, ast.Module]) -> set[str]:
-    """Attributes and strings in our code, less what it defines itself."""
+    """Attributes and strings in our code, without names that it defines itself."""
     used: set[str] = set()
     defined: set[str] = set()
     for node in (node for tree in trees.values() for node in ast.walk(tree)):
@@ -271,7 +270,7 @@ def _names(trees: Mapping[str, ast.Module]) -> set[str]:
 
 
 def dependencies() -> dict[str, Any]:
-    """What our code depends on: imports, overrides and calls as ours -> vLLM's, and names."""
+    """Our code's dependencies: imports, (ours, vLLM's) pairs of overrides and calls, and names."""
     trees = {name: ast.parse(path.read_text()) for name, path in _files().items()}
     classes = [*_classes()]
     return {
@@ -283,7 +282,7 @@ def dependencies() -> dict[str, Any]:
 
 
 def describe(depends: Mapping[str, Any], vllm: Sources) -> Lock:
-    """What a release's sources hold of it; what is gone is absent."""
+    """The lock of a release, without the dependencies that its sources lack."""
     lock: Lock = {"imports": {}, "overrides": {}, "calls": {}, "names": {}}
     for places in depends["imports"]:
         found = (vllm.find(*place.split(":")) for place in places)
@@ -301,7 +300,7 @@ def describe(depends: Mapping[str, Any], vllm: Sources) -> Lock:
 
 
 def compare(old: Lock, new: Lock) -> tuple[list[str], list[str]]:
-    """Lines for what is gone, and for what has changed."""
+    """Lines about dependencies that are gone, and that have changed."""
     gone, changed = [], []
     for kind, things in old.items():
         for thing, was in things.items():
@@ -316,7 +315,7 @@ def compare(old: Lock, new: Lock) -> tuple[list[str], list[str]]:
 
 
 def installed() -> Sources:
-    """The sources of the vLLM that is installed."""
+    """The installed vLLM's sources."""
     import vllm
 
     return Sources(Path(str(vllm.__file__)).parents[1])
@@ -326,7 +325,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("version", nargs="?", help="of vLLM, such as 0.33.0")
+    parser.add_argument("version", nargs="?", help="a vLLM release, such as 0.33.0")
     parser.add_argument("--write", action="store_true", help="write the lock file")
     arguments = parser.parse_args()
     depends = dependencies()

@@ -1,7 +1,7 @@
-"""Hooks of ``mkdocs.yml``: pages that lie outside ``docs``, and links to what is no page.
+"""Hooks of ``mkdocs.yml``: pages outside ``docs``, and links to files that are not pages.
 
-The README is the site's first page. Links are written for readers of the repository; here a
-link to a page of the site is adapted, and a link to another file becomes its name.
+The README is the site's first page. Links are written for the repository: a link to a page is
+adapted to the site, and a link to another file becomes the file's name.
 """
 
 import re

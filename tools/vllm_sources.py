@@ -1,9 +1,9 @@
-"""Sources of a vLLM release, and an environment in which its Python files run on a CPU.
+"""Sources of a vLLM release, and a folder from which its Python files run on a CPU.
 
 There is no CPU build of vLLM 0.33. ``python -m tools.vllm_sources 0.33.0 FOLDER`` makes a folder
-that holds its Python files, the compiled parts of the installed CPU build, and packages that it
-requires in newer versions. With the folder on ``PYTHONPATH``, Python imports vLLM 0.33.0 from it.
-What was compiled, and torch, stay those of the installed build.
+with its Python files, the compiled libraries of the installed CPU build, and newer versions of
+packages that it requires. With the folder on ``PYTHONPATH``, Python imports vLLM 0.33.0 from it.
+The compiled libraries and torch remain those of the installed build.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def fetch(version: str) -> Path:
     """The source archive of a release, downloaded once.
 
     Raises:
-        SystemExit: If there is no such release, or if what came is not what the index promises.
+        SystemExit: If the index has no such release, or the hash does not match.
     """
     name = f"vllm-{version}.tar.gz"
     path = CACHE / name
@@ -52,7 +52,7 @@ def fetch(version: str) -> Path:
 
 
 def unpack(version: str) -> Path:
-    """A folder that holds the release's package ``vllm`` and its requirements, unpacked once."""
+    """A folder with the release's package ``vllm`` and its requirements, unpacked once."""
     folder = CACHE / version
     if not folder.exists():
         partly = CACHE / f"{version}.partly"
@@ -68,7 +68,7 @@ def unpack(version: str) -> Path:
 
 
 def overlay(version: str, folder: Path) -> None:
-    """Make ``folder`` an import path of the release, with the installed build's compiled parts.
+    """Make ``folder`` an import path of the release, with the installed build's libraries.
 
     Raises:
         SystemExit: If no vLLM is installed.
@@ -77,13 +77,13 @@ def overlay(version: str, folder: Path) -> None:
 
     spec = find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise SystemExit("no vLLM is installed, whose compiled parts are needed")
+        raise SystemExit("install vLLM first: its compiled libraries are needed")
     installed = Path(spec.origin).parent
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(unpack(version), folder)
     for library in installed.rglob("*.so"):
         (folder / "vllm" / library.relative_to(installed)).symlink_to(library)
-    # vLLM takes its version from here, and "+cpu" in it for a CPU build.
+    # vLLM reads its version here; "+cpu" marks a CPU build.
     metadata = folder / f"vllm-{version}+cpu.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}+cpu\n")
@@ -111,8 +111,8 @@ def _unsatisfied(requirements: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("version", help="of vLLM, such as 0.33.0")
-    parser.add_argument("folder", type=Path, help="to make; what it holds is deleted")
+    parser.add_argument("version", help="a vLLM release, such as 0.33.0")
+    parser.add_argument("folder", type=Path, help="folder to make; existing content is deleted")
     arguments = parser.parse_args()
     overlay(arguments.version, arguments.folder)
 

@@ -1,4 +1,4 @@
-"""The lock file is that of the installed vLLM, and changes of a release are found."""
+"""The lock describes the installed vLLM, and the tool finds a release's changes."""
 
 import json
 from pathlib import Path
@@ -55,28 +55,28 @@ def release(tmp_path):
 
 
 def test_the_lock_describes_the_installed_vllm():
-    """After a change of what we use of vLLM: python -m tools.drift --write."""
+    """If this fails after a change of our code, run python -m tools.drift --write."""
     if not installed_vllm_version().startswith("0.32."):
-        pytest.skip("the lock is of vLLM 0.32")
+        pytest.skip("the lock describes vLLM 0.32")
     assert json.loads(LOCK.read_text()) == describe(dependencies(), installed())
 
 
-def test_imports_and_overrides_of_vllm_are_found():
+def test_our_dependencies_are_found():
     depends = dependencies()
     imports = {place for places in depends["imports"] for place in places}
     assert "vllm.v1.core.sched.scheduler:Scheduler" in imports
     overrides = dict(depends["overrides"])
     for ours, theirs in {
         "vitcop_vllm.engine.scheduler.StagedScheduler.schedule": "sched.scheduler:Scheduler",
-        # A mixin, whose base is known only where it is mixed in.
+        # A mixin: only the class that mixes it in has the base.
         "vitcop_server.serving.PrunedChat.create_chat_completion": "serving:OpenAIServingChat",
-        # A class that is made for each attention backend.
+        # A class made for each attention backend.
         "vitcop_vllm.engine.attention.StagedImpl.forward": "attn:",
     }.items():
         assert theirs in overrides[ours]
 
 
-def test_a_release_that_changes_nothing_is_silent(release):
+def test_new_docstrings_are_no_change(release):
     old = describe(DEPENDS, release())
     assert [*old["imports"]] == [
         "vllm.core:cdiv",
@@ -116,7 +116,7 @@ def test_a_change_is_found(release, module, before, after, gone, changed):
             assert wanted in found[0]
 
 
-def test_a_name_may_move_to_a_place_that_we_know(release):
+def test_a_name_may_move_to_an_alternative_place(release):
     old = describe(DEPENDS, release())
     moved = release(new="name = 1", base=OLD["base.py"] + "class Other: ...")
     assert compare(old, describe(DEPENDS, moved)) == ([], [])
