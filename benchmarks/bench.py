@@ -63,8 +63,8 @@ def engine_cases(
         return scenarios.measure_capacity, [{"ratio": r} for r in scenarios.CAPACITY_RATIOS]
     cases = {
         "prefill": prefill.prefill_cases(SHAPES[arguments.shape], arguments.batches),
-        "images": prefill.image_cases(),
-        "long_text": prefill.long_text_cases(),
+        "images": prefill.IMAGE_CASES,
+        "long_text": prefill.LONG_TEXT_CASES,
     }
     return prefill.measure_prefill, cases[name]
 
@@ -121,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         shape = SHAPES[arguments.shape]
         options = engine_options(arguments, shape)
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint = Path(scratch) / "checkpoint"
-            checkpoint.mkdir()
+            checkpoint = Path(scratch)
             write_checkpoint(checkpoint, shape, options)
             try:
                 measure(arguments, checkpoint, options, measured)

@@ -28,8 +28,6 @@ _MAX_COLUMNS = 4
 _WIDTH = 8.0
 """Inches. GitHub shows an image in a README about 830 pixels wide: 10 points are 14 pixels."""
 
-Row = Mapping[str, Any]
-
 
 @dataclass
 class Curve:

@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
+from benchmarks.measured_engine import Result
 from benchmarks.qwen_checkpoint import QwenShape
 from benchmarks.requests import QUESTION, ImageRequest, filler_text
 from benchmarks.rounds import Rounds, Row, summary
@@ -45,6 +46,15 @@ pruning keeps. This alternative to pruning also saves encoder time, and loses de
 Case = dict[str, Any]
 """Arguments of :func:`measure_prefill`."""
 
+IMAGE_CASES: list[Case] = [
+    {"ratio": ratio, "images": images} for images in IMAGES for ratio in LONG_RATIOS
+]
+LONG_TEXT_CASES: list[Case] = [
+    {"ratio": ratio, "question": filler_text(tokens)}
+    for tokens in TEXT_TOKENS
+    for ratio in LONG_RATIOS
+]
+
 
 def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
     if not isinstance(shape, QwenShape):
@@ -54,18 +64,6 @@ def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
         for size in IMAGE_SIZES
         for batch in batches
         for ratio in ("0", *RATIOS)
-    ]
-
-
-def image_cases() -> list[Case]:
-    return [{"ratio": ratio, "images": images} for images in IMAGES for ratio in LONG_RATIOS]
-
-
-def long_text_cases() -> list[Case]:
-    return [
-        {"ratio": ratio, "question": filler_text(tokens)}
-        for tokens in TEXT_TOKENS
-        for ratio in LONG_RATIOS
     ]
 
 
@@ -92,6 +90,16 @@ def measure_prefill(
         made = rounds.new_requests(batch, value, 1, images=images, question=question)
         return [replace(request, max_pixels=max_pixels) for request in made]
 
+    def times(average: float, timed_run: Result, profiled_run: Result) -> dict[str, float]:
+        return {
+            "average_tokens": average,
+            "stock_ms": stock * 1e3,
+            "ours_ms": timed_run["seconds"] * 1e3,
+            "stock_encoder_ms": encoder * 1e3,
+            "encoder_ms": profiled_run["encoder_seconds"] * 1e3,
+            "speed_up": stock / timed_run["seconds"],
+        }
+
     rounds.serve(requests())  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
         timed, profiled = rounds.serve_profiled(requests)
@@ -106,13 +114,7 @@ def measure_prefill(
             ideal = ideal_prefill(stock, encoder, plan.share(text, images))
             stages = zip(plan.layers, plan.counts.stages, strict=True)
             rows = encoder + sum(layers * layer[tokens] for layers, tokens in stages)
-            figures = {
-                "average_tokens": plan.average,
-                "stock_ms": stock * 1e3,
-                "ours_ms": seconds * 1e3,
-                "stock_encoder_ms": encoder * 1e3,
-                "encoder_ms": profiled[name]["encoder_seconds"] * 1e3,
-                "speed_up": stock / seconds,
+            figures = times(plan.average, timed[name], profiled[name]) | {
                 "ideal": stock / ideal,
                 "vs_ideal": ideal / seconds,
                 "vs_stock_rows": rows / seconds,
@@ -124,18 +126,9 @@ def measure_prefill(
         if isinstance(shape, QwenShape) and value:
             limit = shape.max_pixels(plans[OURS].average)
             scaled, scaled_profiled = rounds.serve_profiled(partial(requests, limit), STOCK)
-            seconds = scaled[STOCK]["seconds"]
-            measured[OURS][-1]["vs_scaled_down"] = seconds / timed[OURS]["seconds"]
-            measured[SCALED_DOWN].append(
-                {
-                    "average_tokens": scaled[STOCK]["prompt_tokens"][0] - text,
-                    "stock_ms": stock * 1e3,
-                    "ours_ms": seconds * 1e3,
-                    "stock_encoder_ms": encoder * 1e3,
-                    "encoder_ms": scaled_profiled[STOCK]["encoder_seconds"] * 1e3,
-                    "speed_up": stock / seconds,
-                }
-            )
+            measured[OURS][-1]["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]
+            average = scaled[STOCK]["prompt_tokens"][0] - text
+            measured[SCALED_DOWN].append(times(average, scaled[STOCK], scaled_profiled[STOCK]))
     conditions: Row = {"ratio": ratio, "batch": batch, "images": images, "text_tokens": text}
     if image_size is not None:
         conditions["image_size"] = image_size
