@@ -33,10 +33,11 @@ class LlavaNextShape(LlavaShape):
 
     @property
     def visual_tokens(self) -> int:
-        return sum(
-            rows * (columns + marks)
-            for rows, columns, marks in self.grids(self.image_size, self.image_size)
-        )
+        return self.tokens_of(self.image_size, self.image_size)
+
+    def tokens_of(self, width: int, height: int) -> int:
+        """V, number of visual tokens of an image of that size."""
+        return sum(rows * (columns + marks) for rows, columns, marks in self.grids(width, height))
 
     def grids(self, width: int, height: int) -> list[tuple[int, int, bool]]:
         """Rows, columns and row marks of the grids of an image of that size."""
@@ -112,27 +113,11 @@ def _config(shape: LlavaNextShape) -> Any:
     vocabulary = byte_tokenizer().get_vocab()
     return LlavaNextConfig(
         architectures=["LlavaNextForConditionalGeneration"],
-        vision_config=CLIPVisionConfig(
-            hidden_size=shape.vision_hidden,
-            intermediate_size=4 * shape.vision_hidden,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_heads,
-            image_size=shape.tile_size,
-            patch_size=shape.patch_size,
-        ),
+        vision_config=CLIPVisionConfig(image_size=shape.tile_size, **shape.vision_sizes()),
         text_config=MistralConfig(
             architectures=["MistralForCausalLM"],
-            vocab_size=len(vocabulary),
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
             sliding_window=None,
-            bos_token_id=vocabulary["<s>"],
-            eos_token_id=vocabulary["</s>"],
+            **shape.decoder_sizes(vocabulary),
         ),
         image_token_index=vocabulary["<image>"],
         image_grid_pinpoints=[*map(list, shape.pinpoints)],

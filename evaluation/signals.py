@@ -8,6 +8,8 @@ question, rank tokens like the question's attention? Runs the unpruned model in 
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +62,13 @@ class Reading(NamedTuple):
     distances: Floats
 
 
+def shown_patches(scene: Any) -> npt.NDArray[np.bool_]:
+    """(V,) whether a patch shows a part of a shape or of a letter."""
+    grids = patch_targets(scene)
+    shown: npt.NDArray[np.bool_] = ((grids["shape"] > 0) | (grids["letter"] > 0)).reshape(-1)
+    return shown
+
+
 class Signals:
     """Reads the signals of each visual token from a model in transformers."""
 
@@ -71,6 +80,36 @@ class Signals:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
 
+        tower = self.model.model.vision_tower
+        layer = tower.encoder.layers[self.model.config.vision_feature_layer]
+        self._attention: Any = layer.self_attn
+
+    @contextmanager
+    def _recorded(self) -> Iterator[list[torch.Tensor]]:
+        """Queries and keys of the encoder's layer, (B, 1 + V, heads, D) each, once it has run."""
+        recorded: list[torch.Tensor] = []
+
+        def record(_: Any, __: Any, output: torch.Tensor) -> None:
+            recorded.append(output.unflatten(-1, (self._attention.num_heads, -1)))
+
+        projections = self._attention.q_proj, self._attention.k_proj
+        hooks = [projection.register_forward_hook(record) for projection in projections]
+        try:
+            yield recorded
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.inference_mode()
+    def cls_attention(self, image: Any) -> Floats:
+        """(V,) attention of [CLS]; runs the encoder only."""
+        inputs = self.processor.image_processor(image, return_tensors="pt")
+        with self._recorded() as recorded:
+            self.model.model.vision_tower(inputs["pixel_values"])
+        queries, keys = recorded
+        saliency: Floats = cls_saliency(queries[:, 0], keys, self._attention.scale)[0].numpy()
+        return saliency
+
     @torch.inference_mode()
     def read(self, image: Any, question: str) -> Reading:
         """Run the model on an image and a question about it."""
@@ -81,23 +120,12 @@ class Signals:
         inputs = self.processor(
             images=image, text=prompt, return_tensors="pt", add_special_tokens=False
         )
-        tower = self.model.model.vision_tower
-        attention = tower.encoder.layers[self.model.config.vision_feature_layer].self_attn
-        recorded: dict[str, torch.Tensor] = {}
-        hooks = [
-            projection.register_forward_hook(
-                lambda _, __, output, name=name: recorded.__setitem__(name, output)
-            )
-            for name, projection in (("q", attention.q_proj), ("k", attention.k_proj))
-        ]
-        out = self.model(**inputs, output_attentions=True, use_cache=True)
-        for hook in hooks:
-            hook.remove()
-        heads = (attention.num_heads, -1)
-        queries, keys = (recorded[name].unflatten(-1, heads) for name in "qk")
-        saliency = cls_saliency(queries[:, 0], keys, attention.scale)
-        received = attention_received(queries, keys, attention.scale)[:, 1:]
-        features = recorded["k"][:, 1:]
+        with self._recorded() as recorded:
+            out = self.model(**inputs, output_attentions=True, use_cache=True)
+        queries, keys = recorded
+        saliency = cls_saliency(queries[:, 0], keys, self._attention.scale)
+        received = attention_received(queries, keys, self._attention.scale)[:, 1:]
+        features = keys[:, 1:].flatten(2)
         rms = rms_distance(features)
         shares = torch.pdist(features[0]).quantile(torch.tensor([0.05, 0.5, 0.95])) / rms
         visual = inputs["input_ids"][0] == self.model.config.image_token_id
@@ -123,8 +151,7 @@ def measure(path: Path, images: int, seed: int) -> dict[str, Any]:
     for i in tqdm(range(images), desc="images"):
         rng = np.random.default_rng([EXAM_SEED + seed, len(FAMILIES), i])
         (scene,), turns = compose(families[i % len(families)], rng)
-        grids = patch_targets(scene)
-        shown = ((grids["shape"] > 0) | (grids["letter"] > 0)).reshape(-1)
+        shown = shown_patches(scene)
         if not shown.any():
             continue
         saliency, received, norms, seen, distances = signals.read(draw(scene), turns[0].question)

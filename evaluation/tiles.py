@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from demo.drawing import draw, patch_targets
+from demo.drawing import draw
 from demo.questions import EXAM_SEED, FAMILIES, SINGLE, compose
-from evaluation.signals import Signals
+from evaluation.signals import Signals, shown_patches
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
 
 Scores = npt.NDArray[np.floating[Any]]
@@ -58,10 +57,8 @@ def saliency_and_truth(signals: Signals, rng: np.random.Generator) -> tuple[Scor
     for number, tile in enumerate(tiles):
         mosaic.paste(tile, (number % 2 * SIDE, number // 2 * SIDE))
     whole = mosaic.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    saliency = np.stack([signals.read(image, "What is it?").cls for image in (whole, *tiles)])
-    grids = [patch_targets(scene) for scene in scenes]
-    shown = np.stack([((g["shape"] > 0) | (g["letter"] > 0)).reshape(-1) for g in grids])
-    return saliency, shown
+    saliency = np.stack([signals.cls_attention(image) for image in (whole, *tiles)])
+    return saliency, np.stack([shown_patches(scene) for scene in scenes])
 
 
 def measure(path: Path, images: int, seed: int) -> list[dict[str, float]]:
@@ -90,7 +87,6 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
     rows = measure(Path(resolve(args.model)), args.images, args.seed)
     for row in rows:
         print("  ".join(f"{name} {value:.3f}" for name, value in row.items()))

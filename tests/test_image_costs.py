@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from benchmarks import llava_next_checkpoint, qwen_checkpoint
-from benchmarks.llava_next_checkpoint import LlavaNextShape
 from benchmarks.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -27,10 +26,6 @@ class Published(NamedTuple):
     visual_tokens: int
 
 
-def tiled(shape: LlavaNextShape) -> int:
-    return sum(rows * (columns + marks) for rows, columns, marks in shape.grids(*SIZE))
-
-
 ONEVISION: LlavaOnevisionShape = replace(
     TINY,
     tile_size=384,
@@ -40,8 +35,8 @@ ONEVISION: LlavaOnevisionShape = replace(
 PUBLISHED = {
     "llava-1.5-7b": Published(32, 32, 576),
     "llava-1.5-13b": Published(40, 40, 576),
-    "llava-next-7b": Published(32, 8, tiled(llava_next_checkpoint.SMALL)),
-    "llava-onevision-7b": Published(28, 4, tiled(ONEVISION)),
+    "llava-next-7b": Published(32, 8, llava_next_checkpoint.SMALL.tokens_of(*SIZE)),
+    "llava-onevision-7b": Published(28, 4, ONEVISION.tokens_of(*SIZE)),
     "qwen2.5-vl-7b": Published(28, 4, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
 }
 

@@ -29,11 +29,11 @@ def test_wilson_stays_within_bounds():
         wilson(0.5, 0)
 
 
-def scores(both: int, ours: int, theirs: int, neither: int) -> tuple[list[float], list[float]]:
-    """Paired scores: counts of both right, only ours, only theirs, neither."""
+def scores(both: int, first: int, second: int, neither: int) -> tuple[list[float], list[float]]:
+    """Paired scores, from the numbers of examples that both, one or neither answers right."""
     return (
-        [1.0] * (both + ours) + [0.0] * (theirs + neither),
-        [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither,
+        [1.0] * (both + first) + [0.0] * (second + neither),
+        [1.0] * both + [0.0] * first + [1.0] * second + [0.0] * neither,
     )
 
 
@@ -48,9 +48,9 @@ def scores(both: int, ours: int, theirs: int, neither: int) -> tuple[list[float]
     ],
 )
 def test_paired_difference_against_published_values(table, low, high):
-    ours, theirs = scores(*table)
-    assert paired_difference(ours, theirs) == pytest.approx((low, high), abs=5e-5)
-    assert paired_difference(theirs, ours) == pytest.approx((-high, -low), abs=5e-5)
+    first, second = scores(*table)
+    assert paired_difference(first, second) == pytest.approx((low, high), abs=5e-5)
+    assert paired_difference(second, first) == pytest.approx((-high, -low), abs=5e-5)
 
 
 def test_agreement_narrows_the_interval():
@@ -72,14 +72,14 @@ def test_paired_difference_stays_within_bounds():
     assert paired_difference([0.5], [0.5])[0] >= -1
 
 
-@pytest.mark.parametrize(("both", "ours", "theirs"), [(0.6, 0.05, 0.2), (0.9, 0.0, 0.04)])
-def test_paired_difference_covers_the_truth(both, ours, theirs):
+@pytest.mark.parametrize(("both", "first", "second"), [(0.6, 0.05, 0.2), (0.9, 0.0, 0.04)])
+def test_paired_difference_covers_the_truth(both, first, second):
     rng = np.random.default_rng(0)
-    tables = rng.multinomial(100, [both, ours, theirs, 1 - both - ours - theirs], size=2000)
+    tables = rng.multinomial(100, [both, first, second, 1 - both - first - second], size=2000)
     covered = 0
     for table in tables.tolist():
         low, high = paired_difference(*scores(*table))
-        covered += low <= ours - theirs <= high
+        covered += low <= first - second <= high
     assert 0.93 < covered / len(tables) < 0.99
 
 

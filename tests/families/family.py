@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import llava_next_checkpoint, llava_onevision_checkpoint, qwen_checkpoint
-from benchmarks.llava_next_checkpoint import LlavaNextShape, save_random_llava_next
+from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
 from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
@@ -91,11 +91,6 @@ def _save_llava_onevision(path: Path) -> None:
     save_random_llava_onevision(path, llava_onevision_checkpoint.TINY)
 
 
-def _tokens_of(shape: LlavaNextShape, width: int, height: int) -> int:
-    grids = shape.grids(width, height)
-    return sum(rows * (columns + marks) for rows, columns, marks in grids)
-
-
 def _save_qwen(path: Path) -> None:
     save_random_qwen(path, qwen_checkpoint.TINY)
 
@@ -127,7 +122,7 @@ LLAVA_NEXT = Family(
     layers=llava_next_checkpoint.TINY.layers,
     save=_save_llava_next,
     oracle="tests.families.tiled_oracle:DenseLlavaNext",
-    tokens=partial(_tokens_of, llava_next_checkpoint.TINY),
+    tokens=llava_next_checkpoint.TINY.tokens_of,
 )
 
 LLAVA_ONEVISION = Family(
@@ -137,7 +132,7 @@ LLAVA_ONEVISION = Family(
     layers=llava_onevision_checkpoint.TINY.layers,
     save=_save_llava_onevision,
     oracle="tests.families.tiled_oracle:DenseLlavaOnevision",
-    tokens=partial(_tokens_of, llava_onevision_checkpoint.TINY),
+    tokens=llava_onevision_checkpoint.TINY.tokens_of,
 )
 
 FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL)

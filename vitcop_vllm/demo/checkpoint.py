@@ -68,6 +68,39 @@ class LlavaShape:
     def visual_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    def vision_sizes(self) -> dict[str, int]:
+        """Arguments of the encoder's configuration; without ``image_size``."""
+        return {
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": 4 * self.vision_hidden,
+            "num_hidden_layers": self.vision_layers,
+            "num_attention_heads": self.vision_heads,
+            "patch_size": self.patch_size,
+        }
+
+    def decoder_sizes(
+        self, vocabulary: Mapping[str, int], vocabulary_size: int = 0
+    ) -> dict[str, Any]:
+        """Arguments of the decoder's configuration.
+
+        Args:
+            vocabulary: The tokenizer's ids.
+            vocabulary_size: Minimum rows of the embedding, if larger than the shape's.
+        """
+        return {
+            "vocab_size": max(len(vocabulary), vocabulary_size, self.vocabulary),
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.max_positions,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "bos_token_id": vocabulary["<s>"],
+            "eos_token_id": vocabulary["</s>"],
+            "tie_word_embeddings": False,
+        }
+
 
 TINY = LlavaShape(
     image_size=224,
@@ -168,27 +201,10 @@ def save_config(
     ).save_pretrained(path)
     LlavaConfig(
         architectures=["LlavaForConditionalGeneration"],
-        vision_config=CLIPVisionConfig(
-            hidden_size=shape.vision_hidden,
-            intermediate_size=4 * shape.vision_hidden,
-            num_hidden_layers=shape.vision_layers,
-            num_attention_heads=shape.vision_heads,
-            image_size=shape.image_size,
-            patch_size=shape.patch_size,
-        ),
+        vision_config=CLIPVisionConfig(image_size=shape.image_size, **shape.vision_sizes()),
         text_config=LlamaConfig(
             architectures=["LlamaForCausalLM"],
-            vocab_size=max(len(vocabulary), vocabulary_size, shape.vocabulary),
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=shape.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-            bos_token_id=vocabulary["<s>"],
-            eos_token_id=vocabulary["</s>"],
-            tie_word_embeddings=False,
+            **shape.decoder_sizes(vocabulary, vocabulary_size),
         ),
         image_token_index=vocabulary["<image>"],
         vision_feature_layer=FEATURE_LAYER,

@@ -248,7 +248,7 @@ class TiledModel(PrunedModel):
         return torch.where(is_mark, this.image_newline.to(embeddings.dtype), embeddings)
 
     def _pack(self, inputs: ImageInputs) -> tuple[list[_PackedImage], torch.Tensor]:
-        """The images of a run, and their tiles without those that vLLM added as padding."""
+        """The images of a run, and their tiles without padding tiles."""
         images: list[_PackedImage] = []
         tiles: list[torch.Tensor] = []
         first = 0
