@@ -14,11 +14,16 @@ from vitcop_vllm.engine.checks import (
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.pruning.settings import PruningSettings
 
+# Families may share a row.
 ROWS = [
-    *ENGINE_CHECKS,
-    *SETTINGS_CHECKS,
-    DECODER_CHECK,
-    *(check for family in FAMILIES.values() for check in family.checks),
+    *dict.fromkeys(
+        (
+            *ENGINE_CHECKS,
+            *SETTINGS_CHECKS,
+            DECODER_CHECK,
+            *(check for family in FAMILIES.values() for check in family.checks),
+        )
+    )
 ]
 
 

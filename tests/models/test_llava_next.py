@@ -10,6 +10,13 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.models.test_llava import HIDDEN, SIDE, run_tower, set_up_tower
+from tests.models.tiled import (
+    TILE,
+    Selections,
+    assert_kept_tokens_equal_vllms,
+    images_of,
+    inputs_on,
+)
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.llava_next import PrunedLlavaNextForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
@@ -17,7 +24,6 @@ from vitcop_vllm.pruning.grids import Grid, token_places
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName
 
-TILE = 14 * SIDE
 BASE = Grid(SIDE, SIDE)
 SIZES = [(100, 200), (200, 100), (200, 180), (100, 200)]
 """(height, width) of images; the second has one tile above another, the third has four."""
@@ -60,33 +66,6 @@ class OneLayerLlavaNext(PrunedLlavaNextForConditionalGeneration):
         return run_tower(self, pixel_values)
 
 
-class Selections:
-    """Takes what Stage I reports, in the place of a ``SelectionSink``."""
-
-    def record_patches(self, selections):
-        self.of_images = selections
-
-
-def images_of(selector: SelectorName, share: float = 0.4) -> list[ImageShape]:
-    """Images of three layouts; the second is unpruned."""
-    shapes = []
-    for number, grids in enumerate(GRIDS):
-        tokens = sum(grid.num_tokens for grid in grids)
-        counts = VisualTokenCounts.unpruned(tokens)
-        if number != 1:
-            centres = 4 if selector == "vitcop" else 0
-            counts = VisualTokenCounts(tokens, centres, (int(share * tokens), 10, 3))
-        shapes.append(ImageShape(counts, grids))
-    return shapes
-
-
-def inputs_on(device: torch.device) -> dict[str, Any]:
-    return {
-        "pixel_values": [torch.rand(tiles, 3, TILE, TILE, device=device) for tiles in TILES],
-        "image_sizes": torch.tensor(SIZES),
-    }
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("share", [0.4, 0.99])
 @pytest.mark.parametrize("selector", ENCODER_SELECTORS)
@@ -94,27 +73,17 @@ def test_kept_tokens_equal_those_of_the_whole_encoder(selector, share):
     torch.manual_seed(0)
     model, inputs, images = (
         OneLayerLlavaNext(selector),
-        inputs_on(torch.device("cpu")),
-        images_of(selector, share),
+        inputs_on(torch.device("cpu"), TILES, SIZES),
+        images_of(GRIDS, 1, selector, share),
     )
-    sink: Any = Selections()
-    embeddings = model._embed_pruned(inputs, images, sink)
-    plain, labels, _ = model.columns.split(embeddings)
+    labels = assert_kept_tokens_equal_vllms(model, inputs, images)
     assert len(labels) == (3 if selector == "vitcop" else 0)
-    whole = model._embed_whole(inputs)
-    for shape, embedding, every, selection in zip(
-        images, plain, whole, sink.of_images, strict=True
-    ):
-        assert len(every) == shape.counts.encoder
-        index = range(len(every)) if selection is None else selection.patches.tolist()
-        assert len(embedding) == shape.counts.stages[0] == len({*index})
-        torch.testing.assert_close(embedding, every[index])
 
 
 @torch.inference_mode()
 def test_row_marks_are_dropped_before_any_other_token():
     torch.manual_seed(0)
-    model, inputs = OneLayerLlavaNext("vitcop"), inputs_on(torch.device("cpu"))
+    model, inputs = OneLayerLlavaNext("vitcop"), inputs_on(torch.device("cpu"), TILES, SIZES)
     is_mark = torch.from_numpy(token_places(GRIDS[0]).is_mark)
     num_parts = int((~is_mark).sum())
     for n1, marks in ((num_parts - 1, 0), (num_parts, 0), (num_parts + 2, 2)):
@@ -133,8 +102,8 @@ def test_tiles_that_vllm_added_as_padding_are_not_encoded():
     torch.manual_seed(0)
     model, inputs, images = (
         OneLayerLlavaNext("vitcop"),
-        inputs_on(torch.device("cpu")),
-        images_of("vitcop"),
+        inputs_on(torch.device("cpu"), TILES, SIZES),
+        images_of(GRIDS, 1, "vitcop"),
     )
     padded = torch.zeros(len(TILES), 7, 3, TILE, TILE)
     for tiles, pixels in zip(padded, inputs["pixel_values"], strict=True):
@@ -154,7 +123,7 @@ def test_tiles_that_vllm_added_as_padding_are_not_encoded():
 def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
     with torch.device(CUDA):
         model = OneLayerLlavaNext(selector)
-    images = images_of(selector)
-    embeddings = model._embed_pruned(inputs_on(CUDA), images)
+    images = images_of(GRIDS, 1, selector)
+    embeddings = model._embed_pruned(inputs_on(CUDA, TILES, SIZES), images)
     for (counts, *_), embedding in zip(images, embeddings, strict=True):
         assert embedding.shape == (counts.stages[0], HIDDEN + bool(counts.centres))

@@ -10,12 +10,15 @@ from vllm.model_executor.models.llava_onevision import LlavaOnevisionForConditio
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.models.test_llava import HIDDEN, SIDE, set_up_tower
-from tests.models.test_llava_next import TILE, Selections
+from tests.models.tiled import (
+    TILE,
+    assert_kept_tokens_equal_vllms,
+    images_of,
+    inputs_on,
+)
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.llava_onevision import PrunedLlavaOnevisionForConditionalGeneration
-from vitcop_vllm.models.stage_one import ImageShape
 from vitcop_vllm.pruning.grids import Grid
-from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName
 
 SIZES = [(300, 300), (84, 168), (250, 170), (300, 300)]
@@ -69,45 +72,16 @@ class OneLayerLlavaOnevision(PrunedLlavaOnevisionForConditionalGeneration):
         return self.vision_tower.vision_model.encoder.layers[-1](self.embed(patches))
 
 
-def images_of(selector: SelectorName) -> list[ImageShape]:
-    """Images of three layouts; the last is unpruned."""
-    shapes = []
-    for number, grids in enumerate(GRIDS):
-        tokens = sum(grid.num_tokens for grid in grids)
-        counts = VisualTokenCounts.unpruned(tokens)
-        if number != 3:
-            centres = 4 if selector == "vitcop" else 0
-            counts = VisualTokenCounts(tokens, centres, (int(0.4 * tokens), 10, 3))
-        shapes.append(ImageShape(counts, grids))
-    return shapes
-
-
-def inputs_on(device: torch.device) -> dict[str, Any]:
-    return {
-        "pixel_values": [torch.rand(tiles, 3, TILE, TILE, device=device) for tiles in TILES],
-        "image_sizes": torch.tensor(SIZES),
-    }
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("selector", ENCODER_SELECTORS)
 def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
     torch.manual_seed(0)
     model, inputs, images = (
         OneLayerLlavaOnevision(selector),
-        inputs_on(torch.device("cpu")),
-        images_of(selector),
+        inputs_on(torch.device("cpu"), TILES, SIZES),
+        images_of(GRIDS, 3, selector),
     )
-    sink: Any = Selections()
-    plain, *_ = model.columns.split(model._embed_pruned(inputs, images, sink))
-    whole = model._embed_whole(inputs)
-    for shape, embedding, every, selection in zip(
-        images, plain, whole, sink.of_images, strict=True
-    ):
-        assert len(every) == shape.counts.encoder
-        index = range(len(every)) if selection is None else selection.patches.tolist()
-        assert len(embedding) == shape.counts.stages[0] == len({*index})
-        torch.testing.assert_close(embedding, every[index])
+    assert_kept_tokens_equal_vllms(model, inputs, images)
 
 
 @torch.inference_mode()
@@ -129,7 +103,7 @@ def test_tokens_are_averages_of_the_patches_that_vllm_averages():
 def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
     with torch.device(CUDA):
         model = OneLayerLlavaOnevision(selector)
-    images = images_of(selector)
-    embeddings = model._embed_pruned(inputs_on(CUDA), images)
+    images = images_of(GRIDS, 3, selector)
+    embeddings = model._embed_pruned(inputs_on(CUDA, TILES, SIZES), images)
     for (counts, *_), embedding in zip(images, embeddings, strict=True):
         assert embedding.shape == (counts.stages[0], HIDDEN + bool(counts.centres))

@@ -27,19 +27,35 @@ class Family:
     checks: tuple[Check, ...]
 
 
-def _has_other_tower(start: StartUp) -> bool:
-    from transformers import CLIPVisionConfig
+def _needs_tower(config_class: str, attention: str) -> Check:
+    """Refuses an encoder whose configuration is not of this class of transformers."""
 
-    return not isinstance(start.vision, CLIPVisionConfig)
+    def has_other_tower(start: StartUp) -> bool:
+        import transformers
+
+        return not isinstance(start.vision, getattr(transformers, config_class))
+
+    return Check(
+        f"Stage I reads {attention} tower and this model's is {{start.vision.__class__.__name__}}",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        has_other_tower,
+    )
+
+
+def _needs_strategy(strategy: str, reason: str) -> Check:
+    """Refuses another ``vision_feature_select_strategy``."""
+    return Check(
+        reason,
+        "serve this model with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: (
+            getattr(start.vllm.model_config.hf_config, "vision_feature_select_strategy", None)
+            != strategy
+        ),
+    )
 
 
 _LLAVA_CHECKS = (
-    Check(
-        "Stage I reads the [CLS] attention of a CLIP tower and this model's is "
-        "{start.vision.__class__.__name__}",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        _has_other_tower,
-    ),
+    _needs_tower("CLIPVisionConfig", "the [CLS] attention of a CLIP"),
     Check(
         "Stage I reads the attention of one layer, and this model's vision_feature_layer names "
         "several",
@@ -50,38 +66,18 @@ _LLAVA_CHECKS = (
             )
         ),
     ),
-    Check(
+    _needs_strategy(
+        "default",
         "Stage I needs vision_feature_select_strategy 'default', which leaves [CLS] out",
-        "serve this model with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: (
-            getattr(start.vllm.model_config.hf_config, "vision_feature_select_strategy", None)
-            != "default"
-        ),
     ),
 )
 
-
-def _lacks_siglip(start: StartUp) -> bool:
-    from transformers import SiglipVisionConfig
-
-    return not isinstance(start.vision, SiglipVisionConfig)
-
-
 _LLAVA_ONEVISION_CHECKS = (
-    Check(
-        "Stage I reads the attention of a SigLIP tower and this model's is "
-        "{start.vision.__class__.__name__}",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        _lacks_siglip,
-    ),
-    Check(
+    _needs_tower("SiglipVisionConfig", "the attention of a SigLIP"),
+    _needs_strategy(
+        "full",
         "Stage I reads the attention of all patches, and this model's "
         "vision_feature_select_strategy drops the first",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: (
-            getattr(start.vllm.model_config.hf_config, "vision_feature_select_strategy", None)
-            != "full"
-        ),
     ),
 )
 
