@@ -116,5 +116,7 @@ def test_a_chosen_backend_is_kept_or_the_error_names_the_valid_options(
 def test_an_unknown_backend_is_refused():
     from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
 
-    with pytest.raises(ValueError, match="cannot run on attention backend FLEX_ATTENTION"):
+    with pytest.raises(
+        ValueError, match="no pruned layer can run on attention backend FLEX_ATTENTION"
+    ):
         create_staged_attention_backend(FlexAttentionBackend)

@@ -1,15 +1,32 @@
 """Running servers, with one connection each."""
 
 import json
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import Popen
 
 import httpx
 import pytest
+from PIL import Image
+from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
 from tests.server.clients import KEY, MAX_BODY, Server
 from tests.server.process import TINY_OPTIONS, running_server
+
+
+@pytest.fixture
+def media_of_the_process() -> Iterator[None]:
+    """Restores what ``guard_media`` sets in the process: limits, connector and environment."""
+    pixels, classes = Image.MAX_IMAGE_PIXELS, dict(MEDIA_CONNECTOR_REGISTRY.name2class)
+    environ = dict(os.environ)
+    with warnings.catch_warnings():
+        yield
+    Image.MAX_IMAGE_PIXELS = pixels
+    MEDIA_CONNECTOR_REGISTRY.name2class = classes
+    os.environ.clear()
+    os.environ.update(environ)
 
 
 @pytest.fixture(scope="session")

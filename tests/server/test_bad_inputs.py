@@ -4,7 +4,6 @@ After each bad request, the same connection answers a good request.
 """
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -50,9 +49,7 @@ BAD_IMAGES = {
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_bad_images_are_refused(server: Server, name: str) -> None:
     with server.stays_usable():
-        start = time.monotonic()
         assert_refused(server.chat(messages=one_image(BAD_IMAGES[name])))
-        assert time.monotonic() - start < 3
 
 
 def test_errors_name_the_image_limit(server: Server) -> None:

@@ -97,7 +97,7 @@ def test_a_failing_host_is_a_422(
     with guarded.stays_usable():
         start = time.monotonic()
         assert_refused(guarded.chat(messages=one_image(upstream[0] + path)), 422, words)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # the client waits 60
 
 
 def test_an_unreachable_host_is_a_422(guarded: Server) -> None:
@@ -106,4 +106,4 @@ def test_an_unreachable_host_is_a_422(guarded: Server) -> None:
         start = time.monotonic()
         url = f"http://127.0.0.1:{free.getsockname()[1]}/a.png"
         assert_refused(guarded.chat(messages=one_image(url)), 422, "cannot be fetched")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # the client waits 60

@@ -101,6 +101,7 @@ def test_an_unknown_architecture_stops_start_up() -> None:
         init()
 
 
+@pytest.mark.usefixtures("media_of_the_process")
 @pytest.mark.parametrize("folder", [None, "/somewhere"])
 def test_missing_metrics_are_logged(
     folder: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
