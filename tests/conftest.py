@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak", "tests/soak")
     group.addoption(
         "--model",
-        choices=("llava", "llava-next", "llava-onevision", "qwen2.5-vl"),
+        choices=(
+            *("llava", "llava-next", "llava-onevision"),
+            *("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"),
+        ),
         help="soak this model; default: llava and qwen2.5-vl, all with --full",
     )
     group.addoption("--full", action="store_true", help="all families in every test")
@@ -151,7 +154,11 @@ def engine_of(checkpoint_of: Callable[[Family], Path]) -> "Callable[[Family], LL
     @cache
     def engine_of(family: Family) -> "LLM":
         from vllm import LLM
+        from vllm.distributed import parallel_state
 
+        # vLLM makes its groups with a process's first engine, and the group of expert
+        # parallelism only if that is an MoE model. With one rank all groups are the same.
+        parallel_state._EP = parallel_state._TP
         return LLM(str(checkpoint_of(family)), disable_log_stats=False, **ENGINE_OPTIONS)
 
     return engine_of

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm import envs
 
+from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
     SPAN_LIMIT_KEY,
@@ -141,6 +142,15 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
             {**READING, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 512},
             "unset --long-prefill-token-threshold",
         ),
+        (
+            {
+                "additional_config": {
+                    "pruning": {"selector": "cls", "max_pruning_ratio": 0.8}
+                    | {"decoder_signal": "values"}
+                }
+            },
+            "selector cls does not read decoder_signal; remove decoder_signal",
+        ),
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "select_strategy"),
         ({"hf_overrides": {"vision_feature_layer": [-2, -3]}}, "vision_feature_layer"),
     ],
@@ -250,6 +260,41 @@ def test_another_vision_tower_is_refused(checkpoint, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["vision_config"]
     with pytest.raises(ValueError, match="SiglipVisionConfig"):
         config_of(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def deepstack_checkpoint(tmp_path_factory):
+    """Qwen3-VL, with features of the encoder after two decoder layers; without weights."""
+    path = tmp_path_factory.mktemp("qwen3")
+    save_random_qwen3(path, TINY)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def settings_of(path, **given):
+    config = config_of(path, additional_config={"pruning": given})
+    return pruning_settings_of(config.model_config.hf_config)
+
+
+def test_the_signal_follows_from_the_decoder(checkpoint, deepstack_checkpoint, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logger, "warning", lambda message, *values: warnings.append(message))
+    assert settings_of(checkpoint).decoder_signal == "keys"
+    assert settings_of(checkpoint, decoder_signal="values").decoder_signal == "values"
+    assert settings_of(checkpoint, selector="cls").decoder_signal is None
+    assert settings_of(deepstack_checkpoint, selector="received").decoder_signal is None
+    assert not warnings
+    assert settings_of(deepstack_checkpoint).decoder_signal == "values"
+    assert settings_of(deepstack_checkpoint, decoder_signal="keys").decoder_signal == "keys"
+    assert ["No trained weights" in warning for warning in warnings] == [True, True]
+
+
+def test_stage_two_comes_after_the_deepstack_features(checkpoint, deepstack_checkpoint):
+    assert settings_of(checkpoint).shallow_boundary is None
+    assert settings_of(deepstack_checkpoint).boundaries(8) == (2, 6)
+    assert settings_of(deepstack_checkpoint, shallow_boundary=4).boundaries(8) == (4, 6)
+    with pytest.raises(ValueError, match=r"first 2 layers.*set shallow_boundary to 2 or more"):
+        settings_of(deepstack_checkpoint, shallow_boundary=1)
 
 
 def test_registering_twice_changes_nothing():

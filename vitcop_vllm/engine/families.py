@@ -81,13 +81,7 @@ _LLAVA_ONEVISION_CHECKS = (
     ),
 )
 
-_QWEN2_5_VL_CHECKS = (
-    Check(
-        "Stage I reads the attention of the encoder's last block, and this model's last block "
-        "attends within windows",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
-    ),
+_QWEN_CHECKS = (
     Check(
         "a data-parallel encoder computes an image on one rank, and all ranks compute Stage I",
         "remove --mm-encoder-tp-mode data",
@@ -107,6 +101,26 @@ _QWEN2_5_VL_CHECKS = (
         "vLLM's pruning of videos moves positions that pruning of images needs",
         "remove --video-pruning-rate",
         lambda start: start.multimodal.is_multimodal_pruning_enabled(),
+    ),
+)
+
+_QWEN2_5_VL_CHECKS = (
+    *_QWEN_CHECKS,
+    Check(
+        "Stage I reads the attention of the encoder's last block, and this model's last block "
+        "attends within windows",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
+    ),
+)
+
+_QWEN3_VL_CHECKS = (
+    *_QWEN_CHECKS,
+    Check(
+        "the decoder adds features of the encoder to all tokens after its first "
+        "{start.deepstack_levels} layers, and Stage II would drop tokens before",
+        "set shallow_boundary to {start.deepstack_levels} or more",
+        lambda start: start.boundaries[0] < start.deepstack_levels,
     ),
 )
 
@@ -134,10 +148,24 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "Qwen2.5-VL",
-        "vitcop_vllm.models.qwen2_5_vl:PrunedQwenForConditionalGeneration",
+        "vitcop_vllm.models.qwen2_5_vl:PrunedQwen25ForConditionalGeneration",
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
         checks=_QWEN2_5_VL_CHECKS,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        "Qwen3-VL",
+        "vitcop_vllm.models.qwen3_vl:PrunedQwen3ForConditionalGeneration",
+        decoders=("qwen3_vl_text",),
+        has_cls=False,
+        checks=_QWEN3_VL_CHECKS,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        "Qwen3-VL-MoE",
+        "vitcop_vllm.models.qwen3_vl:PrunedQwen3MoeForConditionalGeneration",
+        decoders=("qwen3_vl_moe_text",),
+        has_cls=False,
+        checks=_QWEN3_VL_CHECKS,
     ),
 }
 """Architecture in a checkpoint's config.json -> its family."""
