@@ -116,10 +116,11 @@ class PrunedProcessingInfo:
         return None
 
     @property
-    def has_cls(self) -> bool:
-        """Whether the encoder has [CLS]. Without it, Stage I reads the attention received."""
+    def reads_cls(self) -> bool:
+        """Whether Stage I may read the attention of [CLS]. If not, it reads that received."""
         this: Any = self
-        return FAMILIES[this.ctx.model_config.architecture].has_cls
+        has_cls = FAMILIES[this.ctx.model_config.architecture].has_cls
+        return has_cls and self.settings.encoder_signal != "received"
 
     @property
     def _config(self) -> Any:
