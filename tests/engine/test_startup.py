@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from vllm import envs
 
+from tests.families.family import INTERNVL, INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
     SPAN_LIMIT_KEY,
@@ -111,6 +112,10 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         (
             {"additional_config": {"pruning": {"selector": "fast"}}},
             "selector: no selector is called 'fast'; choose cls, dart",
+        ),
+        (
+            {"additional_config": {"pruning": {"selector": "cls", "encoder_signal": "cls"}}},
+            "selector cls does not read encoder_signal; remove encoder_signal",
         ),
         ({"additional_config": {"pruning": {"kernels": "triton"}}}, "set kernels to auto or torch"),
         ({"additional_config": {"pruning": {"kernels": "cuda"}}}, "kernels: Input should be"),
@@ -250,6 +255,39 @@ def test_another_vision_tower_is_refused(checkpoint, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["vision_config"]
     with pytest.raises(ValueError, match="SiglipVisionConfig"):
         config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "decoder", "sentence"),
+    [
+        (INTERNVL_CHAT, "internlm2", "the decoder is internlm2, .*; serve it with stock vLLM"),
+        (INTERNVL, "qwen3", "qwen3, which normalises keys, .*; serve it with stock vLLM"),
+    ],
+)
+def test_decoders_of_internvl_that_cannot_be_pruned_are_refused(
+    checkpoint_of, tmp_path, family, decoder, sentence
+):
+    for file in checkpoint_of(family).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["llm_config" if "llm_config" in config else "text_config"]["model_type"] = decoder
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=sentence):
+        config_of(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mm_encoder_tp_mode": "data"}, "remove --mm-encoder-tp-mode data"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "unset .* compile_mm_encoder"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "unset .* cudagraph_mm_encoder"),
+    ],
+)
+def test_encoders_of_internvl_that_bypass_stage_one_are_refused(checkpoint_of, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config_of(checkpoint_of(INTERNVL_CHAT), trust_remote_code=True, **options)
 
 
 def test_registering_twice_changes_nothing():

@@ -81,13 +81,7 @@ _LLAVA_ONEVISION_CHECKS = (
     ),
 )
 
-_QWEN2_5_VL_CHECKS = (
-    Check(
-        "Stage I reads the attention of the encoder's last block, and this model's last block "
-        "attends within windows",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
-    ),
+_ENCODER_CHECKS = (
     Check(
         "a data-parallel encoder computes an image on one rank, and all ranks compute Stage I",
         "remove --mm-encoder-tp-mode data",
@@ -103,12 +97,34 @@ _QWEN2_5_VL_CHECKS = (
         "unset the compilation config's cudagraph_mm_encoder",
         lambda start: getattr(start.vllm.compilation_config, "cudagraph_mm_encoder", False),
     ),
+)
+
+_QWEN2_5_VL_CHECKS = (
+    Check(
+        "Stage I reads the attention of the encoder's last block, and this model's last block "
+        "attends within windows",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
+    ),
+    *_ENCODER_CHECKS,
     Check(
         "vLLM's pruning of videos moves positions that pruning of images needs",
         "remove --video-pruning-rate",
         lambda start: start.multimodal.is_multimodal_pruning_enabled(),
     ),
 )
+
+_INTERNVL_CHECKS = (
+    *_ENCODER_CHECKS,
+    Check(
+        "the decoder is {start.text.model_type}, which normalises keys, so their norms tell "
+        "Stages II and III nothing",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: start.text.model_type == "qwen3",
+    ),
+)
+
+_INTERNVL_DECODERS = ("qwen2", "qwen3", "llama")
 
 FAMILIES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
@@ -138,6 +154,20 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
         checks=_QWEN2_5_VL_CHECKS,
+    ),
+    "InternVLChatModel": Family(
+        "InternVL",
+        "vitcop_vllm.models.internvl:PrunedInternVLChatModel",
+        decoders=_INTERNVL_DECODERS,
+        has_cls=True,
+        checks=_INTERNVL_CHECKS,
+    ),
+    "InternVLForConditionalGeneration": Family(
+        "InternVL",
+        "vitcop_vllm.models.internvl:PrunedInternVLForConditionalGeneration",
+        decoders=_INTERNVL_DECODERS,
+        has_cls=True,
+        checks=_INTERNVL_CHECKS,
     ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

@@ -192,9 +192,14 @@ class PrunedProcessingInfo:
 
 
 class PrunedProcessor:
-    """Shortens prompts to the visual tokens that Stage I keeps. A mixin of vLLM's processor."""
+    """Shortens prompts to the visual tokens that Stage I keeps. A mixin of vLLM's processor.
+
+    Attributes:
+        pixels_field: Name of the field with the images' pixels.
+    """
 
     info: Any
+    pixels_field = "pixel_values"
 
     @cached_property
     def _layouts(self) -> LRUCache[str, ImageLayout]:
@@ -304,7 +309,7 @@ class PrunedProcessor:
     ) -> BatchFeature:
         plain = without_pruning_keys(hf_kwargs)
         processed: BatchFeature = super()._apply_hf_processor_main(mm_items, plain)  # type: ignore[misc]
-        if "pixel_values" in processed:
+        if self.pixels_field in processed:
             shapes = self._shapes(mm_items, hf_kwargs)
             processed[COUNTS_FIELD] = torch.tensor([shape_row(shape) for shape in shapes])
         return processed
