@@ -41,7 +41,7 @@ class Preview:
     def saliency_source(self) -> str | None:
         """The score by which Stage I ranks visual tokens; see ``Selector.saliency_source``."""
         selector = selector_of(self.model.settings.selector)
-        return selector.saliency_source(has_cls=self.info.has_cls)
+        return selector.saliency_source(has_cls=self.info.reads_cls)
 
     def input_size(self) -> tuple[int, int]:
         """Width and height of the model's largest input, at most ``USUAL_SIDE`` each."""

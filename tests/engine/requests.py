@@ -29,6 +29,8 @@ IMAGE_MARKS = {
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_vl_moe": "<|vision_start|><|image_pad|><|vision_end|>",
+    "internvl_chat": "<image>",
+    "internvl": "<IMG_CONTEXT>",
 }
 """Model type -> the text of an image in a prompt."""
 
@@ -69,6 +71,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": 4},
     "kv_cache_memory_bytes": 256 << 20,  # a session keeps several engines
     "block_size": BLOCK,
+    "trust_remote_code": True,  # for InternVLChatModel's configuration
 }
 # Do not import torch here: it reads its number of threads at import, and conftest.py, which
 # imports this module, sets that number later.

@@ -8,6 +8,7 @@ import pytest
 from vllm import envs
 
 from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
+from tests.families.family import INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
     SPAN_LIMIT_KEY,
@@ -112,6 +113,10 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         (
             {"additional_config": {"pruning": {"selector": "fast"}}},
             "selector: no selector is called 'fast'; choose cls, dart",
+        ),
+        (
+            {"additional_config": {"pruning": {"selector": "cls", "encoder_signal": "cls"}}},
+            "selector cls does not read encoder_signal; remove encoder_signal",
         ),
         ({"additional_config": {"pruning": {"kernels": "triton"}}}, "set kernels to auto or torch"),
         ({"additional_config": {"pruning": {"kernels": "cuda"}}}, "kernels: Input should be"),
@@ -295,6 +300,30 @@ def test_stage_two_comes_after_the_deepstack_features(checkpoint, deepstack_chec
     assert settings_of(deepstack_checkpoint, shallow_boundary=4).boundaries(8) == (4, 6)
     with pytest.raises(ValueError, match=r"first 2 layers.*set shallow_boundary to 2 or more"):
         settings_of(deepstack_checkpoint, shallow_boundary=1)
+
+
+def test_another_decoder_of_internvl_is_refused(checkpoint_of, tmp_path):
+    for file in checkpoint_of(INTERNVL_CHAT).iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["llm_config"]["model_type"] = "internlm2"
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the decoder is internlm2, .*; serve it with stock vLLM"):
+        config_of(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"mm_encoder_tp_mode": "data"}, "remove --mm-encoder-tp-mode data"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "unset .* compile_mm_encoder"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "unset .* cudagraph_mm_encoder"),
+    ],
+)
+def test_encoders_of_internvl_that_bypass_stage_one_are_refused(checkpoint_of, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config_of(checkpoint_of(INTERNVL_CHAT), trust_remote_code=True, **options)
 
 
 def test_registering_twice_changes_nothing():

@@ -1,6 +1,7 @@
 """Every test in this folder that uses an engine runs for each model family."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,10 +47,15 @@ def stock_of(checkpoint_of: Callable[[Family], Path]) -> Callable[[Family], list
 
     @cache
     def stock_of(family: Family) -> list[Answer]:
+        together, in_turn = TOGETHER, [*IN_TURN, WITH_RATIO]
+        if not family.stock_ignores_ratio:
+            together, in_turn = (
+                [replace(spec, ratio=None) for spec in specs] for specs in (together, in_turn)
+            )
         return generate_in_process(
             checkpoint_of(family),
-            TOGETHER,
-            in_turn=[*IN_TURN, WITH_RATIO],
+            together,
+            in_turn=in_turn,
             env=NO_PLUGIN,
             **STOCK | {"enable_prefix_caching": True},
         )

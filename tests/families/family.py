@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import (
+    internvl_checkpoint,
     llava_next_checkpoint,
     llava_onevision_checkpoint,
     qwen3_checkpoint,
     qwen_checkpoint,
 )
+from benchmarks.internvl_checkpoint import save_random_internvl
 from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
 from benchmarks.qwen3_checkpoint import save_random_qwen3
@@ -41,6 +43,9 @@ class Family:
             must set the number of threads before the first import of torch.
         tokens: (width, height) of an image -> number of its visual tokens.
         settings: The settings that start-up chooses.
+        tokens_around: Ids of the tokens that the processor puts before and after an image.
+        pixels: Name of the field with an image's pixels.
+        stock_ignores_ratio: Whether stock vLLM's processor takes keywords that it does not know.
     """
 
     name: str
@@ -51,6 +56,9 @@ class Family:
     oracle: str
     tokens: Callable[[int, int], int]
     settings: PruningSettings = field(default_factory=PruningSettings)
+    tokens_around: tuple[int, int] | None = None
+    pixels: str = "pixel_values"
+    stock_ignores_ratio: bool = True
 
     @property
     def boundaries(self) -> tuple[int, int]:
@@ -65,7 +73,13 @@ class Family:
     @property
     def offset(self) -> int:
         """Prompt position of the first placeholder of a :class:`RequestSpec`."""
-        return len("USER: ") + (self.opening != self.placeholder)
+        has_mark = self.opening != self.placeholder or self.tokens_around is not None
+        return len("USER: ") + has_mark
+
+    @property
+    def last_token(self) -> int:
+        """Id of an image's last token in a prompt."""
+        return self.tokens_around[1] if self.tokens_around else self.image_token
 
     def oracle_class(self) -> "type[DenseModel]":
         module, name = self.oracle.split(":")
@@ -109,6 +123,14 @@ def _save_qwen3(path: Path) -> None:
 
 def _save_qwen3_moe(path: Path) -> None:
     save_random_qwen3(path, qwen3_checkpoint.TINY_MOE)
+
+
+def _save_internvl_chat(path: Path) -> None:
+    save_random_internvl(path, internvl_checkpoint.TINY_CHAT)
+
+
+def _save_internvl(path: Path) -> None:
+    save_random_internvl(path, internvl_checkpoint.TINY_TRANSFORMERS)
 
 
 LLAVA = Family(
@@ -171,4 +193,39 @@ QWEN3_VL_MOE = replace(
     tokens=lambda width, height: prod(qwen3_checkpoint.TINY_MOE.grid(width, height)),
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+_INTERN_TOKEN = internvl_checkpoint.SPECIALS.index
+
+INTERNVL_CHAT = Family(
+    name="internvl_chat",
+    placeholder="<image>",
+    image_token=_INTERN_TOKEN("<IMG_CONTEXT>"),
+    layers=internvl_checkpoint.TINY_CHAT.layers,
+    save=_save_internvl_chat,
+    oracle="tests.families.internvl_oracle:DenseInternVLChat",
+    tokens=internvl_checkpoint.TINY_CHAT.tokens_of,
+    tokens_around=(_INTERN_TOKEN("<img>"), _INTERN_TOKEN("</img>")),
+    pixels="pixel_values_flat",
+    stock_ignores_ratio=False,
+)
+
+INTERNVL = Family(
+    name="internvl",
+    placeholder="<IMG_CONTEXT>",
+    image_token=_INTERN_TOKEN("<IMG_CONTEXT>"),
+    layers=internvl_checkpoint.TINY_TRANSFORMERS.layers,
+    save=_save_internvl,
+    oracle="tests.families.internvl_oracle:DenseInternVL",
+    tokens=internvl_checkpoint.TINY_TRANSFORMERS.tokens_of,
+    tokens_around=(_INTERN_TOKEN("<img>"), _INTERN_TOKEN("</img>")),
+)
+
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    INTERNVL_CHAT,
+    INTERNVL,
+)

@@ -61,7 +61,7 @@ def test_a_prompt_may_end_with_its_image(family, llm, oracle):
         list(output.outputs[0].token_ids),
         [{t: e.logprob for t, e in step.items()} for step in output.outputs[0].logprobs],
     )
-    assert answer.prompt[-1] == family.image_token
+    assert answer.prompt[-1] == family.last_token
     assert_equals_oracle(oracle, RequestSpec("", (9,), 8 / 9), answer)
 
 

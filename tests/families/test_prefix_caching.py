@@ -241,17 +241,17 @@ def test_a_request_with_a_reused_image_can_encode_it_after_preemption(family, ll
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
 
 
-def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(llm, monkeypatch):
+def test_workers_are_not_sent_an_image_that_a_prefix_hit_covers(family, llm, monkeypatch):
     specs = [
         RequestSpec(text, (1,), 8 / 9, max_tokens=2) for text in ("What is it?", "Is it a dog?")
     ]
     steps = recorded_steps(engine_core(llm).scheduler, monkeypatch)
     generate_in_turn(llm, specs)
     first, second = (step for step in steps if step.scheduled_new_reqs)
-    pixels = first.scheduled_new_reqs[0].mm_features[0].data["pixel_values"].data
+    pixels = first.scheduled_new_reqs[0].mm_features[0].data[family.pixels].data
     assert len(pickle.dumps(first)) > pixels.nbytes > 100_000
     # For a model with M-RoPE, vLLM still sends the grid.
-    assert "pixel_values" not in (second.scheduled_new_reqs[0].mm_features[0].data or {})
+    assert family.pixels not in (second.scheduled_new_reqs[0].mm_features[0].data or {})
     assert len(pickle.dumps(second)) < 5000
 
 

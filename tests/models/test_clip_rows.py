@@ -9,7 +9,7 @@ from torch import nn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.device_guard import CUDA, no_host_sync
-from vitcop_vllm.models.clip_rows import KeptRows, kept_rows, skip_dropped_rows
+from vitcop_vllm.models.clip_rows import KeptRows, LayerParts, kept_rows, skip_dropped_rows
 from vitcop_vllm.models.stage_one import (
     ImageShape,
     KeptTokens,
@@ -126,7 +126,7 @@ def test_kept_rows_equal_those_of_the_whole_layer(layer, hidden, groups):
     whole = layer(hidden).flatten(0, 1)
     assert computed == [hidden[..., 0].numel()] * 3
     computed.clear()
-    with skip_dropped_rows(layer, lambda _: rows):
+    with skip_dropped_rows(LayerParts.of_clip(layer), lambda *_: rows):
         output = layer(hidden)
     assert computed == [len(rows.of_batch)] * 3
     assert output.shape == hidden.shape
@@ -140,24 +140,25 @@ def test_attention_skips_dropped_queries_if_the_backend_allows_it(layer, hidden)
     layer.self_attn.attn.register_forward_hook(
         lambda _, __, output: queries.append(output.shape[1])
     )
-    with skip_dropped_rows(layer, lambda _: rows):
+    with skip_dropped_rows(LayerParts.of_clip(layer), lambda *_: rows):
         layer(hidden[:2])
     sdpa = layer.self_attn.attn.attn_backend == AttentionBackendEnum.TORCH_SDPA
     assert queries == [3 if sdpa else 1 + V]
 
 
 @torch.inference_mode()
-def test_the_callback_gets_qkv_and_may_keep_all_rows(layer, hidden):
-    outputs: list[torch.Tensor] = []
+def test_the_callback_gets_queries_and_keys_and_may_keep_all_rows(layer, hidden):
+    inputs: list[torch.Tensor] = []
     all_rows = torch.arange(len(hidden) * (1 + V))
 
-    def keep_all(qkv: torch.Tensor) -> KeptRows:
-        outputs.append(qkv)
+    def keep_all(query: torch.Tensor, key: torch.Tensor) -> KeptRows:
+        inputs.extend((query, key))
         return KeptRows(torch.arange(1 + V).expand(len(hidden), -1), None, all_rows)
 
-    with skip_dropped_rows(layer, keep_all):
+    with skip_dropped_rows(LayerParts.of_clip(layer), keep_all):
         output = layer(hidden)
-    assert torch.equal(outputs[0], layer.self_attn.qkv_proj(hidden)[0])
+    expected = layer.self_attn.qkv_proj(hidden)[0].chunk(3, dim=-1)[:2]
+    assert all(torch.equal(got, part) for got, part in zip(inputs, expected, strict=True))
     assert torch.equal(output, layer(hidden))
 
 
@@ -167,7 +168,9 @@ def test_the_layer_is_restored_after_an_error(layer, hidden):
     beyond = torch.tensor([[1 + V]])
     with (
         pytest.raises(IndexError),
-        skip_dropped_rows(layer, lambda _: KeptRows(beyond, None, beyond.flatten())),
+        skip_dropped_rows(
+            LayerParts.of_clip(layer), lambda *_: KeptRows(beyond, None, beyond.flatten())
+        ),
     ):
         layer(hidden[:1])
     assert torch.equal(layer(hidden), whole)
@@ -190,7 +193,7 @@ def test_skipping_rows_does_not_make_the_host_wait_for_the_gpu(backend, groups):
     with torch.device(CUDA):
         layer = Layer(backend).eval()
     hidden = torch.randn(sum(map(len, groups.values())), 1 + V, WIDTH, device=CUDA)
-    with skip_dropped_rows(layer, lambda _: kept_rows(groups, chosen, CUDA)):
+    with skip_dropped_rows(LayerParts.of_clip(layer), lambda *_: kept_rows(groups, chosen, CUDA)):
         output = layer(hidden)
     for shape, numbers in groups.items():
         rows = select_items(output, numbers)

@@ -43,3 +43,28 @@ def test_the_reported_saliency_is_that_of_the_selection_and_computed_once(name):
         assert selection.saliency is not None
         best = selection.saliency.argsort(descending=True, stable=True)[:11]
         assert selection.patches.tolist() == sorted(best.tolist())
+
+
+@pytest.mark.parametrize(("signal", "source"), [(None, "cls"), ("cls", "cls"), ("received",) * 2])
+def test_encoder_signal_chooses_what_stage_one_ranks_by(signal, source):
+    view = images()
+    counts = VisualTokenCounts(35, 3, (11, 7, 2))
+    shape, numbers = ImageShape(counts, (Grid(5, 7),)), range(3)
+    settings = PruningSettings(encoder_signal=signal)
+    stage_one = StageOne(SELECTORS["vitcop"], settings, TORCH, None)
+    kept = stage_one.keep({shape: numbers}, lambda *_: view)[shape]
+    assert kept.saliency is not None
+    assert torch.equal(kept.saliency, view.saliency(source))
+    assert not torch.equal(view.saliency("cls"), view.saliency("received"))
+
+
+def test_kept_tokens_have_the_order_of_the_prompt():
+    order = torch.randperm(35, generator=torch.Generator().manual_seed(0))
+    numbers = range(3)
+    stage_one = StageOne(SELECTORS["cls"], PruningSettings(selector="cls"), TORCH, None)
+    plain, ordered = (
+        stage_one.keep({SHAPE: numbers}, lambda *_: view)[SHAPE].index.tolist()  # noqa: B023
+        for view in (images(), replace(images(), prompt_order=order))
+    )
+    for index, expected in zip(ordered, plain, strict=True):
+        assert index == sorted(expected, key=order.tolist().__getitem__)

@@ -15,9 +15,14 @@ from vitcop_vllm.pruning.plan import VisualTokenCounts
 COUNTS = VisualTokenCounts(576, 20, (172, 77, 15))
 
 
-def feature(identifier: str, offset: int, length: int = 172):
+def feature(identifier: str, offset: int, *lengths: int):
+    """An image whose runs of visual tokens have these lengths, with one text token between."""
+    runs = []
+    for length in lengths or (172,):
+        runs.append((offset, offset + length - 1))
+        offset += length + 1
     return SimpleNamespace(
-        identifier=identifier, mm_position=SimpleNamespace(offset=offset, length=length)
+        identifier=identifier, mm_position=SimpleNamespace(extract_embeds_range=lambda: runs)
     )
 
 
@@ -74,9 +79,21 @@ def test_unpruned_counts_that_contradict_the_prompt_are_an_error():
         plan_request([feature(whole, 3)])
 
 
+def test_text_between_the_visual_tokens_of_a_pruned_image_is_an_error():
+    pruned = tag_identifier("a", COUNTS)
+    with pytest.raises(CountsMismatchError, match="has 173 placeholders"):
+        plan_request([feature(pruned, 3, 86, 86)])
+
+
+def test_text_may_stand_between_the_visual_tokens_of_an_image_without_counts():
+    plan = plan_request([feature("f00d", 3, 4, 5), feature(tag_identifier("a", COUNTS), 200)])
+    assert plan is not None
+    assert [(span.offset, span.end) for span in plan.spans] == [(3, 13), (200, 372)]
+
+
 def test_impossible_counts_are_an_error():
     with pytest.raises(CountsMismatchError, match="impossible"):
-        plan_request([feature("f00d@5.1.9.9.9", 3, length=9)])
+        plan_request([feature("f00d@5.1.9.9.9", 3, 9)])
 
 
 def test_an_error_shortens_a_long_identifier():

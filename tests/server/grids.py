@@ -19,11 +19,11 @@ class GridInfo:
     """Replaces the processing info of a model whose grid depends on the image's size.
 
     Attributes:
-        has_cls: Whether the encoder has [CLS].
+        reads_cls: Whether the encoder has [CLS].
         tiled: Whether an image also has a coarse grid, and its other grid has row marks.
     """
 
-    has_cls = False
+    reads_cls = False
     tiled = False
 
     def __init__(self, settings: PruningSettings | None = None) -> None:

@@ -98,7 +98,7 @@ def test_a_plan_names_the_saliency_of_stage_i(
     selector: Any, has_cls: bool, source: str | None
 ) -> None:
     preview = grid_preview(selector=selector)
-    preview.info.has_cls = has_cls
+    preview.info.reads_cls = has_cls
     assert preview.plan_fields(280, 140, 0.3)["saliency_source"] == source
 
 

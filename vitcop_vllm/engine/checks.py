@@ -351,6 +351,18 @@ SETTINGS_CHECKS = (
         ),
     ),
     Check(
+        "encoder_signal: cls reads [CLS], which this model's encoder does not have",
+        "set encoder_signal: received",
+        lambda start: start.settings.encoder_signal == "cls" and not start.has_cls,
+    ),
+    Check(
+        "selector {start.settings.selector} does not read encoder_signal",
+        "remove encoder_signal, or set selector to vitcop",
+        lambda start: (
+            start.settings.encoder_signal is not None and not start.selector.has_two_sources
+        ),
+    ),
+    Check(
         "positions: reference renumbers positions that this model takes from the image's grid",
         "set positions: original",
         lambda start: (

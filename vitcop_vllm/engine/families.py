@@ -81,7 +81,7 @@ _LLAVA_ONEVISION_CHECKS = (
     ),
 )
 
-_QWEN_CHECKS = (
+_ENCODER_CHECKS = (
     Check(
         "a data-parallel encoder computes an image on one rank, and all ranks compute Stage I",
         "remove --mm-encoder-tp-mode data",
@@ -97,6 +97,10 @@ _QWEN_CHECKS = (
         "unset the compilation config's cudagraph_mm_encoder",
         lambda start: getattr(start.vllm.compilation_config, "cudagraph_mm_encoder", False),
     ),
+)
+
+_QWEN_CHECKS = (
+    *_ENCODER_CHECKS,
     Check(
         "vLLM's pruning of videos moves positions that pruning of images needs",
         "remove --video-pruning-rate",
@@ -123,6 +127,8 @@ _QWEN3_VL_CHECKS = (
         lambda start: start.boundaries[0] < start.deepstack_levels,
     ),
 )
+
+_INTERNVL_DECODERS = ("qwen2", "qwen3", "llama")
 
 FAMILIES: dict[str, Family] = {
     "LlavaForConditionalGeneration": Family(
@@ -166,6 +172,20 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen3_vl_moe_text",),
         has_cls=False,
         checks=_QWEN3_VL_CHECKS,
+    ),
+    "InternVLChatModel": Family(
+        "InternVL",
+        "vitcop_vllm.models.internvl:PrunedInternVLChatModel",
+        decoders=_INTERNVL_DECODERS,
+        has_cls=True,
+        checks=_ENCODER_CHECKS,
+    ),
+    "InternVLForConditionalGeneration": Family(
+        "InternVL",
+        "vitcop_vllm.models.internvl:PrunedInternVLForConditionalGeneration",
+        decoders=_INTERNVL_DECODERS,
+        has_cls=True,
+        checks=_ENCODER_CHECKS,
     ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

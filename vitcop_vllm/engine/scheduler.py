@@ -3,7 +3,8 @@
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
+from vllm.multimodal.utils import strip_covered_mm_data
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -117,7 +118,30 @@ class StagedScheduler(Scheduler):
         self._holds_back = False
         scheduled = super().schedule(*args, **kwargs)
         self._reschedule_lost_encoder_inputs(scheduled)
+        for new in scheduled.scheduled_new_reqs:
+            new.mm_features = [
+                self._without_covered_data(feature, new.num_computed_tokens)
+                for feature in new.mm_features
+            ]
         return scheduled if self.use_v2_model_runner else self._with_image_data(scheduled)
+
+    def _without_covered_data(
+        self, image: MultiModalFeatureSpec, num_computed_tokens: int
+    ) -> MultiModalFeatureSpec:
+        """An image as workers need it: without data if a prefix hit covers its visual tokens.
+
+        vLLM sends the data of an image whose last text token is not computed, and our hits end
+        before that token.
+        """
+        place = image.mm_position
+        end = place.offset + place.length
+        if place.is_embed is None or not place.offset < num_computed_tokens < end:
+            return image
+        if place.extract_embeds_range()[-1][1] >= num_computed_tokens:
+            return image
+        uses_mrope = self.vllm_config.model_config.uses_mrope
+        (stripped,) = strip_covered_mm_data([image], end, uses_mrope)
+        return stripped
 
     def _with_image_data(self, scheduled: SchedulerOutput) -> SchedulerOutput:
         """``scheduled`` with the data of images that model runner V1 does not have."""

@@ -1,4 +1,4 @@
-"""Dropped rows skip most of the last layer of a CLIP tower.
+"""Dropped rows skip most of the last layer of a CLIP, SigLIP or InternViT tower.
 
 Stage I selects by that layer's queries and keys, which exist before the layer computes the rest.
 """
@@ -6,7 +6,7 @@ Stage I selects by that layer's queries and keys, which exist before the layer c
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -61,47 +61,68 @@ _ALLOW_FEWER_QUERIES = (AttentionBackendEnum.TORCH_SDPA,)
 """Backends of vLLM's encoder attention that allow fewer queries than keys."""
 
 
+@dataclass(frozen=True)
+class LayerParts:
+    """Modules of a layer with two residuals, around its attention and around its MLP.
+
+    Attributes:
+        attention: vLLM's ``MMEncoderAttention``, called with (B, T, local heads * D) queries, keys
+            and values.
+        projection: Takes the attention's output.
+        norm, mlp: The second residual's.
+    """
+
+    attention: Any
+    projection: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+
+    @classmethod
+    def of_clip(cls, layer: Any) -> Self:
+        """Those of a layer of CLIP or SigLIP."""
+        attention = layer.self_attn
+        return cls(attention.attn, attention.out_proj, layer.layer_norm2, layer.mlp)
+
+
 @contextmanager
 def skip_dropped_rows(
-    layer: Any, select_rows: Callable[[torch.Tensor], KeptRows]
+    parts: LayerParts, select_rows: Callable[[torch.Tensor, torch.Tensor], KeptRows]
 ) -> Iterator[None]:
-    """Report a layer's Q, K and V, then compute the rest of the layer for the kept rows only.
+    """Report a layer's queries and keys, then compute the rest of the layer for kept rows only.
 
     Dropped rows contribute K and V. If the attention backend allows fewer queries than keys,
     their queries are skipped too.
 
     Args:
-        layer: A residual around ``self_attn`` (``qkv_proj``, ``attn``, ``out_proj``), then a
-            residual around ``layer_norm2`` and ``mlp``.
-        select_rows: Takes (B, T, 3 * local heads * D), the output of ``qkv_proj``, and returns
-            the kept rows. The layer's output in dropped rows is meaningless.
+        parts: Modules of the layer.
+        select_rows: Takes the queries and the keys that the attention gets, each
+            (B, T, local heads * D), and returns the kept rows. The layer's output in dropped rows
+            is meaningless.
     """
-    attention = layer.self_attn
     rows: KeptRows
     batch: torch.Size
 
     def query_rows() -> torch.Tensor | None:
         """``of_image`` if the attention computes these queries only."""
-        return rows.of_image if attention.attn.attn_backend in _ALLOW_FEWER_QUERIES else None
-
-    def after_qkv(_: nn.Module, __: object, output: Any) -> None:
-        nonlocal rows, batch
-        rows, batch = select_rows(output[0]), output[0].shape[:2]
+        return rows.of_image if parts.attention.attn_backend in _ALLOW_FEWER_QUERIES else None
 
     def before_attention(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+        nonlocal rows, batch
+        query, key, value = inputs
+        rows, batch = select_rows(query, key), query.shape[:2]
         if (of_image := query_rows()) is None:
             return None
-        query, key, value = inputs
         return gather_rows(query, of_image), key, value
 
-    def before_out_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    def before_projection(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         attended = inputs[0].flatten(0, 1)
         if query_rows() is None:
             return attended[rows.of_batch]
         return attended if rows.unpadded is None else attended[rows.unpadded]
 
-    def after_out_proj(_: nn.Module, __: object, output: Any) -> Any:
-        return scatter(output[0]), *output[1:]
+    def after_projection(_: nn.Module, __: object, output: Any) -> Any:
+        # vLLM's parallel layers return a bias too.
+        return (scatter(output[0]), *output[1:]) if type(output) is tuple else scatter(output)
 
     def before_norm(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return inputs[0].flatten(0, 1)[rows.of_batch]
@@ -116,12 +137,11 @@ def skip_dropped_rows(
         return whole
 
     hooks = (
-        attention.qkv_proj.register_forward_hook(after_qkv),
-        attention.attn.register_forward_pre_hook(before_attention),
-        attention.out_proj.register_forward_pre_hook(before_out_proj),
-        attention.out_proj.register_forward_hook(after_out_proj),
-        layer.layer_norm2.register_forward_pre_hook(before_norm),
-        layer.mlp.register_forward_hook(after_mlp),
+        parts.attention.register_forward_pre_hook(before_attention),
+        parts.projection.register_forward_pre_hook(before_projection),
+        parts.projection.register_forward_hook(after_projection),
+        parts.norm.register_forward_pre_hook(before_norm),
+        parts.mlp.register_forward_hook(after_mlp),
     )
     try:
         yield

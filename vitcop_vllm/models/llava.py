@@ -11,7 +11,7 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vitcop_vllm.models.clip_rows import KeptRows, kept_rows, skip_dropped_rows
+from vitcop_vllm.models.clip_rows import KeptRows, LayerParts, kept_rows, skip_dropped_rows
 from vitcop_vllm.models.llava_processor import (
     PrunedLlavaMultiModalProcessor,
     PrunedLlavaProcessingInfo,
@@ -49,12 +49,12 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
         layer = self.vision_tower.vision_model.encoder.layers[-1]
         kept: Kept = {}
 
-        def select_rows(qkv: torch.Tensor) -> KeptRows:
+        def select_rows(query: torch.Tensor, key: torch.Tensor) -> KeptRows:
             nonlocal kept
-            kept = keep(partial(self._view_of, layer.self_attn, qkv, pixels))
-            return kept_rows(groups, kept, qkv.device)
+            kept = keep(partial(self._view_of, layer.self_attn, query, key, pixels))
+            return kept_rows(groups, kept, query.device)
 
-        with skip_dropped_rows(layer, select_rows):
+        with skip_dropped_rows(LayerParts.of_clip(layer), select_rows):
             features = self._image_pixels_to_features(self.vision_tower, pixels)
         embedded = {}
         for shape, numbers in groups.items():
@@ -67,7 +67,8 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
     def _view_of(
         self,
         attention: Any,
-        qkv: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
         pixels: torch.Tensor,
         shape: ImageShape,
         numbers: Sequence[int],
@@ -76,12 +77,12 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
 
         Args:
             attention: Attention module of that layer.
-            qkv: (B, 1 + V, 3 * local heads * D) of all images, [CLS] first.
+            query, key: (B, 1 + V, local heads * D) of all images, [CLS] first.
             pixels: (B, 3, height, width) of all images.
             shape: Shape of the images ``numbers``.
             numbers: Indices among the B images.
         """
-        query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in qkv.chunk(3, dim=-1))
+        query, key = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key))
         keys = select_items(key, numbers)
         ranks = attention.tp_size
         return EncoderView(

@@ -26,7 +26,7 @@ from vllm.multimodal.parse import (
     ImageProcessorItems,
     MultiModalDataItems,
 )
-from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.cache import LRUCache
 
@@ -40,8 +40,8 @@ from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
     CountsMismatchError,
-    counts_in_prompt,
     explained_identifier,
+    span_in_prompt,
     tag_identifier,
 )
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
@@ -116,10 +116,11 @@ class PrunedProcessingInfo:
         return None
 
     @property
-    def has_cls(self) -> bool:
-        """Whether the encoder has [CLS]. Without it, Stage I reads the attention received."""
+    def reads_cls(self) -> bool:
+        """Whether Stage I may read the attention of [CLS]. If not, it reads that received."""
         this: Any = self
-        return FAMILIES[this.ctx.model_config.architecture].has_cls
+        has_cls = FAMILIES[this.ctx.model_config.architecture].has_cls
+        return has_cls and self.settings.encoder_signal != "received"
 
     @property
     def _config(self) -> Any:
@@ -191,9 +192,14 @@ class PrunedProcessingInfo:
 
 
 class PrunedProcessor:
-    """Shortens prompts to the visual tokens that Stage I keeps. A mixin of vLLM's processor."""
+    """Shortens prompts to the visual tokens that Stage I keeps. A mixin of vLLM's processor.
+
+    Attributes:
+        pixels_field: Name of the field with the images' pixels.
+    """
 
     info: Any
+    pixels_field = "pixel_values"
 
     @cached_property
     def _layouts(self) -> LRUCache[str, ImageLayout]:
@@ -264,7 +270,7 @@ class PrunedProcessor:
         places = processed["mm_placeholders"].get("image", ())
         try:
             for name, place in zip(names, places, strict=True):
-                counts_in_prompt(name, place.length)
+                span_in_prompt(name, place)
         except CountsMismatchError as error:
             COUNTS_MISMATCHES.labels("processor").inc()
             logger.error("Request refused: %s", error)
@@ -303,7 +309,7 @@ class PrunedProcessor:
     ) -> BatchFeature:
         plain = without_pruning_keys(hf_kwargs)
         processed: BatchFeature = super()._apply_hf_processor_main(mm_items, plain)  # type: ignore[misc]
-        if "pixel_values" in processed:
+        if self.pixels_field in processed:
             shapes = self._shapes(mm_items, hf_kwargs)
             processed[COUNTS_FIELD] = torch.tensor([shape_row(shape) for shape in shapes])
         return processed
@@ -335,24 +341,33 @@ class PrunedProcessor:
         ]
 
 
-def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], list[int]]:
-    """Replacement of an image's placeholder by as many tokens as Stage I keeps.
+def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], PromptUpdateDetails]:
+    """Replacement of an image's placeholder by as many visual tokens as Stage I keeps.
 
     Args:
-        content: vLLM's replacement: equal tokens, or a function from an image's index to them.
+        content: vLLM's replacement: tokens, or a function from an image's index to them. Text may
+            stand before and after the visual tokens, which are equal.
         images: Processed images. Images that were sent as embeddings have no :data:`COUNTS_FIELD`.
     """
 
-    def replacement(i: int) -> list[int]:
-        tokens: list[int] = content(i) if callable(content) else content
+    def replacement(i: int) -> PromptUpdateDetails:
+        update = content(i) if callable(content) else content
+        if not isinstance(update, PromptUpdateDetails):
+            update = PromptUpdateDetails.from_seq(update)
         image = images[i]
         if image is None or COUNTS_FIELD not in image:
-            return tokens
+            return update
         counts = shape_of_row(image[COUNTS_FIELD].data.tolist()).counts
-        if len(tokens) != counts.encoder:
+        is_visual = [True] * len(update.full)
+        if update.is_embed is not None:
+            is_visual = update.is_embed(update.full).tolist()
+        num_visual = sum(is_visual)
+        if num_visual != counts.encoder:
             raise MisprocessedImageError(
-                f"it has {len(tokens)} visual tokens, but {counts.encoder} were planned"
+                f"it has {num_visual} visual tokens, but {counts.encoder} were planned"
             )
-        return tokens[: counts.stages[0]]
+        first = is_visual.index(True)
+        before, after = update.full[: first + counts.stages[0]], update.full[first + num_visual :]
+        return replace(update, full=before + after)
 
     return replacement

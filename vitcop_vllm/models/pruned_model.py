@@ -27,6 +27,7 @@ from vitcop_vllm.models.stage_one import (
     group_by_shape,
 )
 from vitcop_vllm.models.staged_decoder import StagedDecoder, replace_attention
+from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.signals import DEFAULT_SIGNAL, SIGNALS
@@ -130,6 +131,13 @@ class PrunedModel:
         """The step's deepstack features, (T, H) per level; the model forgets them afterwards."""
         return nullcontext()
 
+    def prompt_order(self, grids: Grids, device: torch.device) -> torch.Tensor | None:
+        """(V,) int64, number in the prompt of each token of an image.
+
+        ``None`` if the prompt has the tokens in the order of the grids.
+        """
+        return None
+
     # The encoder.
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -142,7 +150,7 @@ class PrunedModel:
         if not self.selector.prunes_encoder or not any(shape.counts.is_pruned for shape in images):
             if not self._encoder_ran:
                 self._profile_encoder(images, kwargs)
-            self._record_none(len(images))
+            self._record_whole(images)
             return self._embed_whole(kwargs)
         self._encoder_ran = True
         return self._embed_in_batches(kwargs, images, self.sink)
@@ -151,6 +159,17 @@ class PrunedModel:
         """Report images of which Stage I selects nothing."""
         if self.sink is not None:
             self.sink.record_patches([None] * num_images)
+
+    def _record_whole(self, images: Sequence[ImageShape]) -> None:
+        """Report images that Stage I leaves whole: the order of their tokens, if it matters."""
+        if self.sink is None:
+            return
+        selections: list[PatchSelection | None] = []
+        for counts, grids in images:
+            order = self.prompt_order(grids, torch.device("cpu")) if counts.is_pruned else None
+            whole = None if order is None else PatchSelection(order.argsort(), None, None)
+            selections.append(whole)
+        self.sink.record_patches(selections)
 
     def _embed_whole(self, kwargs: Mapping[str, Any]) -> MultiModalEmbeddings:
         this: Any = super()
@@ -242,7 +261,10 @@ class PrunedModel:
         }
 
         def view_of(shape: ImageShape, numbers: Sequence[int]) -> EncoderView:
-            return EncoderView.of_embeddings(of_shape[shape], shape.grids, self.kernels)
+            order = self.prompt_order(shape.grids, of_shape[shape].device)
+            if order is not None:
+                of_shape[shape] = of_shape[shape][:, order]
+            return EncoderView.of_embeddings(of_shape[shape], shape.grids, self.kernels, order)
 
         for shape, kept in keep(view_of).items():
             of_shape[shape] = gather_rows(of_shape[shape], kept.index)

@@ -1,7 +1,7 @@
 """Stage I on the images of one encoder run: which visual tokens are kept, and their clusters."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,8 @@ class KeptTokens:
     """What Stage I keeps of B images of one shape.
 
     Attributes:
-        index: (B, n1) int64, the visual tokens that are kept, ascending.
+        index: (B, n1) int64, the visual tokens that are kept, numbered as the grids have them, in
+            the order of the prompt.
         labels: (B, n1) int64 cluster labels of these; ``None`` without centres.
         saliency: (B, V) float32 that the selector ranked all visual tokens by, higher is more
             salient; ``None`` if it ranks by none.
@@ -117,7 +118,11 @@ class StageOne:
                 if not shape.counts.is_pruned:
                     continue
                 view = view_of(shape, numbers)
+                if self.settings.encoder_signal == "received":
+                    view = replace(view, reads_cls=False)
                 index, saliency = self.selector.select_in_encoder(view, shape.counts.stages[0])
+                if view.prompt_order is not None:
+                    index = index.gather(1, view.prompt_order[index].argsort(dim=1))
                 labels = self._labels(view, index, shape) if shape.counts.centres else None
                 kept[shape] = KeptTokens(index, labels, saliency)
         return kept

@@ -19,7 +19,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vitcop_vllm.models.clip_rows import KeptRows, skip_dropped_rows
+from vitcop_vllm.models.clip_rows import KeptRows, LayerParts, skip_dropped_rows
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.processing import PrunedProcessingInfo
 from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
@@ -220,14 +220,14 @@ class TiledModel(PrunedModel):
             for shape, numbers in groups.items()
         }
 
-        def select_rows(qkv: torch.Tensor) -> KeptRows:
-            kept: Kept = keep(partial(self._view_of, layer.self_attn, qkv, tiles, images))
+        def select_rows(query: torch.Tensor, key: torch.Tensor) -> KeptRows:
+            kept: Kept = keep(partial(self._view_of, layer.self_attn, query, key, tiles, images))
             for shape, tokens in kept.items():
                 of_shape[shape] = of_shape[shape].gather(tokens.index)
             patches = torch.cat([tokens.patches.flatten() for tokens in of_shape.values()])
             return KeptRows(None, None, self._rows_of(patches))
 
-        with skip_dropped_rows(layer, select_rows):
+        with skip_dropped_rows(LayerParts.of_clip(layer), select_rows):
             features = this._image_pixels_to_features(this.vision_tower, tiles).flatten(0, 1)
         return {shape: self._embed(features, tokens) for shape, tokens in of_shape.items()}
 
@@ -281,7 +281,8 @@ class TiledModel(PrunedModel):
     def _view_of(
         self,
         attention: Any,
-        qkv: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
         tiles: torch.Tensor,
         images: Sequence[_PackedImage],
         shape: ImageShape,
@@ -291,7 +292,7 @@ class TiledModel(PrunedModel):
 
         Args:
             attention: Attention module of that layer.
-            qkv: (S, T, 3 * local heads * D) of all tiles; [CLS] first, if there is one.
+            query, key: (S, T, local heads * D) of all tiles; [CLS] first, if there is one.
             tiles: (S, 3, height, width) of all images.
             images: All images of the run.
             shape: Shape of the images ``numbers``.
@@ -307,10 +308,9 @@ class TiledModel(PrunedModel):
         packed = [
             image._replace(first_tile=first) for image, first in zip(chosen, firsts, strict=False)
         ]
-        tokens = self._token_patches(packed, qkv.device)
-        query, key, _ = (
-            select_items(x, used).unflatten(-1, (-1, attention.head_dim))
-            for x in qkv.chunk(3, dim=-1)
+        tokens = self._token_patches(packed, query.device)
+        query, key = (
+            select_items(x, used).unflatten(-1, (-1, attention.head_dim)) for x in (query, key)
         )
         first_patch = int(self.has_cls)
         ranks = attention.tp_size

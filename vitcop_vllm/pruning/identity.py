@@ -30,11 +30,8 @@ _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 class Placeholders(Protocol):
     """Position of an image's tokens in the prompt: vLLM's ``PlaceholderRange``."""
 
-    @property
-    def offset(self) -> int: ...
-
-    @property
-    def length(self) -> int: ...
+    def extract_embeds_range(self) -> list[tuple[int, int]]:
+        """First and last position of each run of visual tokens; text may stand around a run."""
 
 
 class Feature(Protocol):
@@ -97,16 +94,24 @@ class CountsMismatchError(RuntimeError):
     """
 
 
-def counts_in_prompt(identifier: str, num_placeholders: int) -> VisualTokenCounts:
-    """Counts of an image that has ``num_placeholders`` tokens in the prompt.
+def span_in_prompt(identifier: str, place: Placeholders) -> VisualSpan:
+    """Visual tokens of an image in the prompt, with the counts of its identifier.
 
     An engine also accepts prompts from another processor, whose identifiers do not end with
-    counts. Such an image is not pruned and has one visual token per placeholder.
+    counts. Such an image is not pruned. It may have text between its visual tokens, which its
+    span then includes.
 
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or
-            their n1 is not ``num_placeholders``.
+            their n1 is not the number of consecutive placeholders.
     """
+    runs = place.extract_embeds_range()
+    offset = runs[0][0]
+    return VisualSpan(offset, _checked_counts(identifier, runs[-1][1] + 1 - offset))
+
+
+def _checked_counts(identifier: str, num_placeholders: int) -> VisualTokenCounts:
+    """Counts of an image that has ``num_placeholders`` tokens in the prompt."""
     _, separator, tag = identifier.rpartition(_SEPARATOR)
     if not separator or not _TAG.fullmatch(tag):
         return VisualTokenCounts.unpruned(num_placeholders)
@@ -127,10 +132,8 @@ def plan_request(features: Iterable[Feature]) -> RequestPlan | None:
     """Plan of a request with these images; ``None`` if no image is pruned.
 
     Raises:
-        CountsMismatchError: See :func:`counts_in_prompt`.
+        CountsMismatchError: See :func:`span_in_prompt`.
     """
     places = [(feature.identifier, feature.mm_position) for feature in features]
-    plan = RequestPlan(
-        tuple(VisualSpan(at.offset, counts_in_prompt(name, at.length)) for name, at in places)
-    )
+    plan = RequestPlan(tuple(span_in_prompt(name, place) for name, place in places))
     return plan if plan.is_pruned else None

@@ -36,7 +36,7 @@ def label_images(
         cluster_labels: ``clustering.cluster_labels`` or a kernel that equals it.
         settings: The operator's.
         features: (B, n, C) of the kept tokens.
-        index: (B, n) int64, the kept tokens, ascending.
+        index: (B, n) int64, the kept tokens.
         grids: Grids of each image's tokens.
         num_centres: K, from 1 to n.
         published_scale: d_c of the model's family; ``None`` if none is published.

@@ -73,12 +73,17 @@ class Selector:
         """Whether the selector cannot work with an encoder that has no [CLS]."""
         return self.saliency == ("cls",)
 
+    @property
+    def has_two_sources(self) -> bool:
+        """Whether ``encoder_signal`` chooses what Stage I ranks tokens by."""
+        return len(self.saliency) > 1
+
     def select_in_encoder(self, view: EncoderView, count: int) -> tuple[Tensor, Tensor | None]:
         """Stage I: the tokens that are kept, (B, count), and the (B, V) saliency they rank by.
 
         The saliency is float32, higher is more salient; ``None`` if the selector ranks by none.
         """
-        source = self.saliency_source(has_cls=view.cls_query is not None)
+        source = self.saliency_source(has_cls=view.offers_cls)
         if source is not None:
             saliency = view.saliency(source)
             return view.kernels.most_salient(saliency, count), saliency

@@ -117,7 +117,7 @@ class PruningSettings(Frozen):
 
     Attributes:
         selector: Method that selects visual tokens: ViTCoP, or another published method at the
-            same budget. The four settings after the boundaries apply to ViTCoP only.
+            same budget. The five settings after the boundaries apply to ViTCoP only.
         shallow_boundary: First decoder layer that computes the tokens kept by Stage II.
             ``None`` scales the published layer, 2 of 32, to the model's depth.
         deep_boundary: First decoder layer that computes the tokens kept by Stage III.
@@ -136,6 +136,9 @@ class PruningSettings(Frozen):
             value (``values``), or the attention from the image's last tokens
             (``image_attention``). ``None`` means ``keys``, and ``values`` for decoders that
             normalise keys.
+        encoder_signal: What Stage I ranks tokens by: ``cls``, the attention from [CLS], or
+            ``received``, the attention from all tokens. ``None`` is ``cls`` if the encoder has
+            [CLS], as published.
         positions: ``original`` keeps prompt positions in every layer. ``reference`` renumbers
             prefill tokens from the deep boundary on, like the published program.
         kernels: Implementation of the functions that select tokens. ``triton`` needs a GPU and
@@ -154,6 +157,7 @@ class PruningSettings(Frozen):
     relative_density_scale: Positive = 0.5
     spatial_radius: Positive = 0.6
     decoder_signal: SignalName | None = None
+    encoder_signal: Literal["cls", "received"] | None = None
     positions: Literal["original", "reference"] = "original"
     kernels: KernelsName = "auto"
     default_ratio: Ratio = 0.0

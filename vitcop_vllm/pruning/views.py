@@ -41,6 +41,9 @@ class EncoderView:
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
         concat_over_ranks: Joins the last dimensions of a tensor that all ranks have.
         kernels: Implementation of the functions that choose tokens.
+        prompt_order: (V,) int64, number of each token in the prompt; ``None`` if the prompt has the
+            tokens in the order of the grids.
+        reads_cls: Whether the attention of [CLS] may be read, if the encoder has [CLS].
     """
 
     queries: Callable[[], Tensor]
@@ -55,9 +58,17 @@ class EncoderView:
     mean_over_ranks: Callable[[Tensor], Tensor]
     concat_over_ranks: Callable[[Tensor], Tensor]
     kernels: KernelSet
+    prompt_order: Tensor | None = None
+    reads_cls: bool = True
 
     @classmethod
-    def of_embeddings(cls, embeddings: Tensor, grids: Grids, kernels: KernelSet) -> Self:
+    def of_embeddings(
+        cls,
+        embeddings: Tensor,
+        grids: Grids,
+        kernels: KernelSet,
+        prompt_order: Tensor | None = None,
+    ) -> Self:
         """A view for selectors that read (B, V, H) embeddings, and nothing of the layer."""
         nothing = embeddings.new_empty(0)
         return cls(
@@ -73,12 +84,18 @@ class EncoderView:
             mean_over_ranks=lambda x: x,
             concat_over_ranks=lambda x: x,
             kernels=kernels,
+            prompt_order=prompt_order,
         )
 
     @property
     def num_tokens(self) -> int:
         """V, number of an image's visual tokens."""
         return count_tokens(self.grids)
+
+    @property
+    def offers_cls(self) -> bool:
+        """Whether Stage I may rank tokens by the attention of [CLS]."""
+        return self.reads_cls and self.cls_query is not None
 
     def saliency(self, source: SaliencySource) -> Tensor:
         """(B, V) float32 saliency of each visual token; higher is more salient."""

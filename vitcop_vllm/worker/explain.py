@@ -19,7 +19,7 @@ class PatchSelection(NamedTuple):
     """What Stage I keeps of one image.
 
     Attributes:
-        patches: (n1,) int64, ascending.
+        patches: (n1,) int64, in the order of the prompt.
         labels: (n1,) int64 cluster labels; ``None`` where nothing is clustered.
         saliency: (V,) float32, higher is more salient; ``None`` where the selector does not
             rank by it.

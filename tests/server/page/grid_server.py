@@ -103,7 +103,7 @@ def choose(counts: VisualTokenCounts) -> dict[str, Any]:
 def grid_app(*, has_cls: bool = False, tiled: bool = False) -> FastAPI:
     """An application with page, routes and answers; the encoder may have [CLS], or tiles."""
     app, model = FastAPI(), Model()
-    model.preview.info.has_cls = has_cls
+    model.preview.info.reads_cls = has_cls
     model.preview.info.tiled = tiled
     app.include_router(routes.router)
     attach_page(app)
