@@ -23,7 +23,14 @@ from vllm import LLM
 from benchmarks import llava_next_checkpoint, qwen_checkpoint
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.scheduling import engine_core, start
-from tests.families.family import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, Family
+from tests.families.family import (
+    INTERNVL_CHAT,
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    Family,
+)
 from tests.soak.traffic import MAX_TEXT_TOKENS, Traffic
 from vitcop_vllm.demo.checkpoint import TINY
 
@@ -66,6 +73,7 @@ LOADS = {
         concurrency=48,
     ),
     "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=400, concurrency=48),
+    "internvl": Load(INTERNVL_CHAT, range(201, 213), 250, blocks=460, concurrency=48),
     "qwen2.5-vl": Load(
         QWEN2_5_VL,
         range(201, 213),
