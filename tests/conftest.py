@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--model",
         choices=(
-            *("llava", "llava-next", "llava-onevision"),
+            *("llava", "llava-next", "llava-onevision", "internvl"),
             *("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"),
         ),
         help="soak this model; default: llava and qwen2.5-vl, all with --full",
@@ -61,8 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, own_cores))
 
 
-SAME_FOR_TILED = {"test_tensor_parallel", "test_model_runner_v2", "test_compiled_segments"}
-"""Files whose tests run the same code for LLaVA-OneVision as for LLaVA-NeXT."""
+_DECODER_TESTS = {"test_model_runner_v2", "test_compiled_segments"}
+
+SAME_AS_ANOTHER = {
+    "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
+    "internvl": _DECODER_TESTS,
+    "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2"},
+}
+"""Family -> files whose tests run the same code as for LLaVA-NeXT, InternVLChatModel or Qwen3-VL."""
 
 ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
 """Files that use engines in the tests' process, or child processes that end with a test."""
@@ -97,9 +103,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: "tests/soak/" in item.nodeid)
     if config.getoption("--full"):
         return
-    skip = pytest.mark.skip(reason="runs the same code as LLaVA-NeXT's test; --full runs it too")
+    skip = pytest.mark.skip(reason="runs the same code as another test; --full runs it too")
     for item in items:
-        if item.path.stem in SAME_FOR_TILED and "[llava_onevision" in item.name:
+        family = item.name.partition("[")[2].partition("-")[0].rstrip("]")
+        if item.path.stem in SAME_AS_ANOTHER.get(family, ()):
             item.add_marker(skip)
 
 

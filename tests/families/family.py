@@ -130,7 +130,8 @@ def _save_internvl_chat(path: Path) -> None:
 
 
 def _save_internvl(path: Path) -> None:
-    save_random_internvl(path, internvl_checkpoint.TINY_TRANSFORMERS)
+    # With seed 0, the norms of two keys of image 101 differ by rounding only.
+    save_random_internvl(path, internvl_checkpoint.TINY_TRANSFORMERS, seed=1)
 
 
 LLAVA = Family(

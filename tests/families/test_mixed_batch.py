@@ -18,6 +18,7 @@ REQUESTS = [
     RequestSpec("four of them", (1, 2, 3, 4), 8 / 9, max_tokens=5),
     RequestSpec("thin ones", (101, 5, 102), 2 / 3, max_tokens=6),
     RequestSpec("tokens dropped at the deep boundary alone", (105,), 0.2),
+    RequestSpec("an icon beside an image", (207, 3), 8 / 9, max_tokens=5),
 ]
 
 

@@ -196,3 +196,22 @@ def test_a_dummy_image_of_internvl_fits_the_step_if_any_image_does(
     assert info.dummy_size(250) is None
     assert info.layout(*info.dummy_size(249)).num_tokens == 225
     assert info.layout(*info.dummy_size(1)).num_tokens == 25
+
+
+def test_a_request_of_internvl_may_have_images_with_and_without_a_thumbnail(
+    internvl: tuple[Family, Any],
+) -> None:
+    family, processor = internvl
+    images = [Image.new("RGB", size) for size in ((20, 20), (300, 300))]
+    processed = processor(
+        family.opening * 2,
+        mm_items=processor.info.parse_mm_data({"image": images}),
+        hf_processor_mm_kwargs={"pruning_ratio": 2 / 3},
+    )
+    shapes = [
+        shape_of_row(image[COUNTS_FIELD].data.tolist()) for image in processed["mm_kwargs"]["image"]
+    ]
+    assert [shape.grids for shape in shapes] == [
+        (Grid(5, 5),),
+        (Grid(15, 15), Grid(5, 5)),
+    ]

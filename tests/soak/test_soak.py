@@ -24,6 +24,7 @@ from benchmarks import llava_next_checkpoint, qwen3_checkpoint, qwen_checkpoint
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.scheduling import engine_core, start
 from tests.families.family import (
+    INTERNVL_CHAT,
     LLAVA,
     LLAVA_NEXT,
     LLAVA_ONEVISION,
@@ -73,7 +74,8 @@ LOADS = {
         blocks=580,
         concurrency=48,
     ),
-    "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=400, concurrency=48),
+    "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=410, concurrency=48),
+    "internvl": Load(INTERNVL_CHAT, range(201, 213), 250, blocks=460, concurrency=48),
     "qwen2.5-vl": Load(
         QWEN2_5_VL,
         range(201, 213),

@@ -66,10 +66,19 @@ class MisprocessedImageError(GracefulHTTPError, CountsMismatchError):
         )
 
 
+_MOST_GRIDS = 2
+"""Most grids of an image. Rows of :func:`shape_row` are equally long, because vLLM stacks them."""
+
+_NO_GRID = Grid(0, 0)
+
+
 def shape_row(shape: ImageShape) -> list[int]:
     """A shape as integers: V, K, n1, n2, n3; then rows, columns and row marks of each grid."""
+    assert len(shape.grids) <= _MOST_GRIDS
     counts = shape.counts
-    return [counts.encoder, counts.centres, *counts.stages, *map(int, chain(*shape.grids))]
+    no_grids = [_NO_GRID] * (_MOST_GRIDS - len(shape.grids))
+    grids = map(int, chain(*shape.grids, *no_grids))
+    return [counts.encoder, counts.centres, *counts.stages, *grids]
 
 
 def shape_of_row(row: Sequence[int]) -> ImageShape:
@@ -79,6 +88,7 @@ def shape_of_row(row: Sequence[int]) -> ImageShape:
         Grid(rows, columns, bool(marks))
         for rows, columns, marks in zip(*[iter(numbers)] * 3, strict=True)
     )
+    grids = tuple(grid for grid in grids if grid != _NO_GRID)
     return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), grids)
 
 

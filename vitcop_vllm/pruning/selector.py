@@ -69,6 +69,16 @@ class Selector:
         return bool(self.saliency) or self.encoder is not None
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """The Stages that drop tokens."""
+        drops = {
+            "I": self.prunes_encoder,
+            "II": self.shallow is not None,
+            "III": self.deep is not None,
+        }
+        return tuple(name for name, does in drops.items() if does)
+
+    @property
     def prunes_decoder(self) -> bool:
         """Whether Stage II or III drops tokens."""
         return self.shallow is not None or self.deep is not None
