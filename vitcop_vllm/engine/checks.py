@@ -177,14 +177,6 @@ def _lacks_triton(start: StartUp) -> bool:
     return not HAS_TRITON
 
 
-def _replays_prefills(start: StartUp) -> bool:
-    from vllm.config import CUDAGraphMode
-
-    mode = start.vllm.compilation_config.cudagraph_mode
-    replays: bool = mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL
-    return start.vllm.model_config.uses_mrope and replays
-
-
 ENGINE_CHECKS = (
     Check(
         "pipeline parallelism splits the decoder, which must stay in one process",
@@ -420,11 +412,6 @@ STAGE_ONE_CHECKS = (
         "Stage I alone runs with model runner V1",
         f"unset {V2_VARIABLE}",
         lambda start: asks_for_v2(),
-    ),
-    Check(
-        "a full CUDA graph of a prefill holds no places of image tokens",
-        "set the compilation config's cudagraph_mode to FULL_AND_PIECEWISE or PIECEWISE",
-        _replays_prefills,
     ),
 )
 """What a model cannot run with that Stage I alone prunes."""

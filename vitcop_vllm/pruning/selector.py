@@ -71,12 +71,8 @@ class Selector:
     @property
     def stages(self) -> tuple[str, ...]:
         """The Stages that drop tokens."""
-        drops = {
-            "I": self.prunes_encoder,
-            "II": self.shallow is not None,
-            "III": self.deep is not None,
-        }
-        return tuple(name for name, does in drops.items() if does)
+        drops = (self.prunes_encoder, self.shallow is not None, self.deep is not None)
+        return tuple(name for name, does in zip(("I", "II", "III"), drops, strict=True) if does)
 
     @property
     def prunes_decoder(self) -> bool:
