@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import load, prefill
 from benchmarks.conditions import Device
 from benchmarks.engines import OURS, PEER, STOCK, EngineName
-from benchmarks.qwen_checkpoint import QwenShape
+from benchmarks.qwen_checkpoint import QwenVLShape
 from benchmarks.shapes import PUBLISHED, SHAPES, Shape, boundaries, save_checkpoint
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     add("--kv-cache-gib", type=_number, help="KV cache of each engine; on a GPU the free memory")
     add("--plot", type=Path, metavar="FILE.png", help="plot speed over ratio")
     arguments = parser.parse_args(argv)
-    is_qwen = isinstance(SHAPES.get(arguments.shape), QwenShape)
+    is_qwen = isinstance(SHAPES.get(arguments.shape), QwenVLShape)
     known = QWEN_SCENARIOS if is_qwen else SCENARIOS
     if unknown := set(arguments.scenarios or ()) - set(known):
         parser.error(f"{arguments.shape} supports only {', '.join(known)}, not {min(unknown)}")

@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
 from benchmarks.measured_engine import Result
-from benchmarks.qwen_checkpoint import QwenShape
+from benchmarks.qwen_checkpoint import QwenVLShape
 from benchmarks.requests import QUESTION, ImageRequest, filler_text
 from benchmarks.rounds import Rounds, Row, summary
 from benchmarks.shapes import Shape
@@ -57,7 +57,7 @@ LONG_TEXT_CASES: list[Case] = [
 
 
 def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
-    if not isinstance(shape, QwenShape):
+    if not isinstance(shape, QwenVLShape):
         return [{"ratio": ratio, "batch": batch} for batch in batches for ratio in RATIOS]
     return [
         {"ratio": ratio, "batch": batch, "image_size": size}
@@ -123,7 +123,7 @@ def measure_prefill(
             if name == OURS and PEER in plans:
                 figures["vs_peer"] = timed[PEER]["seconds"] / seconds
             measured[name].append(figures)
-        if isinstance(shape, QwenShape) and value:
+        if isinstance(shape, QwenVLShape) and value:
             limit = shape.max_pixels(plans[OURS].average)
             scaled, scaled_profiled = rounds.serve_profiled(partial(requests, limit), STOCK)
             measured[OURS][-1]["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]

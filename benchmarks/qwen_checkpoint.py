@@ -7,7 +7,7 @@ grouped-query heads, a chat template, and a processor for images and videos.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vitcop_vllm.demo.checkpoint import save_weights
 
@@ -29,21 +29,18 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-_PATCH, _MERGE = 14, 2
-"""Pixels along a side of a patch, and patches along a side of a visual token."""
-
-_TOKEN = _PATCH * _MERGE
+MERGE = 2
+"""Patches along a side of a visual token."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenShape:
-    """Sizes of a Qwen2.5-VL model.
+class QwenVLShape:
+    """Sizes of a Qwen-VL model.
 
     Attributes:
+        patch: Pixels along a side of a patch.
         min_visual_tokens, max_visual_tokens: Limits that images are scaled to.
         vision_hidden, vision_layers, vision_heads, vision_intermediate: The vision tower.
-        window: Visual tokens along a side of an attention window.
-        full_attention: Vision layers that attend over the whole image, the last layer among them.
         hidden, layers, heads, kv_heads, intermediate: The decoder.
         max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
@@ -51,14 +48,14 @@ class QwenShape:
         image_size: Height and width of a bench's images, in pixels.
     """
 
+    patch: ClassVar[int]
+
     min_visual_tokens: int = 4
     max_visual_tokens: int
     vision_hidden: int
     vision_layers: int
     vision_heads: int
     vision_intermediate: int
-    window: int = 4
-    full_attention: tuple[int, ...]
     hidden: int
     layers: int
     heads: int
@@ -70,9 +67,29 @@ class QwenShape:
     image_size: int = 448
 
     @property
+    def token_side(self) -> int:
+        """Pixels along a side of a visual token."""
+        return self.patch * MERGE
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of a decoder head."""
+        return self.hidden // self.heads
+
+    @property
+    def mrope_section(self) -> list[int]:
+        """Rotary frequencies of time, row and column."""
+        # As in Qwen: a quarter of the frequencies for time, the rest for row and column.
+        frequencies = self.rotary_width // 2
+        of_time = frequencies // 4
+        of_row = (frequencies - of_time) // 2
+        return [of_time, of_row, frequencies - of_time - of_row]
+
+    @property
     def pixel_limits(self) -> dict[str, int]:
         """Limits on the pixels of a scaled image, with the processor's names."""
-        least, most = self.min_visual_tokens * _TOKEN**2, self.max_visual_tokens * _TOKEN**2
+        pixels = self.token_side**2
+        least, most = self.min_visual_tokens * pixels, self.max_visual_tokens * pixels
         return {"shortest_edge": least, "longest_edge": most}
 
     @property
@@ -84,14 +101,30 @@ class QwenShape:
     def max_pixels(self, visual_tokens: float) -> int:
         """The ``max_pixels`` that scales a large square image to about so many visual tokens."""
         # Half a token wider, because the processor rounds down.
-        return round((round(visual_tokens**0.5) + 0.5) * _TOKEN) ** 2
+        return round((round(visual_tokens**0.5) + 0.5) * self.token_side) ** 2
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of visual tokens for an image size."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        height, width = smart_resize(height, width, _TOKEN, *self.pixel_limits.values())
-        return height // _TOKEN, width // _TOKEN
+        side = self.token_side
+        height, width = smart_resize(height, width, side, *self.pixel_limits.values())
+        return height // side, width // side
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenShape(QwenVLShape):
+    """Sizes of a Qwen2.5-VL model.
+
+    Attributes:
+        window: Visual tokens along a side of an attention window.
+        full_attention: Vision layers that attend over the whole image, the last layer among them.
+    """
+
+    patch = 14
+
+    window: int = 4
+    full_attention: tuple[int, ...]
 
 
 TINY = QwenShape(
@@ -147,7 +180,7 @@ def save_random_qwen(
         config.dtype = "float32"  # of the random numbers
         model = Qwen2_5_VLForConditionalGeneration(config)
         weights = {
-            name: _random_weight(name, weight).to(getattr(torch, dtype))
+            name: random_weight(name, weight).to(getattr(torch, dtype))
             for name, weight in model.state_dict().items()
         }
     save_weights(path, weights)
@@ -172,10 +205,6 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
     from transformers import Qwen2_5_VLConfig
 
     token = tokenizer.convert_tokens_to_ids
-    # As in Qwen: a quarter of the frequencies for time, the rest for row and column.
-    frequencies = shape.hidden // shape.heads // 2
-    of_time = frequencies // 4
-    of_row = (frequencies - of_time) // 2
     config = Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         vision_config={
@@ -183,10 +212,10 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
             "hidden_size": shape.vision_hidden,
             "intermediate_size": shape.vision_intermediate,
             "num_heads": shape.vision_heads,
-            "patch_size": _PATCH,
-            "spatial_merge_size": _MERGE,
+            "patch_size": shape.patch,
+            "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
-            "window_size": shape.window * _TOKEN,
+            "window_size": shape.window * shape.token_side,
             "fullatt_block_indexes": [*shape.full_attention],
             "out_hidden_size": shape.hidden,
         },
@@ -202,7 +231,7 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": shape.rope_theta,
-                "mrope_section": [of_time, of_row, frequencies - of_time - of_row],
+                "mrope_section": shape.mrope_section,
             },
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
@@ -220,7 +249,7 @@ def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
 def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    sizes = {"patch_size": _PATCH, "size": shape.pixel_limits}
+    sizes = {"patch_size": shape.patch, "size": shape.pixel_limits}
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,
@@ -229,7 +258,7 @@ def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
     ).save_pretrained(path)
 
 
-def _random_weight(name: str, weight: Any) -> Any:
+def random_weight(name: str, weight: Any) -> Any:
     """A weight scaled by fan-in; a bias or norm large enough to change answers if forgotten.
 
     With transformers' scale of 0.02, every prompt gets the same answer.

@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("soak", "tests/soak")
     group.addoption(
         "--model",
-        choices=("llava", "llava-next", "llava-onevision", "internvl", "qwen2.5-vl"),
+        choices=(
+            *("llava", "llava-next", "llava-onevision", "internvl"),
+            *("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"),
+        ),
         help="soak this model; default: llava and qwen2.5-vl, all with --full",
     )
     group.addoption("--full", action="store_true", help="all families in every test")
@@ -63,8 +66,10 @@ _DECODER_TESTS = {"test_model_runner_v2", "test_compiled_segments"}
 SAME_AS_ANOTHER = {
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": _DECODER_TESTS,
+    "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2"},
 }
-"""Family -> files whose tests run the same code as for LLaVA-NeXT or for InternVLChatModel."""
+"""Family -> files whose tests run the same code as for LLaVA-NeXT, InternVL's published form or
+Qwen3-VL."""
 
 ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
 """Files that use engines in the tests' process, or child processes that end with a test."""
@@ -157,7 +162,11 @@ def engine_of(checkpoint_of: Callable[[Family], Path]) -> "Callable[[Family], LL
     @cache
     def engine_of(family: Family) -> "LLM":
         from vllm import LLM
+        from vllm.distributed import parallel_state
 
+        # vLLM makes its groups with a process's first engine, and the group of expert
+        # parallelism only if that is an MoE model. With one rank all groups are the same.
+        parallel_state._EP = parallel_state._TP
         return LLM(str(checkpoint_of(family)), disable_log_stats=False, **ENGINE_OPTIONS)
 
     return engine_of

@@ -8,7 +8,12 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from benchmarks import internvl_checkpoint, llava_next_checkpoint, qwen_checkpoint
+from benchmarks import (
+    internvl_checkpoint,
+    llava_next_checkpoint,
+    qwen3_checkpoint,
+    qwen_checkpoint,
+)
 from benchmarks.internvl_checkpoint import InternVLShape
 from benchmarks.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
 from vitcop_vllm.pruning.plan import plan_counts
@@ -40,6 +45,8 @@ PUBLISHED = {
     "llava-1.5-13b": Published(40, 40, 576),
     "llava-next-7b": Published(32, 8, llava_next_checkpoint.SMALL.tokens_of(*SIZE)),
     "llava-onevision-7b": Published(28, 4, ONEVISION.tokens_of(*SIZE)),
+    "qwen3-vl-8b": Published(36, 8, prod(qwen3_checkpoint.SMALL.grid(*SIZE))),
+    "qwen3-vl-30b-a3b": Published(48, 4, prod(qwen3_checkpoint.SMALL.grid(*SIZE))),
     "internvl3-8b": Published(28, 4, INTERNVL.tokens_of(*SIZE)),
     "qwen2.5-vl-7b": Published(28, 4, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
 }

@@ -238,16 +238,27 @@ def _overrides(cls: type) -> Iterator[tuple[str, str]]:
                     break
 
 
-def _calls(cls: type, tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Pairs of our class and a vLLM method that it calls on ``self`` or ``cls``."""
-    body = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == cls.__name__)
+def _calls(cls: type, trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, str]]:
+    """Pairs of our class and a vLLM method that an object of ``cls`` calls there on itself."""
+    for ours in cls.__mro__:
+        if (tree := trees.get(ours.__module__)) is None:
+            continue
+        for name in _names_called_on_itself(tree, ours.__name__):
+            owner = next((base for base in cls.__mro__ if name in vars(base)), object)
+            if owner.__module__.startswith("vllm."):
+                here = f"{ours.__module__}.{ours.__name__}"
+                yield here, f"{owner.__module__}:{owner.__qualname__}.{name}"
+
+
+def _names_called_on_itself(tree: ast.Module, cls: str) -> Iterator[str]:
+    """Methods that a class calls on ``self``, on ``cls``, or on ``this``, an untyped ``self``."""
+    body = next(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == cls)
     for node in ast.walk(body):
         match node:
-            case ast.Call(func=ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name)):
-                owner = next((base for base in cls.__mro__ if name in vars(base)), object)
-                if owner.__module__.startswith("vllm."):
-                    here = f"{cls.__module__}.{cls.__name__}"
-                    yield here, f"{owner.__module__}:{owner.__qualname__}.{name}"
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="self" | "cls" | "this"), attr=name)
+            ):
+                yield name
 
 
 def _names(trees: Mapping[str, ast.Module]) -> set[str]:
@@ -276,7 +287,7 @@ def dependencies() -> dict[str, Any]:
     return {
         "imports": sorted({places for tree in trees.values() for places in _imports(tree)}),
         "overrides": sorted({pair for cls in classes for pair in _overrides(cls)}),
-        "calls": sorted({pair for cls in classes for pair in _calls(cls, trees[cls.__module__])}),
+        "calls": sorted({pair for cls in classes for pair in _calls(cls, trees)}),
         "names": sorted(_names(trees)),
     }
 

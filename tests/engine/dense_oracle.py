@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,20 @@ from vitcop_vllm.pruning.settings import PruningSettings
 
 
 @dataclass
-class _QueriesAndKeys:
-    """Queries (T, heads, D) and keys (T, kv_heads, D) of a layer, after rotary embedding."""
+class _AttentionInputs:
+    """What attends in a layer.
+
+    Attributes:
+        query: (T, heads, D), after rotary embedding.
+        keys: (T, kv_heads, D), after rotary embedding.
+        raw_keys: (T, kv_heads, D), as projected.
+        values: (T, kv_heads, D).
+    """
 
     query: torch.Tensor
     keys: torch.Tensor
+    raw_keys: torch.Tensor
+    values: torch.Tensor
 
 
 @dataclass
@@ -56,12 +66,14 @@ class Encoded:
         labels: Cluster of each token; empty if Stage II merges nothing.
         offsets: Rotary position of each token on each axis, relative to the image's start.
         advance: Rotary position of the next text token, relative to the image's start.
+        deepstack: (n1, H) features that are added after each of the first layers.
     """
 
     embeds: torch.Tensor
     labels: list[int]
     offsets: Sequence[tuple[int, ...]]
     advance: int
+    deepstack: Sequence[torch.Tensor] = ()
 
 
 @dataclass
@@ -85,11 +97,15 @@ class DenseModel(ABC):
     Attributes:
         axes: Axis of each rotary frequency: an index into a token's ``place``.
         image_token: Id of the placeholder token.
+        settings: Settings of pruning, except the selector.
+        layer_norm_eps: Of norms with a bias.
     """
 
     axes: list[int]
     image_token: int
     num_axes: ClassVar[int]
+    settings: ClassVar[PruningSettings] = PruningSettings(decoder_signal="keys")
+    layer_norm_eps: ClassVar[float] = 1e-5
 
     def __init__(
         self,
@@ -98,7 +114,9 @@ class DenseModel(ABC):
         *,
         renumber_deep: bool = False,
         selector: str = "vitcop",
+        signal: str | None = None,
     ):
+        self.signal = signal or self.settings.decoder_signal
         self.config = AutoConfig.from_pretrained(path)
         self.processor = AutoProcessor.from_pretrained(path)
         self.weights = load_file(path / "model.safetensors")
@@ -120,7 +138,9 @@ class DenseModel(ABC):
     def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self.weights[f"{name}.weight"]
         if f"{name}.bias" in self.weights:
-            return F.layer_norm(x, weight.shape, weight, self.weights[f"{name}.bias"], 1e-5)
+            return F.layer_norm(
+                x, weight.shape, weight, self.weights[f"{name}.bias"], self.layer_norm_eps
+            )
         eps = self.config.text_config.rms_norm_eps
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
@@ -138,6 +158,7 @@ class DenseModel(ABC):
         embeds = self.weights["model.language_model.embed_tokens.weight"][torch.tensor(tokens)]
         rows: list[_Row] = []
         labels = []
+        deepstack: dict[int, torch.Tensor] = {}
         place = 0
         for number, (image, image_counts) in enumerate(zip(images, counts, strict=True)):
             start = tokens.index(self.image_token, len(rows))
@@ -149,6 +170,9 @@ class DenseModel(ABC):
             for i, offsets in enumerate(encoded.offsets, start):
                 rows.append(_Row(i, number, tuple(place + offset for offset in offsets)))
             labels.append(encoded.labels)
+            for level, features in enumerate(encoded.deepstack):
+                added = deepstack.setdefault(level, torch.zeros_like(embeds))
+                added[start : start + len(features)] = features
             place += encoded.advance
         rows += self.text_rows(range(len(rows), len(tokens)), place + len(tokens) - len(rows))
 
@@ -172,6 +196,8 @@ class DenseModel(ABC):
                     for row in rows
                 ]
             x, last_layer = self.layer(layer, x, places)
+            if layer in deepstack:
+                x = x + deepstack[layer]
         x = self.norm("model.language_model.norm", x)
         answer = len(tokens) - prompt_length + 1
         return self.linear("lm_head", x[-answer:])
@@ -182,13 +208,16 @@ class DenseModel(ABC):
 
     def layer(
         self, layer: int, x: torch.Tensor, places: list[tuple[int, ...]]
-    ) -> tuple[torch.Tensor, _QueriesAndKeys]:
+    ) -> tuple[torch.Tensor, _AttentionInputs]:
         text = self.config.text_config
         name = f"model.language_model.layers.{layer}"
         heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
         y = self.norm(f"{name}.input_layernorm", x)
         query = self.linear(f"{name}.self_attn.q_proj", y).unflatten(-1, (heads, -1))
-        key = self.linear(f"{name}.self_attn.k_proj", y).unflatten(-1, (kv_heads, -1))
+        key = raw = self.linear(f"{name}.self_attn.k_proj", y).unflatten(-1, (kv_heads, -1))
+        if f"{name}.self_attn.k_norm.weight" in self.weights:
+            query = self.norm(f"{name}.self_attn.q_norm", query)
+            key = self.norm(f"{name}.self_attn.k_norm", key)
         value = self.linear(f"{name}.self_attn.v_proj", y).unflatten(-1, (kv_heads, -1))
         query, key = self.rotate(query, places), self.rotate(key, places)
         share = heads // kv_heads
@@ -199,9 +228,11 @@ class DenseModel(ABC):
         y = torch.einsum("hqk,khd->qhd", attention, wide_value).flatten(1)
         x = x + self.linear(f"{name}.self_attn.o_proj", y)
         y = self.norm(f"{name}.post_attention_layernorm", x)
-        gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
-        y = self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y))
-        return x + y, _QueriesAndKeys(query, key)
+        return x + self.mlp(f"{name}.mlp", y), _AttentionInputs(query, key, raw, value)
+
+    def mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(self.linear(f"{name}.gate_proj", x))
+        return self.linear(f"{name}.down_proj", gate * self.linear(f"{name}.up_proj", x))
 
     def rotate(self, x: torch.Tensor, places: list[tuple[int, ...]]) -> torch.Tensor:
         half = x.shape[-1] // 2
@@ -214,12 +245,23 @@ class DenseModel(ABC):
 
     # Between segments.
 
-    @staticmethod
-    def key_norm(keys: torch.Tensor) -> torch.Tensor:
-        return keys.mean(dim=1).norm(dim=-1)
+    def scores(self, layer: _AttentionInputs, span: range) -> np.ndarray:
+        """Score of each token of a span; a smaller score is more salient."""
+        rows = list(span)
+        match self.signal:
+            case "keys":
+                return oracle.key_norms(layer.keys[rows].numpy())
+            case "raw_keys":
+                return oracle.key_norms(layer.raw_keys[rows].numpy())
+            case "values":
+                return oracle.value_scores(layer.values[rows].numpy())
+        assert self.signal == "image_attention"
+        scale = layer.query.shape[-1] ** -0.5
+        return oracle.image_attention_scores(
+            layer.query[rows].numpy(), layer.keys[rows].numpy(), scale
+        )
 
     def merge(self, x, rows, last_layer, labels, counts):
-        norms = self.key_norm(last_layer.keys)
         out_x, out_rows = [], []
         i = 0
         while i < len(rows):
@@ -234,9 +276,8 @@ class DenseModel(ABC):
                 out_x.extend(x[i : i + n1])
                 out_rows.extend(rows[i : i + n1])
             else:
-                output = oracle.stage_two(
-                    norms[i : i + n1].numpy(), labels[number], counts[number].centres, n2
-                )
+                scores = self.scores(last_layer, range(i, i + n1))
+                output = oracle.stage_two(scores, labels[number], counts[number].centres, n2)
                 assert len(output) == n2
                 for at, members in output:
                     token = x[i + at]
@@ -277,7 +318,7 @@ class DenseModel(ABC):
             states = self.norm("model.language_model.norm", x[visual])
             return oracle.least_duplicated(last_layer.keys[visual].numpy(), states.numpy(), count)
         assert self.selector in ("vitcop", "key_norm")
-        return oracle.smallest(self.key_norm(last_layer.keys[visual]).tolist(), count)
+        return oracle.smallest(self.scores(last_layer, span).tolist(), count)
 
 
 class DenseLlava(DenseModel):
@@ -390,9 +431,7 @@ def assert_equals_oracle(
         answer.prompt + answer.tokens[:-1],
         images,
         [
-            plan_counts(
-                settings or PruningSettings(), spec.ratio, layers, model.visual_tokens(image)
-            )
+            plan_counts(settings or model.settings, spec.ratio, layers, model.visual_tokens(image))
             for image in images
         ],
         len(answer.prompt),

@@ -27,6 +27,8 @@ IMAGE_MARKS = {
     "llava_next": "<image>\n",
     "llava_onevision": "<image>\n",
     "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "qwen3_vl_moe": "<|vision_start|><|image_pad|><|vision_end|>",
     "internvl_chat": "<image>",
     "internvl": "<IMG_CONTEXT>",
 }

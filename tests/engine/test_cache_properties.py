@@ -257,7 +257,7 @@ def with_engine(llm: LLM) -> type[Traffic]:
     return type("EngineTraffic", (Traffic,), {"llm": llm})
 
 
-def test_every_slot_holds_its_request_s_prefix(llm):
+def test_every_slot_holds_its_request_s_prefix(llm, pytestconfig):
     seen.clear()
     run_state_machine_as_test(
         with_engine(llm),
@@ -265,9 +265,13 @@ def test_every_slot_holds_its_request_s_prefix(llm):
             max_examples=60,
             stateful_step_count=40,
             deadline=None,
+            # Equal traffic in every run, or the numbers below would fail by chance.
+            derandomize=not pytestconfig.getoption("--full"),
             suppress_health_check=list(HealthCheck),
         ),
     )
+    if pytestconfig.getoption("--full"):
+        return
     # Enough of each event occurred.
     assert seen["copies"] > 500
     assert seen["preemptions"] > 100

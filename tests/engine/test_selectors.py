@@ -22,6 +22,7 @@ from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.models.staged_decoder import StagedDecoder
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import CONFIG_KEY, SELECTOR_NAMES, PruningSettings, SelectorName
+from vitcop_vllm.pruning.signals import SIGNALS
 
 SHALLOW, _ = BOUNDARIES = PruningSettings().boundaries(TINY.layers)
 LIMIT = 1 - SHALLOW / TINY.layers
@@ -81,7 +82,7 @@ def llm_with(engine) -> Iterator[Callable[[str], Any]]:
         core.scheduler._reads_question = row.reads_question
         decoder = model.language_model.model
         model.staged_decoder = StagedDecoder(
-            decoder, BOUNDARIES, row, model.kernels, core.vllm_config
+            decoder, BOUNDARIES, row, model.kernels, SIGNALS["keys"], core.vllm_config
         )
         # Equal counts of another selector would hit.
         core.reset_encoder_cache()

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm import envs
 
-from tests.families.family import INTERNVL, INTERNVL_CHAT
+from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
+from tests.families.family import INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
     SPAN_LIMIT_KEY,
@@ -146,6 +147,15 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
             {**READING, "max_num_batched_tokens": 1024, "long_prefill_token_threshold": 512},
             "unset --long-prefill-token-threshold",
         ),
+        (
+            {
+                "additional_config": {
+                    "pruning": {"selector": "cls", "max_pruning_ratio": 0.8}
+                    | {"decoder_signal": "values"}
+                }
+            },
+            "selector cls does not read decoder_signal; remove decoder_signal",
+        ),
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "select_strategy"),
         ({"hf_overrides": {"vision_feature_layer": [-2, -3]}}, "vision_feature_layer"),
     ],
@@ -257,23 +267,49 @@ def test_another_vision_tower_is_refused(checkpoint, tmp_path):
         config_of(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("family", "decoder", "sentence"),
-    [
-        (INTERNVL_CHAT, "internlm2", "the decoder is internlm2, .*; serve it with stock vLLM"),
-        (INTERNVL, "qwen3", "qwen3, which normalises keys, .*; serve it with stock vLLM"),
-    ],
-)
-def test_decoders_of_internvl_that_cannot_be_pruned_are_refused(
-    checkpoint_of, tmp_path, family, decoder, sentence
-):
-    for file in checkpoint_of(family).iterdir():
+@pytest.fixture(scope="module")
+def deepstack_checkpoint(tmp_path_factory):
+    """Qwen3-VL, with features of the encoder after two decoder layers; without weights."""
+    path = tmp_path_factory.mktemp("qwen3")
+    save_random_qwen3(path, TINY)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def settings_of(path, **given):
+    config = config_of(path, additional_config={"pruning": given})
+    return pruning_settings_of(config.model_config.hf_config)
+
+
+def test_the_signal_follows_from_the_decoder(checkpoint, deepstack_checkpoint, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logger, "warning", lambda message, *values: warnings.append(message))
+    assert settings_of(checkpoint).decoder_signal == "keys"
+    assert settings_of(checkpoint, decoder_signal="values").decoder_signal == "values"
+    assert settings_of(checkpoint, selector="cls").decoder_signal is None
+    assert settings_of(deepstack_checkpoint, selector="received").decoder_signal is None
+    assert not warnings
+    assert settings_of(deepstack_checkpoint).decoder_signal == "values"
+    assert settings_of(deepstack_checkpoint, decoder_signal="keys").decoder_signal == "keys"
+    assert ["No trained weights" in warning for warning in warnings] == [True, True]
+
+
+def test_stage_two_comes_after_the_deepstack_features(checkpoint, deepstack_checkpoint):
+    assert settings_of(checkpoint).shallow_boundary is None
+    assert settings_of(deepstack_checkpoint).boundaries(8) == (2, 6)
+    assert settings_of(deepstack_checkpoint, shallow_boundary=4).boundaries(8) == (4, 6)
+    with pytest.raises(ValueError, match=r"first 2 layers.*set shallow_boundary to 2 or more"):
+        settings_of(deepstack_checkpoint, shallow_boundary=1)
+
+
+def test_another_decoder_of_internvl_is_refused(checkpoint_of, tmp_path):
+    for file in checkpoint_of(INTERNVL_CHAT).iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["llm_config" if "llm_config" in config else "text_config"]["model_type"] = decoder
+    config["llm_config"]["model_type"] = "internlm2"
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=r"the decoder is internlm2, .*; serve it with stock vLLM"):
         config_of(tmp_path, trust_remote_code=True)
 
 

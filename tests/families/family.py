@@ -1,7 +1,7 @@
 """The model families that the tests of this folder run for."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from math import prod
@@ -12,11 +12,13 @@ from benchmarks import (
     internvl_checkpoint,
     llava_next_checkpoint,
     llava_onevision_checkpoint,
+    qwen3_checkpoint,
     qwen_checkpoint,
 )
 from benchmarks.internvl_checkpoint import save_random_internvl
 from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
+from benchmarks.qwen3_checkpoint import save_random_qwen3
 from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
@@ -40,6 +42,7 @@ class Family:
         oracle: ``module:class`` of the dense oracle. It is imported late, because conftest.py
             must set the number of threads before the first import of torch.
         tokens: (width, height) of an image -> number of its visual tokens.
+        settings: The settings that start-up chooses.
         tokens_around: Ids of the tokens that the processor puts before and after an image.
         pixels: Name of the field with an image's pixels.
         stock_ignores_ratio: Whether stock vLLM's processor takes keywords that it does not know.
@@ -52,13 +55,14 @@ class Family:
     save: Callable[[Path], None]
     oracle: str
     tokens: Callable[[int, int], int]
+    settings: PruningSettings = field(default_factory=PruningSettings)
     tokens_around: tuple[int, int] | None = None
     pixels: str = "pixel_values"
     stock_ignores_ratio: bool = True
 
     @property
     def boundaries(self) -> tuple[int, int]:
-        return PruningSettings().boundaries(self.layers)
+        return self.settings.boundaries(self.layers)
 
     @property
     def opening(self) -> str:
@@ -85,7 +89,7 @@ class Family:
     def counts(self, ratio: float, image: int) -> VisualTokenCounts:
         """The plan of an image, given by its seed."""
         tokens = self.tokens(*image_size(image))
-        return plan_counts(PruningSettings(), ratio, self.layers, tokens)
+        return plan_counts(self.settings, ratio, self.layers, tokens)
 
     def kept(self, ratio: float, *images: int) -> int:
         """Number of tokens that Stage I keeps of these images, each with a placeholder."""
@@ -111,6 +115,14 @@ def _save_llava_onevision(path: Path) -> None:
 
 def _save_qwen(path: Path) -> None:
     save_random_qwen(path, qwen_checkpoint.TINY)
+
+
+def _save_qwen3(path: Path) -> None:
+    save_random_qwen3(path, qwen3_checkpoint.TINY)
+
+
+def _save_qwen3_moe(path: Path) -> None:
+    save_random_qwen3(path, qwen3_checkpoint.TINY_MOE)
 
 
 def _save_internvl_chat(path: Path) -> None:
@@ -162,6 +174,26 @@ LLAVA_ONEVISION = Family(
     tokens=llava_onevision_checkpoint.TINY.tokens_of,
 )
 
+QWEN3_VL = Family(
+    name="qwen3_vl",
+    placeholder="<|image_pad|>",
+    image_token=QWEN2_5_VL.image_token,
+    layers=qwen3_checkpoint.TINY.layers,
+    save=_save_qwen3,
+    oracle="tests.families.qwen3_oracle:DenseQwen3",
+    tokens=lambda width, height: prod(qwen3_checkpoint.TINY.grid(width, height)),
+    settings=PruningSettings(shallow_boundary=2),
+)
+
+QWEN3_VL_MOE = replace(
+    QWEN3_VL,
+    name="qwen3_vl_moe",
+    layers=qwen3_checkpoint.TINY_MOE.layers,
+    save=_save_qwen3_moe,
+    oracle="tests.families.qwen3_oracle:DenseQwen3Moe",
+    tokens=lambda width, height: prod(qwen3_checkpoint.TINY_MOE.grid(width, height)),
+)
+
 _INTERN_TOKEN = internvl_checkpoint.SPECIALS.index
 
 INTERNVL_CHAT = Family(
@@ -188,4 +220,13 @@ INTERNVL = Family(
     tokens_around=(_INTERN_TOKEN("<img>"), _INTERN_TOKEN("</img>")),
 )
 
-FAMILIES = (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_5_VL, INTERNVL_CHAT, INTERNVL)
+FAMILIES = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
+    INTERNVL_CHAT,
+    INTERNVL,
+)

@@ -39,9 +39,16 @@ class DenseQwen(DenseModel):
         self.density_scale = density_scale
         self.image_token = self.config.image_token_id
         sections = self.config.text_config.rope_parameters["mrope_section"]
-        self.axes = [axis for axis, size in enumerate(sections) for _ in range(size)]
+        self.axes = self.rotary_axes(sections)
+        self.tower = self.load_tower(path)
+
+    def load_tower(self, path: Path) -> Any:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-        self.tower = model.model.visual.eval()
+        return model.model.visual.eval()
+
+    def rotary_axes(self, sections: list[int]) -> list[int]:
+        """Axis of each frequency: first those of time, then of row, then of column."""
+        return [axis for axis, size in enumerate(sections) for _ in range(size)]
 
     # An image's grid.
 
@@ -141,11 +148,11 @@ class DenseQwen(DenseModel):
         attention = scores.flatten(-2).softmax(-1).unflatten(-1, key.shape[:2])
         y = torch.einsum("hqpkr,krhd->qphd", attention, value).flatten(2)
         x = x + self.linear(f"{name}.attn.proj", y)
-        y = self.norm(f"{name}.norm2", x)
-        gate = F.silu(self.linear(f"{name}.mlp.gate_proj", y))
-        return x + self.linear(
-            f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", y)
-        )
+        return x + self.block_mlp(name, self.norm(f"{name}.norm2", x))
+
+    def block_mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        gate = F.silu(self.linear(f"{name}.mlp.gate_proj", x))
+        return self.linear(f"{name}.mlp.down_proj", gate * self.linear(f"{name}.mlp.up_proj", x))
 
     def merge_patches(self, x: torch.Tensor) -> torch.Tensor:
         """(n, 4, C) -> (n, H)."""

@@ -157,7 +157,8 @@ def test_preempted_requests_resume_and_answer_as_if_alone(family, llm, scheduler
 @pytest.mark.parametrize("ratio", [0.0, 8 / 9])
 def test_as_many_requests_run_at_once_as_the_plan_says(family, engine, scheduler, ratio):
     """Dropped tokens take no memory, so more requests fit."""
-    budget, answer = 200, 30
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    budget, answer = 25 * len(groups), 30
     spec = RequestSpec("What?", (106,), ratio, max_tokens=answer)
     start(engine, "probe", spec)
     (request,) = scheduler.requests.values()

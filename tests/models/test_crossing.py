@@ -16,6 +16,8 @@ from vitcop_vllm.models.crossing import Crossing, LayerBefore
 from vitcop_vllm.pruning.identity import explained_identifier
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
+from vitcop_vllm.pruning.settings import SignalName
+from vitcop_vllm.pruning.signals import SIGNALS
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
@@ -54,16 +56,18 @@ def layer_before(rows: int = ROWS, device: torch.device = CPU) -> LayerBefore:
         0.5,
         torch.randn(rows, 4, 8, device=device),
         torch.randn(rows, 2, 8, device=device),
+        torch.randn(rows, 2, 8, device=device),
+        lambda spans: torch.arange(rows, device=device)[spans, None, None].float(),
         torch.randn(rows, HIDDEN, device=device),
         torch.randn(rows, HIDDEN, device=device),
     )
 
 
-def crossing_of(selector: str, device: torch.device = CPU) -> Crossing:
+def crossing_of(selector: str, device: torch.device = CPU, signal: SignalName = "keys") -> Crossing:
     """A crossing whose norm has random weights."""
     norm = nn.Module()
     norm.weight = torch.rand(HIDDEN, device=device)
-    return Crossing(SELECTORS[selector], TORCH, norm)
+    return Crossing(SELECTORS[selector], TORCH, SIGNALS[signal], norm)
 
 
 def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
@@ -138,6 +142,14 @@ def test_a_merged_row_adds_its_group_s_mean_and_other_rows_do_not_change():
     for row, token in merged.items():
         wanted[row] = token
     torch.testing.assert_close(hidden + residual, wanted)
+
+
+def test_raw_keys_are_those_of_the_group_s_rows():
+    (group,) = step_of(VisualTokenCounts(V, 0, (V, KEPT, DEEP))).groups
+    cross = crossing_of("key_norm", signal="raw_keys")
+    rows, *_ = cross.select_rows(group, 1, layer_before(), [])
+    # Here a row's raw key is the row's number, so the first rows have the smallest.
+    assert torch.equal(rows, group.rows(0)[:, :KEPT])
 
 
 @no_host_sync()

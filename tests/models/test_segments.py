@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from vllm.sequence import IntermediateTensors
 
 from tests.pruning.every_selector import SELECTORS
-from vitcop_vllm.models.segments import layers_by_segment
+from vitcop_vllm.models.segments import _Segment, layers_by_segment
 
 
 class Layer(nn.Module):
@@ -68,3 +69,45 @@ def test_a_boundary_splits_a_layer_before_the_mlp_if_the_selector_allows_it(sele
     assert [len(segment) for segment in segments] == [2, 2 + (1 in cuts), 2 + (2 in cuts)]
     for segment, layer in enumerate((layers[1], layers[3]), start=1):
         assert (segments[segment - 1][-1] is layer) is (segment not in cuts)
+
+
+def test_a_layer_before_deepstack_features_is_not_split():
+    layers = [Layer() for _ in range(6)]
+    for levels, lengths in ((1, [2, 3, 3]), (2, [2, 2, 3])):
+        segments = layers_by_segment(layers, (2, 4), SELECTORS["key_norm"], levels)
+        assert [len(segment) for segment in segments] == lengths
+
+
+@torch.inference_mode()
+def test_deepstack_features_are_added_after_each_of_the_first_layers():
+    torch.manual_seed(0)
+    layers = [Layer() for _ in range(3)]
+    positions, hidden = torch.arange(5.0), torch.randn(5, 8)
+    features = torch.randn(2, 5, 8)
+    wanted: Any = (hidden, None)
+    for number, layer in enumerate(layers):
+        wanted = layer(positions, *wanted)
+        if number < 2:
+            wanted = (wanted[0] + features[number], wanted[1])
+    names = (f"deepstack_input_embeds_{level}" for level in range(2))
+    deepstack = IntermediateTensors(dict(zip(names, features, strict=True)))
+    *got, stream = _Segment(layers=layers).run(positions, hidden, None, deepstack)
+    assert stream is None
+    assert torch.equal(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_segment_keeps_the_stream_that_its_last_layer_gets(count):
+    torch.manual_seed(0)
+    *first, last = [Layer() for _ in range(count)]
+    positions, hidden = torch.arange(5.0), torch.randn(5, 8)
+    before: Any = (hidden, None)
+    for layer in first:
+        before = layer(positions, *before)
+    wanted = before[0] if before[1] is None else before[0] + before[1]
+    segment = _Segment(layers=[*first, last], keeps_input=True)
+    stream = segment.run(positions, hidden, None)[2]
+    assert stream is not None
+    assert torch.equal(stream, wanted)

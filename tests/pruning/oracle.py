@@ -100,6 +100,35 @@ def quotas(sizes, sums, n1, n2):
     return [quota[k] for k in clusters]
 
 
+def key_norms(keys):
+    """(n, heads, D) -> (n,): norm of each token's mean key; smaller is more salient."""
+    return np.linalg.norm(keys.mean(axis=1), axis=-1)
+
+
+def value_scores(values):
+    """(n, heads, D) -> (n,): what the mean norm of a token's values lacks to the largest."""
+    norms = np.array([sum(np.linalg.norm(v) for v in token) / len(token) for token in values])
+    return norms.max() - norms
+
+
+def image_attention_scores(query, keys, scale, last=16):
+    """(n, heads, D), (n, kv_heads, D) -> (n,): what a token's attention lacks to the largest.
+
+    Its attention is the mean over heads, and over those of the ``last`` tokens that see it.
+    """
+    n, heads, _ = query.shape
+    share = heads // keys.shape[1]
+    received = np.zeros((n, 2))  # sum and number
+    for i in range(max(0, n - last), n):
+        for head in range(heads):
+            scores = scale * keys[: i + 1, head // share].astype(np.float64) @ query[i, head]
+            weights = np.exp(scores - scores.max())
+            received[: i + 1, 0] += weights / weights.sum()
+            received[: i + 1, 1] += 1
+    mean = received[:, 0] / received[:, 1]
+    return mean.max() - mean
+
+
 def stage_two(key_norm, cluster_of, num_centres, n2):
     """Rows as (source token, members); members is None for an unmerged token."""
     n1 = len(key_norm)

@@ -22,6 +22,7 @@ from vitcop_vllm.pruning.selection import (
     select_stage_two,
 )
 from vitcop_vllm.pruning.settings import PruningSettings
+from vitcop_vllm.pruning.signals import SIGNALS
 from vitcop_vllm.pruning.views import BoundaryView, EncoderView
 
 
@@ -77,14 +78,24 @@ def test_choosing_patches_stays_on_the_device(name):
     assert SELECTORS[name].select_in_encoder(view, 64)[0].shape == (2, 64)
 
 
+AT_BOUNDARY = [
+    (name, signal)
+    for name, row in SELECTORS.items()
+    if row.shallow
+    for signal in (SIGNALS if row.ranks_by_signal else ["keys"])
+]
+
+
 @no_host_sync()
-@pytest.mark.parametrize("name", [name for name, row in SELECTORS.items() if row.shallow])
-def test_selecting_tokens_stays_on_the_device(name):
+@pytest.mark.parametrize(("name", "signal"), AT_BOUNDARY)
+def test_selecting_tokens_stays_on_the_device(name, signal):
     ones = partial(torch.ones, device="cuda", dtype=torch.float16)
     view = BoundaryView(
         rows=torch.ones(2, 576, device="cuda", dtype=torch.int64),
         queries=ones(1400, 32, 128),
         keys=ones(1400, 8, 128),
+        values=ones(1400, 8, 128),
+        raw_keys=lambda: ones(2, 576, 8, 128),
         scale=0.09,
         hidden=lambda: ones(2, 576, 4096),
         norm_weight=ones(4096),
@@ -93,6 +104,7 @@ def test_selecting_tokens_stays_on_the_device(name):
         num_centres=20,
         mean_over_ranks=lambda x: x,
         kernels=TORCH,
+        signal=SIGNALS[signal],
     )
     chosen = SELECTORS[name].select_at(1, view, 77)
     index = chosen.index if isinstance(chosen, StageTwoSelection) else chosen
@@ -128,6 +140,8 @@ def all_results(query, keys, features):
         rows=rows,
         queries=keys[0],
         keys=keys[1],
+        values=keys[0],
+        raw_keys=lambda: keys[1][rows],
         scale=0.3,
         hidden=lambda: keys[0].flatten(1)[rows],
         norm_weight=query[0].flatten(),
@@ -136,6 +150,7 @@ def all_results(query, keys, features):
         num_centres=5,
         mean_over_ranks=lambda x: x,
         kernels=TORCH,
+        signal=SIGNALS["keys"],
     )
     others = []
     for row in SELECTORS.values():
@@ -144,6 +159,7 @@ def all_results(query, keys, features):
         if row.shallow:
             chosen = row.select_at(1, tokens, 11)
             others += chosen if isinstance(chosen, StageTwoSelection) else [chosen]
+    others += [signal.score(tokens) for signal in SIGNALS.values()]
     saliency = cls_saliency(query, keys, 0.3)
     index = most_salient(saliency, 40)
     places = patch_positions(index, 7, 10)

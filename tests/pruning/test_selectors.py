@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.kernel_set import TORCH
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selectors.dart import NUM_PIVOTS
-from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName
+from vitcop_vllm.pruning.settings import SELECTOR_NAMES, SelectorName, SignalName
+from vitcop_vllm.pruning.signals import SIGNALS
 from vitcop_vllm.pruning.views import BoundaryView, EncoderView
 
 NAMES = SELECTOR_NAMES
@@ -60,7 +61,9 @@ def one_image(view: EncoderView, i: int) -> EncoderView:
     )
 
 
-def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
+def step(
+    n: int = 30, seed: int = 0, kv_heads: int = 2, signal: SignalName = "keys"
+) -> BoundaryView:
     """Two prompts between others' rows: one of one image, one of two."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [(3, 5 + n + 4), (5 + n + 9, 5 + n + 9 + 2 + n + 3 + n + 5)]
@@ -68,10 +71,13 @@ def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
     rows = torch.tensor([list(range(offset, offset + n)) for offset in offsets])
     total = prompts[1][1] + 8
     stream = torch.randn(total, 24, generator=generator)
+    raw_keys = torch.randn(total, kv_heads, 8, generator=generator)
     return BoundaryView(
         rows=rows,
         queries=torch.randn(total, 4, 8, generator=generator),
         keys=torch.randn(total, kv_heads, 8, generator=generator),
+        values=torch.randn(total, kv_heads, 8, generator=generator),
+        raw_keys=lambda: raw_keys[rows],
         scale=0.7,
         hidden=lambda: stream[rows],
         norm_weight=torch.rand(24, generator=generator) + 0.5,
@@ -80,6 +86,7 @@ def step(n: int = 30, seed: int = 0, kv_heads: int = 2) -> BoundaryView:
         num_centres=7,
         mean_over_ranks=lambda x: x,
         kernels=TORCH,
+        signal=SIGNALS[signal],
     )
 
 
@@ -90,10 +97,12 @@ def prompts_of(view: BoundaryView) -> torch.Tensor:
 
 def one_span(view: BoundaryView, i: int) -> BoundaryView:
     stream = view.hidden()[i : i + 1]
+    raw_keys = view.raw_keys()[i : i + 1]
     assert view.labels is not None
     return replace(
         view,
         rows=view.rows[i : i + 1],
+        raw_keys=lambda: raw_keys,
         hidden=lambda: stream,
         prompt_rows=prompts_of(view)[:, i : i + 1],
         labels=view.labels[i : i + 1],
@@ -124,12 +133,11 @@ def expected_patches(name: str, view: EncoderView, i: int, count: int) -> list[i
 def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[int]:
     rows = view.rows[i].tolist()
     keys = view.keys[rows].numpy()
-    norms = [float(np.linalg.norm(key.astype(np.float64).mean(axis=0))) for key in keys]
     match name:
         case "vitcop":
             assert view.labels is not None
-            labels = view.labels[i].tolist()
-            return [at for at, _ in oracle.stage_two(norms, labels, view.num_centres, count)]
+            labels, scores = view.labels[i].tolist(), expected_scores(view, i)
+            return [at for at, _ in oracle.stage_two(scores, labels, view.num_centres, count)]
         case "fastv":
             first, last = prompts_of(view)[:, i].tolist()
             visual = [row - first for row in rows]
@@ -142,7 +150,23 @@ def expected_tokens(name: str, view: BoundaryView, i: int, count: int) -> list[i
             normed = states / length * view.norm_weight.numpy()
             return oracle.least_duplicated(keys, normed, count)
     assert name == "key_norm"
-    return oracle.smallest(norms, count)
+    return oracle.smallest(expected_scores(view, i), count)
+
+
+def expected_scores(view: BoundaryView, i: int) -> list[float]:
+    """Scores of one span's tokens; a smaller score is more salient."""
+    rows = view.rows[i].tolist()
+    queries, keys, values = (
+        x[rows].double().numpy() for x in (view.queries, view.keys, view.values)
+    )
+    (name,) = (name for name, signal in SIGNALS.items() if signal is view.signal)
+    scores = {
+        "keys": lambda: oracle.key_norms(keys),
+        "raw_keys": lambda: oracle.key_norms(view.raw_keys()[i].double().numpy()),
+        "values": lambda: oracle.value_scores(values),
+        "image_attention": lambda: oracle.image_attention_scores(queries, keys, view.scale),
+    }
+    return [float(score) for score in scores[name]()]
 
 
 @pytest.mark.parametrize("name", IN_ENCODER)
@@ -165,9 +189,55 @@ def test_tokens_at_the_shallow_boundary_are_the_oracle_s(name, count, kv_heads):
     assert got.tolist() == [expected_tokens(name, view, i, count) for i in range(3)]
 
 
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("n", [5, 16, 30])
+def test_scores_are_the_oracle_s(signal, kv_heads, n):
+    view = step(n, seed=n, kv_heads=kv_heads, signal=signal)
+    scores = view.scores()
+    assert scores.dtype == torch.float32
+    assert (scores >= 0).all()
+    wanted = np.array([expected_scores(view, i) for i in range(3)])
+    np.testing.assert_allclose(scores.numpy(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if SELECTORS[name].ranks_by_signal])
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_tokens_are_ranked_by_the_signal(name, signal):
+    view = step(seed=3, signal=signal)
+    wanted = [expected_tokens(name, view, i, 9) for i in range(3)]
+    assert chosen_tokens(name, 1, view, 9).tolist() == wanted
+    assert wanted != [expected_tokens(name, step(seed=4), i, 9) for i in range(3)]
+
+
+def test_each_signal_ranks_otherwise():
+    rankings = {
+        tuple(step(seed=3, signal=signal).scores().argsort(dim=1).flatten().tolist())
+        for signal in SIGNALS
+    }
+    assert len(rankings) == len(SIGNALS)
+
+
+def test_settings_name_every_signal():
+    assert set(get_args(SignalName)) == set(SIGNALS)
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_other_rows_of_the_step_do_not_change_a_score(signal):
+    """So a cached prefix, and another batch, get the same selection."""
+    view = step(seed=3, signal=signal)
+    others = torch.ones(view.keys.shape[0], dtype=torch.bool)
+    others[view.rows] = False
+    queries, keys, values = (
+        torch.where(others[:, None, None], 100.0, x) for x in (view.queries, view.keys, view.values)
+    )
+    changed = replace(view, queries=queries, keys=keys, values=values)
+    assert torch.equal(changed.scores(), view.scores())
+
+
 @pytest.mark.parametrize("name", AT_DEEP)
 @pytest.mark.parametrize("count", [1, 8, 30])
-def test_tokens_at_the_deep_boundary_are_those_of_smallest_keys(name, count):
+def test_tokens_at_the_deep_boundary_are_those_of_smallest_scores(name, count):
     view = step(seed=count)
     wanted = [expected_tokens("key_norm", view, i, count) for i in range(3)]
     assert chosen_tokens(name, 2, view, count).tolist() == wanted

@@ -20,7 +20,7 @@ import pytest
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import LLM
 
-from benchmarks import llava_next_checkpoint, qwen_checkpoint
+from benchmarks import llava_next_checkpoint, qwen3_checkpoint, qwen_checkpoint
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.scheduling import engine_core, start
 from tests.families.family import (
@@ -29,6 +29,8 @@ from tests.families.family import (
     LLAVA_NEXT,
     LLAVA_ONEVISION,
     QWEN2_5_VL,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
     Family,
 )
 from tests.soak.traffic import MAX_TEXT_TOKENS, Traffic
@@ -72,13 +74,28 @@ LOADS = {
         blocks=580,
         concurrency=48,
     ),
-    "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=400, concurrency=48),
+    "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=410, concurrency=48),
     "internvl": Load(INTERNVL_CHAT, range(201, 213), 250, blocks=460, concurrency=48),
     "qwen2.5-vl": Load(
         QWEN2_5_VL,
         range(201, 213),
         qwen_checkpoint.TINY.max_visual_tokens,
         blocks=540,
+        concurrency=48,
+    ),
+    # Four KV cache groups, where the others have eight.
+    "qwen3-vl": Load(
+        QWEN3_VL,
+        range(201, 213),
+        qwen3_checkpoint.TINY.max_visual_tokens,
+        blocks=270,
+        concurrency=48,
+    ),
+    "qwen3-vl-moe": Load(
+        QWEN3_VL_MOE,
+        range(201, 213),
+        qwen3_checkpoint.TINY_MOE.max_visual_tokens,
+        blocks=270,
         concurrency=48,
     ),
 }

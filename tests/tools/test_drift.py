@@ -76,6 +76,17 @@ def test_our_dependencies_are_found():
         assert theirs in overrides[ours]
 
 
+def test_calls_of_a_mixin_are_those_of_every_class_that_mixes_it_in():
+    called = {
+        theirs
+        for ours, theirs in dependencies()["calls"]
+        if ours == "vitcop_vllm.models.qwen_vl.QwenProcessingInfo"
+    }
+    models = "vllm.model_executor.models"
+    assert f"{models}.qwen2_vl:Qwen2VLProcessingInfo._get_vision_info" in called
+    assert f"{models}.qwen3_vl:Qwen3VLProcessingInfo._get_vision_info" in called
+
+
 def test_new_docstrings_are_no_change(release):
     old = describe(DEPENDS, release())
     assert [*old["imports"]] == [

@@ -28,6 +28,10 @@ def step_tokens(scheduler: Any) -> int:
     return tokens
 
 
+_KEY_NORM_DECODERS = ("qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text")
+"""``model_type`` of decoders that normalise each head's key before attention."""
+
+
 @dataclass(frozen=True)
 class StartUp:
     """A configuration that the rows check.
@@ -58,6 +62,11 @@ class StartUp:
         return " or ".join(self.decoders)
 
     @property
+    def normalises_keys(self) -> bool:
+        """Whether the decoder normalises each head's key before attention."""
+        return self.text.model_type in _KEY_NORM_DECODERS
+
+    @property
     def multimodal(self) -> Any:
         return self.vllm.model_config.get_multimodal_config()
 
@@ -65,6 +74,11 @@ class StartUp:
     def vision(self) -> Any:
         """Configuration of the encoder."""
         return self.vllm.model_config.hf_config.vision_config
+
+    @property
+    def deepstack_levels(self) -> int:
+        """First decoder layers after which the model adds features of the encoder."""
+        return len(getattr(self.vision, "deepstack_visual_indexes", ()))
 
     @property
     def span_limit(self) -> int:
@@ -328,6 +342,13 @@ SETTINGS_CHECKS = (
         "selector {start.settings.selector} reads [CLS], which this model's encoder does not have",
         "set selector to vitcop or received",
         lambda start: start.selector.needs_cls and not start.has_cls,
+    ),
+    Check(
+        "selector {start.settings.selector} does not read decoder_signal",
+        "remove decoder_signal, or set selector to vitcop or key_norm",
+        lambda start: (
+            start.settings.decoder_signal is not None and not start.selector.ranks_by_signal
+        ),
     ),
     Check(
         "encoder_signal: cls reads [CLS], which this model's encoder does not have",

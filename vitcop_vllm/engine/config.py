@@ -5,6 +5,7 @@ and scheduler. So a user only chooses a model whose architecture is pruned.
 """
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from vitcop_vllm.engine.checks import (
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.pruning.plan import why_uncacheable
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, format_validation_error
+from vitcop_vllm.pruning.signals import DEFAULT_SIGNAL, DEFAULT_SIGNAL_OF_NORMALISED_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -98,11 +100,14 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         _choose_block_size(vllm_config.cache_config)
         family = FAMILIES[architecture]
         start_up = StartUp(vllm_config, settings, family.has_cls, family.decoders)
+        start_up = _with_defaults(start_up)
         checks = (*ENGINE_CHECKS, DECODER_CHECK, *family.checks, *SETTINGS_CHECKS)
         if obstacles := find_obstacles(checks, start_up):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(obstacles)
             )
+        settings = start_up.settings
+        _warn_of_untried_signal(start_up)
         _choose_device_parts(vllm_config)
         vllm_config.scheduler_config.scheduler_cls = SCHEDULER
         _turn_caching_off(vllm_config.cache_config, settings)
@@ -118,6 +123,30 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
             settings.max_pruning_ratio,
             settings.positions,
             "on" if vllm_config.cache_config.enable_prefix_caching else "off",
+        )
+
+
+def _with_defaults(start_up: StartUp) -> StartUp:
+    """The start-up with the settings whose defaults depend on the model."""
+    settings = start_up.settings
+    defaults: dict[str, object] = {}
+    levels = start_up.deepstack_levels
+    if levels and settings.shallow_boundary is None and start_up.boundaries[0] < levels:
+        defaults["shallow_boundary"] = levels
+    if settings.decoder_signal is None and start_up.selector.ranks_by_signal:
+        defaults["decoder_signal"] = (
+            DEFAULT_SIGNAL_OF_NORMALISED_KEYS if start_up.normalises_keys else DEFAULT_SIGNAL
+        )
+    return replace(start_up, settings=settings.model_copy(update=defaults))
+
+
+def _warn_of_untried_signal(start_up: StartUp) -> None:
+    if start_up.normalises_keys and start_up.selector.ranks_by_signal:
+        logger.warning(
+            "This model's decoder normalises keys, so their published norm tells nothing, and "
+            "Stages II and III rank tokens by decoder_signal %r. No trained weights have judged "
+            "it yet: compare answers at the ratios that you serve.",
+            start_up.settings.decoder_signal,
         )
 
 

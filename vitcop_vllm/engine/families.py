@@ -99,13 +99,7 @@ _ENCODER_CHECKS = (
     ),
 )
 
-_QWEN2_5_VL_CHECKS = (
-    Check(
-        "Stage I reads the attention of the encoder's last block, and this model's last block "
-        "attends within windows",
-        "serve it with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
-    ),
+_QWEN_CHECKS = (
     *_ENCODER_CHECKS,
     Check(
         "vLLM's pruning of videos moves positions that pruning of images needs",
@@ -114,13 +108,23 @@ _QWEN2_5_VL_CHECKS = (
     ),
 )
 
-_INTERNVL_CHECKS = (
-    *_ENCODER_CHECKS,
+_QWEN2_5_VL_CHECKS = (
+    *_QWEN_CHECKS,
     Check(
-        "the decoder is {start.text.model_type}, which normalises keys, so their norms tell "
-        "Stages II and III nothing",
+        "Stage I reads the attention of the encoder's last block, and this model's last block "
+        "attends within windows",
         "serve it with stock vLLM (VLLM_PLUGINS='')",
-        lambda start: start.text.model_type == "qwen3",
+        lambda start: start.vision.depth - 1 not in start.vision.fullatt_block_indexes,
+    ),
+)
+
+_QWEN3_VL_CHECKS = (
+    *_QWEN_CHECKS,
+    Check(
+        "the decoder adds features of the encoder to all tokens after its first "
+        "{start.deepstack_levels} layers, and Stage II would drop tokens before",
+        "set shallow_boundary to {start.deepstack_levels} or more",
+        lambda start: start.boundaries[0] < start.deepstack_levels,
     ),
 )
 
@@ -150,24 +154,38 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "Qwen2.5-VL",
-        "vitcop_vllm.models.qwen2_5_vl:PrunedQwenForConditionalGeneration",
+        "vitcop_vllm.models.qwen2_5_vl:PrunedQwen25ForConditionalGeneration",
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
         checks=_QWEN2_5_VL_CHECKS,
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        "Qwen3-VL",
+        "vitcop_vllm.models.qwen3_vl:PrunedQwen3ForConditionalGeneration",
+        decoders=("qwen3_vl_text",),
+        has_cls=False,
+        checks=_QWEN3_VL_CHECKS,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        "Qwen3-VL-MoE",
+        "vitcop_vllm.models.qwen3_vl:PrunedQwen3MoeForConditionalGeneration",
+        decoders=("qwen3_vl_moe_text",),
+        has_cls=False,
+        checks=_QWEN3_VL_CHECKS,
     ),
     "InternVLChatModel": Family(
         "InternVL",
         "vitcop_vllm.models.internvl:PrunedInternVLChatModel",
         decoders=_INTERNVL_DECODERS,
         has_cls=True,
-        checks=_INTERNVL_CHECKS,
+        checks=_ENCODER_CHECKS,
     ),
     "InternVLForConditionalGeneration": Family(
         "InternVL",
         "vitcop_vllm.models.internvl:PrunedInternVLForConditionalGeneration",
         decoders=_INTERNVL_DECODERS,
         has_cls=True,
-        checks=_INTERNVL_CHECKS,
+        checks=_ENCODER_CHECKS,
     ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

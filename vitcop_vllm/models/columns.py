@@ -18,7 +18,7 @@ class Columns(NamedTuple):
     """Extra columns of a pruned image's embeddings, in this order.
 
     Attributes:
-        width: H, columns of the embeddings themselves.
+        width: H, columns of the embeddings themselves, deepstack features among them.
         labels: Whether there is a column with each token's cluster label.
         places: Whether there are two columns with each token's row and column in the image's grid.
     """

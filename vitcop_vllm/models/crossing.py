@@ -1,6 +1,6 @@
 """Crossing a boundary: which rows enter the next segment, and with which hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.plan import STAGES
 from vitcop_vllm.pruning.selection import StageTwoSelection
 from vitcop_vllm.pruning.selector import Selector
+from vitcop_vllm.pruning.signals import Signal
 from vitcop_vllm.pruning.views import BoundaryView
 from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import SpanGroup, StagedForward
@@ -25,6 +26,9 @@ class LayerBefore(NamedTuple):
     Attributes:
         scale: Factor on the scores of its attention.
         query, key: (T, local heads, D), (T, local KV heads, D), after rotary embedding.
+        value: (T, local KV heads, D).
+        raw_keys: Makes (..., local KV heads, D) of (...) rows: their keys as projected; only if
+            the signal reads them.
         hidden, residual: (T, H) output of the layer; their sum is the residual stream. It lacks
             the layer's MLP if the selector drops rows before the MLP.
     """
@@ -32,6 +36,8 @@ class LayerBefore(NamedTuple):
     scale: float
     query: torch.Tensor
     key: torch.Tensor
+    value: torch.Tensor
+    raw_keys: Callable[[torch.Tensor], torch.Tensor]
     hidden: torch.Tensor
     residual: torch.Tensor
 
@@ -57,11 +63,13 @@ class Crossing:
     Attributes:
         selector: Chooses the rows that are kept.
         kernels: Implementation of the functions that choose and merge tokens.
+        signal: What the selector ranks tokens by, if it ranks them by a signal.
         norm: The norm that ends the decoder. Its weight is read in each step.
     """
 
     selector: Selector
     kernels: KernelSet
+    signal: Signal
     norm: Any
 
     def __call__(
@@ -119,6 +127,8 @@ class Crossing:
             rows=before,
             queries=layer.query,
             keys=layer.key,
+            values=layer.value,
+            raw_keys=lambda: layer.raw_keys(before),
             scale=layer.scale,
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
@@ -127,6 +137,7 @@ class Crossing:
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,
+            signal=self.signal,
         )
         chosen = self.selector.select_at(segment, view, counts.stages[segment])
         if not isinstance(chosen, StageTwoSelection):

@@ -1,7 +1,7 @@
 """What every pruned model does; a family adds its tower."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.sequence import IntermediateTensors
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.config import pruning_settings_of
@@ -29,6 +30,7 @@ from vitcop_vllm.models.staged_decoder import StagedDecoder, replace_attention
 from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.signals import DEFAULT_SIGNAL, SIGNALS
 from vitcop_vllm.pruning.views import EncoderView
 from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
 from vitcop_vllm.worker.step import StagedForward
@@ -59,18 +61,25 @@ class PrunedModel:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         this: Any = self
         text = this.config.get_text_config()
-        self._set_up_stage_one(vllm_config, text.hidden_size)
+        levels = self.num_deepstack_levels
+        self._set_up_stage_one(vllm_config, text.hidden_size * (1 + levels))
         self._num_layers = text.num_hidden_layers
         decoder = this.language_model.model
         boundaries = self.pruning.boundaries(len(decoder.layers))
         replace_attention(decoder.layers, boundaries, vllm_config)
         self.staged_decoder = StagedDecoder(
-            decoder, boundaries, self.selector, self.kernels, vllm_config
+            decoder,
+            boundaries,
+            self.selector,
+            self.kernels,
+            SIGNALS[self.pruning.decoder_signal or DEFAULT_SIGNAL],
+            vllm_config,
+            levels,
         )
         # Parts that ran on dummy data while vLLM measured memory, or on real data since.
         self._encoder_ran = self._segments_ran = False
 
-    def _set_up_stage_one(self, vllm_config: Any, hidden_size: int) -> None:
+    def _set_up_stage_one(self, vllm_config: Any, width: int) -> None:
         self._model_config = vllm_config.model_config
         self.pruning = pruning_settings_of(self._model_config.hf_config)
         self.selector = selector_of(self.pruning.selector)
@@ -79,7 +88,7 @@ class PrunedModel:
             self.selector, self.pruning, self.kernels, self.published_density_scale
         )
         self.columns = Columns(
-            hidden_size,
+            width,
             labels=self.selector.clusters,
             # Where a token lies in its image decides its rotary position.
             places=self._model_config.uses_mrope,
@@ -109,6 +118,18 @@ class PrunedModel:
             Shape -> (B, n1, H) embeddings of its images.
         """
         raise NotImplementedError
+
+    @property
+    def num_deepstack_levels(self) -> int:
+        """First decoder layers after which the model adds features of the encoder.
+
+        An image's embeddings hold them after the embeddings proper, H columns per level.
+        """
+        return 0
+
+    def take_deepstack(self, num_rows: int) -> AbstractContextManager[IntermediateTensors | None]:
+        """The step's deepstack features, (T, H) per level; the model forgets them afterwards."""
+        return nullcontext()
 
     def prompt_order(self, grids: Grids, device: torch.device) -> torch.Tensor | None:
         """(V,) int64, number in the prompt of each token of an image.
@@ -310,13 +331,14 @@ class PrunedModel:
             )
         self._segments_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
-        with _without_graphs():
+        with _without_graphs(), self.take_deepstack(num_rows) as deepstack:
             return self.staged_decoder(
                 step,
                 positions[..., :num_rows],
                 inputs_embeds[:num_rows],
                 self._labels,
                 sink,
+                deepstack,
             )
 
     def _profile_segments(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:

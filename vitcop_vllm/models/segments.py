@@ -9,8 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.compilation.decorators import support_torch_compile
+from vllm.sequence import IntermediateTensors
 
 from vitcop_vllm.pruning.selector import Selector
+
+SegmentOutput = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""(T, H) hidden states and residual after a segment, and the residual stream before its last layer
+if the segment keeps it."""
 
 
 class _UpToMLP:
@@ -43,17 +48,27 @@ class _FromMLP:
 
 
 def layers_by_segment(
-    layers: Sequence[Any], boundaries: tuple[int, int], selector: Selector
+    layers: Sequence[Any],
+    boundaries: tuple[int, int],
+    selector: Selector,
+    num_deepstack_levels: int = 0,
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """The layers of each segment.
 
     If the selector drops rows before the MLP of a segment's last layer, the layer is split: its MLP
-    belongs to the next segment.
+    belongs to the next segment. A layer after which deepstack features are added stays whole.
+
+    Args:
+        layers: The decoder's layers.
+        boundaries: First layers of segments 1 and 2.
+        selector: Drops rows at the boundaries.
+        num_deepstack_levels: First layers after which the model adds deepstack features.
     """
     shallow, deep = boundaries
     segments = [*layers[:shallow]], [*layers[shallow:deep]], [*layers[deep:]]
     for segment in (1, 2):
-        if selector.drops_before_mlp(segment):
+        is_deepstack = boundaries[segment - 1] <= num_deepstack_levels
+        if selector.drops_before_mlp(segment) and not is_deepstack:
             last = segments[segment - 1].pop()
             segments[segment - 1].append(_UpToMLP(last))
             segments[segment].insert(0, _FromMLP(last))
@@ -61,29 +76,57 @@ def layers_by_segment(
 
 
 class _Segment(nn.Module):
-    """Layers, or parts of layers, that run on the same rows."""
+    """Layers, or parts of layers, that run on the same rows.
 
-    def __init__(self, *, layers: Sequence[Any]) -> None:
+    Args:
+        layers: The layers.
+        keeps_input: Whether the segment also returns the residual stream that its last layer gets.
+    """
+
+    def __init__(self, *, layers: Sequence[Any], keeps_input: bool = False) -> None:
         super().__init__()
         self.layers = [*layers]  # a list, because they are submodules of the decoder
+        self.keeps_input = keeps_input
+
+    def run(
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        deepstack: IntermediateTensors | None = None,
+    ) -> SegmentOutput:
+        """All layers, one after the other."""
+        stream = None
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            if self.keeps_input and index == last:
+                # Here, because the layer's norm adds in place.
+                stream = hidden if residual is None else hidden + residual
+            hidden, residual = layer(positions, hidden, residual)
+            if deepstack is not None and index < len(deepstack):
+                hidden = hidden + deepstack[f"deepstack_input_embeds_{index}"]
+        assert residual is not None
+        return hidden, residual, stream
 
 
 # Each segment has its own `forward`. If they shared it, torch.compile would run the code of the
 # first compiled segment for all of them: vLLM drops the guards that tell segments apart.
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0})
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "deepstack": 0})
 class FirstSegment(_Segment):
-    """Segment 0: layers up to the shallow boundary."""
+    """Segment 0: layers up to the shallow boundary.
+
+    The model adds ``deepstack`` features after the first layers, one level after each.
+    """
 
     def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual = None
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        assert residual is not None
-        return hidden, residual
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        deepstack: IntermediateTensors | None = None,
+    ) -> SegmentOutput:
+        return self.run(positions, hidden, None, deepstack)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
@@ -92,10 +135,8 @@ class MiddleSegment(_Segment):
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
-        return hidden, residual
+    ) -> SegmentOutput:
+        return self.run(positions, hidden, residual)
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden": 0, "residual": 0})
@@ -109,7 +150,6 @@ class LastSegment(_Segment):
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor
     ) -> torch.Tensor:
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual)
+        hidden, residual, _ = self.run(positions, hidden, residual)
         hidden, _ = self.norms[0](hidden, residual)
         return hidden

@@ -41,6 +41,8 @@ class Selector:
         shallow: Selects n2 of n1 tokens at the shallow boundary; ``None`` keeps all.
         deep: Selects n3 of n2 tokens at the deep boundary; ``None`` keeps all.
         clusters: Whether ``shallow`` needs the cluster labels of Stage I.
+        ranks_by_signal: Whether ``shallow`` and ``deep`` rank tokens by the setting
+            ``decoder_signal``; see ``signals``.
         reads_question: Whether a selection depends on tokens after the image. Such a selection
             is valid for one prompt only: no prefix is cached, and a step computes a whole prompt.
         reads_embeddings: Whether ``encoder`` reads the tokens as the decoder gets them, and so
@@ -56,6 +58,7 @@ class Selector:
     shallow: BoundaryFunction | None = None
     deep: BoundaryFunction | None = None
     clusters: bool = False
+    ranks_by_signal: bool = False
     reads_question: bool = False
     reads_embeddings: bool = False
     reads_hidden: tuple[int, ...] = ()

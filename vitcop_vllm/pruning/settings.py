@@ -43,6 +43,9 @@ SelectorName = Annotated[str, AfterValidator(_known_selector)]
 KernelsName = Literal["auto", "torch", "triton"]
 """Implementations of the functions that select tokens; see ``kernel_set``."""
 
+SignalName = Literal["keys", "raw_keys", "values", "image_attention"]
+"""Signals that Stages II and III rank tokens by; see ``signals``."""
+
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
@@ -128,6 +131,11 @@ class PruningSettings(Frozen):
             image's tokens. That distance depends on a model's width and weights, so a share
             suits more models than a fixed d_c.
         spatial_radius: Largest distance of a denser neighbour, in image heights and widths.
+        decoder_signal: What Stages II and III rank tokens by: the norm of the key (``keys``, as
+            published), of the key before its norm and rotary embedding (``raw_keys``), or of the
+            value (``values``), or the attention from the image's last tokens
+            (``image_attention``). ``None`` means ``keys``, and ``values`` for decoders that
+            normalise keys.
         encoder_signal: What Stage I ranks tokens by: ``cls``, the attention from [CLS], or
             ``received``, the attention from all tokens. ``None`` is ``cls`` if the encoder has
             [CLS], as published.
@@ -148,6 +156,7 @@ class PruningSettings(Frozen):
     density_scale: Positive | None = None
     relative_density_scale: Positive = 0.5
     spatial_radius: Positive = 0.6
+    decoder_signal: SignalName | None = None
     encoder_signal: Literal["cls", "received"] | None = None
     positions: Literal["original", "reference"] = "original"
     kernels: KernelsName = "auto"

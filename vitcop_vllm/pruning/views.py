@@ -15,6 +15,7 @@ from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
 from vitcop_vllm.pruning.selection import mean_key_norm
 from vitcop_vllm.pruning.selector import SaliencySource
+from vitcop_vllm.pruning.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class BoundaryView:
         queries: (T, heads, D) queries of the layer before, after rotary embedding; the heads
             are this rank's.
         keys: (T, kv_heads, D) keys of that layer, likewise.
+        values: (T, kv_heads, D) values of that layer.
+        raw_keys: Makes (G, n, kv_heads, D), the spans' keys as projected, before the key norm and
+            rotary embedding; only if the signal reads them.
         scale: Factor on the scores of query and key.
         hidden: Makes (G, n, H), the spans' residual stream after the layer before. It lacks
             that layer's MLP unless the selector says that it reads the stream.
@@ -131,11 +135,14 @@ class BoundaryView:
         num_centres: K.
         mean_over_ranks: Averages a tensor over tensor-parallel ranks.
         kernels: Implementation of the functions that choose tokens.
+        signal: What tokens are ranked by, if the selector ranks them by a signal.
     """
 
     rows: Tensor
     queries: Tensor
     keys: Tensor
+    values: Tensor
+    raw_keys: Callable[[], Tensor]
     scale: float
     hidden: Callable[[], Tensor]
     norm_weight: Tensor
@@ -144,7 +151,12 @@ class BoundaryView:
     num_centres: int
     mean_over_ranks: Callable[[Tensor], Tensor]
     kernels: KernelSet
+    signal: Signal
 
-    def key_norms(self) -> Tensor:
-        """(G, n) float32 L2 norms of the keys, averaged over the KV heads of all ranks first."""
-        return mean_key_norm(self.keys[self.rows], self.mean_over_ranks)
+    def scores(self) -> Tensor:
+        """(G, n) float32 scores of the tokens, not negative; a smaller score is more salient."""
+        return self.signal.score(self)
+
+    def mean_norm(self, keys: Tensor) -> Tensor:
+        """(G, n) float32 L2 norms of (G, n, kv_heads, D) keys, averaged over all heads first."""
+        return mean_key_norm(keys, self.mean_over_ranks)

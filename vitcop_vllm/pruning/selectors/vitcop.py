@@ -19,21 +19,22 @@ if TYPE_CHECKING:
 
 
 def merge_clusters(view: BoundaryView, count: int) -> StageTwoSelection:
-    """Stage II: clusters are merged; tokens with the smallest keys stay whole."""
+    """Stage II: clusters are merged; the tokens with the smallest scores stay whole."""
     assert view.labels is not None
-    return view.kernels.select_stage_two(view.key_norms(), view.labels, view.num_centres, count)
+    return view.kernels.select_stage_two(view.scores(), view.labels, view.num_centres, count)
 
 
-def smallest_keys(view: BoundaryView, count: int) -> Tensor:
-    """Stage III: the tokens with the smallest keys, by the norm of their mean over heads."""
-    return view.kernels.select_stage_three(view.key_norms(), count)
+def smallest_scores(view: BoundaryView, count: int) -> Tensor:
+    """Stage III: the tokens with the smallest scores; as published, those of smallest keys."""
+    return view.kernels.select_stage_three(view.scores(), count)
 
 
 SELECTOR = Selector(
     three_stages,
     saliency=("cls", "received"),
     shallow=merge_clusters,
-    deep=smallest_keys,
+    deep=smallest_scores,
     clusters=True,
+    ranks_by_signal=True,
     reads_hidden=(1,),
 )

@@ -1,5 +1,6 @@
-"""Qwen2.5-VL's encoder with a tower of one block. No engine runs."""
+"""Encoders of Qwen-VL with towers of few blocks. No engine runs."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from tests.device_guard import CUDA, no_host_sync
 from tests.models.test_clip_rows import Projection
 from tests.pruning.every_selector import SELECTORS
-from vitcop_vllm.models.qwen2_5_vl import PrunedQwenForConditionalGeneration
+from vitcop_vllm.models.qwen2_5_vl import PrunedQwen25ForConditionalGeneration
+from vitcop_vllm.models.qwen3_vl import PrunedQwen3ForConditionalGeneration
 from vitcop_vllm.models.stage_one import ImageShape
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -44,7 +46,7 @@ class Attention(nn.Module):
         self.attn = Mixing()
         self.proj = Projection(WIDTH, WIDTH)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cu_seqlens: object = None) -> torch.Tensor:
         qkv = self.qkv(hidden)[0].squeeze(1).unflatten(-1, (3, HEADS, HEAD_SIZE))
         query, key, value = (x[None] for x in qkv.unbind(1))
         mixed = self.attn(query=query, key=key, value=value)
@@ -112,18 +114,91 @@ class Tower(nn.Module):
         return self.merger(hidden.view(-1, PATCHES * WIDTH))[encoder_metadata["reverse_indices"]]
 
 
-class OneBlockQwen(PrunedQwenForConditionalGeneration):
+class PlainBlock(nn.Module):
+    """A block of Qwen3-VL: no norm adds a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attn = Attention()
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor, cu_seqlens: object) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), cu_seqlens=cu_seqlens)
+        output: torch.Tensor = x + self.mlp(self.norm2(x))
+        return output
+
+
+class Merger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(PATCHES * WIDTH, HIDDEN)
+        self.rows: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(-1, PATCHES * WIDTH)
+        self.rows.append(x.shape[0])
+        output: torch.Tensor = self.linear(x)
+        return output
+
+
+class DeepstackTower(nn.Module):
+    """Like vLLM's tower of Qwen3-VL: features of some blocks follow the embeddings proper."""
+
+    spatial_merge_unit = PATCHES
+
+    def __init__(self, levels: list[int]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([PlainBlock() for _ in range(3)])
+        self.merger = Merger()
+        self.deepstack_visual_indexes = levels
+        self.deepstack_merger_list = nn.ModuleList([Merger() for _ in levels])
+
+    @property
+    def device(self) -> torch.device:
+        return self.merger.linear.weight.device
+
+    def forward(self, pixels: torch.Tensor, grid_thw: object) -> torch.Tensor:
+        hidden, features = pixels[:, None], []
+        for number, block in enumerate(self.blocks):
+            hidden = block(hidden, cu_seqlens=grid_thw)
+            if number in self.deepstack_visual_indexes:
+                level = self.deepstack_visual_indexes.index(number)
+                features.append(self.deepstack_merger_list[level](hidden))
+        return torch.cat([self.merger(hidden), *features], dim=1)
+
+
+def set_up(model: Any, selector: SelectorName, width: int) -> None:
+    settings = PruningSettings(selector=selector)
+    config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=config, uses_mrope=True),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
+    )
+    model._set_up_stage_one(vllm_config, width)
+
+
+class ThreeBlockQwen3(PrunedQwen3ForConditionalGeneration):
+    """The parts of Qwen3-VL that encode images, with random weights."""
+
+    def __init__(self, selector: SelectorName, levels: list[int] | None = None) -> None:
+        nn.Module.__init__(self)
+        levels = [0, 1] if levels is None else levels
+        set_up(self, selector, HIDDEN * (1 + len(levels)))
+        self.visual: Any = DeepstackTower(levels)
+
+    def _embed_whole(self, kwargs: Any) -> Any:
+        grids = kwargs["image_grid_thw"].tolist()
+        embedded = self.visual(kwargs["pixel_values"], grids)
+        return embedded.split([t * h * w // PATCHES for t, h, w in grids])
+
+
+class OneBlockQwen(PrunedQwen25ForConditionalGeneration):
     """The parts of Qwen2.5-VL that encode images, with random weights."""
 
     def __init__(self, selector: SelectorName) -> None:
         nn.Module.__init__(self)
-        settings = PruningSettings(selector=selector)
-        config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
-        vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(hf_config=config, uses_mrope=True),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=2048),
-        )
-        self._set_up_stage_one(vllm_config, HIDDEN)
+        set_up(self, selector, HIDDEN)
         self.visual: Any = Tower()
 
     def _embed_whole(self, kwargs: Any) -> Any:
@@ -157,17 +232,22 @@ ENCODER_SELECTORS = [
 ]
 
 
+MODELS = [
+    OneBlockQwen,
+    ThreeBlockQwen3,
+    pytest.param(partial(ThreeBlockQwen3, levels=[1, 2]), id="last block in deepstack"),
+    pytest.param(partial(ThreeBlockQwen3, levels=[]), id="no deepstack"),
+]
+
+
 @torch.inference_mode()
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("selector", ENCODER_SELECTORS)
-def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
+def test_kept_tokens_equal_those_of_the_whole_encoder(selector, model):
     torch.manual_seed(0)
-    qwen, inputs, images = (
-        OneBlockQwen(selector),
-        inputs_on(torch.device("cpu")),
-        images_of(selector),
-    )
+    qwen, inputs, images = model(selector), inputs_on(torch.device("cpu")), images_of(selector)
     computed: list[int] = []
-    qwen.visual.blocks[0].mlp.register_forward_hook(
+    qwen.visual.blocks[-1].mlp.register_forward_hook(
         lambda _, __, output: computed.append(output.shape[0])
     )
     embeddings = qwen._embed_pruned(inputs, images)
@@ -189,17 +269,29 @@ def test_kept_tokens_equal_those_of_the_whole_encoder(selector):
         torch.testing.assert_close(embedding, whole[index])
 
 
+@torch.inference_mode()
+def test_deepstack_features_are_merged_for_kept_tokens_only():
+    qwen, images = ThreeBlockQwen3("vitcop"), images_of("vitcop")
+    qwen._embed_pruned(inputs_on(torch.device("cpu")), images)
+    kept = sum(shape.counts.stages[0] for shape in images)
+    mergers = [qwen.visual.merger, *qwen.visual.deepstack_merger_list]
+    assert [merger.rows for merger in mergers] == [[kept]] * 3
+    assert qwen.visual.deepstack_visual_indexes == [0, 1]
+    assert "forward" not in vars(qwen.visual.blocks[-1])
+
+
 @no_host_sync()
 @torch.inference_mode()
+@pytest.mark.parametrize("model", [OneBlockQwen, ThreeBlockQwen3])
 @pytest.mark.parametrize("selector", ENCODER_SELECTORS)
-def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector):
+def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector, model):
     with torch.device(CUDA):
-        qwen = OneBlockQwen(selector)
+        qwen = model(selector)
     images = images_of(selector)
     embeddings = qwen._embed_pruned(inputs_on(CUDA), images)
     for shape, embedding in zip(images, embeddings, strict=True):
         columns = shape.counts.is_pruned * (2 + bool(shape.counts.centres))
-        assert embedding.shape == (shape.counts.stages[0], HIDDEN + columns)
+        assert embedding.shape == (shape.counts.stages[0], qwen.columns.width + columns)
 
 
 @no_host_sync()

@@ -1,0 +1,289 @@
+"""What the families of Qwen-VL share. Each is pruned with these mixins of vLLM's classes.
+
+The encoder has no [CLS]. Stage I reads the attention that each token receives in the last block,
+which attends over the whole image. A visual token is a square of patches, so its query, features
+and attention are averages over its patches.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from math import isqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from vllm.multimodal.inputs import MultiModalFeatureSpec
+
+from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions
+from vitcop_vllm.models.processing import (
+    COUNTS_FIELD,
+    PrunedProcessingInfo,
+    PrunedProcessor,
+    shape_of_row,
+    without_pruning_keys,
+)
+from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
+from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
+from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
+from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.views import EncoderView
+
+
+class QwenProcessingInfo(PrunedProcessingInfo):
+    """Images of any size, scaled to a whole number of visual tokens per side."""
+
+    def layout(
+        self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
+    ) -> ImageLayout:
+        kwargs = without_pruning_keys(processor_kwargs or {})
+        this: Any = self
+        size, _ = this._get_vision_info(
+            image_width=width,
+            image_height=height,
+            image_processor=this.get_image_processor(**kwargs),
+            mm_kwargs=kwargs,
+        )
+        side = self._token_side()
+        box = (0.0, 0.0, float(width), float(height))
+        return ImageLayout((Grid(size.height // side, size.width // side),), box)
+
+    def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
+        this: Any = self
+        if this.get_max_image_tokens() <= max_tokens:
+            return None
+        side = isqrt(max_tokens) * self._token_side()
+        return side, side
+
+    def _token_side(self) -> int:
+        """Side length of a visual token, in pixels."""
+        vision = self._config.vision_config
+        side: int = vision.patch_size * vision.spatial_merge_size
+        return side
+
+
+class QwenProcessor(PrunedProcessor):
+    """vLLM's processor, with as many placeholders per image as Stage I keeps."""
+
+    def _embedded_shape(self, images: Any, i: int) -> ImageShape:
+        _, height, width = images.get(i)["image_grid_thw"].tolist()
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        grid = Grid(height // merge, width // merge)
+        return ImageShape(VisualTokenCounts.unpruned(grid.num_tokens), (grid,))
+
+
+class PrunedQwen(PrunedModel):
+    """A Qwen-VL. Kept tokens have the rotary positions of the unpruned image."""
+
+    visual: Any
+
+    # What a family adds.
+
+    def token_order(self, grid: Sequence[int]) -> torch.Tensor | None:
+        """(V,) int64: index in the tower of each token of an image's grid, from the image's first.
+
+        ``None`` if the tower computes tokens in the grid's order.
+
+        Args:
+            grid: Time, height and width of the image in patches.
+        """
+        return None
+
+    def run_tower(
+        self,
+        pixels: torch.Tensor,
+        grids: Sequence[Sequence[int]],
+        num_kept: int,
+        select_rows: "SelectRows",
+    ) -> torch.Tensor:
+        """(N, columns) embeddings of the kept tokens.
+
+        Args:
+            pixels: (S, ...) patches of all images.
+            grids: Time, height and width of each image in patches.
+            num_kept: N.
+            select_rows: Called in the last block, before attention; returns the patches' rows in
+                the order of the embeddings, N * patches per token. The block's other rows are
+                not computed.
+        """
+        raise NotImplementedError
+
+    # What they share.
+
+    def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
+        grids = inputs["image_grid_thw"]
+        before, within = (int(part.prod(-1).sum()) for part in (grids[:first], grids[first:end]))
+        return {
+            "pixel_values": inputs["pixel_values"][before : before + within],
+            "image_grid_thw": grids[first:end],
+        }
+
+    def encode_kept(
+        self, inputs: ImageInputs, groups: Groups, keep: Any
+    ) -> Mapping[ImageShape, torch.Tensor]:
+        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"].tolist()
+        patches = self.visual.spatial_merge_unit
+        images = self._packed(grids)
+        lengths = [0] * len(images)
+        for shape, numbers in groups.items():
+            for number in numbers:
+                lengths[number] = shape.counts.stages[0]
+
+        def select_rows(last: LastBlock) -> torch.Tensor:
+            kept: Kept = keep(partial(self._view_of, last, pixels, images))
+            orders = [image.order for image in images]
+            for shape, tokens in kept.items():
+                for number, index in zip(groups[shape], tokens.index, strict=True):
+                    orders[number] = orders[number][index]
+            rows_of = [
+                image.first_token + order for image, order in zip(images, orders, strict=True)
+            ]
+            rows = torch.cat(rows_of)[:, None] * patches
+            return (rows + torch.arange(patches, device=rows.device)).flatten()
+
+        split = self.run_tower(pixels, grids, sum(lengths), select_rows).split(lengths)
+        return {
+            shape: torch.stack([split[number] for number in numbers])
+            for shape, numbers in groups.items()
+        }
+
+    def _packed(self, grids: Sequence[Sequence[int]]) -> list["_PackedImage"]:
+        tower = self.visual
+        sizes = [t * h * w // tower.spatial_merge_unit for t, h, w in grids]
+        firsts = accumulate(sizes, initial=0)
+        images = []
+        for grid, size, first in zip(grids, sizes, firsts, strict=False):
+            order = self.token_order(grid)
+            if order is None:
+                order = torch.arange(size, device=tower.device)
+            images.append(_PackedImage(first, order))
+        return images
+
+    def _view_of(
+        self,
+        last: "LastBlock",
+        pixels: torch.Tensor,
+        images: Sequence["_PackedImage"],
+        shape: ImageShape,
+        numbers: Sequence[int],
+    ) -> EncoderView:
+        """The tower's last block on the images ``numbers``."""
+        patches = self.visual.spatial_merge_unit
+        attention = self.visual.blocks[-1].attn
+        ranks = attention.tp_size
+
+        def tokens_of(rows: torch.Tensor, number: int) -> torch.Tensor:
+            """(S, ...) rows of all images to (V, P, ...) rows of one image, in grid order."""
+            image = images[number]
+            first = image.first_token * patches
+            image_rows = rows[first : first + image.order.shape[0] * patches]
+            return image_rows.unflatten(0, (-1, patches))[image.order]
+
+        def all_tokens(rows: torch.Tensor) -> torch.Tensor:
+            return torch.stack([tokens_of(rows, number) for number in numbers])
+
+        firsts = [images[number].first_token * patches for number in numbers]
+        length = shape.counts.encoder * patches
+        return EncoderView(
+            queries=lambda: all_tokens(last.query).float().mean(dim=2),
+            keys=all_tokens(last.key).flatten(1, 2),
+            cls_query=None,
+            to_tokens=lambda of_patches: of_patches.unflatten(1, (-1, patches)).mean(dim=2),
+            features=lambda: all_tokens(last.raw_key).float().mean(dim=2),
+            scale=attention.attn.scale,
+            grids=shape.grids,
+            pixels=torch.stack([pixels[first : first + length] for first in firsts]),
+            embed=no_embeddings_yet,
+            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
+            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
+            kernels=self.kernels,
+        )
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
+    ) -> tuple[torch.Tensor, int]:
+        images = []
+        for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
+            if feature.data is None or COUNTS_FIELD not in feature.data:
+                continue
+            row: Any = feature.data[COUNTS_FIELD].data
+            counts, (grid,) = shape_of_row(row.tolist())
+            place = feature.mm_position
+            is_whole = not self.selector.prunes_encoder or not counts.is_pruned
+            images.append(MRoPEImage(place.offset, place.length, grid.rows, grid.columns, is_whole))
+        if all(image.is_whole for image in images):
+            this: Any = super()
+            positions: tuple[torch.Tensor, int] = this.get_mrope_input_positions(
+                input_tokens, mm_features
+            )
+            return positions
+        assert len(images) == len(mm_features), "image embeddings cannot be pruned"
+        return mrope_positions(len(input_tokens), images)
+
+
+class _PackedImage(NamedTuple):
+    """The rows of an image in the tower.
+
+    Attributes:
+        first_token: Index of the image's first visual token in the tower.
+        order: (V,) int64, index of each token of the image's grid, counted from ``first_token``.
+    """
+
+    first_token: int
+    order: torch.Tensor
+
+
+class LastBlock(NamedTuple):
+    """Attention inputs of the tower's last block; S patches of all images, in the tower's order.
+
+    Attributes:
+        query, key: (S, local heads, D), after rotary embedding.
+        raw_key: (S, local heads * D), before rotary embedding.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    raw_key: torch.Tensor
+
+
+SelectRows = Callable[[LastBlock], torch.Tensor]
+"""Returns the kept rows, (N,) int64 in [0, S)."""
+
+
+@contextmanager
+def attention_of_kept_rows(attention: Any, select_rows: SelectRows) -> Iterator[list[torch.Tensor]]:
+    """Report a block's attention inputs, and then output only the kept rows of its attention.
+
+    Args:
+        attention: vLLM's ``Qwen2_5_VisionAttention``: ``qkv``, ``attn`` and ``proj``.
+        select_rows: Called before attention. Its rows are output, in this order.
+
+    Yields:
+        A list that then holds these rows.
+    """
+    raw_key = torch.empty(0)
+    rows: list[torch.Tensor] = []
+
+    def after_qkv(_: nn.Module, __: object, output: Any) -> None:
+        nonlocal raw_key
+        raw_key = output[0].squeeze(1).chunk(3, dim=-1)[1]
+
+    def before_attention(_: nn.Module, __: object, inputs: Mapping[str, Any]) -> None:
+        rows.append(select_rows(LastBlock(inputs["query"][0], inputs["key"][0], raw_key)))
+
+    def before_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return inputs[0][rows[0]]
+
+    hooks = (
+        attention.qkv.register_forward_hook(after_qkv),
+        attention.attn.register_forward_pre_hook(before_attention, with_kwargs=True),
+        attention.proj.register_forward_pre_hook(before_proj),
+    )
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
