@@ -14,6 +14,7 @@ from tests.models.tiled import TILE, Selections, images_of
 from tests.pruning.every_selector import SELECTORS
 from vitcop_vllm.models.clip_rows import LayerParts
 from vitcop_vllm.models.internvl import InternModel, LastLayer
+from vitcop_vllm.models.processing import COUNTS_FIELD, shape_row
 from vitcop_vllm.models.stage_one import ImageShape
 from vitcop_vllm.pruning.grids import Grid, count_tokens
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -206,6 +207,20 @@ def test_features_are_averages_of_keys_before_any_norm():
     torch.testing.assert_close(
         view.features()[0], keys[model._find_tokens(GRIDS[0]).patches].mean(dim=1)
     )
+
+
+@torch.inference_mode()
+def test_an_image_that_stage_one_leaves_whole_is_recorded_in_the_order_of_the_prompt():
+    model, inputs = Model("key_norm"), inputs_on(torch.device("cpu"))
+    this: Any = model
+    this._encoder_ran, this.sink = True, Selections()
+    num_tokens = count_tokens(GRIDS[0])
+    shape = ImageShape(VisualTokenCounts(num_tokens, 0, (num_tokens, 10, 3)), GRIDS[0])
+    one = model.slice_images(inputs, 0, 1)
+    model.embed_multimodal(**one, **{COUNTS_FIELD: torch.tensor([shape_row(shape)])})
+    (selection,) = this.sink.of_images
+    order = model.prompt_order(GRIDS[0], torch.device("cpu"))
+    assert order[selection.patches].tolist() == [*range(num_tokens)]
 
 
 def test_slices_have_the_tiles_of_their_images():
