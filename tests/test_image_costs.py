@@ -49,6 +49,7 @@ PUBLISHED = {
     "qwen3-vl-30b-a3b": Published(48, 4, prod(qwen3_checkpoint.SMALL.grid(*SIZE))),
     "internvl3-8b": Published(28, 4, INTERNVL.tokens_of(*SIZE)),
     "qwen2.5-vl-7b": Published(28, 4, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
+    "qwen2.5-vl-72b": Published(80, 8, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
 }
 
 

@@ -1,7 +1,7 @@
 """A program that prints the backend and worker chosen at start-up on simulated NVIDIA GPUs.
 
-Arguments: a checkpoint, and a JSON list of [compute capability, engine options]. Prints a JSON
-list with the attention backend and the worker, or the error, of each case.
+Argument: a JSON list of [compute capability, engine options]. Prints a JSON list with the attention
+backend, the worker and the quantisation, or the error, of each case.
 
 vLLM's own CUDA platform makes the choice. Its compiled operators are stubs, and the simulated
 GPU reports the case's capability.
@@ -65,15 +65,19 @@ def become_cuda() -> None:
     flash_attn_interface.FA4_AVAILABLE = True
 
 
-def choose(checkpoint: str, options: dict[str, Any]) -> dict[str, str]:
+def choose(options: dict[str, Any]) -> dict[str, str | None]:
     from vllm.engine.arg_utils import EngineArgs
 
     try:
-        config = EngineArgs(model=checkpoint, max_model_len=1024, **options).create_engine_config()
+        config = EngineArgs(max_model_len=1024, **options).create_engine_config()
     except ValueError as error:
         return {"error": str(error)}
     backend = config.attention_config.backend
-    return {"backend": backend.name if backend else "", "worker": config.parallel_config.worker_cls}
+    return {
+        "backend": backend.name if backend else "",
+        "worker": config.parallel_config.worker_cls,
+        "quantization": config.model_config.quantization,
+    }
 
 
 def main() -> None:
@@ -84,9 +88,9 @@ def main() -> None:
 
     load_general_plugins()
     choices = []
-    for (major, minor), options in json.loads(sys.argv[2]):
+    for (major, minor), options in json.loads(sys.argv[1]):
         capability = (major, minor)
-        choices.append(choose(sys.argv[1], options))
+        choices.append(choose(options))
     print(json.dumps(choices))
 
 

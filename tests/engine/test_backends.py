@@ -71,20 +71,26 @@ CHOSEN: list[tuple[tuple[int, int], dict[str, Any], str]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def choices(checkpoint):
-    """(compute capability, options) -> start-up's choice or error; one process for all cases."""
-    cases: list[Any] = [(card, {"kv_cache_dtype": dtype}) for card, dtype, _ in CARDS]
-    cases += [(card, options) for card, options, _ in CHOSEN]
-    given = json.dumps([(card, {"dtype": "float16", **options}) for card, options in cases])
+def choices_of(cases: list[Any]) -> list[dict[str, Any]]:
+    """Start-up's choice or error in cases of (compute capability, options); in one process."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.fake_cuda", str(checkpoint), given],
+        [sys.executable, "-m", "tests.engine.fake_cuda", json.dumps(cases)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.fixture(scope="module")
+def choices(checkpoint):
+    """(compute capability, options) -> start-up's choice or error; one process for all cases."""
+    cases: list[Any] = [(card, {"kv_cache_dtype": dtype}) for card, dtype, _ in CARDS]
+    cases += [(card, options) for card, options, _ in CHOSEN]
+    shared = {"model": str(checkpoint), "dtype": "float16"}
+    results = choices_of([(card, {**shared, **options}) for card, options in cases])
     return {
         (tuple(card), json.dumps(options)): result
         for (card, options), result in zip(cases, results, strict=True)
@@ -102,6 +108,7 @@ def test_a_gpu_starts_with_default_settings_or_the_error_names_the_option_to_cha
         assert result == {
             "backend": backend,
             "worker": "vitcop_vllm.worker.gpu_worker.StagedGPUWorker",
+            "quantization": None,
         }
 
 
