@@ -186,16 +186,16 @@ def save_random_qwen(
     save_weights(path, weights)
 
 
-def byte_tokenizer() -> Any:
-    """A tokenizer whose tokens are the bytes and Qwen's special tokens."""
+def byte_tokenizer(specials: tuple[str, ...] = SPECIALS) -> Any:
+    """A tokenizer whose tokens are the special tokens and the bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = (*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    words = (*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     model = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    model.add_special_tokens([AddedToken(word, special=True) for word in SPECIALS])
+    model.add_special_tokens([AddedToken(word, special=True) for word in specials])
     return PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )

@@ -68,8 +68,7 @@ SAME_AS_ANOTHER = {
     "internvl": _DECODER_TESTS,
     "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2"},
 }
-"""Family -> files whose tests run the same code as for LLaVA-NeXT, InternVL's published form or
-Qwen3-VL."""
+"""Family -> files whose tests run the same code as for another family."""
 
 ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
 """Files that use engines in the tests' process, or child processes that end with a test."""

@@ -162,5 +162,7 @@ def _write_settings(args: argparse.Namespace, key: str, settings_class: type[_S]
         settings = settings_class.model_validate(given)
     except ValidationError as error:
         raise ValueError(format_validation_error(error, key)) from None
-    args.additional_config = {**additional, key: settings.model_dump(mode="json")}
+    # Without defaults: start-up chooses some by the model.
+    chosen = settings.model_dump(mode="json", exclude_unset=True)
+    args.additional_config = {**additional, key: chosen}
     return settings

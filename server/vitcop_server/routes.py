@@ -18,6 +18,7 @@ from vitcop_server.preview import Preview
 from vitcop_server.route_rules import EXPLAIN_ROUTE
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED
+from vitcop_vllm.pruning.selectors import selector_of
 
 router = APIRouter()
 
@@ -48,6 +49,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
         "model": preview.model.names[0],
         "settings": preview.model.settings.model_dump(mode="json"),
         SERVER_KEY: server.model_dump(mode="json"),
+        "stages": selector_of(preview.model.settings.selector).stages,
         "num_layers": preview.model.num_layers,
         "first_layers": preview.first_layers,
         "prefix_caching": state.vllm_config.cache_config.enable_prefix_caching,

@@ -7,6 +7,8 @@ from vitcop_vllm.engine.checks import (
     DECODER_CHECK,
     ENGINE_CHECKS,
     SETTINGS_CHECKS,
+    STAGE_ONE_CHECKS,
+    STAGED_CHECKS,
     Check,
     StartUp,
     find_obstacles,
@@ -19,6 +21,8 @@ ROWS = [
     *dict.fromkeys(
         (
             *ENGINE_CHECKS,
+            *STAGED_CHECKS,
+            *STAGE_ONE_CHECKS,
             *SETTINGS_CHECKS,
             DECODER_CHECK,
             *(check for family in FAMILIES.values() for check in family.checks),

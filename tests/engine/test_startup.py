@@ -8,6 +8,7 @@ import pytest
 from vllm import envs
 
 from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
+from benchmarks.stage_one_checkpoints import save_random_qwen3_5
 from tests.families.family import INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (
@@ -324,6 +325,48 @@ def test_another_decoder_of_internvl_is_refused(checkpoint_of, tmp_path):
 def test_encoders_of_internvl_that_bypass_stage_one_are_refused(checkpoint_of, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         config_of(checkpoint_of(INTERNVL_CHAT), trust_remote_code=True, **options)
+
+
+@pytest.fixture(scope="module")
+def stage_one_checkpoint(tmp_path_factory):
+    """Qwen3.5, whose decoder has no segments; without weights."""
+    path = tmp_path_factory.mktemp("qwen3_5")
+    save_random_qwen3_5(path)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def test_stage_one_alone_leaves_decoder_and_scheduler_to_vllm(stage_one_checkpoint):
+    config = config_of(stage_one_checkpoint)
+    assert config.scheduler_config.scheduler_cls is None
+    assert config.parallel_config.worker_cls.endswith("StageOneCPUWorker")
+    settings = pruning_settings_of(config.model_config.hf_config)
+    assert (settings.selector, settings.decoder_signal) == ("received", None)
+    assert span_limit_of(config.model_config.hf_config) > 10**9
+    assert settings_of(stage_one_checkpoint, selector="divprune").selector == "divprune"
+
+
+@pytest.mark.parametrize(
+    ("pruning", "sentence"),
+    [
+        ({"selector": "vitcop"}, r"selector vitcop drops tokens between decoder layers.*received"),
+        ({"selector": "key_norm"}, "selector key_norm drops tokens between decoder layers"),
+        ({"shallow_boundary": 1}, "remove shallow_boundary and deep_boundary"),
+        ({"positions": "reference"}, "set positions: original"),
+        ({"decoder_signal": "values"}, "selector received does not read decoder_signal"),
+        ({"selector": "cls"}, "reads .CLS., which this model's encoder does not have"),
+    ],
+)
+def test_settings_of_the_decoder_are_refused_with_stage_one_alone(
+    stage_one_checkpoint, pruning, sentence
+):
+    with pytest.raises(ValueError, match=sentence):
+        settings_of(stage_one_checkpoint, **pruning)
+
+
+def test_stage_one_alone_refuses_model_runner_v2(stage_one_checkpoint, v2):
+    with pytest.raises(ValueError, match="Stage I alone runs with model runner V1"):
+        config_of(stage_one_checkpoint)
 
 
 def test_registering_twice_changes_nothing():

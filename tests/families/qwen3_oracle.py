@@ -23,6 +23,7 @@ class DenseQwen3(DenseQwen):
 
     settings = PruningSettings(shallow_boundary=2, decoder_signal="values")
     layer_norm_eps = 1e-6
+    tower_class: type[torch.nn.Module] = Qwen3VLVisionModel
 
     @property
     def levels(self) -> list[int]:
@@ -31,7 +32,7 @@ class DenseQwen3(DenseQwen):
     def load_tower(self, path: Path) -> Any:
         config = AutoConfig.from_pretrained(path).vision_config
         config._attn_implementation = "sdpa"
-        tower = Qwen3VLVisionModel(config)
+        tower = self.tower_class(config)
         prefix = "model.visual."
         tower.load_state_dict(
             {

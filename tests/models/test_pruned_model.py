@@ -32,7 +32,7 @@ class Stock:
         return "stock"
 
 
-def labels_alone(step, positions, embeds, labels, sink):
+def labels_alone(step, positions, embeds, labels, sink, deepstack):
     return labels
 
 

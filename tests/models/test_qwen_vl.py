@@ -297,7 +297,7 @@ def test_encoding_does_not_make_the_host_wait_for_the_gpu(selector, model):
 @no_host_sync()
 @torch.inference_mode()
 def test_scattering_offsets_does_not_make_the_host_wait_for_the_gpu():
-    from vitcop_vllm.models.pruned_model import _scatter_rows
+    from vitcop_vllm.models.pruned_encoder import _scatter_rows
 
     is_multimodal = torch.tensor([False, True, True, False, True])
     rows = torch.ones(3, 2, dtype=torch.int64, device=CUDA)

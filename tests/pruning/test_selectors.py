@@ -218,6 +218,19 @@ def test_each_signal_ranks_otherwise():
     assert len(rankings) == len(SIGNALS)
 
 
+def test_a_selector_tells_the_stages_that_drop_tokens():
+    stages = {name: SELECTORS[name].stages for name in ("vitcop", "key_norm", "fastv", "received")}
+    assert stages == {
+        "vitcop": ("I", "II", "III"),
+        "key_norm": ("II", "III"),
+        "fastv": ("II",),
+        "received": ("I",),
+    }
+    assert [name for name in NAMES if not SELECTORS[name].prunes_decoder] == [
+        *("cls", "divprune", "grid", "random", "received"),
+    ]
+
+
 def test_settings_name_every_signal():
     assert set(get_args(SignalName)) == set(SIGNALS)
 

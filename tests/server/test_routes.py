@@ -57,6 +57,7 @@ def metrics(http: httpx.Client) -> dict[str, float]:
 def test_config_has_the_settings_in_force(http: httpx.Client) -> None:
     config = http.get("/v1/pruning/config").json()
     assert config["num_layers"] == 16
+    assert config["stages"] == ["I", "II", "III"]
     assert config["first_layers"] == [0, 1, 11]
     assert config["prefix_caching"] is True
     assert config["settings"]["max_pruning_ratio"] == 0.95

@@ -11,6 +11,7 @@ from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 from vitcop_vllm.worker import adapter
 from vitcop_vllm.worker.adapter import StepAdapter
+from vitcop_vllm.worker.explain import SelectionSink
 
 COUNTS = VisualTokenCounts(16, 0, (8, 4, 2))
 PROMPT = 12
@@ -20,7 +21,7 @@ PROMPT = 12
 def step_adapter(monkeypatch) -> StepAdapter:
     monkeypatch.setattr(adapter, "pruning_settings_of", lambda config: PruningSettings())
     model_config: Any = SimpleNamespace(hf_config=None)
-    made = StepAdapter(model_config, CPU)
+    made = StepAdapter(model_config, CPU, SelectionSink())
     made.planner.track("pruned", RequestPlan((VisualSpan(2, COUNTS),)), PROMPT, ["abc"])
     return made
 

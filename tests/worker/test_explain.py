@@ -19,7 +19,9 @@ class Model:
 def sink_of(llm) -> SelectionSink:
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     # Model runner V2 is vLLM's own, and has an adapter beside it.
-    return getattr(runner, "model_state", runner).step_adapter.sink
+    if (state := getattr(runner, "model_state", None)) is not None:
+        return state.step_adapter.sink
+    return runner.sink
 
 
 def test_old_explanations_make_room():

@@ -1,6 +1,7 @@
 """Rows of what start-up refuses: a combination of options that pruning cannot do right."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import floor
@@ -40,7 +41,8 @@ class StartUp:
         vllm: vLLM's configuration, a ``VllmConfig``.
         settings: The operator's settings of pruning.
         has_cls: Whether the model's encoder has [CLS].
-        decoders: ``model_type`` of the decoders that the model's family can have.
+        decoders: ``model_type`` of the decoders that Stages II and III can prune; empty if
+            they prune no decoder of the model's family.
     """
 
     vllm: Any
@@ -56,6 +58,11 @@ class StartUp:
     def text(self) -> Any:
         """Configuration of the decoder."""
         return self.vllm.model_config.hf_text_config
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether all three Stages can prune the model. If not, only Stage I does."""
+        return bool(self.decoders)
 
     @property
     def decoder_names(self) -> str:
@@ -82,7 +89,9 @@ class StartUp:
 
     @property
     def span_limit(self) -> int:
-        """Most tokens of one request in a step."""
+        """Most tokens of a pruned image: with Stages II and III, those of one request in a step."""
+        if not self.is_staged:
+            return sys.maxsize
         scheduler = self.vllm.scheduler_config
         limit, threshold = step_tokens(scheduler), scheduler.long_prefill_token_threshold
         return min(limit, threshold) if threshold > 0 else limit
@@ -175,14 +184,6 @@ ENGINE_CHECKS = (
         lambda start: start.vllm.parallel_config.pipeline_parallel_size > 1,
     ),
     Check(
-        "context parallelism shards the KV cache by logical position",
-        "unset --decode-context-parallel-size and --prefill-context-parallel-size",
-        lambda start: (
-            start.vllm.parallel_config.decode_context_parallel_size > 1
-            or start.vllm.parallel_config.prefill_context_parallel_size > 1
-        ),
-    ),
-    Check(
         "microbatching splits a step, which is pruned as a whole",
         "remove --enable-dbo / --ubatch-size",
         lambda start: start.vllm.parallel_config.use_ubatching,
@@ -202,6 +203,43 @@ ENGINE_CHECKS = (
         "KV offloading moves logical blocks",
         "remove --kv-offloading-size",
         lambda start: start.vllm.cache_config.kv_offloading_size is not None,
+    ),
+    Check(
+        "an encoder-cache connector is untested here",
+        "remove --ec-transfer-config",
+        lambda start: start.vllm.ec_transfer_config is not None,
+    ),
+    Check(
+        "LoRA maps adapters to unpruned rows",
+        "remove --enable-lora",
+        lambda start: start.vllm.lora_config is not None,
+    ),
+    Check(
+        "prompt embeddings carry no image to prune",
+        "remove --enable-prompt-embeds",
+        lambda start: start.vllm.model_config.enable_prompt_embeds,
+    ),
+    Check(
+        "another worker class is configured",
+        "remove --worker-cls",
+        lambda start: start.vllm.parallel_config.worker_cls != "auto",
+    ),
+    Check(
+        f"{RATIO_KEY} in --mm-processor-kwargs is not read",
+        "set default_ratio instead",
+        lambda start: RATIO_KEY in (start.multimodal.mm_processor_kwargs or {}),
+    ),
+)
+"""What no pruned model can run with."""
+
+STAGED_CHECKS = (
+    Check(
+        "context parallelism shards the KV cache by logical position",
+        "unset --decode-context-parallel-size and --prefill-context-parallel-size",
+        lambda start: (
+            start.vllm.parallel_config.decode_context_parallel_size > 1
+            or start.vllm.parallel_config.prefill_context_parallel_size > 1
+        ),
     ),
     Check(
         "all layers must hold equal KV blocks",
@@ -239,21 +277,6 @@ ENGINE_CHECKS = (
         ),
     ),
     Check(
-        "an encoder-cache connector is untested here",
-        "remove --ec-transfer-config",
-        lambda start: start.vllm.ec_transfer_config is not None,
-    ),
-    Check(
-        "LoRA maps adapters to unpruned rows",
-        "remove --enable-lora",
-        lambda start: start.vllm.lora_config is not None,
-    ),
-    Check(
-        "prompt embeddings carry no image to prune",
-        "remove --enable-prompt-embeds",
-        lambda start: start.vllm.model_config.enable_prompt_embeds,
-    ),
-    Check(
         "pruned layers need their own KV cache groups",
         "remove --disable-hybrid-kv-cache-manager",
         lambda start: start.vllm.scheduler_config.disable_hybrid_kv_cache_manager is True,
@@ -264,19 +287,9 @@ ENGINE_CHECKS = (
         lambda start: start.vllm.scheduler_config.scheduler_cls is not None,
     ),
     Check(
-        "another worker class is configured",
-        "remove --worker-cls",
-        lambda start: start.vllm.parallel_config.worker_cls != "auto",
-    ),
-    Check(
         "sliding window attention already drops tokens by position",
         "serve this model with stock vLLM (VLLM_PLUGINS='')",
         _has_sliding_window,
-    ),
-    Check(
-        f"{RATIO_KEY} in --mm-processor-kwargs is not read",
-        "set default_ratio instead",
-        lambda start: RATIO_KEY in (start.multimodal.mm_processor_kwargs or {}),
     ),
     Check(
         "watermarking needs model runner V2",
@@ -301,7 +314,7 @@ ENGINE_CHECKS = (
         _compiles_whole_model,
     ),
 )
-"""What no pruned model can run with."""
+"""What Stages II and III cannot run with."""
 
 _WHOLE_PROMPT = (
     "selector {start.settings.selector} reads the question, so a step must hold the longest prompt"
@@ -375,5 +388,30 @@ SETTINGS_CHECKS = (
 DECODER_CHECK = Check(
     "the decoder is {start.text.model_type}, and this model is pruned with one of {start.decoders}",
     "serve it with stock vLLM (VLLM_PLUGINS='')",
-    lambda start: start.text.model_type not in start.decoders,
+    lambda start: start.is_staged and start.text.model_type not in start.decoders,
 )
+
+STAGE_ONE_CHECKS = (
+    Check(
+        "selector {start.settings.selector} drops tokens between decoder layers, and this model "
+        "is pruned by Stage I alone",
+        "set selector to received, divprune, grid or random",
+        lambda start: start.selector.prunes_decoder,
+    ),
+    Check(
+        "this model is pruned by Stage I alone, so its decoder has no boundaries",
+        "remove shallow_boundary and deep_boundary",
+        lambda start: start.settings.shallow_boundary or start.settings.deep_boundary,
+    ),
+    Check(
+        "this model is pruned by Stage I alone, which leaves all positions as they are",
+        "set positions: original",
+        lambda start: start.settings.positions == "reference",
+    ),
+    Check(
+        "Stage I alone runs with model runner V1",
+        f"unset {V2_VARIABLE}",
+        lambda start: asks_for_v2(),
+    ),
+)
+"""What a model cannot run with that Stage I alone prunes."""

@@ -5,6 +5,7 @@ and scheduler. So a user only chooses a model whose architecture is pruned.
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from vitcop_vllm.engine.checks import (
     DECODER_CHECK,
     ENGINE_CHECKS,
     SETTINGS_CHECKS,
+    STAGE_ONE_CHECKS,
+    STAGED_CHECKS,
     V2_VARIABLE,
     StartUp,
     asks_for_v2,
@@ -44,6 +47,12 @@ WORKERS = {
     "cpu": "vitcop_vllm.worker.cpu_worker.StagedCPUWorker",
     "cuda": "vitcop_vllm.worker.gpu_worker.StagedGPUWorker",
 }
+
+STAGE_ONE_WORKERS = {
+    "cpu": "vitcop_vllm.worker.cpu_worker.StageOneCPUWorker",
+    "cuda": "vitcop_vllm.worker.gpu_worker.StageOneGPUWorker",
+}
+"""Workers of models that Stage I alone prunes."""
 
 SPAN_LIMIT_KEY = "pruning_span_limit"
 """Attribute of hf_config: most tokens of a pruned image in a step."""
@@ -97,28 +106,30 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         architecture = vllm_config.model_config.architecture
         if (hook := VLLM_HOOKS.get(architecture)) is not None:
             hook.verify_and_update_config(vllm_config)
-        _choose_block_size(vllm_config.cache_config)
         family = FAMILIES[architecture]
+        if family.decoders:
+            _choose_block_size(vllm_config.cache_config)
         start_up = StartUp(vllm_config, settings, family.has_cls, family.decoders)
         start_up = _with_defaults(start_up)
-        checks = (*ENGINE_CHECKS, DECODER_CHECK, *family.checks, *SETTINGS_CHECKS)
+        staged = start_up.is_staged
+        of_stages = (*STAGED_CHECKS, DECODER_CHECK) if staged else STAGE_ONE_CHECKS
+        checks = (*ENGINE_CHECKS, *of_stages, *family.checks, *SETTINGS_CHECKS)
         if obstacles := find_obstacles(checks, start_up):
             raise ValueError(
                 "visual token pruning cannot start with this configuration: " + "; ".join(obstacles)
             )
         settings = start_up.settings
         _warn_of_untried_signal(start_up)
-        _choose_device_parts(vllm_config)
-        vllm_config.scheduler_config.scheduler_cls = SCHEDULER
-        _turn_caching_off(vllm_config.cache_config, settings)
+        _choose_worker(vllm_config, WORKERS if staged else STAGE_ONE_WORKERS)
+        if staged:
+            _stage_decoder(vllm_config, settings)
         _pass_settings_on(vllm_config, settings, start_up.span_limit)
         _choose_model_runner(vllm_config)
         logger.info(
-            "Visual token pruning: selector %s; segments begin at layers 0, %d, %d of %d; ratio "
-            "%g by default, at most %g; %s positions; prefix caching %s.",
+            "Visual token pruning: selector %s; %s; ratio %g by default, at most %g; %s positions; "
+            "prefix caching %s.",
             settings.selector,
-            *start_up.boundaries,
-            start_up.text.num_hidden_layers,
+            _describe_segments(start_up),
             settings.default_ratio,
             settings.max_pruning_ratio,
             settings.positions,
@@ -126,10 +137,20 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         )
 
 
+def _describe_segments(start_up: StartUp) -> str:
+    if not start_up.is_staged:
+        return "Stage I alone"
+    shallow, deep = start_up.boundaries
+    return f"segments begin at layers 0, {shallow}, {deep} of {start_up.text.num_hidden_layers}"
+
+
 def _with_defaults(start_up: StartUp) -> StartUp:
     """The start-up with the settings whose defaults depend on the model."""
     settings = start_up.settings
     defaults: dict[str, object] = {}
+    if not start_up.is_staged and "selector" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"selector": _default_in_encoder(start_up)})
+        start_up = replace(start_up, settings=settings)
     levels = start_up.deepstack_levels
     if levels and settings.shallow_boundary is None and start_up.boundaries[0] < levels:
         defaults["shallow_boundary"] = levels
@@ -138,6 +159,11 @@ def _with_defaults(start_up: StartUp) -> StartUp:
             DEFAULT_SIGNAL_OF_NORMALISED_KEYS if start_up.normalises_keys else DEFAULT_SIGNAL
         )
     return replace(start_up, settings=settings.model_copy(update=defaults))
+
+
+def _default_in_encoder(start_up: StartUp) -> str:
+    """The selector of a model that Stage I alone prunes: ViTCoP's Stage I at the whole budget."""
+    return "cls" if start_up.has_cls else "received"
 
 
 def _warn_of_untried_signal(start_up: StartUp) -> None:
@@ -150,6 +176,16 @@ def _warn_of_untried_signal(start_up: StartUp) -> None:
         )
 
 
+def _stage_decoder(vllm_config: "VllmConfig", settings: PruningSettings) -> None:
+    """Choose what a decoder in segments needs: attention backend and scheduler."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        choose_backend(vllm_config)
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    _turn_caching_off(vllm_config.cache_config, settings)
+
+
 def _choose_block_size(cache_config: "CacheConfig") -> None:
     from vllm.platforms import current_platform
 
@@ -158,8 +194,8 @@ def _choose_block_size(cache_config: "CacheConfig") -> None:
         cache_config.user_specified_block_size = True
 
 
-def _choose_device_parts(vllm_config: "VllmConfig") -> None:
-    """Worker, and attention backend of a GPU.
+def _choose_worker(vllm_config: "VllmConfig", workers: Mapping[str, str]) -> None:
+    """Choose the worker of the device.
 
     Raises:
         ValueError: If there is none for this device.
@@ -168,14 +204,12 @@ def _choose_device_parts(vllm_config: "VllmConfig") -> None:
 
     # ROCm also calls its devices "cuda".
     device = "rocm" if current_platform.is_rocm() else current_platform.device_type
-    if device not in WORKERS:
+    if device not in workers:
         raise ValueError(
             f"visual token pruning runs on CPUs and NVIDIA GPUs, not on {device}; serve with "
             "stock vLLM there (VLLM_PLUGINS='')"
         )
-    if current_platform.is_cuda():
-        choose_backend(vllm_config)
-    vllm_config.parallel_config.worker_cls = WORKERS[device]
+    vllm_config.parallel_config.worker_cls = workers[device]
 
 
 def _turn_caching_off(cache_config: "CacheConfig", settings: PruningSettings) -> None:

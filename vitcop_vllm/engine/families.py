@@ -15,7 +15,8 @@ class Family:
     Attributes:
         name: The family's name in the documentation.
         model: ``module:Class`` that serves the architecture.
-        decoders: ``model_type`` of the text configurations whose layers can be staged.
+        decoders: ``model_type`` of the decoders that Stages II and III can prune. Empty: Stage I
+            alone prunes the model, and its decoder runs as in vLLM.
         has_cls: Whether the encoder has [CLS], whose attention Stage I then reads.
         checks: What start-up refuses for this family.
     """
@@ -128,6 +129,15 @@ _QWEN3_VL_CHECKS = (
     ),
 )
 
+_GEMMA3_CHECKS = (
+    *_ENCODER_CHECKS,
+    Check(
+        "an image in crops has text between its visual tokens, and pruning needs them in one run",
+        "remove do_pan_and_scan from --mm-processor-kwargs",
+        lambda start: (start.multimodal.mm_processor_kwargs or {}).get("do_pan_and_scan"),
+    ),
+)
+
 _INTERNVL_DECODERS = ("qwen2", "qwen3", "llama")
 
 FAMILIES: dict[str, Family] = {
@@ -186,6 +196,20 @@ FAMILIES: dict[str, Family] = {
         decoders=_INTERNVL_DECODERS,
         has_cls=True,
         checks=_ENCODER_CHECKS,
+    ),
+    "Gemma3ForConditionalGeneration": Family(
+        "Gemma 3",
+        "vitcop_vllm.models.gemma3:PrunedGemma3ForConditionalGeneration",
+        decoders=(),
+        has_cls=False,
+        checks=_GEMMA3_CHECKS,
+    ),
+    "Qwen3_5ForConditionalGeneration": Family(
+        "Qwen3.5",
+        "vitcop_vllm.models.qwen3_5:PrunedQwen35ForConditionalGeneration",
+        decoders=(),
+        has_cls=False,
+        checks=_QWEN_CHECKS,
     ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

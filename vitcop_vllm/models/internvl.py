@@ -42,7 +42,8 @@ from vitcop_vllm.models.processing import (
     PrunedProcessor,
     without_pruning_keys,
 )
-from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
+from vitcop_vllm.models.pruned_encoder import ImageInputs
+from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,

@@ -16,7 +16,8 @@ from vitcop_vllm.models.llava_processor import (
     PrunedLlavaMultiModalProcessor,
     PrunedLlavaProcessingInfo,
 )
-from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
+from vitcop_vllm.models.pruned_encoder import ImageInputs
+from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,

@@ -1,6 +1,5 @@
-"""What every pruned model does; a family adds its tower."""
+"""What every pruned model does in the decoder, if all three Stages prune it."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,62 +7,26 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, override_forward_context
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
-from vllm.utils.torch_utils import async_tensor_h2d
 
-from vitcop_vllm.engine.config import pruning_settings_of
-from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.dummy_runs import dummy_counts, dummy_step
-from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
-from vitcop_vllm.models.stage_one import (
-    Groups,
-    ImageShape,
-    Kept,
-    StageOne,
-    ViewOf,
-    gather_rows,
-    group_by_shape,
-)
+from vitcop_vllm.models.pruned_encoder import PrunedEncoder
 from vitcop_vllm.models.staged_decoder import StagedDecoder, replace_attention
-from vitcop_vllm.pruning.grids import Grids
-from vitcop_vllm.pruning.kernel_set import kernel_set
-from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.signals import DEFAULT_SIGNAL, SIGNALS
-from vitcop_vllm.pruning.views import EncoderView
-from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
+from vitcop_vllm.worker.explain import SelectionSink
 from vitcop_vllm.worker.step import StagedForward
 
-ImageInputs = Mapping[str, torch.Tensor]
-"""Fields of a batch of processed images, by name."""
 
-
-class PrunedModel:
+class PrunedModel(PrunedEncoder):
     """An image costs what its request's pruning ratio leaves of it. A mixin of vLLM's model.
 
     The model has ``language_model.model``, a decoder of layers as vLLM's Llama has them.
-
-    A pruned image's embeddings carry columns with what the decoder needs to know of each token;
-    see ``columns``.
-
-    Attributes:
-        published_density_scale: d_c of the clustering that is published for the family.
-        sink: Records what Stage I selects; ``None`` records nothing. Set while vLLM's runner
-            encodes images that are to be explained: it offers no argument of
-            ``embed_multimodal`` to pass the sink in.
     """
 
-    published_density_scale: float | None = None
-    sink: SelectionSink | None = None
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
         this: Any = self
-        text = this.config.get_text_config()
-        levels = self.num_deepstack_levels
-        self._set_up_stage_one(vllm_config, text.hidden_size * (1 + levels))
-        self._num_layers = text.num_hidden_layers
         decoder = this.language_model.model
         boundaries = self.pruning.boundaries(len(decoder.layers))
         replace_attention(decoder.layers, boundaries, vllm_config)
@@ -74,227 +37,14 @@ class PrunedModel:
             self.kernels,
             SIGNALS[self.pruning.decoder_signal or DEFAULT_SIGNAL],
             vllm_config,
-            levels,
+            self.num_deepstack_levels,
         )
-        # Parts that ran on dummy data while vLLM measured memory, or on real data since.
-        self._encoder_ran = self._segments_ran = False
-
-    def _set_up_stage_one(self, vllm_config: Any, width: int) -> None:
-        self._model_config = vllm_config.model_config
-        self.pruning = pruning_settings_of(self._model_config.hf_config)
-        self.selector = selector_of(self.pruning.selector)
-        self.kernels = kernel_set(self.pruning.kernels)
-        self.stage_one = StageOne(
-            self.selector, self.pruning, self.kernels, self.published_density_scale
-        )
-        self.columns = Columns(
-            width,
-            labels=self.selector.clusters,
-            # Where a token lies in its image decides its rotary position.
-            places=self._model_config.uses_mrope,
-        )
-        self._encoder_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-        self._labels: list[torch.Tensor] = []
-        self._places: torch.Tensor | None = None
-
-    # What a family adds.
-
-    def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
-        """The fields of images ``first`` to ``end - 1``."""
-        raise NotImplementedError
-
-    def encode_kept(
-        self, inputs: ImageInputs, groups: Groups, keep: Any
-    ) -> Mapping[ImageShape, torch.Tensor]:
-        """Encode images, and of the pruned ones no more than is kept.
-
-        Args:
-            inputs: Fields of the images.
-            groups: Numbers of the images by shape.
-            keep: Called once, with a function that makes the ``EncoderView`` of a shape's
-                images, when the last layer's queries and keys are known. Returns a ``Kept``.
-
-        Returns:
-            Shape -> (B, n1, H) embeddings of its images.
-        """
-        raise NotImplementedError
-
-    @property
-    def num_deepstack_levels(self) -> int:
-        """First decoder layers after which the model adds features of the encoder.
-
-        An image's embeddings hold them after the embeddings proper, H columns per level.
-        """
-        return 0
+        # Whether the segments ran, on dummy data while vLLM measured memory or on real data since.
+        self._segments_ran = False
 
     def take_deepstack(self, num_rows: int) -> AbstractContextManager[IntermediateTensors | None]:
         """The step's deepstack features, (T, H) per level; the model forgets them afterwards."""
         return nullcontext()
-
-    def prompt_order(self, grids: Grids, device: torch.device) -> torch.Tensor | None:
-        """(V,) int64, number in the prompt of each token of an image.
-
-        ``None`` if the prompt has the tokens in the order of the grids.
-        """
-        return None
-
-    # The encoder.
-
-    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        rows: Any = kwargs.pop(COUNTS_FIELD, None)
-        if rows is None:  # embeddings that a client computed: of unpruned images
-            embeddings = self._embed_whole(kwargs)
-            self._record_none(len(embeddings))
-            return embeddings
-        images = [shape_of_row(row) for row in rows.tolist()]
-        if not self.selector.prunes_encoder or not any(shape.counts.is_pruned for shape in images):
-            if not self._encoder_ran:
-                self._profile_encoder(images, kwargs)
-            self._record_whole(images)
-            return self._embed_whole(kwargs)
-        self._encoder_ran = True
-        return self._embed_in_batches(kwargs, images, self.sink)
-
-    def _record_none(self, num_images: int) -> None:
-        """Report images of which Stage I selects nothing."""
-        if self.sink is not None:
-            self.sink.record_patches([None] * num_images)
-
-    def _record_whole(self, images: Sequence[ImageShape]) -> None:
-        """Report images that Stage I leaves whole: the order of their tokens, if it matters."""
-        if self.sink is None:
-            return
-        selections: list[PatchSelection | None] = []
-        for counts, grids in images:
-            order = self.prompt_order(grids, torch.device("cpu")) if counts.is_pruned else None
-            whole = None if order is None else PatchSelection(order.argsort(), None, None)
-            selections.append(whole)
-        self.sink.record_patches(selections)
-
-    def _embed_whole(self, kwargs: Mapping[str, Any]) -> MultiModalEmbeddings:
-        this: Any = super()
-        embeddings: MultiModalEmbeddings = this.embed_multimodal(**kwargs)
-        return embeddings
-
-    def _embed_in_batches(
-        self, kwargs: Any, images: Sequence[ImageShape], sink: SelectionSink | None
-    ) -> list[torch.Tensor]:
-        return [
-            embedding
-            for first, end in self._batches(images)
-            for embedding in self._embed_pruned(
-                self.slice_images(kwargs, first, end), images[first:end], sink
-            )
-        ]
-
-    def _batches(self, images: Sequence[ImageShape]) -> list[tuple[int, int]]:
-        """Ranges of images to encode at once.
-
-        vLLM budgets the encoder by the tokens it puts out, and ours computes all patches: never
-        more at once than a budget of unpruned images would let through.
-        """
-        batches = []
-        first = tokens = 0
-        for number, (counts, *_) in enumerate(images):
-            if number > first and tokens + counts.encoder > self._encoder_tokens:
-                batches.append((first, number))
-                first, tokens = number, 0
-            tokens += counts.encoder
-        return [*batches, (first, len(images))]
-
-    def _profile_encoder(self, images: Sequence[ImageShape], kwargs: Mapping[str, Any]) -> None:
-        """Encode pruned images too while vLLM measures memory with unpruned dummy images."""
-        self._encoder_ran = True
-        if not self.selector.prunes_encoder:
-            return
-        pruned = []
-        for unpruned, grids in images:
-            counts = dummy_counts(self.pruning, self._num_layers, unpruned.encoder)
-            if counts is None:
-                return
-            pruned.append(ImageShape(counts, grids))
-        self._embed_in_batches(kwargs, pruned, None)
-
-    def _embed_pruned(
-        self, inputs: ImageInputs, images: Sequence[ImageShape], sink: SelectionSink | None = None
-    ) -> list[torch.Tensor]:
-        """Encode images together, and run Stage I on those of one shape together.
-
-        Returns:
-            Per image (n1, H), with the columns of a pruned one.
-        """
-        groups = group_by_shape(images)
-        kept: Kept = {}
-
-        def keep(view_of: ViewOf) -> Kept:
-            nonlocal kept
-            kept = self.stage_one.keep(groups, view_of)
-            return kept
-
-        if self.selector.reads_embeddings:
-            embedded = self._embed_then_keep(inputs, groups, keep)
-        else:
-            embedded = self.encode_kept(inputs, groups, keep)
-        embeddings: list[torch.Tensor] = [torch.empty(0)] * len(images)
-        selections: list[PatchSelection | None] = [None] * len(images)
-        for shape, numbers in groups.items():
-            of_shape = embedded[shape]
-            if (tokens := kept.get(shape)) is not None:
-                of_shape = self.columns.append(of_shape, tokens.labels, tokens.index, shape.grids)
-                if sink is not None:
-                    for number, selection in zip(numbers, tokens.of_images(), strict=True):
-                        selections[number] = selection
-            for number, embedding in zip(numbers, of_shape, strict=True):
-                embeddings[number] = embedding
-        if sink is not None:
-            sink.record_patches(selections)
-        return embeddings
-
-    def _embed_then_keep(
-        self, inputs: ImageInputs, groups: Groups, keep: Any
-    ) -> Mapping[ImageShape, torch.Tensor]:
-        """For selectors that read embeddings: encode all, then select."""
-        whole = self._embed_whole(inputs)
-        of_shape = {
-            shape: torch.stack([whole[number] for number in numbers])
-            for shape, numbers in groups.items()
-        }
-
-        def view_of(shape: ImageShape, numbers: Sequence[int]) -> EncoderView:
-            order = self.prompt_order(shape.grids, of_shape[shape].device)
-            if order is not None:
-                of_shape[shape] = of_shape[shape][:, order]
-            return EncoderView.of_embeddings(of_shape[shape], shape.grids, self.kernels, order)
-
-        for shape, kept in keep(view_of).items():
-            of_shape[shape] = gather_rows(of_shape[shape], kept.index)
-        return of_shape
-
-    # The decoder.
-
-    def embed_input_ids(
-        self,
-        input_ids: torch.Tensor,
-        multimodal_embeddings: MultiModalEmbeddings | None = None,
-        *,
-        is_multimodal: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        # Runs right before forward, with the images of the same step in order of rows. vLLM's
-        # Qwen2_5_VLForConditionalGeneration carries positions in the same way with EVS:
-        # _postprocess_image_embeds_evs appends them, recompute_mrope_positions splits them off.
-        self._labels, self._places = [], None
-        if multimodal_embeddings is not None:
-            multimodal_embeddings, self._labels, places = self.columns.split(
-                [*multimodal_embeddings]
-            )
-            if places is not None:
-                assert is_multimodal is not None
-                self._places = _scatter_rows(places, is_multimodal)
-        this: Any = super()
-        embeddings: torch.Tensor = this.embed_input_ids(
-            input_ids, multimodal_embeddings, is_multimodal=is_multimodal
-        )
-        return embeddings
 
     def forward(
         self,
@@ -311,17 +61,14 @@ class PrunedModel:
 
         ``sink`` records what the staged one selects.
         """
-        if (places := self._places) is not None:
-            # In place: compiled code may read the positions where the runner keeps them. The
-            # runner writes all of them again before its next step.
-            positions[1:, : places.shape[1]] += places
-            self._places = None
         if step is None:
             if inputs_embeds is not None and not self._segments_ran:
                 self._profile_segments(positions, inputs_embeds)
-            this: Any = super()
-            return this.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            return super().forward(
+                input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
+            )
         assert inputs_embeds is not None
+        self.add_places(positions)
         if self.columns.labels:
             # Stage I clusters every pruned image, also one that loses nothing in later segments.
             # SpanGroup.images numbers them, so with another count labels are another image's.
@@ -380,23 +127,6 @@ class PrunedModel:
         from vitcop_vllm.worker.v2 import StagedModelState
 
         return StagedModelState
-
-
-def _scatter_rows(rows: torch.Tensor, is_multimodal: torch.Tensor) -> torch.Tensor:
-    """Rows of the image tokens at their places in a step.
-
-    Args:
-        rows: (N, 2), of all image tokens of the step.
-        is_multimodal: (T,) bool, N of them set; on the host or the device.
-
-    Returns:
-        (2, T), 0 for other tokens.
-    """
-    if is_multimodal.device != rows.device:
-        is_multimodal = async_tensor_h2d(is_multimodal, device=rows.device)
-    # No indexing by a mask: the host would wait for how many are set.
-    place = is_multimodal.cumsum(0).sub_(1).clamp_(min=0)
-    return rows[place].masked_fill_(~is_multimodal[:, None], 0).T
 
 
 def _without_graphs() -> AbstractContextManager[None]:

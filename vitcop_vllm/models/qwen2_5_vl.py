@@ -14,6 +14,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.qwen_vl import (
     PrunedQwen,
     QwenProcessingInfo,
@@ -36,7 +37,9 @@ class PrunedQwen25Processor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
     info=PrunedQwen25ProcessingInfo,
     dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
 )
-class PrunedQwen25ForConditionalGeneration(PrunedQwen, Qwen2_5_VLForConditionalGeneration):
+class PrunedQwen25ForConditionalGeneration(
+    PrunedQwen, PrunedModel, Qwen2_5_VLForConditionalGeneration
+):
     """vLLM's Qwen2.5-VL. Its tower computes tokens window by window."""
 
     def token_order(self, grid: Sequence[int]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from vllm.model_executor.models.qwen3_vl_moe import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.qwen_vl import (
     PrunedQwen,
     QwenProcessingInfo,
@@ -52,21 +53,14 @@ class PrunedQwen3Processor(QwenProcessor, Qwen3VLMultiModalProcessor):
     pass
 
 
-class PrunedQwen3(PrunedQwen):
-    """A Qwen3-VL, dense or MoE. Its tower computes tokens in the grid's order."""
+class Qwen3Tower(PrunedQwen):
+    """The encoder of Qwen3-VL. It computes tokens in the grid's order."""
 
     @property
     def num_deepstack_levels(self) -> int:
         this: Any = self
         levels: int = this.deepstack_num_level
         return levels
-
-    @contextmanager
-    def take_deepstack(self, num_rows: int) -> Iterator[IntermediateTensors | None]:
-        # As vLLM's forward, which a staged step does not call.
-        this: Any = self
-        yield this._get_deepstack_input_embeds(num_rows)
-        this._clear_deepstack_input_embeds(num_rows)
 
     def run_tower(
         self,
@@ -108,6 +102,17 @@ class PrunedQwen3(PrunedQwen):
             output = features[index]
             parts.append(merger(output if tower.blocks[index] is last else output[rows[0]]))
         return torch.cat(parts, dim=1)
+
+
+class PrunedQwen3(Qwen3Tower, PrunedModel):
+    """A Qwen3-VL, dense or MoE."""
+
+    @contextmanager
+    def take_deepstack(self, num_rows: int) -> Iterator[IntermediateTensors | None]:
+        # As vLLM's forward, which a staged step does not call.
+        this: Any = self
+        yield this._get_deepstack_input_embeds(num_rows)
+        this._clear_deepstack_input_embeds(num_rows)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

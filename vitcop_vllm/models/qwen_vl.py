@@ -25,7 +25,7 @@ from vitcop_vllm.models.processing import (
     shape_of_row,
     without_pruning_keys,
 )
-from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
+from vitcop_vllm.models.pruned_encoder import ImageInputs, PrunedEncoder
 from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.grids import Grid
@@ -75,7 +75,7 @@ class QwenProcessor(PrunedProcessor):
         return ImageShape(VisualTokenCounts.unpruned(grid.num_tokens), (grid,))
 
 
-class PrunedQwen(PrunedModel):
+class PrunedQwen(PrunedEncoder):
     """A Qwen-VL. Kept tokens have the rotary positions of the unpruned image."""
 
     visual: Any

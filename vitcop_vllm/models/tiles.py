@@ -22,7 +22,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vitcop_vllm.models.clip_rows import KeptRows, LayerParts, skip_dropped_rows
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.processing import PrunedProcessingInfo
-from vitcop_vllm.models.pruned_model import ImageInputs, PrunedModel
+from vitcop_vllm.models.pruned_encoder import ImageInputs
+from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,

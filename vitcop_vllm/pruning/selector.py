@@ -69,6 +69,17 @@ class Selector:
         return bool(self.saliency) or self.encoder is not None
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """The Stages that drop tokens."""
+        drops = (self.prunes_encoder, self.shallow is not None, self.deep is not None)
+        return tuple(name for name, does in zip(("I", "II", "III"), drops, strict=True) if does)
+
+    @property
+    def prunes_decoder(self) -> bool:
+        """Whether Stage II or III drops tokens."""
+        return self.shallow is not None or self.deep is not None
+
+    @property
     def needs_cls(self) -> bool:
         """Whether the selector cannot work with an encoder that has no [CLS]."""
         return self.saliency == ("cls",)

@@ -27,16 +27,19 @@ class StepAdapter:
     Args:
         model_config: Of the served model.
         device: Where a step's tensors are needed.
+        sink: The attribute.
     """
 
-    def __init__(self, model_config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, model_config: ModelConfig, device: torch.device, sink: SelectionSink
+    ) -> None:
         settings = pruning_settings_of(model_config.hf_config)
         self.planner = StepPlanner(
             device,
             renumber_deep=settings.positions == "reference",
             find_prompts=selector_of(settings.selector).reads_question,
         )
-        self.sink = SelectionSink()
+        self.sink = sink
         self._step: StagedStep | None = None
 
     def plan(

@@ -1,15 +1,16 @@
-"""The staged V1 model runner on a CPU."""
+"""Our V1 model runners on a CPU."""
 
 from typing import Any
 
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vitcop_vllm.worker.encoder_runner import StageOneModelRunner
 from vitcop_vllm.worker.v1 import StagedModelRunner
 
 
-class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
-    """vLLM's CPU model runner for pruned steps, with a fix for chunked prefill of seeded requests.
+class StageOneCPUModelRunner(StageOneModelRunner, CPUModelRunner):
+    """vLLM's CPU model runner, with a fix for chunked prefill of seeded requests.
 
     vLLM 0.32 discards the sample of an unfinished prefill and moves the generator's offset back.
     CPU generators have no offset, so the engine crashes. Here the generator's whole state is
@@ -36,3 +37,7 @@ class StagedCPUModelRunner(StagedModelRunner, CPUModelRunner):
             return super()._bookkeeping_sync(*args, **kwargs)
         finally:
             self.input_batch.generators.update(restored)
+
+
+class StagedCPUModelRunner(StagedModelRunner, StageOneCPUModelRunner):
+    """vLLM's CPU model runner for pruned steps."""

@@ -8,21 +8,21 @@ import numpy as np
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vitcop_vllm.engine.kv_cache import segments_of_groups
 from vitcop_vllm.engine.output import StagedSchedulerOutput
 from vitcop_vllm.worker.adapter import StepAdapter
 from vitcop_vllm.worker.block_tables import StagedBlockTables
+from vitcop_vllm.worker.encoder_runner import StageOneModelRunner
 
 
-class StagedModelRunner(GPUModelRunner):
+class StagedModelRunner(StageOneModelRunner):
     """vLLM's V1 model runner. It gives each step's plan to attention, block tables and model."""
 
     @cached_property  # not in a constructor: the runner may be adopted
     def step_adapter(self) -> StepAdapter:
         """Plans the steps; the same for both model runners."""
-        return StepAdapter(self.model_config, self.device)
+        return StepAdapter(self.model_config, self.device, self.sink)
 
     def may_reinitialize_input_batch(self, kv_cache_config: KVCacheConfig) -> None:
         super().may_reinitialize_input_batch(kv_cache_config)
@@ -61,9 +61,7 @@ class StagedModelRunner(GPUModelRunner):
     def _execute_mm_encoder(self, scheduler_output: SchedulerOutput) -> list[torch.Tensor]:
         if isinstance(scheduler_output, StagedSchedulerOutput):
             self._complete_features(scheduler_output)
-        names, _, _ = self._batch_mm_inputs_from_scheduler(scheduler_output)
-        with self.step_adapter.sink.attached_to(self.get_model(), names):
-            return super()._execute_mm_encoder(scheduler_output)
+        return super()._execute_mm_encoder(scheduler_output)
 
     def _complete_features(self, scheduler_output: StagedSchedulerOutput) -> None:
         for name, items in scheduler_output.image_data.items():

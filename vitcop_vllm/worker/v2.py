@@ -21,6 +21,7 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vitcop_vllm.engine.kv_cache import segments_of_groups
 from vitcop_vllm.worker.adapter import StepAdapter
+from vitcop_vllm.worker.explain import SelectionSink
 
 
 class StagedModelState(DefaultModelState):
@@ -38,7 +39,7 @@ class StagedModelState(DefaultModelState):
         device: torch.device,
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.step_adapter = StepAdapter(self.model_config, device)
+        self.step_adapter = StepAdapter(self.model_config, device, SelectionSink())
         # Images of requests that left since the encoder ran last.
         self._left: dict[str, list[MultiModalFeatureSpec]] = {}
         self._segment_tables: dict[int, BlockTables] = {}

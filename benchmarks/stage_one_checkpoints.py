@@ -1,0 +1,191 @@
+"""Random checkpoints of models that Stage I alone prunes: Gemma 3 and Qwen3.5. For tests."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.qwen_checkpoint import (
+    CHAT_TEMPLATE,
+    MERGE,
+    byte_tokenizer,
+    random_weight,
+)
+from vitcop_vllm.demo.checkpoint import save_weights
+
+GEMMA_IMAGE, GEMMA_TOKENS = "<start_of_image>", 64
+"""Marks an image in a prompt of Gemma 3, and its visual tokens."""
+
+GEMMA_SPECIALS = ("<pad>", "<eos>", "<bos>", GEMMA_IMAGE, "<end_of_image>", "<image_soft_token>")
+
+QWEN_LAYERS = 4
+
+
+def save_random_gemma3(path: Path, *, seed: int = 0) -> None:
+    """Write a Gemma 3: 256 patches, 64 visual tokens, two of three layers with a window."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    tokenizer = _gemma_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        vision_config={
+            "image_size": 224,
+            "patch_size": 14,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "vision_use_head": False,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "max_position_embeddings": 4096,
+            "sliding_window": 96,
+            "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+            "bos_token_id": token("<bos>"),
+            "eos_token_id": token("<eos>"),
+            "pad_token_id": token("<pad>"),
+            "tie_word_embeddings": False,
+        },
+        mm_tokens_per_image=GEMMA_TOKENS,
+        boi_token_index=token(GEMMA_IMAGE),
+        eoi_token_index=token("<end_of_image>"),
+        image_token_index=token("<image_soft_token>"),
+        # With the embeddings of the input, an untrained model repeats the last token.
+        tie_word_embeddings=False,
+    )
+    config.dtype = "float32"
+    config.save_pretrained(path)
+    _save_gemma_processor(path, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Gemma3ForConditionalGeneration(config)
+        weights = {name: _gemma_weight(name, weight) for name, weight in model.state_dict().items()}
+    save_weights(path, weights)
+
+
+def _gemma_weight(name: str, weight: Any) -> Any:
+    """Gemma's norms scale by 1 + weight, and its embeddings by the root of the width."""
+    random = random_weight(name, weight)
+    if "embed_tokens" in name:
+        return random * weight.shape[1] ** -0.5
+    if name.endswith("norm.weight") and ("language_model" in name or "soft_emb" in name):
+        return random - 1
+    if name.endswith("mm_input_projection_weight"):  # (inputs, outputs)
+        return random * (weight.shape[1] / weight.shape[0]) ** 0.5
+    return random
+
+
+def _gemma_tokenizer() -> Any:
+    tokenizer = byte_tokenizer(GEMMA_SPECIALS)
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "<eos>", "<pad>", "<bos>"
+    tokenizer._set_model_specific_special_tokens(
+        {
+            "boi_token": GEMMA_IMAGE,
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+        }
+    )
+    return tokenizer
+
+
+def _save_gemma_processor(path: Path, tokenizer: Any) -> None:
+    from transformers import Gemma3ImageProcessor, Gemma3Processor
+
+    Gemma3Processor(
+        image_processor=Gemma3ImageProcessor(size={"height": 224, "width": 224}),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", GEMMA_IMAGE
+        ),
+        image_seq_length=GEMMA_TOKENS,
+    ).save_pretrained(path)
+
+
+def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
+    """Write a Qwen3.5, bfloat16: three of four layers have linear attention."""
+    import torch
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    tokenizer = byte_tokenizer()
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen3_5Config(
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        vision_config={
+            "depth": 3,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "patch_size": 16,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 49,
+            "out_hidden_size": 128,
+        },
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": QWEN_LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+        },
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    config.dtype = "bfloat16"
+    config.save_pretrained(path)
+    _save_qwen_processor(path, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config.dtype = "float32"  # of the random numbers
+        model = Qwen3_5ForConditionalGeneration(config)
+        weights = {
+            name: (weight if name.endswith(("A_log", "dt_bias")) else random_weight(name, weight))
+            for name, weight in model.state_dict().items()
+        }
+    save_weights(path, {name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+
+
+def _save_qwen_processor(path: Path, tokenizer: Any) -> None:
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    side = 16 * MERGE
+    sizes = {
+        "patch_size": 16,
+        "size": {"shortest_edge": 4 * side**2, "longest_edge": 320 * side**2},
+    }
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**sizes),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)

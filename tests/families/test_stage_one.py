@@ -1,0 +1,236 @@
+"""Models that Stage I alone prunes: their decoder, KV cache and scheduler are vLLM's own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks.qwen_checkpoint import SPECIALS
+from benchmarks.serving import NO_PLUGIN
+from benchmarks.stage_one_checkpoints import (
+    GEMMA_SPECIALS,
+    GEMMA_TOKENS,
+    save_random_gemma3,
+    save_random_qwen3_5,
+)
+from tests.engine.requests import (
+    ENGINE_OPTIONS,
+    Answer,
+    RequestSpec,
+    generate,
+    generate_in_process,
+    generate_in_turn,
+    sample_image,
+)
+from tests.engine.scheduling import engine_core
+from tests.families.test_explain import explained
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.settings import PruningSettings
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from tests.families.stage_one_oracle import StageOneOracle
+
+RATIOS = (0.5, 2 / 3, 8 / 9)
+
+QUESTIONS = [
+    RequestSpec("What is this?", (1,)),
+    RequestSpec("Which is larger, first or second?", (3, 101), max_tokens=5),
+    RequestSpec("A strip that stands", (102,), max_tokens=4),
+]
+
+UNPRUNED = [
+    RequestSpec("What is this?", (1,), 0.0),
+    RequestSpec("Compare the two images, please.", (3, 101), 0.0),
+    RequestSpec("And without a ratio?", (5,)),
+    RequestSpec("No image at all."),
+]
+
+
+@dataclass(frozen=True)
+class StageOneFamily:
+    """A family and its tiny checkpoint.
+
+    Attributes:
+        name: Model type, as in the checkpoint's configuration.
+        save: Writes the checkpoint to a folder.
+        oracle: Class in ``stage_one_oracle``, which is imported late, like torch.
+        image_token: Id of the image token.
+        layers: Decoder layers.
+        options: Of its engine.
+        tolerance: Of log-probabilities against the oracle, which computes in float32.
+        caches: Whether vLLM caches its prefixes.
+    """
+
+    name: str
+    save: Callable[[Path], None]
+    oracle: str
+    image_token: int
+    layers: int
+    options: dict[str, Any]
+    tolerance: float
+    caches: bool
+
+
+GEMMA3 = StageOneFamily(
+    "gemma3",
+    save_random_gemma3,
+    "Gemma3",
+    GEMMA_SPECIALS.index("<image_soft_token>"),
+    layers=6,
+    options=ENGINE_OPTIONS,
+    tolerance=1e-3,
+    caches=True,
+)
+QWEN3_5 = StageOneFamily(
+    "qwen3_5",
+    save_random_qwen3_5,
+    "Qwen35",
+    SPECIALS.index("<|image_pad|>"),
+    layers=4,
+    # vLLM's linear attention on CPUs runs in bfloat16 and chooses its own block size.
+    options={k: v for k, v in ENGINE_OPTIONS.items() if k != "block_size"} | {"dtype": "bfloat16"},
+    tolerance=0.15,
+    caches=False,
+)
+
+
+@pytest.fixture(scope="module", params=[GEMMA3, QWEN3_5], ids=lambda family: family.name)
+def family(request: pytest.FixtureRequest) -> StageOneFamily:
+    chosen: StageOneFamily = request.param
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: StageOneFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(family.name)
+    family.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(family: StageOneFamily, checkpoint: Path) -> "LLM":
+    from vllm import LLM
+
+    return LLM(str(checkpoint), disable_log_stats=False, **family.options)
+
+
+@pytest.fixture(scope="module")
+def oracle(family: StageOneFamily, checkpoint: Path) -> "StageOneOracle":
+    module = import_module("tests.families.stage_one_oracle")
+    model: StageOneOracle = getattr(module, family.oracle)(checkpoint)
+    return model
+
+
+def counts_of(family: StageOneFamily, oracle: Any, spec: RequestSpec) -> list[VisualTokenCounts]:
+    settings = PruningSettings(selector="received")
+    tokens = [
+        GEMMA_TOKENS if family is GEMMA3 else oracle.tower.visual_tokens(sample_image(seed))
+        for seed in spec.images
+    ]
+    return [plan_counts(settings, spec.ratio or 0.0, family.layers, n) for n in tokens]
+
+
+def distance(
+    family: StageOneFamily,
+    oracle: "StageOneOracle",
+    spec: RequestSpec,
+    answer: Answer,
+    chosen: list[list[int]] | None = None,
+) -> float:
+    """Largest difference of a log-probability from the oracle's."""
+    logits = oracle.logits(
+        answer.prompt + answer.tokens[:-1],
+        [sample_image(seed) for seed in spec.images],
+        counts_of(family, oracle, spec),
+        len(answer.prompt),
+        chosen,
+    )
+    expected = logits.log_softmax(-1)
+    return max(
+        abs(logprob - float(expected[step, token]))
+        for step, entries in enumerate(answer.logprobs)
+        for token, logprob in entries.items()
+    )
+
+
+def test_ratio_zero_gives_the_answers_of_stock_vllm(
+    family: StageOneFamily, llm: "LLM", checkpoint: Path
+) -> None:
+    stock = generate_in_process(checkpoint, UNPRUNED, env=NO_PLUGIN, **stock_options(family))
+    answers = generate(llm, UNPRUNED)
+    assert [answer.prompt for answer in answers] == [answer.prompt for answer in stock]
+    assert [answer.tokens for answer in answers] == [answer.tokens for answer in stock]
+    assert len({tuple(answer.tokens) for answer in stock}) == len(stock)
+
+
+def stock_options(family: StageOneFamily) -> dict[str, Any]:
+    return {"block_size": None, **family.options} | {"max_num_batched_tokens": 4096}
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_pruned_answers_equal_the_oracle(
+    family: StageOneFamily, llm: "LLM", oracle: "StageOneOracle", ratio: float
+) -> None:
+    for number, question in enumerate(QUESTIONS):
+        spec = RequestSpec(question.text, question.images, ratio, question.max_tokens)
+        (answer,) = generate(llm, [spec])
+        counts = counts_of(family, oracle, spec)
+        assert answer.prompt.count(family.image_token) == sum(n.stages[0] for n in counts)
+        prompt, records = explained(llm, spec, f"r{number}")
+        assert prompt == answer.prompt
+        chosen = [record["patches"] for record in records]
+        for seed, record, count in zip(spec.images, records, counts, strict=True):
+            _, received = oracle.encode(sample_image(seed))
+            assert record["saliency"] == pytest.approx(received.tolist(), rel=0.05, abs=1e-4)
+            ranked = sorted(range(count.encoder), key=lambda i: (-record["saliency"][i], i))
+            assert record["patches"] == sorted(ranked[: count.stages[0]])
+        assert distance(family, oracle, spec, answer, chosen) < family.tolerance
+        # The tolerance tells other tokens from the kept ones.
+        others = [sorted(range(len(kept))) for kept in chosen]
+        assert distance(family, oracle, spec, answer, others) > family.tolerance
+
+
+def test_a_mixed_batch_gets_what_each_request_gets_alone(llm: "LLM") -> None:
+    specs = [
+        RequestSpec(question.text, question.images, ratio)
+        for question, ratio in zip(QUESTIONS, (8 / 9, 0.0, 0.5), strict=True)
+    ]
+    together = generate(llm, [*specs, UNPRUNED[-1]])
+    for spec, answer in zip([*specs, UNPRUNED[-1]], together, strict=True):
+        (alone,) = generate(llm, [spec])
+        assert answer.tokens == alone.tokens
+        assert answer.prompt == alone.prompt
+
+
+def test_a_second_question_gets_the_answer_that_it_gets_alone(
+    family: StageOneFamily, llm: "LLM"
+) -> None:
+    # Long enough for a whole block after the image.
+    system = "x" * 40
+    questions = [
+        RequestSpec("What is it? " + "Well? " * 8 + end, (1,), 0.5, system=system)
+        for end in ("Now.", "Or not?")
+    ]
+    alone = [generate(llm, [spec])[0] for spec in questions]
+    first, second = generate_in_turn(llm, questions)
+    assert first.tokens == alone[0].tokens
+    assert second.tokens == alone[1].tokens
+    end = max(i for i, token in enumerate(second.prompt) if token == family.image_token)
+    assert second.reused > end if family.caches else second.reused in (0, inf)
+    (other,) = generate(
+        llm, [RequestSpec(questions[1].text, (1,), 8 / 9, system=system)], reuse=True
+    )
+    assert other.reused < end, "another ratio reuses nothing of the image"
+
+
+def test_scheduler_and_kv_cache_are_vllm_s(llm: "LLM") -> None:
+    core = engine_core(llm)
+    assert type(core.scheduler).__module__.startswith("vllm.")
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert all(type(manager).__module__.startswith("vllm.") for manager in managers)
