@@ -74,7 +74,7 @@ _PUBLISHED_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class InternVLShape:
-    """Sizes of an InternVL model with a Qwen2 decoder.
+    """Sizes of an InternVL model.
 
     Attributes:
         chat: Whether the checkpoint has the published form.
@@ -84,6 +84,8 @@ class InternVLShape:
         vision_hidden, vision_layers, vision_heads, vision_intermediate: The encoder.
         large_encoder: Whether the encoder is like InternViT-6B, with RMS norms also of queries and
             keys, and without biases of the attention; otherwise it is like InternViT-300M.
+        qwen3: Whether the decoder is Qwen3, which normalises keys, as in InternVL3.5; otherwise it
+            is Qwen2.
         hidden, layers, heads, kv_heads, intermediate: The decoder.
         max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
@@ -98,6 +100,7 @@ class InternVLShape:
     vision_heads: int
     vision_intermediate: int
     large_encoder: bool
+    qwen3: bool
     hidden: int
     layers: int
     heads: int
@@ -159,10 +162,20 @@ _TINY = {
     "rope_theta": 100.0,
 }
 
-TINY_CHAT = InternVLShape(chat=True, large_encoder=False, **_TINY)  # type: ignore[arg-type]
+TINY_CHAT = InternVLShape(
+    chat=True,
+    large_encoder=False,
+    qwen3=False,
+    **_TINY,  # type: ignore[arg-type]
+)
 """25 visual tokens of a tile, at most 250 of an image."""
 
-TINY_TRANSFORMERS = InternVLShape(chat=False, large_encoder=True, **_TINY)  # type: ignore[arg-type]
+TINY_TRANSFORMERS = InternVLShape(
+    chat=False,
+    large_encoder=True,
+    qwen3=True,
+    **_TINY,  # type: ignore[arg-type]
+)
 
 
 def save_random_internvl(path: Path, shape: InternVLShape, *, seed: int = 0) -> None:
@@ -219,9 +232,11 @@ def byte_tokenizer(shape: InternVLShape) -> Any:
 
 
 def _config(shape: InternVLShape, tokenizer: Any) -> Any:
-    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config
+    from transformers import InternVLConfig, InternVLVisionConfig, Qwen2Config, Qwen3Config
 
     token = tokenizer.convert_tokens_to_ids
+    decoder, name = (Qwen3Config, "Qwen3") if shape.qwen3 else (Qwen2Config, "Qwen2")
+    options = {"head_dim": shape.hidden // shape.heads} if shape.qwen3 else {}
     return InternVLConfig(
         architectures=["InternVLForConditionalGeneration"],
         vision_config=InternVLVisionConfig(
@@ -236,8 +251,8 @@ def _config(shape: InternVLShape, tokenizer: Any) -> Any:
             norm_type="rms_norm" if shape.large_encoder else "layer_norm",
             use_mean_pooling=True,
         ),
-        text_config=Qwen2Config(
-            architectures=["Qwen2ForCausalLM"],
+        text_config=decoder(
+            architectures=[f"{name}ForCausalLM"],
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden,
             intermediate_size=shape.intermediate,
@@ -249,6 +264,7 @@ def _config(shape: InternVLShape, tokenizer: Any) -> Any:
             bos_token_id=token("<|endoftext|>"),
             eos_token_id=token("<|im_end|>"),
             tie_word_embeddings=False,
+            **options,
         ),
         image_token_id=token("<IMG_CONTEXT>"),
         image_seq_length=shape.tokens_per_tile,

@@ -43,9 +43,10 @@ class _Token(NamedTuple):
 
 
 class DenseInternVL(DenseModel):
-    """InternVL in the form of transformers; its decoder is Qwen2."""
+    """InternVL in the form of transformers; its decoder is Qwen3."""
 
     num_axes = 1
+    settings = PruningSettings(decoder_signal="values")
 
     def __init__(self, path: Path, boundaries: tuple[int, int], **options: Any):
         super().__init__(path, boundaries, **options)
@@ -196,7 +197,9 @@ _NAMES_IN_TRANSFORMERS = (
 
 
 class DenseInternVLChat(DenseInternVL):
-    """InternVL in its published form."""
+    """InternVL in its published form; its decoder is Qwen2."""
+
+    settings = PruningSettings(decoder_signal="keys")
 
     def __init__(
         self,
@@ -205,7 +208,9 @@ class DenseInternVLChat(DenseInternVL):
         *,
         renumber_deep: bool = False,
         selector: str = "vitcop",
+        signal: str | None = None,
     ):
+        self.signal = signal or self.settings.decoder_signal
         values = json.loads((path / "config.json").read_text())
         self.config = SimpleNamespace(text_config=Qwen2Config(**values["llm_config"]))
         self.boundaries, self.renumber_deep, self.selector = boundaries, renumber_deep, selector
