@@ -18,7 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 from tests.engine.requests import ENGINE_OPTIONS
-from tests.families.family import LLAVA, Family
+from tests.families.family import FAMILIES, LLAVA, Family
 from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, log_tail, running_server
 
 # Timing decides no test.
@@ -63,15 +63,27 @@ def pytest_configure(config: pytest.Config) -> None:
 
 _DECODER_TESTS = {"test_model_runner_v2", "test_compiled_segments"}
 
+_MEMORY_TESTS = {"test_prefix_caching", "test_kv_blocks"}
+
 SAME_AS_ANOTHER = {
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
-    "internvl": _DECODER_TESTS,
-    "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2"},
+    "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
+    "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2", *_MEMORY_TESTS},
 }
 """Family -> files whose tests run the same code as for another family."""
 
-ENGINES = ("engine/", "families/", "worker/", "soak/", "benchmarks/test_bench.py")
-"""Files that use engines in the tests' process, or child processes that end with a test."""
+ENGINES = ("engine/", "families/", "worker/", "benchmarks/test_bench.py")
+"""Files that use LLaVA's engine in the tests' process, or child processes that end with a test."""
+
+OTHER_ENGINES = {
+    "families/test_signals.py": "qwen3_vl",
+    "families/test_stage_one.py": "families of Stage I alone",
+    "families/test_quantised.py": "no engine",
+    "soak/": "soak",
+}
+"""Files that use another engine, or their own."""
+
+OTHER_FAMILIES = {family.name for family in FAMILIES} - {LLAVA.name}
 
 SERVERS = (
     "server/",
@@ -98,6 +110,8 @@ WITHOUT_SERVER = tuple(
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run soaks last: the end of a soak's engine ends the process groups of all engines here.
 
+    In parallel runs, few tests are in a group of their own, and such groups are run last.
+
     Without ``--full``, skip tests that take minutes and run the same code for another family.
     """
     items.sort(key=lambda item: "tests/soak/" in item.nodeid)
@@ -111,7 +125,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class SharedProcesses(LoadScopeScheduling):
-    """Runs engine tests on one worker, server tests on another, other files on any free worker.
+    """Runs tests of one engine on one worker, those of servers on one, other files on any.
 
     Two copies of the shared engines and servers do not fit into a small machine's memory.
     """
@@ -120,6 +134,12 @@ class SharedProcesses(LoadScopeScheduling):
         file = nodeid.removeprefix("tests/").partition("::")[0]
         if file in WITHOUT_SERVER:
             return file
+        for files, scope in OTHER_ENGINES.items():
+            if file.startswith(files):
+                return scope
+        parameters = set(nodeid.partition("[")[2].rstrip("]").split("-"))
+        if file.startswith("families/") and (others := parameters & OTHER_FAMILIES):
+            return others.pop()
         for scope, files in (("engines", ENGINES), ("servers", SERVERS)):
             if file.startswith(files):
                 return scope
