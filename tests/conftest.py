@@ -134,8 +134,8 @@ class SharedProcesses(LoadScopeScheduling):
         file = nodeid.removeprefix("tests/").partition("::")[0]
         if file in WITHOUT_SERVER:
             return file
-        for files, scope in OTHER_ENGINES.items():
-            if file.startswith(files):
+        for begin, scope in OTHER_ENGINES.items():
+            if file.startswith(begin):
                 return scope
         parameters = set(nodeid.partition("[")[2].rstrip("]").split("-"))
         if file.startswith("families/") and (others := parameters & OTHER_FAMILIES):

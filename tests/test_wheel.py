@@ -44,7 +44,10 @@ def test_entry_points_name_the_command_and_the_plugins(wheel: ZipFile) -> None:
     found = ConfigParser()
     found.read_string(wheel.read(path).decode())
     assert {group: dict(found[group]) for group in found.sections()} == {
-        "console_scripts": {"vitcop-serve": "vitcop_server.launcher:main"},
+        "console_scripts": {
+            "vitcop-bench": "vitcop_server.bench:main",
+            "vitcop-serve": "vitcop_server.launcher:main",
+        },
         "vllm.general_plugins": {"vitcop": "vitcop_vllm.plugin:register"},
         "vllm.endpoint_plugins": {"vitcop": "vitcop_server.plugin:PruningEndpointPlugin"},
     }
