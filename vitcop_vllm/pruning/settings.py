@@ -117,9 +117,11 @@ class PruningSettings(Frozen):
 
     Attributes:
         selector: Method that selects visual tokens: ViTCoP, or another published method at the
-            same budget. The five settings after the boundaries apply to ViTCoP only.
+            same budget. ``fractions`` to ``spatial_radius`` and ``encoder_signal`` apply to ViTCoP
+            only. The default is a selector of the encoder for models that Stage I alone prunes.
         shallow_boundary: First decoder layer that computes the tokens kept by Stage II.
-            ``None`` scales the published layer, 2 of 32, to the model's depth.
+            ``None`` scales the published layer, 2 of 32, to the model's depth, and is at least the
+            number of layers after which the model adds features of the encoder.
         deep_boundary: First decoder layer that computes the tokens kept by Stage III.
             ``None`` scales the published layer, 22 of 32, to the model's depth.
         fractions: Stage I fractions per keep fraction, ascending in ``keep``. Values between
