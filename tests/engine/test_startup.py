@@ -8,7 +8,7 @@ import pytest
 from vllm import envs
 
 from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
-from benchmarks.stage_one_checkpoints import save_random_qwen3_5
+from tests.checkpoints.stage_one_checkpoints import save_random_qwen3_5
 from tests.families.family import INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
 from vitcop_vllm.engine.config import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.stage_one_checkpoints import save_random_gemma3, save_random_qwen3_5
+from tests.checkpoints.stage_one_checkpoints import save_random_gemma3, save_random_qwen3_5
 from tests.engine.test_backends import choices_of
 from tests.families.family import FAMILIES, Family
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.qwen_checkpoint import SPECIALS
 from benchmarks.serving import NO_PLUGIN
-from benchmarks.stage_one_checkpoints import (
+from tests.checkpoints.stage_one_checkpoints import (
     GEMMA_SPECIALS,
     GEMMA_TOKENS,
     save_random_gemma3,
