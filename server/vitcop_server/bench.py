@@ -101,7 +101,7 @@ def run_benchmark(url: str, ratio: str, seed: int, flags: Sequence[str]) -> dict
     if result["failed"]:
         errors = sorted({error.splitlines()[-1] for error in result["errors"] if error})
         raise RequestsFailedError(f"{result['failed']} requests failed: {'; '.join(errors)}")
-    return {ours: float(result[theirs]) for ours, theirs in _FIGURES.items()}
+    return {name: float(result[field]) for name, field in _FIGURES.items()}
 
 
 def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[dict[str, Any]]:

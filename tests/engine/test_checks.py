@@ -4,7 +4,6 @@ import pytest
 
 from tests.engine.test_startup import config_of
 from vitcop_vllm.engine.checks import (
-    DECODER_CHECK,
     ENGINE_CHECKS,
     SETTINGS_CHECKS,
     STAGE_ONE_CHECKS,
@@ -24,7 +23,6 @@ ROWS = [
             *STAGED_CHECKS,
             *STAGE_ONE_CHECKS,
             *SETTINGS_CHECKS,
-            DECODER_CHECK,
             *(check for family in FAMILIES.values() for check in family.checks),
         )
     )

@@ -78,9 +78,9 @@ def test_our_dependencies_are_found():
 
 def test_calls_of_a_mixin_are_those_of_every_class_that_mixes_it_in():
     called = {
-        theirs
-        for ours, theirs in dependencies()["calls"]
-        if ours == "vitcop_vllm.models.qwen_vl.QwenProcessingInfo"
+        method
+        for caller, method in dependencies()["calls"]
+        if caller == "vitcop_vllm.models.qwen_vl.QwenProcessingInfo"
     }
     models = "vllm.model_executor.models"
     assert f"{models}.qwen2_vl:Qwen2VLProcessingInfo._get_vision_info" in called

@@ -65,10 +65,6 @@ class StartUp:
         return bool(self.decoders)
 
     @property
-    def decoder_names(self) -> str:
-        return " or ".join(self.decoders)
-
-    @property
     def normalises_keys(self) -> bool:
         """Whether the decoder normalises each head's key before attention."""
         return self.text.model_type in _KEY_NORM_DECODERS
@@ -313,6 +309,12 @@ STAGED_CHECKS = (
         "unset the compilation config's mode",
         _compiles_whole_model,
     ),
+    Check(
+        "the decoder is {start.text.model_type}, and this model is pruned with one of "
+        "{start.decoders}",
+        "serve it with stock vLLM (VLLM_PLUGINS='')",
+        lambda start: start.text.model_type not in start.decoders,
+    ),
 )
 """What Stages II and III cannot run with."""
 
@@ -384,12 +386,6 @@ SETTINGS_CHECKS = (
     ),
 )
 """What the selector and other settings need."""
-
-DECODER_CHECK = Check(
-    "the decoder is {start.text.model_type}, and this model is pruned with one of {start.decoders}",
-    "serve it with stock vLLM (VLLM_PLUGINS='')",
-    lambda start: start.is_staged and start.text.model_type not in start.decoders,
-)
 
 STAGE_ONE_CHECKS = (
     Check(

@@ -17,7 +17,6 @@ from vitcop_vllm import __version__
 from vitcop_vllm.engine.backends import choose_backend
 from vitcop_vllm.engine.checks import (
     BREAKABLE_VARIABLE,
-    DECODER_CHECK,
     ENGINE_CHECKS,
     SETTINGS_CHECKS,
     STAGE_ONE_CHECKS,
@@ -112,7 +111,7 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         start_up = StartUp(vllm_config, settings, family.has_cls, family.decoders)
         start_up = _with_defaults(start_up)
         staged = start_up.is_staged
-        of_stages = (*STAGED_CHECKS, DECODER_CHECK) if staged else STAGE_ONE_CHECKS
+        of_stages = STAGED_CHECKS if staged else STAGE_ONE_CHECKS
         checks = (*ENGINE_CHECKS, *of_stages, *family.checks, *SETTINGS_CHECKS)
         if obstacles := find_obstacles(checks, start_up):
             raise ValueError(

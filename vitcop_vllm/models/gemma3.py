@@ -5,7 +5,7 @@ average over a square of patches, so its attention and features are too.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,10 +31,8 @@ from vitcop_vllm.models.stage_one import (
     ImageShape,
     Kept,
     gather_rows,
-    no_embeddings_yet,
     select_items,
 )
-from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.views import EncoderView
 
@@ -88,12 +86,12 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
     ) -> Mapping[ImageShape, torch.Tensor]:
         pixels = inputs["pixel_values"]
         layer = self.vision_tower.vision_model.encoder.layers[-1]
-        patches = async_tensor_h2d(self._patches_of_tokens(), device=pixels.device)
+        patches = async_tensor_h2d(self._patches_of_tokens, device=pixels.device)
         kept: Kept = {}
 
         def select_rows(query: torch.Tensor, key: torch.Tensor) -> KeptRows:
             nonlocal kept
-            kept = keep(partial(self._view_of, layer.self_attn, query, key, pixels))
+            kept = keep(partial(self._view_of, layer.self_attn, patches, query, key, pixels))
             rows = []
             for shape, numbers in groups.items():
                 images = async_tensor_h2d(torch.tensor(numbers), device=pixels.device)
@@ -111,6 +109,7 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
             embedded[shape] = gather_rows(rows, kept[shape].index) if shape in kept else rows
         return embedded
 
+    @cached_property
     def _patches_of_tokens(self) -> torch.Tensor:
         """(V, P) int64: the P patches that each visual token is an average of."""
         projector = self.multi_modal_projector
@@ -121,6 +120,7 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
     def _view_of(
         self,
         attention: Any,
+        patches: torch.Tensor,
         query: torch.Tensor,
         key: torch.Tensor,
         pixels: torch.Tensor,
@@ -131,6 +131,7 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
 
         Args:
             attention: Attention module of that layer.
+            patches: (V, P), as :attr:`_patches_of_tokens`, on the device.
             query, key: (B, T, local heads * D) of all images.
             pixels: (B, 3, height, width) of all images.
             shape: Shape of the images ``numbers``.
@@ -139,9 +140,8 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
         query, key = (
             select_items(x, numbers).unflatten(-1, (-1, attention.head_dim)) for x in (query, key)
         )
-        patches = async_tensor_h2d(self._patches_of_tokens(), device=key.device)
-        ranks = attention.tp_size
-        return EncoderView(
+        return self.view_of_layer(
+            attention.tp_size,
             # As in Qwen's towers: a token's query is the mean over its patches.
             queries=lambda: query[:, patches].float().mean(dim=2),
             keys=key,
@@ -151,8 +151,4 @@ class PrunedGemma3ForConditionalGeneration(PrunedEncoder, Gemma3ForConditionalGe
             scale=attention.scale,
             grids=shape.grids,
             pixels=select_items(pixels, numbers),
-            embed=no_embeddings_yet,
-            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
-            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
-            kernels=self.kernels,
         )

@@ -48,10 +48,8 @@ from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,
     Kept,
-    no_embeddings_yet,
     select_items,
 )
-from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.grids import Grid, Grids
 from vitcop_vllm.pruning.views import EncoderView
 
@@ -362,7 +360,8 @@ class InternModel(PrunedModel):
             of_images = of_patches.unflatten(0, (len(numbers), -1)).flatten(1, 2)
             return of_images[:, patches].float().mean(dim=2)
 
-        return EncoderView(
+        return self.view_of_layer(
+            last.ranks,
             queries=lambda: query,
             keys=key,
             cls_query=query[:, 0],
@@ -371,10 +370,6 @@ class InternModel(PrunedModel):
             scale=last.scale,
             grids=shape.grids,
             pixels=select_items(encoded.tiles, used).unflatten(0, (len(numbers), -1)),
-            embed=no_embeddings_yet,
-            mean_over_ranks=partial(mean_over_ranks, ranks=last.ranks),
-            concat_over_ranks=partial(concat_over_ranks, ranks=last.ranks),
-            kernels=self.kernels,
             prompt_order=self.prompt_order(shape.grids, key.device),
         )
 

@@ -23,10 +23,8 @@ from vitcop_vllm.models.stage_one import (
     ImageShape,
     Kept,
     gather_rows,
-    no_embeddings_yet,
     select_items,
 )
-from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.views import EncoderView
 
 
@@ -85,8 +83,8 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
         """
         query, key = (x.unflatten(-1, (-1, attention.head_dim)) for x in (query, key))
         keys = select_items(key, numbers)
-        ranks = attention.tp_size
-        return EncoderView(
+        return self.view_of_layer(
+            attention.tp_size,
             queries=lambda: select_items(query, numbers),
             keys=keys,
             cls_query=select_items(query[:, 0], numbers),
@@ -95,8 +93,4 @@ class PrunedLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
             scale=attention.scale,
             grids=shape.grids,
             pixels=select_items(pixels, numbers),
-            embed=no_embeddings_yet,
-            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
-            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
-            kernels=self.kernels,
         )

@@ -1,6 +1,7 @@
 """What every pruned model does in the encoder; a family adds its tower."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from vitcop_vllm.models.stage_one import (
     ViewOf,
     gather_rows,
     group_by_shape,
+    no_embeddings_yet,
 )
+from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import selector_of
@@ -110,6 +113,22 @@ class PrunedEncoder:
         ``None`` if the prompt has the tokens in the order of the grids.
         """
         return None
+
+    def view_of_layer(self, ranks: int, **fields: Any) -> EncoderView:
+        """A view of the encoder's last layer, whose heads ``ranks`` tensor-parallel ranks share.
+
+        Args:
+            ranks: Number of ranks.
+            fields: The other attributes of the view. They have no ``embed``: the embeddings of
+                the layer's output do not exist yet.
+        """
+        return EncoderView(
+            embed=no_embeddings_yet,
+            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
+            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
+            kernels=self.kernels,
+            **fields,
+        )
 
     # The encoder.
 

@@ -26,8 +26,7 @@ from vitcop_vllm.models.processing import (
     without_pruning_keys,
 )
 from vitcop_vllm.models.pruned_encoder import ImageInputs, PrunedEncoder
-from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, no_embeddings_yet
-from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
+from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.views import EncoderView
@@ -111,7 +110,7 @@ class PrunedQwen(PrunedEncoder):
         """
         raise NotImplementedError
 
-    # What they share.
+    # What all families of Qwen-VL do.
 
     def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
         grids = inputs["image_grid_thw"]
@@ -173,7 +172,6 @@ class PrunedQwen(PrunedEncoder):
         """The tower's last block on the images ``numbers``."""
         patches = self.visual.spatial_merge_unit
         attention = self.visual.blocks[-1].attn
-        ranks = attention.tp_size
 
         def tokens_of(rows: torch.Tensor, number: int) -> torch.Tensor:
             """(S, ...) rows of all images to (V, P, ...) rows of one image, in grid order."""
@@ -187,7 +185,8 @@ class PrunedQwen(PrunedEncoder):
 
         firsts = [images[number].first_token * patches for number in numbers]
         length = shape.counts.encoder * patches
-        return EncoderView(
+        return self.view_of_layer(
+            attention.tp_size,
             queries=lambda: all_tokens(last.query).float().mean(dim=2),
             keys=all_tokens(last.key).flatten(1, 2),
             cls_query=None,
@@ -196,10 +195,6 @@ class PrunedQwen(PrunedEncoder):
             scale=attention.attn.scale,
             grids=shape.grids,
             pixels=torch.stack([pixels[first : first + length] for first in firsts]),
-            embed=no_embeddings_yet,
-            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
-            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
-            kernels=self.kernels,
         )
 
     def get_mrope_input_positions(

@@ -28,10 +28,8 @@ from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,
     Kept,
-    no_embeddings_yet,
     select_items,
 )
-from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.views import EncoderView
 
@@ -314,8 +312,8 @@ class TiledModel(PrunedModel):
             select_items(x, used).unflatten(-1, (-1, attention.head_dim)) for x in (query, key)
         )
         first_patch = int(self.has_cls)
-        ranks = attention.tp_size
-        return EncoderView(
+        return self.view_of_layer(
+            attention.tp_size,
             queries=lambda: query,
             keys=key,
             cls_query=query[:, 0] if self.has_cls else None,
@@ -324,8 +322,4 @@ class TiledModel(PrunedModel):
             scale=attention.scale,
             grids=shape.grids,
             pixels=select_items(tiles, [image.first_tile for image in chosen]),
-            embed=no_embeddings_yet,
-            mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
-            concat_over_ranks=partial(concat_over_ranks, ranks=ranks),
-            kernels=self.kernels,
         )
