@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.qwen_checkpoint import (
-    CHAT_TEMPLATE,
-    MERGE,
     QwenVLShape,
     byte_tokenizer,
     random_weight,
+    save_model,
+    save_processor,
+    token_ids,
 )
-from vitcop_vllm.demo.checkpoint import save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,96 +112,47 @@ def save_random_qwen3(
     path: Path, shape: Qwen3Shape, *, seed: int = 0, dtype: str = "float32"
 ) -> None:
     """Write a checkpoint with seeded random weights of a torch ``dtype``."""
-    import torch
     import transformers
 
     tokenizer = byte_tokenizer()
-    config = _config(shape, tokenizer, dtype)
-    config.save_pretrained(path)
-    _save_processor(path, shape, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config.dtype = "float32"  # of the random numbers
-        model = getattr(transformers, shape.architecture)(config)
-        weights = {
-            name: _as_published(name, random_weight(name, weight)).to(getattr(torch, dtype))
-            for name, weight in model.state_dict().items()
+    decoder = shape.decoder_sizes(tokenizer) | {"head_dim": shape.head_size}
+    decoder["rope_parameters"]["mrope_interleaved"] = True
+    if shape.experts:
+        decoder |= {
+            "num_experts": shape.experts,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": shape.intermediate,
+            "norm_topk_prob": True,
         }
-    save_weights(path, weights)
-
-
-def _as_published(name: str, weight: Any) -> Any:
-    """A weight as published: each expert's matrix is (inputs, outputs).
-
-    ``random_weight`` takes an expert's whole matrix for fan-in, which this undoes.
-    """
-    if ".experts." not in name:
-        return weight
-    return (weight * weight.shape[1] ** 0.5).transpose(1, 2).contiguous()
-
-
-def _config(shape: Qwen3Shape, tokenizer: Any, dtype: str) -> Any:
-    import transformers
-
-    token = tokenizer.convert_tokens_to_ids
-    experts = {
-        "num_experts": shape.experts,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": shape.intermediate,
-        "norm_topk_prob": True,
-    }
     config_class = getattr(transformers, "Qwen3VLMoeConfig" if shape.experts else "Qwen3VLConfig")
     config = config_class(
         architectures=[shape.architecture],
         vision_config={
-            "depth": shape.vision_layers,
-            "hidden_size": shape.vision_hidden,
-            "intermediate_size": shape.vision_intermediate,
-            "num_heads": shape.vision_heads,
-            "patch_size": shape.patch,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
+            **shape.vision_sizes(),
             "deepstack_visual_indexes": [*shape.deepstack],
             "num_position_embeddings": shape.learned_side**2,
-            "out_hidden_size": shape.hidden,
         },
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_size,
-            "max_position_embeddings": shape.max_positions,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": shape.rope_theta,
-                "mrope_section": shape.mrope_section,
-                "mrope_interleaved": True,
-            },
-            "bos_token_id": token("<|endoftext|>"),
-            "eos_token_id": token("<|im_end|>"),
-            **(experts if shape.experts else {}),
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=False,
+        text_config=decoder,
+        **token_ids(tokenizer),
     )
-    config.dtype = dtype
-    return config
+    save_processor(
+        path,
+        transformers.Qwen3VLProcessor,
+        transformers.Qwen3VLVideoProcessor,
+        tokenizer,
+        shape.patch,
+        shape.pixel_limits,
+    )
+    model = getattr(transformers, shape.architecture)
+    save_model(path, model, config, seed, dtype, _weight_as_published)
 
 
-def _save_processor(path: Path, shape: Qwen3Shape, tokenizer: Any) -> None:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _weight_as_published(name: str, weight: Any) -> Any:
+    """A random weight as published: each expert's matrix is (inputs, outputs).
 
-    sizes = {"patch_size": shape.patch, "size": shape.pixel_limits}
-    Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(**sizes),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
+    ``random_weight`` takes an expert's whole matrix for fan-in, which this undoes.
+    """
+    random = random_weight(name, weight)
+    if ".experts." not in name:
+        return random
+    return (random * weight.shape[1] ** 0.5).transpose(1, 2).contiguous()

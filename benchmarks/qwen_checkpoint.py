@@ -5,6 +5,7 @@ real one: a vision tower with windowed and full attention, a 2x2 merger, a decod
 grouped-query heads, a chat template, and a processor for images and videos.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -84,6 +85,40 @@ class QwenVLShape:
         of_time = frequencies // 4
         of_row = (frequencies - of_time) // 2
         return [of_time, of_row, frequencies - of_time - of_row]
+
+    def vision_sizes(self) -> dict[str, Any]:
+        """Arguments of the vision tower's configuration that all families have."""
+        return {
+            "depth": self.vision_layers,
+            "hidden_size": self.vision_hidden,
+            "intermediate_size": self.vision_intermediate,
+            "num_heads": self.vision_heads,
+            "patch_size": self.patch,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": self.hidden,
+        }
+
+    def decoder_sizes(self, tokenizer: Any) -> dict[str, Any]:
+        """Arguments of the decoder's configuration that all families have."""
+        token = tokenizer.convert_tokens_to_ids
+        return {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": self.rope_theta,
+                "mrope_section": self.mrope_section,
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+        }
 
     @property
     def pixel_limits(self) -> dict[str, int]:
@@ -168,20 +203,100 @@ def save_random_qwen(
     path: Path, shape: QwenShape, *, seed: int = 0, dtype: str = "float32"
 ) -> None:
     """Write a checkpoint with seeded random weights of a torch ``dtype``."""
-    import torch
-    from transformers import Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
 
     tokenizer = byte_tokenizer()
-    config = _config(shape, tokenizer, dtype)
+    config = Qwen2_5_VLConfig(
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        vision_config={
+            **shape.vision_sizes(),
+            "window_size": shape.window * shape.token_side,
+            "fullatt_block_indexes": [*shape.full_attention],
+        },
+        text_config=shape.decoder_sizes(tokenizer),
+        **token_ids(tokenizer),
+    )
+    save_processor(
+        path, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, tokenizer, shape.patch, shape.pixel_limits
+    )
+    save_model(path, Qwen2_5_VLForConditionalGeneration, config, seed, dtype)
+
+
+def token_ids(tokenizer: Any) -> dict[str, Any]:
+    """Arguments of a Qwen-VL's configuration: its named tokens, and that none are tied."""
+    token = tokenizer.convert_tokens_to_ids
+    return {
+        "image_token_id": token("<|image_pad|>"),
+        "video_token_id": token("<|video_pad|>"),
+        "vision_start_token_id": token("<|vision_start|>"),
+        "vision_end_token_id": token("<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
+
+
+def save_processor(
+    path: Path,
+    processor: Any,
+    video_processor: Any,
+    tokenizer: Any,
+    patch: int,
+    pixel_limits: dict[str, int],
+) -> None:
+    """Write the files of a Qwen-VL's ``processor``, a class of transformers.
+
+    Args:
+        path: Folder of the checkpoint.
+        processor, video_processor: Classes of transformers.
+        tokenizer: The model's tokenizer.
+        patch: Pixels along a side of a patch.
+        pixel_limits: As ``QwenVLShape.pixel_limits``.
+    """
+    from transformers import Qwen2VLImageProcessor
+
+    sizes = {"patch_size": patch, "size": pixel_limits}
+    processor(
+        image_processor=Qwen2VLImageProcessor(**sizes),
+        tokenizer=tokenizer,
+        video_processor=video_processor(**sizes),
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(path)
+
+
+def save_model(
+    path: Path,
+    model: Callable[[Any], Any],
+    config: Any,
+    seed: int,
+    dtype: str,
+    weight_of: Callable[[str, Any], Any] | None = None,
+) -> None:
+    """Write a configuration, and seeded random weights of a torch ``dtype``.
+
+    Args:
+        path: Folder of the checkpoint.
+        model: Makes transformers' model of ``config``.
+        config: The model's configuration.
+        seed: Seed of the weights.
+        dtype: Name of the dtype of the weights, which are drawn in float32.
+        weight_of: Makes a random weight of a name and a weight of its shape; default:
+            :func:`random_weight`.
+    """
+    import torch
+
+    config.dtype = dtype
     config.save_pretrained(path)
-    _save_processor(path, shape, tokenizer)
+    draw = weight_of or random_weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config.dtype = "float32"  # of the random numbers
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        config.dtype = "float32"
         weights = {
-            name: random_weight(name, weight).to(getattr(torch, dtype))
-            for name, weight in model.state_dict().items()
+            name: draw(name, weight).to(getattr(torch, dtype))
+            for name, weight in model(config).state_dict().items()
         }
     save_weights(path, weights)
 
@@ -199,63 +314,6 @@ def byte_tokenizer(specials: tuple[str, ...] = SPECIALS) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
-
-
-def _config(shape: QwenShape, tokenizer: Any, dtype: str) -> Any:
-    from transformers import Qwen2_5_VLConfig
-
-    token = tokenizer.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        vision_config={
-            "depth": shape.vision_layers,
-            "hidden_size": shape.vision_hidden,
-            "intermediate_size": shape.vision_intermediate,
-            "num_heads": shape.vision_heads,
-            "patch_size": shape.patch,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "window_size": shape.window * shape.token_side,
-            "fullatt_block_indexes": [*shape.full_attention],
-            "out_hidden_size": shape.hidden,
-        },
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.intermediate,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "max_position_embeddings": shape.max_positions,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": shape.rope_theta,
-                "mrope_section": shape.mrope_section,
-            },
-            "bos_token_id": token("<|endoftext|>"),
-            "eos_token_id": token("<|im_end|>"),
-        },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )
-    config.dtype = dtype
-    return config
-
-
-def _save_processor(path: Path, shape: QwenShape, tokenizer: Any) -> None:
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-    sizes = {"patch_size": shape.patch, "size": shape.pixel_limits}
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**sizes),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
 
 
 def random_weight(name: str, weight: Any) -> Any:

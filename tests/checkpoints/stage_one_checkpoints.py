@@ -8,8 +8,10 @@ from benchmarks.qwen_checkpoint import (
     MERGE,
     byte_tokenizer,
     random_weight,
+    save_model,
+    save_processor,
+    token_ids,
 )
-from vitcop_vllm.demo.checkpoint import save_weights
 
 GEMMA_IMAGE, GEMMA_TOKENS = "<start_of_image>", 64
 """Marks an image in a prompt of Gemma 3, and its visual tokens."""
@@ -21,7 +23,6 @@ QWEN_LAYERS = 4
 
 def save_random_gemma3(path: Path, *, seed: int = 0) -> None:
     """Write a Gemma 3: 256 patches, 64 visual tokens, two of three layers with a window."""
-    import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
     tokenizer = _gemma_tokenizer()
@@ -61,14 +62,8 @@ def save_random_gemma3(path: Path, *, seed: int = 0) -> None:
         # With the embeddings of the input, an untrained model repeats the last token.
         tie_word_embeddings=False,
     )
-    config.dtype = "float32"
-    config.save_pretrained(path)
     _save_gemma_processor(path, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Gemma3ForConditionalGeneration(config)
-        weights = {name: _gemma_weight(name, weight) for name, weight in model.state_dict().items()}
-    save_weights(path, weights)
+    save_model(path, Gemma3ForConditionalGeneration, config, seed, "float32", _gemma_weight)
 
 
 def _gemma_weight(name: str, weight: Any) -> Any:
@@ -112,8 +107,12 @@ def _save_gemma_processor(path: Path, tokenizer: Any) -> None:
 
 def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
     """Write a Qwen3.5, bfloat16: three of four layers have linear attention."""
-    import torch
-    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+    from transformers import (
+        Qwen3_5Config,
+        Qwen3_5ForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
 
     tokenizer = byte_tokenizer()
     token = tokenizer.convert_tokens_to_ids
@@ -155,37 +154,14 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),
         },
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=False,
+        **token_ids(tokenizer),
     )
-    config.dtype = "bfloat16"
-    config.save_pretrained(path)
-    _save_qwen_processor(path, tokenizer)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config.dtype = "float32"  # of the random numbers
-        model = Qwen3_5ForConditionalGeneration(config)
-        weights = {
-            name: (weight if name.endswith(("A_log", "dt_bias")) else random_weight(name, weight))
-            for name, weight in model.state_dict().items()
-        }
-    save_weights(path, {name: weight.to(torch.bfloat16) for name, weight in weights.items()})
+    pixels = (16 * MERGE) ** 2
+    limits = {"shortest_edge": 4 * pixels, "longest_edge": 320 * pixels}
+    save_processor(path, Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer, 16, limits)
+    save_model(path, Qwen3_5ForConditionalGeneration, config, seed, "bfloat16", _qwen_weight)
 
 
-def _save_qwen_processor(path: Path, tokenizer: Any) -> None:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-    side = 16 * MERGE
-    sizes = {
-        "patch_size": 16,
-        "size": {"shortest_edge": 4 * side**2, "longest_edge": 320 * side**2},
-    }
-    Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(**sizes),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(path)
+def _qwen_weight(name: str, weight: Any) -> Any:
+    """Transformers' own decays of linear attention: random ones forget everything."""
+    return weight if name.endswith(("A_log", "dt_bias")) else random_weight(name, weight)
