@@ -17,8 +17,7 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
-from tests.engine.requests import ENGINE_OPTIONS
-from tests.families.family import FAMILIES, LLAVA, Family
+from tests.families.family import FAMILIES, LLAVA, Family, Saved
 from tests.server.process import LITTLE_MEMORY, LOGS, TINY_OPTIONS, log_tail, running_server
 
 # Timing decides no test.
@@ -162,11 +161,11 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
-def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Saved], Path]:
     """Family -> its tiny random checkpoint, written once."""
 
     @cache
-    def checkpoint_of(family: Family) -> Path:
+    def checkpoint_of(family: Saved) -> Path:
         path = tmp_path_factory.mktemp(f"tiny-{family.name}")
         family.save(path)
         return path
@@ -175,18 +174,18 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family]
 
 
 @pytest.fixture(scope="session")
-def engine_of(checkpoint_of: Callable[[Family], Path]) -> "Callable[[Family], LLM]":
+def engine_of(checkpoint_of: Callable[[Saved], Path]) -> "Callable[[Saved], LLM]":
     """Family -> its pruned engine, built with ``LLM`` in this process."""
 
     @cache
-    def engine_of(family: Family) -> "LLM":
+    def engine_of(family: Saved) -> "LLM":
         from vllm import LLM
         from vllm.distributed import parallel_state
 
         # vLLM makes its groups with a process's first engine, and the group of expert
         # parallelism only if that is an MoE model. With one rank all groups are the same.
         parallel_state._EP = parallel_state._TP
-        return LLM(str(checkpoint_of(family)), disable_log_stats=False, **ENGINE_OPTIONS)
+        return LLM(str(checkpoint_of(family)), disable_log_stats=False, **family.options)
 
     return engine_of
 

@@ -6,7 +6,7 @@ from functools import cache, partial
 from importlib import import_module
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import (
     llava_next_checkpoint,
@@ -19,13 +19,28 @@ from benchmarks.qwen_checkpoint import save_random_qwen
 from tests.checkpoints import internvl_checkpoint, llava_onevision_checkpoint
 from tests.checkpoints.internvl_checkpoint import save_random_internvl
 from tests.checkpoints.llava_onevision_checkpoint import save_random_llava_onevision
-from tests.engine.requests import IMAGE_MARKS, IMAGE_TOKEN, sample_image
+from tests.engine.requests import ENGINE_OPTIONS, IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
 if TYPE_CHECKING:
     from tests.engine.dense_oracle import DenseModel
+
+
+class Saved(Protocol):
+    """What an engine needs of a family: see :class:`Family`."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def save(self) -> Callable[[Path], None]: ...
+
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,11 @@ class Family:
     tokens_around: tuple[int, int] | None = None
     pixels: str = "pixel_values"
     stock_ignores_ratio: bool = True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of its engine."""
+        return ENGINE_OPTIONS
 
     @property
     def boundaries(self) -> tuple[int, int]:

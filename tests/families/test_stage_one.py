@@ -1,7 +1,7 @@
 """Models that Stage I alone prunes: their decoder, KV cache and scheduler are vLLM's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -72,7 +72,7 @@ class StageOneFamily:
     oracle: str
     image_token: int
     layers: int
-    options: dict[str, Any]
+    options: dict[str, Any] = field(hash=False)
     tolerance: float
     caches: bool
 
@@ -107,17 +107,14 @@ def family(request: pytest.FixtureRequest) -> StageOneFamily:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(family: StageOneFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp(family.name)
-    family.save(path)
-    return path
+def checkpoint(family: StageOneFamily, checkpoint_of: Callable[[StageOneFamily], Path]) -> Path:
+    return checkpoint_of(family)
 
 
 @pytest.fixture(scope="module")
-def llm(family: StageOneFamily, checkpoint: Path) -> "LLM":
-    from vllm import LLM
-
-    return LLM(str(checkpoint), disable_log_stats=False, **family.options)
+def llm(family: StageOneFamily, engine_of: Callable[[StageOneFamily], "LLM"]) -> "LLM":
+    """Kept to the end of the session: with it would go the process groups of other engines."""
+    return engine_of(family)
 
 
 @pytest.fixture(scope="module")
