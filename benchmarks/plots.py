@@ -16,8 +16,6 @@ from matplotlib.figure import Figure
 
 from benchmarks.engines import OURS
 from benchmarks.load import MIXED
-from evaluation.client import Ratio
-from evaluation.report import Cell, Document, ReportError, accuracies
 
 # Okabe and Ito's colours, which colour-blind people can distinguish; grey replaces their yellow,
 # which is hard to see on white. A selector has the same style in every plot.
@@ -115,49 +113,52 @@ def plot_speed(document: Mapping[str, Any], path: Path) -> bool:
     return True
 
 
-def plot_accuracy(document: Document, path: Path) -> None:
+def plot_accuracy(document: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: a large plot of the mean over families, and a small plot of each family.
 
-    A point's ratio is the effective ratio that the server reports.
-
-    Raises:
-        ReportError: If there are no figures to plot.
+    Args:
+        document: The evaluation's document, or one with its rows ``answers`` only.
+        path: The PNG.
     """
-    families = document.families if len(document.families) > 1 else []
-    every = {family: _accuracy_curves(document.selectors, family) for family in ("mean", *families)}
-    if not every["mean"]:
-        raise ReportError("nothing to plot: no accuracy at a known pruning ratio")
-    labels = {cell.ratio: Ratio.parse(cell.ratio).value for cell in document.results}
-    ticks = {label: _place(value) for label, value in labels.items() if value is not None}
-    columns = min(len(families), _MAX_COLUMNS) or 1
-    rows = math.ceil(len(families) / columns)
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in document.get("families", ()):
+        panels.setdefault(row["family"], []).append(row)
+    if len(panels) == 1:
+        panels = {}
+    mean = _accuracy_curves(document["answers"])
+    ticks = {column: _place(Fraction(column)) for column in _ratios(document["answers"])}
+    columns = min(len(panels), _MAX_COLUMNS) or 1
+    rows = math.ceil(len(panels) / columns)
     figure = _figure(3.9 + 1.9 * rows)
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[2.2, *(1 for _ in range(rows))])
-    for number, (family, curves) in enumerate(every.items(), -1):
-        is_mean = number < 0
-        place = grid[0, :] if is_mean else grid[1 + number // columns, number % columns]
-        axes = figure.add_subplot(place)
-        title = f"{document.conditions.get('model')}: accuracy" if is_mean else family
-        _draw(axes, curves, title, ticks, bands=is_mean or len(curves) <= 2)
+    axes = figure.add_subplot(grid[0, :])
+    _draw(axes, mean, f"{document['conditions']['model']}: accuracy", ticks, bands=True)
+    axes.set_ylim(0, 103)
+    axes.set_xlabel("pruning ratio (logarithmic in the share of kept visual tokens)")
+    axes.set_ylabel("accuracy / %, mean over kinds of question")
+    axes.legend(ncols=2, frameon=False, title="bands: 95 % intervals", alignment="left")
+    for number, (family, measured) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[1 + number // columns, number % columns])
+        curves = _accuracy_curves(measured)
+        _draw(axes, curves, family, ticks, bands=len(curves) <= 2)
         axes.set_ylim(0, 103)
-        if is_mean:
-            axes.set_xlabel("pruning ratio (logarithmic in the share of kept visual tokens)")
-            axes.set_ylabel("accuracy / %, mean over kinds of question")
-            axes.legend(ncols=2, frameon=False, title="bands: 95 % intervals", alignment="left")
     figure.savefig(path, format="png", dpi=150)
 
 
-def _accuracy_curves(selectors: Mapping[str, Sequence[Cell]], family: str) -> dict[str, Curve]:
-    curves: dict[str, Curve] = {}
-    for name, cells in selectors.items():
-        for cell in cells:
-            wanted = Ratio.parse(cell.ratio).value
-            ratio = wanted if cell.effective_ratio is None else cell.effective_ratio
-            figure = accuracies(cell).get(family)
-            if ratio is not None and figure is not None:
-                low, high = figure["interval"]
-                point = (_place(ratio), 100 * figure["accuracy"], (100 * low, 100 * high))
-                curves.setdefault(name, Curve()).points.append(point)
-    for curve in curves.values():
-        curve.points.sort()
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Columns with figures of a ratio, such as "8/9"."""
+    return list(dict.fromkeys(name for row in rows for name in row if f"{name}_spread" in row))
+
+
+def _accuracy_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
+    """A curve for each selector; ratio 0 was measured with one and is the same with all."""
+    unpruned = {name: rows[0][name] for name in ("0", "0_spread") if name in rows[0]}
+    curves = {}
+    for row in rows:
+        filled = {**unpruned, **row}
+        points = [
+            (_place(Fraction(ratio)), filled[ratio], tuple(filled[f"{ratio}_spread"]))
+            for ratio in _ratios([filled])
+        ]
+        curves[row["selector"]] = Curve(sorted(points))
     return curves

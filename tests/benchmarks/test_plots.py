@@ -1,24 +1,32 @@
 """Plots have a curve or panel for each measured figure, and no other."""
 
-import pytest
+import json
+from typing import Any
+
 from PIL import Image
 
 from benchmarks.plots import plot_accuracy as plot
 from benchmarks.plots import plot_speed
-from evaluation.report import UNPRUNED_NAME, Cell, Document, ReportError
+from benchmarks.results import DOCS
 
 
-def document(*selectors: str, families: tuple[str, ...] = ("a", "b")) -> Document:
-    def cell(selector: str, ratio: str, right: int) -> Cell:
-        scores: dict[str, list[list[float] | None]] = {
-            family: [[float(i < right)] for i in range(20)] for family in families
+def document(*selectors: str, families: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
+    def row(number: int, name: str, **labels: str) -> dict[str, Any]:
+        figures = {
+            "2/3": 80.0 - 15 * number,
+            "2/3_spread": [50, 95],
+            "8/9": 40.0,
+            "8/9_spread": [9, 80],
         }
-        return Cell(selector=selector, ratio=ratio, scores=scores)
+        unpruned = {} if number else {"0": 95.0, "0_spread": [80, 99]}
+        return {"selector": name, **labels, **unpruned, **figures}
 
-    cells = [cell(UNPRUNED_NAME, "0", 19)]
-    for number, name in enumerate(selectors):
-        cells += [cell(name, "2/3", 18 - 3 * number), cell(name, "8/9", 12 - number)]
-    return Document(conditions={"model": "m"}, results=cells)
+    rows = list(enumerate(selectors))
+    return {
+        "conditions": {"model": "m"},
+        "answers": [row(number, name) for number, name in rows],
+        "families": [row(number, name, family=f) for number, name in rows for f in families],
+    }
 
 
 def colours(path) -> set[bytes]:
@@ -48,18 +56,10 @@ def test_families_have_their_own_panels(tmp_path):
         assert five.height > one.height
 
 
-def test_refused_and_unknown_ratios_are_left_out(tmp_path):
-    results = document("my-model").results
-    results.append(Cell(selector="my-model", ratio="17/18", refusal="too high"))
-    results.append(Cell(selector="my-model", ratio="none", scores={"a": [[1.0]], "b": [[1.0]]}))
-    plot(Document(conditions={}, results=results), tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 10_000
-
-
-def test_no_accuracy_is_an_error(tmp_path):
-    nothing = Document(conditions={}, results=[Cell(selector="s", ratio="1/2", refusal="no")])
-    with pytest.raises(ReportError, match="nothing to plot"):
-        plot(nothing, tmp_path / "x.png")
+def test_answers_alone_are_enough(tmp_path):
+    recorded = json.loads((DOCS / "results" / "answers.json").read_text())
+    plot(recorded, tmp_path / "recorded.png")
+    assert {VITCOP, CLS} <= colours(tmp_path / "recorded.png")
 
 
 CONDITIONS = {"shape": "demo", "device": "cpu", "processor": "p", "device_name": "cpu"}

@@ -1,6 +1,5 @@
 """The packaged demo model answers right, and equally in stock vLLM and in transformers."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,10 @@ import pytest
 import torch
 
 from demo.questions import Example, exam
-from evaluation import evaluate
-from evaluation.client import NO_RATIO, Examiner, Outcome, Ratio
+from evaluation.client import converse, text_of
+from evaluation.evaluate import evaluate, main, parse_arguments
 from evaluation.exam import read_exam, write_exam
-from evaluation.report import accuracies
-from evaluation.scoring import exact
+from evaluation.report import tables
 from tests.server.process import TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
@@ -21,41 +19,33 @@ EXAM_SEED = 7
 
 
 @pytest.fixture(scope="module")
-def accuracy(demo_url: str) -> dict[str, float]:
-    """Ratio -> share of right answers of the server that ``make serve`` starts."""
+def accuracy(demo_url: str) -> dict[str, Any]:
+    """Ratio -> per cent of right answers of the server that ``make serve`` starts."""
     options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
-    document, failures = evaluate.run(
-        evaluate.parse_arguments(["--url", f"{demo_url}/v1", "--label", "vitcop", *options])
-    )
+    cells, failures = evaluate(parse_arguments(["--url", f"{demo_url}/v1", *options]))
     assert not failures
-    assert not document.failures
-    return {cell.ratio: accuracies(cell)["mean"]["accuracy"] for cell in document.results}
+    [row] = tables(cells)["answers"]
+    return row
 
 
 @pytest.mark.slow
 def test_the_unpruned_model_answers_95_percent_right(accuracy):
-    assert accuracy["0"] >= 0.95
+    assert accuracy["0"] >= 95
 
 
 @pytest.mark.slow
 def test_ratio_two_thirds_costs_at_most_three_points(accuracy):
-    assert accuracy["2/3"] >= accuracy["0"] - 0.03
+    assert accuracy["2/3"] >= accuracy["0"] - 3
 
 
 def ask(url: str, folder: Path) -> list[list[str]]:
     """Answers to each turn of an exam. Requests have no ratio, so that stock vLLM accepts them."""
-
-    async def replies() -> list[Outcome]:
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            model = (await client.models.list()).data[0].id
-            examiner = Examiner(client, model, exact, max_tokens=32)
-            return await examiner.ask_all(read_exam(folder), Ratio.parse(NO_RATIO), 1, int)
-
-    answers = []
-    for outcome in asyncio.run(replies()):
-        assert not isinstance(outcome, str), outcome
-        answers.append([reply.text for reply in outcome])
-    return answers
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        model = client.models.list().data[0].id
+        return [
+            [text_of(answer) for answer in converse(client, model, 32, example)]
+            for example in read_exam(folder)
+        ]
 
 
 def ask_transformers(examples: list[Example]) -> list[list[str]]:
@@ -89,12 +79,14 @@ def ask_transformers(examples: list[Example]) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_stock_vllm_and_transformers_give_the_same_answers(demo_url, tmp_path):
+def test_stock_vllm_and_transformers_give_the_same_answers(demo_url, tmp_path, capsys):
     examples = exam(2, EXAM_SEED)
     write_exam(tmp_path, examples)
     served = ask(demo_url, tmp_path)
     with running_server("--model", str(DEMO_MODEL), *TINY_OPTIONS, stock=True) as (url, _):
         stock = ask(url, tmp_path)
+        assert main(["--url", f"{url}/v1", "--data", str(tmp_path)]) == 1
+    assert "the server ignores X-Pruning-Ratio" in capsys.readouterr().err
     assert served == stock
     assert served == ask_transformers(examples)
     # If all answers were equal, the comparisons above would prove nothing.

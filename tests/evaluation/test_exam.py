@@ -12,7 +12,7 @@ from PIL import Image
 from demo import questions
 from evaluation import exam
 from evaluation.client import data_url
-from evaluation.exam import METADATA, ExamError, Example, Turn, digest, read_exam, write_exam
+from evaluation.exam import METADATA, ExamError, Example, Turn, read_exam, write_exam
 
 
 @pytest.fixture
@@ -45,39 +45,29 @@ def test_conversations_with_several_images_are_read(folder):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("{", ": Invalid JSON"),
+        ("{", "Invalid JSON"),
         ("[1]", "should be an object"),
-        ({**GOOD, "anwser": "A"}, "anwser: Extra inputs"),
-        ({"family": "f", "turns": [TURN]}, "images_file_names: Field required"),
+        ({**GOOD, "anwser": "A"}, r"anwser\s+Extra inputs"),
+        ({"family": "f", "turns": [TURN]}, r"images_file_names\s+Field required"),
         ({**GOOD, "images_file_names": ["c.png"]}, r"No such file.*c\.png"),
         ({**GOOD, "images_file_names": [METADATA]}, "cannot identify image file"),
         ({**GOOD, "images_file_names": []}, "at least 1 item"),
         ({**GOOD, "images_file_names": "a.png"}, "valid array"),
-        ({**GOOD, "family": 1}, "family: "),
-        ({**GOOD, "family": "mean"}, "cannot be called 'mean'"),
+        ({**GOOD, "family": 1}, "family"),
         ({**GOOD, "turns": []}, "at least 1 item"),
-        ({**GOOD, "turns": [{**TURN, "question": ""}]}, "turns.0.question: "),
-        ({**GOOD, "turns": [{"question": "Q"}]}, "turns.0.answers: Field required"),
+        ({**GOOD, "turns": [{**TURN, "question": ""}]}, "turns.0.question"),
+        ({**GOOD, "turns": [{"question": "Q"}]}, r"turns.0.answers\s+Field required"),
         ({**GOOD, "turns": [{**TURN, "answers": []}]}, "at least 1 item"),
-        ({**GOOD, "turns": [{**TURN, "answers": ["A", "..."]}]}, "'...' has only space"),
     ],
 )
 def test_a_fault_names_its_line(folder, line, fault):
     write(folder, GOOD, line)
-    with pytest.raises(ExamError, match=rf"^\S*{re.escape(METADATA)}:2: .*{fault}"):
+    with pytest.raises(ExamError, match=rf"(?s)^\S*{re.escape(METADATA)}:2: .*{fault}"):
         read_exam(folder)
-
-
-def test_every_fault_is_reported(folder):
-    write(folder, "{", GOOD, {})
-    with pytest.raises(ExamError) as error:
-        read_exam(folder)
-    places = {line.split(": ")[0] for line in str(error.value).splitlines()}
-    assert places == {f"{folder / METADATA}:{number}" for number in (1, 3)}
 
 
 def test_a_missing_or_empty_exam_is_an_error(tmp_path):
-    with pytest.raises(ExamError, match="No such file"):
+    with pytest.raises(FileNotFoundError):
         read_exam(tmp_path)
     (tmp_path / METADATA).touch()
     with pytest.raises(ExamError, match="empty"):
@@ -111,22 +101,3 @@ def test_the_program_writes_the_demo_exam(tmp_path, monkeypatch):
 def test_data_urls_hold_the_image_s_media_type(folder):
     assert data_url(folder / "a.png").startswith("data:image/png;base64,iVBOR")
     assert data_url(folder / "b.jpg").startswith("data:image/jpeg;base64,/9j/")
-
-
-def test_the_digest_depends_on_everything(folder):
-    def example(image: str = "a.png", family: str = "f", answer: str = "A", turns: int = 1) -> Any:
-        turn = Turn(question="Q", answers=(answer,))
-        return Example(images=(folder / image,), family=family, turns=(turn,) * turns)
-
-    exams = [
-        [example()],
-        [example(family="g")],
-        [example("b.jpg")],
-        [example(answer="B")],
-        [example(turns=2)],
-        [example()] * 2,
-    ]
-    assert len({digest(one) for one in exams}) == len(exams)
-    # It depends on an image's content, not on its name.
-    (folder / "c.png").write_bytes((folder / "a.png").read_bytes())
-    assert digest([example("c.png")]) == digest(exams[0])
