@@ -38,14 +38,16 @@ def render(folder: Path = DOCS / "results") -> str:
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
     about = dict(conditions)
-    about.setdefault("weights", _weights(about))
+    if "load_format" in about:
+        about.setdefault("weights", _weights(about))
     note = f"; {about['note']}" if "note" in about else ""
     lines = [f"- Command: `{about['command']}`{note}"]
     if "processor" in about:
         versions = ", ".join(f"{name} {about[name]}" for name in ("vllm", "torch") if name in about)
         lines += [
             f"- Machine: {about['cpus']} cores of {about['processor']}; {versions}",
-            f"- Model: {about['model']}; weights: {about['weights']}",
+            f"- Model: {about['model']}"
+            + (f"; weights: {about['weights']}" if "weights" in about else ""),
         ]
     if "rounds" in about:
         lines.append(f"- Rounds: {about['rounds']}")

@@ -6,6 +6,7 @@ question, rank tokens like the question's attention? Runs the unpruned model in 
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vitcop_vllm.pruning.selection import mean_key_norm
 
 Floats = npt.NDArray[np.floating[Any]]
 Bools = npt.NDArray[np.bool_]
+Tables = dict[str, list[dict[str, Any]]]
 
 ENCODER_SIGNALS = ("attention of [CLS]", "attention received")
 DECODER_FIGURES = ("small_key_norm_auc", "attention_of_last_token_auc", "rank_correlation")
@@ -83,7 +85,7 @@ def content_auc(score: Floats, shown: Bools) -> float:
     return float(statistic / (shown.sum() * (~shown).sum()))
 
 
-def measure(signals: Signals, images: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+def measure(signals: Signals, images: int, seed: int) -> Tables:
     """Averages over images: rows of the encoder's signals, and of the decoder's layers."""
     encoder, decoder = [], []
     families = list(SINGLE)
@@ -117,28 +119,23 @@ def measure(signals: Signals, images: int, seed: int) -> dict[str, list[dict[str
     }
 
 
-def parse_arguments(description: str | None, images: int) -> argparse.Namespace:
+def run(
+    program: str, description: str | None, measure: Callable[[Signals, int, int], Tables]
+) -> None:
+    """Print what ``measure`` finds with the command line's model, images and seed."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEMO_NAME, help="a LLaVA-1.5 folder")
-    parser.add_argument("--images", type=int, default=images, help="default: %(default)s")
+    parser.add_argument("--images", type=int, default=180, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def conditions(program: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Conditions of a document that ``benchmarks.results`` shows."""
+    arguments = parser.parse_args()
     command = f"python -m evaluation.{program} --images {arguments.images}"
     model = {"model": arguments.model, "weights": "float32"}
-    return {"command": command, "seed": arguments.seed, **machine(), **model}
-
-
-def main() -> None:
-    arguments = parse_arguments(__doc__, 180)
-    rows = measure(Signals(resolve(arguments.model)), arguments.images, arguments.seed)
-    print_document({"conditions": conditions("signals", arguments), **rows})
+    conditions = {"command": command, "seed": arguments.seed, **machine(), **model}
+    measured = measure(Signals(resolve(arguments.model)), arguments.images, arguments.seed)
+    print_document({"conditions": conditions, **measured})
 
 
 if __name__ == "__main__":
-    main()
+    run("signals", __doc__, measure)

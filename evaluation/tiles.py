@@ -1,9 +1,8 @@
-"""``python -m evaluation.tiles``: should Stage I rank the tiles of an image together?
+"""``python -m evaluation.tiles``: rank the tiles of an image together, or with a quota for each?
 
-Or keep a quota of each? Four images of the demo's world make one image of four tiles, and scaled
-down a fifth, as in LLaVA-NeXT. Each tile's scene says which of its patches show something. Printed
-is the share of these patches that are among the kept, by the attention of [CLS] in the demo's
-encoder: ranked over all tiles, and with an equal quota for each tile.
+Four images of the demo's world make one image of four tiles, and scaled down a fifth, as in
+LLaVA-NeXT. Each tile's scene says which of its patches show something. Printed is the share of
+these patches that are among the kept, by the attention of [CLS] in the demo's encoder.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,18 +13,9 @@ import numpy as np
 from PIL import Image
 from tqdm import trange  # type: ignore[import-untyped]
 
-from benchmarks.tables import print_document
 from demo.drawing import draw
 from demo.questions import EXAM_SEED, FAMILIES, SINGLE, compose
-from evaluation.signals import (
-    Bools,
-    Floats,
-    Signals,
-    conditions,
-    parse_arguments,
-    shown_patches,
-)
-from vitcop_vllm.demo.checkpoint import resolve
+from evaluation.signals import Bools, Floats, Signals, Tables, run, shown_patches
 
 SIDE = 336
 
@@ -76,7 +66,7 @@ def found_shares(
     return np.array(found)
 
 
-def measure(signals: Signals, images: int, seed: int) -> list[dict[str, Any]]:
+def measure(signals: Signals, images: int, seed: int) -> Tables:
     """A row for each of :data:`EMPTY_TILES` and :data:`SHARES`."""
     rows = []
     for empty in EMPTY_TILES:
@@ -90,14 +80,8 @@ def measure(signals: Signals, images: int, seed: int) -> list[dict[str, Any]]:
                 row[name] = round(float(found.mean()), 3)
                 row[f"{name}_spread"] = [round(float(end), 3) for end in (found.min(), found.max())]
             rows.append(row)
-    return rows
-
-
-def main() -> None:
-    arguments = parse_arguments(__doc__, 60)
-    rows = measure(Signals(resolve(arguments.model)), arguments.images, arguments.seed)
-    print_document({"conditions": conditions("tiles", arguments), "tiles": rows})
+    return {"tiles": rows}
 
 
 if __name__ == "__main__":
-    main()
+    run("tiles", __doc__, measure)
