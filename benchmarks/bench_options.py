@@ -10,8 +10,14 @@ from typing import Any
 from benchmarks import load, prefill
 from benchmarks.conditions import Device
 from benchmarks.engines import OURS, PEER, STOCK, EngineName
-from benchmarks.qwen_checkpoint import QwenVLShape
-from benchmarks.shapes import PUBLISHED, SHAPES, Shape, boundaries, save_checkpoint
+from benchmarks.shapes import (
+    PUBLISHED,
+    SHAPES,
+    AnySizeShape,
+    Shape,
+    boundaries,
+    save_checkpoint,
+)
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
 ENGINE_SCENARIOS = ("prefill", "images", "long_text", "decode", "turns", "capacity")
@@ -19,8 +25,8 @@ ENGINE_SCENARIOS = ("prefill", "images", "long_text", "decode", "turns", "capaci
 
 SCENARIOS = (*ENGINE_SCENARIOS, "load", "cold_start")
 
-QWEN_SCENARIOS = ("prefill",)
-"""Scenarios that support images of more than one size."""
+ANY_SIZE_SCENARIOS = ("prefill",)
+"""Scenarios of models that take images of any size."""
 
 LONG_ROUNDS = 3
 """Limit on the rounds of scenarios whose rounds take minutes."""
@@ -50,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     numbers: dict[str, Any] = {"type": _numbers(int), "metavar": "N,N"}
     add("--device", choices=("cpu", "gpu"), help="default: the installed vLLM's")
     add("--shape", choices=SHAPES, help="default: demo on a CPU, llava-1.5-7b on a GPU")
-    names = f"any of {', '.join(SCENARIOS)}; default: all, for Qwen {', '.join(QWEN_SCENARIOS)}"
+    names = f"any of {', '.join(SCENARIOS)}; default: all that the shape supports"
     add("--scenarios", nargs="+", choices=SCENARIOS, metavar="S", help=names)
     add(
         "--rounds",
@@ -58,7 +64,11 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         default=7,
         help=f"default 7; at most {LONG_ROUNDS} in long scenarios",
     )
-    add("--batches", **numbers, help="batch sizes of prefill; default 1,4,16, for Qwen 1")
+    add(
+        "--batches",
+        **numbers,
+        help="batch sizes of prefill; default 1,4,16, or 1 for images of any size",
+    )
     add("--running", **numbers, default=(1, 32), help="batch sizes of decode")
     add("--tokens", type=_number, default=32, help="answer length in decode")
     add("--rates", type=_numbers(float), default=load.RATES, help="load over stock's throughput")
@@ -81,14 +91,14 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     add("--kv-cache-gib", type=_number, help="KV cache of each engine; on a GPU the free memory")
     add("--plot", type=Path, metavar="FILE.png", help="plot speed over ratio")
     arguments = parser.parse_args(argv)
-    is_qwen = isinstance(SHAPES.get(arguments.shape), QwenVLShape)
-    known = QWEN_SCENARIOS if is_qwen else SCENARIOS
+    any_size = isinstance(SHAPES.get(arguments.shape), AnySizeShape)
+    known = ANY_SIZE_SCENARIOS if any_size else SCENARIOS
     if unknown := set(arguments.scenarios or ()) - set(known):
         parser.error(f"{arguments.shape} supports only {', '.join(known)}, not {min(unknown)}")
-    if is_qwen and arguments.peers:
-        parser.error(f"selector {PEER} needs [CLS], which the encoder of {arguments.shape} lacks")
+    if any_size and arguments.peers:
+        parser.error(f"--peers is measured with LLaVA-1.5's shapes only, not {arguments.shape}")
     arguments.scenarios = [name for name in known if name in (arguments.scenarios or known)]
-    arguments.batches = arguments.batches or ((1,) if is_qwen else (1, 4, 16))
+    arguments.batches = arguments.batches or ((1,) if any_size else (1, 4, 16))
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         parser.error(f"--plot: there is no folder {arguments.plot.parent}")
     return arguments
@@ -110,7 +120,7 @@ def fill_defaults(arguments: argparse.Namespace, device: Device) -> None:
     on_gpu = device == "gpu"
     shape = arguments.shape or ("llava-1.5-7b" if on_gpu else "demo")
     dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
-    has_small_kv = shape in ("demo", "qwen2.5-vl-small")
+    has_small_kv = shape == "demo" or isinstance(SHAPES[shape], AnySizeShape)
     defaults = {
         "shape": shape,
         "dtype": dtype,

@@ -1,6 +1,6 @@
 """Writes LLaVA-NeXT checkpoints with random weights, for tests and for measurements of speed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,6 @@ from vitcop_vllm.demo.checkpoint import (
     FEATURE_LAYER,
     LlavaShape,
     save_random_weights,
-)
-from vitcop_vllm.demo.checkpoint import (
-    SMALL as SMALL_LLAVA,
 )
 from vitcop_vllm.demo.tokenizer import byte_tokenizer
 
@@ -26,10 +23,12 @@ class LlavaNextShape(LlavaShape):
         tile_size: Height and width of a tile in pixels.
         pinpoints: (height, width) in pixels that an image may be scaled to: whole tiles of
             ``tile_size``.
+        boundaries: ``shallow_boundary`` and ``deep_boundary`` of pruning, if not the default.
     """
 
     tile_size: int = 336
     pinpoints: tuple[tuple[int, int], ...]
+    boundaries: tuple[int, int] | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -71,10 +70,18 @@ TINY = LlavaNextShape(
 """64 visual tokens of a tile, at most 336 of an image, for tests and soak runs."""
 
 SMALL = LlavaNextShape(
-    **asdict(SMALL_LLAVA) | {"image_size": 672},
+    image_size=672,
     pinpoints=((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)),
+    vision_hidden=256,
+    vision_layers=8,
+    vision_heads=4,
+    hidden=512,
+    layers=32,
+    heads=8,
+    kv_heads=2,
+    intermediate=1536,
 )
-"""A large decoder for a CPU, with the tiles of the published models."""
+"""Small enough for a CPU; tiles and the decoder's depth are those of the 7B models."""
 
 
 def save_random_llava_next(

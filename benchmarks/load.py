@@ -44,37 +44,32 @@ def ratios_of(name: str) -> tuple[float, ...]:
 
 def measure_load(
     ours: Endpoint,
-    stock: Endpoint | None,
+    stock: Endpoint,
     *,
     rounds: int,
     answer_tokens: int,
     clients: Sequence[int] = CLIENTS,
     rates: Sequence[float] = (),
     ratios: Sequence[str] = RATIOS,
-    requests: int | None = None,
-    seed: int = 0,
 ) -> list[Row]:
     """Rows by clients and ratio, then by rate and ratio.
 
     Args:
         ours: Our server.
-        stock: Stock vLLM's server; None leaves out comparisons and does not support ``rates``.
+        stock: Stock vLLM's server.
         rounds: Number of rounds; figures are medians.
         answer_tokens: Mean length of an answer.
         clients: Numbers of concurrent requests, one case each.
         rates: Poisson arrivals over stock vLLM's throughput, one case each.
         ratios: Pruning ratios of our server.
-        requests: Number of requests in a run; by default three per client.
-        seed: Seed of images, text and lengths.
     """
-    turns, seeds = Turns(), count(seed)
+    turns, seeds = Turns(), count()
     rows: list[Row] = []
     warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
     serve(ours, warm_up, next(seeds), ratios=ratios_of(ratios[-1]))
-    if stock is not None:
-        serve(stock, warm_up, next(seeds))
+    serve(stock, warm_up, next(seeds))
     for number, rate in (*((n, None) for n in clients), *((max(clients), r) for r in rates)):
-        traffic = Traffic(requests or REQUESTS_PER_CLIENT * number, answer_tokens, number)
+        traffic = Traffic(REQUESTS_PER_CLIENT * number, answer_tokens, number)
         conditions: Row = {"clients": number, "requests": traffic.requests}
         ideals: dict[str, float] = {}
         if rate is not None:
@@ -89,17 +84,15 @@ def measure_load(
             runs = {
                 name: partial(serve, ours, traffic, seed, ratios=ratios_of(name)) for name in ratios
             }
-            if stock is not None:
-                runs[STOCK] = partial(serve, stock, traffic, seed)
+            runs[STOCK] = partial(serve, stock, traffic, seed)
             results = turns.run(runs)
             figures = {name: _figures("ours", results[name]) for name in ratios}
-            if stock is not None:
-                base = results[STOCK]
-                if rate is None:
-                    ideals = _ideals(ours, stock, traffic, seed, base["duration"], ratios)
-                limit = base["duration"] * traffic.rate / traffic.requests
-                for name, row in figures.items():
-                    row |= _compared(row, base, results[name], min(ideals[name], limit))
+            base = results[STOCK]
+            if rate is None:
+                ideals = _ideals(ours, stock, traffic, seed, base["duration"], ratios)
+            limit = base["duration"] * traffic.rate / traffic.requests
+            for name, row in figures.items():
+                row |= _compared(row, base, results[name], min(ideals[name], limit))
             measured.append(figures)
         rows += [
             conditions | {"ratio": name} | summary([row[name] for row in measured], *_SPREADS)

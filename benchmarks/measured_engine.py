@@ -148,8 +148,6 @@ class MeasuredEngine:
         images = [random_image(seed, size, size) for seed in request.images]
         prompt: dict[str, Any] = {"prompt": request.prompt, "multi_modal_data": {"image": images}}
         kwargs: dict[str, float] = {RATIO_KEY: request.ratio} if self.pruned else {}
-        if request.max_pixels is not None:
-            kwargs["max_pixels"] = request.max_pixels
         return prompt | ({"mm_processor_kwargs": kwargs} if kwargs else {})
 
     def _params(self, max_tokens: int, letters: bool = False) -> Any:

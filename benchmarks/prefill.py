@@ -6,7 +6,7 @@ averaged over layers. ``vs_ideal``: that time over ours; 1 or more meets the ide
 many rows, over our time: kernels that are slow for few rows count on both sides.
 ``stages_share``: seconds of Stages I to III over stock's prefill. ``vs_peer``: the peer's time over
 ours, at the same layer average. ``vs_scaled_down``: stock's time over ours, for images that
-``max_pixels`` scales down to about as many visual tokens as we keep.
+are scaled down to about as many visual tokens as we keep.
 
 All times of a row come from the same round, because the machine's speed varies between rounds.
 """
@@ -21,10 +21,9 @@ from typing import Any
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan, ideal_prefill
 from benchmarks.measured_engine import Result
-from benchmarks.qwen_checkpoint import QwenVLShape
 from benchmarks.requests import QUESTION, ImageRequest, filler_text
 from benchmarks.rounds import Rounds, Row, summary
-from benchmarks.shapes import Shape
+from benchmarks.shapes import AnySizeShape, Shape, family_of, scaled_down_size
 
 RATIOS = ("2/3", "7/9", "8/9")
 LONG_RATIOS = ("2/3", "8/9")
@@ -36,12 +35,10 @@ IMAGES = (1, 4, 8)
 TEXT_TOKENS = (1024, 2048)
 """Lengths of the text beside one image."""
 
-IMAGE_SIZES = (448, 1344)
-"""Height and width in pixels, for models that support any size."""
-
-SCALED_DOWN = "max_pixels"
+SCALED_DOWN = "smaller image"
 """Selector of rows in which stock vLLM gets images scaled down to about as many visual tokens as
-pruning keeps. This alternative to pruning also saves encoder time, and loses detail."""
+pruning keeps. This alternative to pruning also saves encoder time, and loses detail. Models with
+tiles have few numbers of tokens to choose from: ``average_tokens`` says which."""
 
 Case = dict[str, Any]
 """Arguments of :func:`measure_prefill`."""
@@ -57,11 +54,12 @@ LONG_TEXT_CASES: list[Case] = [
 
 
 def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
-    if not isinstance(shape, QwenVLShape):
+    sizes = family_of(shape).image_sizes
+    if not sizes:
         return [{"ratio": ratio, "batch": batch} for batch in batches for ratio in RATIOS]
     return [
         {"ratio": ratio, "batch": batch, "image_size": size}
-        for size in IMAGE_SIZES
+        for size in sizes
         for batch in batches
         for ratio in ("0", *RATIOS)
     ]
@@ -86,9 +84,9 @@ def measure_prefill(
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     text = 0
 
-    def requests(max_pixels: int | None = None) -> list[ImageRequest]:
+    def requests(size: int = shape.image_size) -> list[ImageRequest]:
         made = rounds.new_requests(batch, value, 1, images=images, question=question)
-        return [replace(request, max_pixels=max_pixels) for request in made]
+        return [replace(request, image_size=size) for request in made]
 
     def times(average: float, timed_run: Result, profiled_run: Result) -> dict[str, float]:
         return {
@@ -123,9 +121,9 @@ def measure_prefill(
             if name == OURS and PEER in plans:
                 figures["vs_peer"] = timed[PEER]["seconds"] / seconds
             measured[name].append(figures)
-        if isinstance(shape, QwenVLShape) and value:
-            limit = shape.max_pixels(plans[OURS].average)
-            scaled, scaled_profiled = rounds.serve_profiled(partial(requests, limit), STOCK)
+        if isinstance(shape, AnySizeShape) and value:
+            size = scaled_down_size(shape, plans[OURS].average)
+            scaled, scaled_profiled = rounds.serve_profiled(partial(requests, size), STOCK)
             measured[OURS][-1]["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]
             average = scaled[STOCK]["prompt_tokens"][0] - text
             measured[SCALED_DOWN].append(times(average, scaled[STOCK], scaled_profiled[STOCK]))

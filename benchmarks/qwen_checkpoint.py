@@ -130,13 +130,12 @@ class QwenVLShape:
     @property
     def visual_tokens(self) -> int:
         """V, the visual tokens of an image of ``image_size``."""
-        rows, columns = self.grid(self.image_size, self.image_size)
-        return rows * columns
+        return self.tokens_of(self.image_size, self.image_size)
 
-    def max_pixels(self, visual_tokens: float) -> int:
-        """The ``max_pixels`` that scales a large square image to about so many visual tokens."""
-        # Half a token wider, because the processor rounds down.
-        return round((round(visual_tokens**0.5) + 0.5) * self.token_side) ** 2
+    def tokens_of(self, width: int, height: int) -> int:
+        """V, the visual tokens of an image of that size."""
+        rows, columns = self.grid(width, height)
+        return rows * columns
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
         """Rows and columns of visual tokens for an image size."""

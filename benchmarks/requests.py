@@ -18,7 +18,6 @@ class ImageRequest:
         letters: Allow only letters in the answer. Random weights also produce bytes that are no
             valid text; the next turn's prompt would encode these as other tokens.
         image_size: Height and width of the images, in pixels.
-        max_pixels: The processor scales larger images down to this limit.
     """
 
     prompt: str
@@ -27,7 +26,6 @@ class ImageRequest:
     max_tokens: int
     letters: bool = False
     image_size: int = 336
-    max_pixels: int | None = None
 
 
 def user_turn(question: str, images: int = 1, marker: str = "<image>") -> str:

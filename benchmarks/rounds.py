@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
 from benchmarks.measured_engine import Result
 from benchmarks.requests import QUESTION, ImageRequest, user_turn
-from benchmarks.shapes import Shape, image_marker
+from benchmarks.shapes import Shape, family_of
 from vitcop_vllm.pruning.settings import SelectorName
 
 Row = dict[str, Any]
@@ -79,7 +79,7 @@ class Rounds:
         question: str = QUESTION,
     ) -> list[ImageRequest]:
         """``number`` requests with the same question, each about new images."""
-        prompt = user_turn(question, images, image_marker(self.shape))
+        prompt = user_turn(question, images, family_of(self.shape).image_marker)
         return [
             ImageRequest(
                 prompt,

@@ -89,7 +89,7 @@ SERVERS = (
     "demo/test_model.py",
     "docker/test_dashboard.py",
     "docker/test_proxy.py",
-    "benchmarks/test_bench_http.py",
+    "benchmarks/test_traffic.py",
     "evaluation/test_evaluate.py",
     "benchmarks/test_serving.py",
 )

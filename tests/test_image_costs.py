@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 from benchmarks import (
+    internvl_checkpoint,
     llava_next_checkpoint,
     qwen3_checkpoint,
     qwen_checkpoint,
 )
-from tests.checkpoints import internvl_checkpoint
-from tests.checkpoints.internvl_checkpoint import InternVLShape
-from tests.checkpoints.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
+from benchmarks.internvl_checkpoint import InternVLShape
+from benchmarks.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 

@@ -34,10 +34,7 @@ class FakeEngine:
         self.commands: list[Mapping[str, Any]] = []
 
     def _unpruned(self, request: ImageRequest) -> float:
-        shape = replace(self.shape, image_size=request.image_size)
-        if request.max_pixels is None:
-            return shape.visual_tokens
-        return shape.visual_tokens * request.max_pixels / request.image_size**2
+        return replace(self.shape, image_size=request.image_size).visual_tokens
 
     def _visual(self, request: ImageRequest) -> float:
         if self.selector is None:

@@ -46,7 +46,7 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
             ["--shape", "qwen2.5-vl-small", "--scenarios", "prefill", "decode"],
             "qwen2.5-vl-small supports only prefill, not decode",
         ),
-        (["--shape", "qwen2.5-vl-small", "--peers"], "selector cls needs [CLS]"),
+        (["--shape", "qwen2.5-vl-small", "--peers"], "LLaVA-1.5's shapes only"),
     ],
 )
 def test_bad_arguments_are_refused(argv, message, capsys):
@@ -76,7 +76,7 @@ def test_defaults_suit_the_device_and_the_shape():
     assert complete("--shape", "llava-1.5-13b", "--load-format", "random").load_format == "random"
 
 
-def test_qwen_has_its_own_scenarios_and_boundaries():
+def test_images_of_any_size_have_their_own_scenarios_and_boundaries():
     chosen = complete("--shape", "qwen2.5-vl-small")
     assert (chosen.scenarios, chosen.batches, chosen.kv_cache_gib) == (["prefill"], (1,), 2)
     made = engine_options(chosen, SHAPES[chosen.shape])

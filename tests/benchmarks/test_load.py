@@ -86,11 +86,3 @@ def test_arrivals_are_relative_to_stock_s_throughput(runs):
     assert slow["throughput"] == slow["ideal"] == EXACTLY_ONE
     assert fast["throughput"] == pytest.approx(many["throughput"])
     assert {traffic.clients for _, traffic, *_ in runs if traffic.rate < 1e9} == {None}
-
-
-def test_without_stock_there_are_no_comparisons(runs):
-    [row] = load.measure_load(OURS, None, rounds=1, answer_tokens=4, clients=(2,), ratios=["8/9"])
-    assert row["ours_requests_per_second"] > 0
-    assert not {"throughput", "ideal", "stock_requests_per_second"} & row.keys()
-    assert row["requests"] == 6
-    assert {server for server, *_ in runs} == {OURS}

@@ -54,12 +54,3 @@ def test_the_bench_s_shape_has_the_7b_s_boundaries():
     assert SMALL.grid(4000, 20) == (1, 143)
     # As in configs/qwen2.5-vl-7b.yaml.
     assert ImagePlan.of(SMALL, 8 / 9, "vitcop").layers == (2, 18, 8)
-
-
-@pytest.mark.parametrize("tokens", [4.0, 28.4, 85.3, 256.0, 511.9, 768.1])
-def test_max_pixels_scales_to_about_the_wanted_tokens(tokens):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    pixels = SMALL.max_pixels(tokens)
-    height, width = smart_resize(1344, 1344, 28, SMALL.pixel_limits["shortest_edge"], pixels)
-    assert height == width == 28 * round(tokens**0.5)

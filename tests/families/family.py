@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks import (
+    internvl_checkpoint,
     llava_next_checkpoint,
+    llava_onevision_checkpoint,
     qwen3_checkpoint,
     qwen_checkpoint,
 )
+from benchmarks.internvl_checkpoint import save_random_internvl
 from benchmarks.llava_next_checkpoint import save_random_llava_next
+from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
 from benchmarks.qwen3_checkpoint import save_random_qwen3
 from benchmarks.qwen_checkpoint import save_random_qwen
-from tests.checkpoints import internvl_checkpoint, llava_onevision_checkpoint
-from tests.checkpoints.internvl_checkpoint import save_random_internvl
-from tests.checkpoints.llava_onevision_checkpoint import save_random_llava_onevision
 from tests.engine.requests import ENGINE_OPTIONS, IMAGE_MARKS, IMAGE_TOKEN, sample_image
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
-from tests.checkpoints.internvl_checkpoint import TINY_CHAT
+from benchmarks.internvl_checkpoint import TINY_CHAT
 from tests.engine.dense_oracle import DenseModel, Encoded, Tile
 from tests.families.qwen_oracle import root_mean_square_distance
 from tests.pruning import oracle

@@ -7,9 +7,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import llava_next_checkpoint
+from benchmarks import internvl_checkpoint, llava_next_checkpoint
 from benchmarks.qwen_checkpoint import TINY
-from tests.checkpoints import internvl_checkpoint
 from tests.families.family import INTERNVL, INTERNVL_CHAT, LLAVA_NEXT, QWEN2_5_VL, Family
 from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
 from vitcop_vllm.pruning.grids import Grid

@@ -1,4 +1,4 @@
-"""Writes InternVL checkpoints with random weights, for tests.
+"""Writes InternVL checkpoints with random weights, for tests and for measurements of speed.
 
 InternVL comes in two forms. ``chat`` is the published form, ``InternVLChatModel``, whose
 configuration is Python code in the checkpoint. The other is that of transformers,
@@ -89,6 +89,8 @@ class InternVLShape:
         hidden, layers, heads, kv_heads, intermediate: The decoder.
         max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
+        boundaries: ``shallow_boundary`` and ``deep_boundary`` of pruning, if not the default.
+        image_size: Height and width of a bench's images, in pixels.
     """
 
     chat: bool
@@ -108,6 +110,13 @@ class InternVLShape:
     intermediate: int
     max_positions: int = 4096
     rope_theta: float = 1_000_000.0
+    boundaries: tuple[int, int] | None = None
+    image_size: int = 448
+
+    @property
+    def visual_tokens(self) -> int:
+        """V, the visual tokens of an image of ``image_size``."""
+        return self.tokens_of(self.image_size, self.image_size)
 
     @property
     def tokens_per_tile(self) -> int:
@@ -178,8 +187,29 @@ TINY_TRANSFORMERS = InternVLShape(
 )
 
 
-def save_random_internvl(path: Path, shape: InternVLShape, *, seed: int = 0) -> None:
-    """Write a whole checkpoint with seeded random float32 weights."""
+SMALL = InternVLShape(
+    chat=False,
+    vision_hidden=256,
+    vision_layers=8,
+    vision_heads=4,
+    vision_intermediate=1024,
+    large_encoder=False,
+    qwen3=False,
+    hidden=512,
+    layers=28,
+    heads=8,
+    kv_heads=2,
+    intermediate=1536,
+    boundaries=(2, 20),  # as in configs/internvl3-8b.yaml
+    image_size=1344,
+)
+"""Small enough for a CPU; tiles and the decoder's depth are those of InternVL3-8B."""
+
+
+def save_random_internvl(
+    path: Path, shape: InternVLShape, *, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
     import torch
     from safetensors.torch import save_file
     from transformers import InternVLForConditionalGeneration
@@ -189,13 +219,15 @@ def save_random_internvl(path: Path, shape: InternVLShape, *, seed: int = 0) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = {
-            name: _random_weight(name, weight).contiguous()
+            name: _random_weight(name, weight).to(getattr(torch, dtype)).contiguous()
             for name, weight in InternVLForConditionalGeneration(config).state_dict().items()
         }
     if shape.chat:
         tokenizer.save_pretrained(path)
         (path / "configuration_internvl_chat.py").write_text(_CONFIGURATION)
-        (path / "config.json").write_text(json.dumps(_published_config(shape, config), indent=1))
+        (path / "config.json").write_text(
+            json.dumps(_published_config(shape, config, dtype), indent=1)
+        )
         weights = _published_weights(weights)
     else:
         config.save_pretrained(path)
@@ -272,7 +304,7 @@ def _config(shape: InternVLShape, tokenizer: Any) -> Any:
     )
 
 
-def _published_config(shape: InternVLShape, config: Any) -> dict[str, Any]:
+def _published_config(shape: InternVLShape, config: Any, dtype: str) -> dict[str, Any]:
     vision = config.vision_config
     return {
         "architectures": ["InternVLChatModel"],
@@ -303,7 +335,7 @@ def _published_config(shape: InternVLShape, config: Any) -> dict[str, Any]:
         "min_dynamic_patch": 1,
         "max_dynamic_patch": shape.max_tiles,
         "tie_word_embeddings": False,
-        "dtype": "float32",
+        "dtype": dtype,
     }
 
 

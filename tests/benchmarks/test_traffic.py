@@ -1,14 +1,12 @@
-"""The HTTP load: its servers, its requests, and a run against a real server."""
+"""The HTTP load: its servers, its requests, and runs against a real server."""
 
-import json
 from contextlib import contextmanager
 
-import httpx
 import pytest
 import yaml
 from vllm.tokenizers import get_tokenizer
 
-from benchmarks import bench_http, traffic
+from benchmarks import traffic
 from benchmarks.traffic import both_servers
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
@@ -80,29 +78,11 @@ def test_requests_have_an_image_or_text_instead():
 
 
 @pytest.mark.slow
-def test_load_on_a_running_server(demo_url, capsys):
-    def served_requests() -> float:
-        lines = httpx.get(f"{demo_url}/metrics").text.splitlines()
-        (line,) = (line for line in lines if line.startswith('vitcop_requests_total{ratio="0.8-'))
-        return float(line.split()[-1])
-
-    options = ["--ratios", "8/9", "--clients", "2", "--requests", "4", "--rounds", "1"]
-    assert bench_http.main(["--url", demo_url, *options]) == 0
-    before = served_requests()
-    assert bench_http.main(["--url", demo_url, *options, "--seed", "5"]) == 0
-    assert served_requests() == before + 8 + 4  # warm-up, and the run
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    [row] = document["load"]
-    assert (row["clients"], row["ratio"], row["requests"]) == (2, "8/9", 4)
-    assert row["ours_requests_per_second"] > 0
-    assert 0 < row["ours_ttft_p50_ms"] <= row["ours_ttft_p99_ms"]
-
-
-@pytest.mark.slow
-def test_failed_requests_end_the_run(demo_url, capsys):
-    options = ["--ratios", "0.99", "--clients", "2", "--requests", "4", "--rounds", "1"]
-    assert bench_http.main(["--url", demo_url, *options]) == 1
-    assert "8 of 8 requests failed" in capsys.readouterr().err
+def test_failed_requests_end_the_run(demo_url):
+    ours = traffic.Endpoint(demo_url, "demo", str(DEMO_MODEL))
+    run = traffic.Traffic(requests=4, answer_tokens=4, clients=2)
+    with pytest.raises(traffic.RequestsFailedError, match="4 of 4 requests failed"):
+        traffic.serve(ours, run, 11, ratios=(0.99,))
 
 
 @pytest.mark.slow
@@ -115,11 +95,6 @@ def test_each_request_has_its_own_ratio(demo_url):
     run = traffic.Traffic(requests=4, answer_tokens=4)
     mixed = traffic.serve(ours, run, 11, ratios=(0.0, 8 / 9))
     assert mixed["completed"] == 4
+    assert 0 < mixed["median_ttft_ms"] <= mixed["p99_ttft_ms"]
     text = traffic.serve(ours, run, 11, text_tokens=100)
     assert text["total_input_tokens"] == pytest.approx(4 * 140, rel=0.05)
-
-
-def test_rates_need_a_stock_server(capsys):
-    with pytest.raises(SystemExit):
-        bench_http.parse_arguments(["--url", "http://a", "--rates", "2"])
-    assert "stock vLLM" in capsys.readouterr().err

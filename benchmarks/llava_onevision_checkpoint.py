@@ -1,4 +1,4 @@
-"""Writes LLaVA-OneVision checkpoints with random weights, for tests."""
+"""Writes LLaVA-OneVision checkpoints with random weights, for tests and for benches."""
 
 from dataclasses import dataclass
 from math import sqrt
@@ -42,8 +42,27 @@ TINY = LlavaOnevisionShape(
 """16 visual tokens of a tile and up to 36 tiles, more than nine of which are scaled down."""
 
 
-def save_random_llava_onevision(path: Path, shape: LlavaOnevisionShape, *, seed: int = 0) -> None:
-    """Write a whole checkpoint with seeded random float32 weights."""
+SMALL = LlavaOnevisionShape(
+    tile_size=384,
+    image_size=768,
+    pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+    vision_hidden=256,
+    vision_layers=8,
+    vision_heads=4,
+    hidden=512,
+    layers=28,
+    heads=8,
+    kv_heads=2,
+    intermediate=1536,
+    boundaries=(2, 20),  # as in configs/llava-onevision-7b.yaml
+)
+"""Small enough for a CPU; tiles and the decoder's depth are those of the 7B model."""
+
+
+def save_random_llava_onevision(
+    path: Path, shape: LlavaOnevisionShape, *, seed: int = 0, dtype: str = "float32"
+) -> None:
+    """Write a whole checkpoint with seeded random weights of a torch ``dtype``."""
     from transformers import LlavaOnevisionForConditionalGeneration
 
     tokenizer = byte_tokenizer()
@@ -51,9 +70,7 @@ def save_random_llava_onevision(path: Path, shape: LlavaOnevisionShape, *, seed:
     config = _config(shape, tokenizer)
     config.save_pretrained(path)
     _save_processor(path, shape, tokenizer)
-    save_random_weights(
-        path, lambda: LlavaOnevisionForConditionalGeneration(config), seed, "float32"
-    )
+    save_random_weights(path, lambda: LlavaOnevisionForConditionalGeneration(config), seed, dtype)
 
 
 def _save_processor(path: Path, shape: LlavaOnevisionShape, tokenizer: Any) -> None:
