@@ -41,9 +41,11 @@ from benchmarks.goals import check_goals
 from benchmarks.load import measure_load
 from benchmarks.plots import plot_speed
 from benchmarks.rounds import Rounds, Row
+from benchmarks.serving import ServerError
 from benchmarks.shapes import SHAPES, describe
 from benchmarks.tables import print_document
 from benchmarks.traffic import both_servers
+from vitcop_server.bench import RequestsFailedError
 
 Case = Mapping[str, Any]
 
@@ -79,7 +81,10 @@ def measure(
 
     Raises:
         TooLittleMemoryError: If a scenario's concurrent requests do not fit into KV memory.
-        EngineDiedError: If an engine's process died; ``measured`` holds the earlier rows.
+        EngineDiedError: If an engine's process died; ``measured`` holds the earlier rows, also
+            after the next two.
+        ServerError: If a server did not start.
+        RequestsFailedError: If a request of the load failed.
     """
     shape = SHAPES[arguments.shape]
     in_engines = [name for name in arguments.scenarios if name in ENGINE_SCENARIOS]
@@ -125,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(checkpoint, shape, options)
             try:
                 measure(arguments, checkpoint, options, measured)
-            except EngineDiedError as error:
+            except (EngineDiedError, RequestsFailedError, ServerError) as error:
                 died = str(error)
     except (WrongDeviceError, TooLittleMemoryError) as error:
         print(error, file=sys.stderr)

@@ -22,6 +22,7 @@ import yaml
 from benchmarks.engines import OURS, STOCK
 from benchmarks.measured_engine import Result
 from benchmarks.serving import running_server
+from vitcop_server.bench import check_answered
 from vitcop_vllm.demo.checkpoint import resolve
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY
 
@@ -31,10 +32,6 @@ IMAGE_SIZE = 336
 
 HALF_A_GPU = ("--gpu-memory-utilization", "0.45")
 """For each of two servers, if their configuration does not limit GPU memory."""
-
-
-class RequestsFailedError(RuntimeError):
-    """Some requests failed."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +149,7 @@ def serve(
                 ready_check_timeout_sec=0,
             )
         )
-    if result["failed"]:
-        errors = {error.splitlines()[-1] for error in result["errors"] if error}
-        raise RequestsFailedError(
-            f"{result['failed']} of {traffic.requests} requests failed: {'; '.join(errors)}"
-        )
+    check_answered(result)
     return result
 
 

@@ -13,7 +13,7 @@ import argparse
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from fractions import Fraction
 from statistics import median
@@ -98,10 +98,19 @@ def run_benchmark(url: str, ratio: str, seed: int, flags: Sequence[str]) -> dict
     run = ["--base-url", url, "--seed", str(seed), *header]
     with redirect_stdout(io.StringIO()):  # standard output is for our table and document
         result = bench_serve(parser.parse_args([*DEFAULTS, *flags, *run]))
+    check_answered(result)
+    return {name: float(result[field]) for name, field in _FIGURES.items()}
+
+
+def check_answered(result: Mapping[str, Any]) -> None:
+    """Check a result of vLLM's benchmark.
+
+    Raises:
+        RequestsFailedError: If a request failed.
+    """
     if result["failed"]:
         errors = sorted({error.splitlines()[-1] for error in result["errors"] if error})
         raise RequestsFailedError(f"{result['failed']} requests failed: {'; '.join(errors)}")
-    return {name: float(result[field]) for name, field in _FIGURES.items()}
 
 
 def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,8 +13,10 @@ from benchmarks.engines import OURS, PEER, STOCK, EngineDiedError, running_engin
 from benchmarks.goals import GOALS
 from benchmarks.qwen_checkpoint import SMALL, save_random_qwen
 from benchmarks.rounds import Rounds
+from benchmarks.serving import ServerError
 from benchmarks.shapes import SHAPES
 from tests.benchmarks.fake_engines import FakeEngine
+from vitcop_server.bench import RequestsFailedError
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 
 
@@ -133,9 +135,10 @@ def test_too_little_memory_is_refused_before_a_measurement(capsys):
 
 
 @pytest.mark.usefixtures("fakes")
-def test_rows_from_before_an_engine_died_are_printed(capsys, monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", [EngineDiedError, ServerError, RequestsFailedError])
+def test_rows_from_before_a_failure_are_printed(error, capsys, monkeypatch, tmp_path):
     def die(self, **command):
-        raise EngineDiedError("engine stock is gone")
+        raise error("engine stock is gone")
 
     monkeypatch.setattr(FakeEngine, "capacity", die)
     argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "2"]
