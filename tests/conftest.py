@@ -68,8 +68,9 @@ SAME_AS_ANOTHER = {
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
     "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2", *_MEMORY_TESTS},
+    "qwen3_5_moe": {"test_ratio_zero_gives_the_answers_of_stock_vllm"},
 }
-"""Family -> files whose tests run the same code as for another family."""
+"""Family -> tests, or files of tests, that run the same code as for another family."""
 
 ENGINES = ("engine/", "families/", "worker/", "benchmarks/test_bench.py")
 """Files that use LLaVA's engine in the tests' process, or child processes that end with a test."""
@@ -119,7 +120,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip = pytest.mark.skip(reason="runs the same code as another test; --full runs it too")
     for item in items:
         family = item.name.partition("[")[2].partition("-")[0].rstrip("]")
-        if item.path.stem in SAME_AS_ANOTHER.get(family, ()):
+        if {item.path.stem, item.name.partition("[")[0]} & SAME_AS_ANOTHER.get(family, set()):
             item.add_marker(skip)
 
 

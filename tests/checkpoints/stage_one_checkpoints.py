@@ -105,19 +105,28 @@ def _save_gemma_processor(path: Path, tokenizer: Any) -> None:
     ).save_pretrained(path)
 
 
-def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
-    """Write a Qwen3.5, bfloat16: three of four layers have linear attention."""
-    from transformers import (
-        Qwen3_5Config,
-        Qwen3_5ForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+def save_random_qwen3_5(path: Path, *, seed: int = 0, experts: int = 0) -> None:
+    """Write a Qwen3.5, bfloat16: three of four layers have linear attention.
+
+    Args:
+        path: Folder of the checkpoint.
+        seed: Seed of the weights.
+        experts: Experts of each layer, 0 for a dense model. All compute each token: a router in
+            bfloat16 could choose others than the same router in float32.
+    """
+    import transformers
 
     tokenizer = byte_tokenizer()
     token = tokenizer.convert_tokens_to_ids
-    config = Qwen3_5Config(
-        architectures=["Qwen3_5ForConditionalGeneration"],
+    kind = "Qwen3_5Moe" if experts else "Qwen3_5"
+    of_experts = {
+        "num_experts": experts,
+        "num_experts_per_tok": experts,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        architectures=[f"{kind}ForConditionalGeneration"],
         vision_config={
             "depth": 3,
             "hidden_size": 64,
@@ -132,7 +141,7 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
-            "intermediate_size": 256,
+            **(of_experts if experts else {"intermediate_size": 256}),
             "num_hidden_layers": QWEN_LAYERS,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -158,10 +167,16 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0) -> None:
     )
     pixels = (16 * MERGE) ** 2
     limits = {"shortest_edge": 4 * pixels, "longest_edge": 320 * pixels}
-    save_processor(path, Qwen3VLProcessor, Qwen3VLVideoProcessor, tokenizer, 16, limits)
-    save_model(path, Qwen3_5ForConditionalGeneration, config, seed, "bfloat16", _qwen_weight)
+    processors = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
+    save_processor(path, *processors, tokenizer, 16, limits)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")
+    save_model(path, model, config, seed, "bfloat16", _qwen_weight)
 
 
 def _qwen_weight(name: str, weight: Any) -> Any:
     """Transformers' own decays of linear attention: random ones forget everything."""
-    return weight if name.endswith(("A_log", "dt_bias")) else random_weight(name, weight)
+    if name.endswith(("A_log", "dt_bias")):
+        return weight
+    random = random_weight(name, weight)
+    # Of experts' matrices, ``random_weight`` takes the whole for fan-in.
+    return random * weight.shape[1] ** 0.5 if ".experts." in name else random

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeVisionModel
 
 from tests.families.qwen3_oracle import DenseQwen3
 from tests.families.qwen_oracle import attention_received
@@ -143,13 +144,19 @@ class _Tower(DenseQwen3):
         return super().load_tower(path)
 
 
+class _MoeTower(_Tower):
+    tower_class = Qwen3_5MoeVisionModel
+
+
 class Qwen35(StageOneOracle):
     """Qwen3.5."""
+
+    tower_of: type[_Tower] = _Tower
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.image_token = self.config.image_token_id
-        self.tower = _Tower(path)
+        self.tower = self.tower_of(path)
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,3 +178,9 @@ class Qwen35(StageOneOracle):
         hidden = text(inputs_embeds=embeds, position_ids=positions[:, None]).last_hidden_state
         logits: torch.Tensor = self.model.lm_head(hidden)
         return logits
+
+
+class Qwen35Moe(Qwen35):
+    """Qwen3.5-MoE."""
+
+    tower_of = _MoeTower

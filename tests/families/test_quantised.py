@@ -1,6 +1,7 @@
 """Start-up with quantised checkpoints of every family, on a simulated NVIDIA GPU."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,11 @@ QUANTISED: dict[str, dict[str, Any]] = {
 }
 """``quantization_config`` of published checkpoints, by method."""
 
-STAGE_ONE = {"gemma3": save_random_gemma3, "qwen3_5": save_random_qwen3_5}
+STAGE_ONE: dict[str, Callable[[Path], None]] = {
+    "gemma3": save_random_gemma3,
+    "qwen3_5": save_random_qwen3_5,
+    "qwen3_5_moe": partial(save_random_qwen3_5, experts=4),
+}
 CASES = [
     *((family.name, "fp8") for family in FAMILIES),
     *((name, "fp8") for name in STAGE_ONE),

@@ -1,7 +1,8 @@
 """Models that Stage I alone prunes: their decoder, KV cache and scheduler are vLLM's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -100,7 +101,17 @@ QWEN3_5 = StageOneFamily(
 )
 
 
-@pytest.fixture(scope="module", params=[GEMMA3, QWEN3_5], ids=lambda family: family.name)
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    name="qwen3_5_moe",
+    save=partial(save_random_qwen3_5, experts=4),
+    oracle="Qwen35Moe",
+)
+
+
+@pytest.fixture(
+    scope="module", params=[GEMMA3, QWEN3_5, QWEN3_5_MOE], ids=lambda family: family.name
+)
 def family(request: pytest.FixtureRequest) -> StageOneFamily:
     chosen: StageOneFamily = request.param
     return chosen

@@ -211,5 +211,12 @@ FAMILIES: dict[str, Family] = {
         has_cls=False,
         checks=_QWEN_CHECKS,
     ),
+    "Qwen3_5MoeForConditionalGeneration": Family(
+        "Qwen3.5-MoE",
+        "vitcop_vllm.models.qwen3_5:PrunedQwen35MoeForConditionalGeneration",
+        decoders=(),
+        has_cls=False,
+        checks=_QWEN_CHECKS,
+    ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

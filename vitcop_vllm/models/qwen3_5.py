@@ -1,7 +1,12 @@
-"""Qwen3.5, whose encoder Stage I prunes; its hybrid decoder runs as in vLLM. See ``qwen_vl``."""
+"""Qwen3.5 and 3.6, dense and MoE, whose encoder Stage I prunes. See ``qwen_vl``.
+
+Their hybrid decoders run as in vLLM.
+"""
 
 from vllm.model_executor.models.qwen3_5 import (
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeProcessingInfo,
     Qwen3_5ProcessingInfo,
 )
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
@@ -14,6 +19,10 @@ class PrunedQwen35ProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5ProcessingInf
     pass
 
 
+class PrunedQwen35MoeProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5MoeProcessingInfo):
+    pass
+
+
 @MULTIMODAL_REGISTRY.register_processor(
     PrunedQwen3Processor,
     info=PrunedQwen35ProcessingInfo,
@@ -21,3 +30,12 @@ class PrunedQwen35ProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5ProcessingInf
 )
 class PrunedQwen35ForConditionalGeneration(Qwen3Tower, Qwen3_5ForConditionalGeneration):
     """vLLM's Qwen3.5, which encodes a pruned image's kept tokens only."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    PrunedQwen3Processor,
+    info=PrunedQwen35MoeProcessingInfo,
+    dummy_inputs=Qwen3VLDummyInputsBuilder,
+)
+class PrunedQwen35MoeForConditionalGeneration(Qwen3Tower, Qwen3_5MoeForConditionalGeneration):
+    """vLLM's Qwen3.5-MoE, which encodes a pruned image's kept tokens only."""
