@@ -57,6 +57,8 @@ STAGE_ONE = {
     "gemma-3-12b": 256,
     "qwen3.5-27b": prod(qwen3_checkpoint.SMALL.grid(*SIZE)),
     "qwen3.5-35b-a3b": prod(qwen3_checkpoint.SMALL.grid(*SIZE)),
+    # Tokens of 28 pixels, images of up to 1540.
+    "mistral-small-3.1-24b": ceil(SIZE[0] / 28) * ceil(SIZE[1] / 28),
 }
 """V of an image of :data:`SIZE`, for models that Stage I alone prunes."""
 

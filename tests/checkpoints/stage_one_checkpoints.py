@@ -1,4 +1,4 @@
-"""Random checkpoints of models that Stage I alone prunes: Gemma 3 and Qwen3.5. For tests."""
+"""Random checkpoints of models that Stage I alone prunes. For tests."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ GEMMA_IMAGE, GEMMA_TOKENS = "<start_of_image>", 64
 GEMMA_SPECIALS = ("<pad>", "<eos>", "<bos>", GEMMA_IMAGE, "<end_of_image>", "<image_soft_token>")
 
 QWEN_LAYERS = 4
+
+MISTRAL_SPECIALS = ("<unk>", "<s>", "</s>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<pad>")
 
 
 def save_random_gemma3(path: Path, *, seed: int = 0) -> None:
@@ -180,3 +182,62 @@ def _qwen_weight(name: str, weight: Any) -> Any:
     random = random_weight(name, weight)
     # Of experts' matrices, ``random_weight`` takes the whole for fan-in.
     return random * weight.shape[1] ** 0.5 if ".experts." in name else random
+
+
+def save_random_mistral3(path: Path, *, seed: int = 0) -> None:
+    """Write a Mistral3: images of up to 280 pixels, visual tokens of 28 pixels."""
+    from transformers import (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        PixtralImageProcessor,
+        PixtralProcessor,
+    )
+
+    patch, longest = 14, 280
+    tokenizer = byte_tokenizer(MISTRAL_SPECIALS)
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "</s>", "<pad>", "<s>"
+    token = tokenizer.convert_tokens_to_ids
+    config = Mistral3Config(
+        architectures=["Mistral3ForConditionalGeneration"],
+        vision_config={
+            "model_type": "pixtral",
+            "image_size": longest,
+            "patch_size": patch,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "head_dim": 32,
+            "hidden_act": "silu",
+        },
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+            "sliding_window": None,
+            "bos_token_id": token("<s>"),
+            "eos_token_id": token("</s>"),
+            "tie_word_embeddings": False,
+        },
+        image_token_index=token("[IMG]"),
+        spatial_merge_size=MERGE,
+        tie_word_embeddings=False,
+    )
+    PixtralProcessor(
+        image_processor=PixtralImageProcessor(
+            size={"longest_edge": longest}, patch_size={"height": patch, "width": patch}
+        ),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        spatial_merge_size=MERGE,
+        chat_template=CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "[IMG]"),
+    ).save_pretrained(path)
+    save_model(path, Mistral3ForConditionalGeneration, config, seed, "float32")

@@ -32,6 +32,7 @@ IMAGE_MARKS = {
     "qwen3_5": "<|vision_start|><|image_pad|><|vision_end|>",
     "qwen3_5_moe": "<|vision_start|><|image_pad|><|vision_end|>",
     "gemma3": "<start_of_image>",
+    "mistral3": "[IMG]",
     "internvl_chat": "<image>",
     "internvl": "<IMG_CONTEXT>",
 }

@@ -33,6 +33,10 @@ class StageOneOracle:
         self.processor: Any = AutoProcessor.from_pretrained(path)
         self.config: Any = self.model.config
 
+    def visual_tokens(self, image: Image.Image) -> int:
+        """V."""
+        raise NotImplementedError
+
     def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """(V, H) embeddings of all tokens, and (V,) attention that they receive."""
         raise NotImplementedError
@@ -84,6 +88,9 @@ class Gemma3(StageOneOracle):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.image_token = self.config.image_token_index
+
+    def visual_tokens(self, image: Image.Image) -> int:
+        return int(self.config.mm_tokens_per_image)
 
     @torch.no_grad()
     def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,6 +165,9 @@ class Qwen35(StageOneOracle):
         self.image_token = self.config.image_token_id
         self.tower = self.tower_of(path)
 
+    def visual_tokens(self, image: Image.Image) -> int:
+        return self.tower.visual_tokens(image)
+
     @torch.no_grad()
     def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         tower = self.tower
@@ -184,3 +194,80 @@ class Qwen35Moe(Qwen35):
     """Qwen3.5-MoE."""
 
     tower_of = _MoeTower
+
+
+class Mistral3(StageOneOracle):
+    """Mistral3: a token is a square of Pixtral's patches. A pruned image has no row marks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.image_token = self.config.image_token_id
+
+    def visual_tokens(self, image: Image.Image) -> int:
+        rows, columns = self.grid(self.processed(image)[1])
+        return rows * columns
+
+    def processed(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The pixels, and their height and width."""
+        merge, patch = self.config.spatial_merge_size, self.config.vision_config.patch_size
+        processed = self.processor.image_processor(
+            image.convert("RGB"), patch_size=merge * patch, return_tensors="pt"
+        )
+        height, width = map(int, processed["image_sizes"][0])
+        return processed["pixel_values"], (height, width)
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        side = self.config.spatial_merge_size * self.config.vision_config.patch_size
+        return size[0] // side, size[1] // side
+
+    @torch.no_grad()
+    def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, size = self.processed(image)
+        tower = self.model.model.vision_tower
+        attention = tower.transformer.layers[-1].attention
+        captured: dict[str, Any] = {}
+
+        def capture(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            captured.update(kwargs)
+
+        hook = attention.register_forward_pre_hook(capture, with_kwargs=True)
+        features = tower(pixels, image_sizes=[size]).last_hidden_state[0]
+        hook.remove()
+        normed, (cos, sin) = captured["hidden_states"][0], captured["position_embeddings"]
+        query, key = (
+            self.by_token(turn(project(normed), cos, sin, attention.num_heads), size)
+            for project in (attention.q_proj, attention.k_proj)
+        )
+        embeddings = self.model.model.multi_modal_projector(features, [size])
+        return embeddings, attention_received(query, key)
+
+    def by_token(self, patches: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(patches, heads, D), row by row, to (V, patches of a token, heads, D)."""
+        merge = self.config.spatial_merge_size
+        rows, columns = self.grid(size)
+        return torch.stack(
+            [
+                patches[(row * merge + i) * columns * merge + column * merge + j]
+                for row in range(rows)
+                for column in range(columns)
+                for i in range(merge)
+                for j in range(merge)
+            ]
+        ).unflatten(0, (rows * columns, merge**2))
+
+    def places(self, kept: list[int], image: Image.Image) -> tuple[list[tuple[int, ...]], int]:
+        return [(i,) * 3 for i in range(len(kept))], len(kept)
+
+    def decode(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        text = self.model.model.language_model
+        hidden = text(inputs_embeds=embeds, position_ids=positions[:1]).last_hidden_state
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        return logits
+
+
+def turn(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:
+    """(T, heads * D) queries or keys to (T, heads, D), after rotary embedding."""
+    x = rows.unflatten(-1, (heads, -1))
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.reshape(-1, 1, x.shape[-1]) + turned * sin.reshape(-1, 1, x.shape[-1])

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints.stage_one_checkpoints import save_random_gemma3, save_random_qwen3_5
+from tests.checkpoints.stage_one_checkpoints import (
+    save_random_gemma3,
+    save_random_mistral3,
+    save_random_qwen3_5,
+)
 from tests.engine.test_backends import choices_of
 from tests.families.family import FAMILIES, Family
 
@@ -26,6 +30,7 @@ STAGE_ONE: dict[str, Callable[[Path], None]] = {
     "gemma3": save_random_gemma3,
     "qwen3_5": save_random_qwen3_5,
     "qwen3_5_moe": partial(save_random_qwen3_5, experts=4),
+    "mistral3": save_random_mistral3,
 }
 CASES = [
     *((family.name, "fp8") for family in FAMILIES),

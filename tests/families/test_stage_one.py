@@ -14,8 +14,9 @@ from benchmarks.qwen_checkpoint import SPECIALS
 from benchmarks.serving import NO_PLUGIN
 from tests.checkpoints.stage_one_checkpoints import (
     GEMMA_SPECIALS,
-    GEMMA_TOKENS,
+    MISTRAL_SPECIALS,
     save_random_gemma3,
+    save_random_mistral3,
     save_random_qwen3_5,
 )
 from tests.engine.requests import (
@@ -66,6 +67,7 @@ class StageOneFamily:
         options: Of its engine.
         tolerance: Of log-probabilities against the oracle, which computes in float32.
         caches: Whether vLLM caches its prefixes.
+        row_mark: Id of the token after each row of an unpruned image, if there is one.
     """
 
     name: str
@@ -76,6 +78,7 @@ class StageOneFamily:
     options: dict[str, Any] = field(hash=False)
     tolerance: float
     caches: bool
+    row_mark: int | None = None
 
 
 GEMMA3 = StageOneFamily(
@@ -109,9 +112,21 @@ QWEN3_5_MOE = replace(
 )
 
 
-@pytest.fixture(
-    scope="module", params=[GEMMA3, QWEN3_5, QWEN3_5_MOE], ids=lambda family: family.name
+MISTRAL3 = StageOneFamily(
+    "mistral3",
+    save_random_mistral3,
+    "Mistral3",
+    MISTRAL_SPECIALS.index("[IMG]"),
+    layers=4,
+    options=ENGINE_OPTIONS,
+    tolerance=1e-3,
+    caches=True,
+    row_mark=MISTRAL_SPECIALS.index("[IMG_BREAK]"),
 )
+FAMILIES = (GEMMA3, QWEN3_5, QWEN3_5_MOE, MISTRAL3)
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> StageOneFamily:
     chosen: StageOneFamily = request.param
     return chosen
@@ -135,12 +150,11 @@ def oracle(family: StageOneFamily, checkpoint: Path) -> "StageOneOracle":
     return model
 
 
-def counts_of(family: StageOneFamily, oracle: Any, spec: RequestSpec) -> list[VisualTokenCounts]:
+def counts_of(
+    family: StageOneFamily, oracle: "StageOneOracle", spec: RequestSpec
+) -> list[VisualTokenCounts]:
     settings = PruningSettings(selector="received")
-    tokens = [
-        GEMMA_TOKENS if family is GEMMA3 else oracle.tower.visual_tokens(sample_image(seed))
-        for seed in spec.images
-    ]
+    tokens = [oracle.visual_tokens(sample_image(seed)) for seed in spec.images]
     return [plan_counts(settings, spec.ratio or 0.0, family.layers, n) for n in tokens]
 
 
@@ -172,6 +186,7 @@ def test_ratio_zero_gives_the_answers_of_stock_vllm(
 ) -> None:
     stock = generate_in_process(checkpoint, UNPRUNED, env=NO_PLUGIN, **stock_options(family))
     answers = generate(llm, UNPRUNED)
+    assert family.row_mark is None or family.row_mark in answers[0].prompt
     assert [answer.prompt for answer in answers] == [answer.prompt for answer in stock]
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in stock]
     assert len({tuple(answer.tokens) for answer in stock}) == len(stock)
@@ -190,6 +205,7 @@ def test_pruned_answers_equal_the_oracle(
         (answer,) = generate(llm, [spec])
         counts = counts_of(family, oracle, spec)
         assert answer.prompt.count(family.image_token) == sum(n.stages[0] for n in counts)
+        assert family.row_mark not in answer.prompt
         prompt, records = explained(llm, spec, f"r{number}")
         assert prompt == answer.prompt
         chosen = [record["patches"] for record in records]

@@ -81,8 +81,17 @@ def test_unpruned_counts_that_contradict_the_prompt_are_an_error():
 
 def test_text_between_the_visual_tokens_of_a_pruned_image_is_an_error():
     pruned = tag_identifier("a", COUNTS)
-    with pytest.raises(CountsMismatchError, match="has 173 placeholders"):
+    with pytest.raises(CountsMismatchError, match="text between"):
         plan_request([feature(pruned, 3, 86, 86)])
+
+
+def test_text_may_stand_between_the_visual_tokens_of_an_unpruned_image():
+    whole = tag_identifier("f00d", VisualTokenCounts.unpruned(9))
+    plan = plan_request([feature(whole, 3, 4, 5), feature(tag_identifier("a", COUNTS), 200)])
+    assert plan is not None
+    assert (plan.spans[0].offset, plan.spans[0].end) == (3, 13)
+    with pytest.raises(CountsMismatchError, match="10 placeholders"):
+        plan_request([feature(whole, 3, 4, 6)])
 
 
 def test_text_may_stand_between_the_visual_tokens_of_an_image_without_counts():

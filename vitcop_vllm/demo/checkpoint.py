@@ -245,11 +245,13 @@ def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
     """Write a model's ``state_dict`` under the names that vLLM and transformers load."""
     from safetensors.torch import save_file
 
+    tower = "model.vision_tower."
+    # transformers 5 dropped a level of the names of CLIP and SigLIP that vLLM and older files have.
+    renames = any(name.startswith(f"{tower}encoder.") for name in state)
     named = {}
     for name, weight in state.items():
-        # transformers 5 dropped a level of the tower's names that vLLM and older files have.
-        if name.startswith("model.vision_tower.") and ".vision_model." not in name:
-            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        if renames and name.startswith(tower):
+            name = name.replace(tower, f"{tower}vision_model.", 1)
         named[name] = weight.detach().cpu().contiguous()
     save_file(named, path / "model.safetensors", metadata={"format": "pt"})
 

@@ -218,5 +218,12 @@ FAMILIES: dict[str, Family] = {
         has_cls=False,
         checks=_QWEN_CHECKS,
     ),
+    "Mistral3ForConditionalGeneration": Family(
+        "Mistral3",
+        "vitcop_vllm.models.mistral3:PrunedMistral3ForConditionalGeneration",
+        decoders=(),
+        has_cls=False,
+        checks=_ENCODER_CHECKS,
+    ),
 }
 """Architecture in a checkpoint's config.json -> its family."""

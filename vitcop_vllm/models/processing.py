@@ -356,7 +356,8 @@ def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], PromptUpd
 
     Args:
         content: vLLM's replacement: tokens, or a function from an image's index to them. Text may
-            stand before and after the visual tokens, which are equal.
+            stand before and after the visual tokens, which are equal. Text between them is left
+            out if the image is pruned.
         images: Processed images. Images that were sent as embeddings have no :data:`COUNTS_FIELD`.
     """
 
@@ -376,8 +377,11 @@ def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], PromptUpd
             raise MisprocessedImageError(
                 f"it has {num_visual} visual tokens, but {counts.encoder} were planned"
             )
+        if not counts.is_pruned:
+            return update
         first = is_visual.index(True)
-        before, after = update.full[: first + counts.stages[0]], update.full[first + num_visual :]
-        return replace(update, full=before + after)
+        after = len(is_visual) - is_visual[::-1].index(True)
+        kept = [update.full[first]] * counts.stages[0]
+        return replace(update, full=[*update.full[:first], *kept, *update.full[after:]])
 
     return replacement

@@ -98,16 +98,24 @@ def span_in_prompt(identifier: str, place: Placeholders) -> VisualSpan:
     """Visual tokens of an image in the prompt, with the counts of its identifier.
 
     An engine also accepts prompts from another processor, whose identifiers do not end with
-    counts. Such an image is not pruned. It may have text between its visual tokens, which its
-    span then includes.
+    counts. Such an image is not pruned. An unpruned image may have text between its visual
+    tokens, which its span then includes.
 
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or
             their n1 is not the number of consecutive placeholders.
     """
     runs = place.extract_embeds_range()
-    offset = runs[0][0]
-    return VisualSpan(offset, _checked_counts(identifier, runs[-1][1] + 1 - offset))
+    offset, length = runs[0][0], runs[-1][1] + 1 - runs[0][0]
+    num_placeholders = sum(last + 1 - first for first, last in runs)
+    counts = _checked_counts(identifier, num_placeholders)
+    if num_placeholders == length:
+        return VisualSpan(offset, counts)
+    if counts.is_pruned:
+        raise CountsMismatchError(
+            f"image ...{identifier[-48:]!r} is pruned, and has text between its placeholders"
+        )
+    return VisualSpan(offset, VisualTokenCounts.unpruned(length))
 
 
 def _checked_counts(identifier: str, num_placeholders: int) -> VisualTokenCounts:
