@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--model",
         choices=(
             *("llava", "llava-next", "llava-onevision", "internvl"),
-            *("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe"),
+            *("qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "gemma3", "mistral3"),
         ),
         help="soak this model; default: llava and qwen2.5-vl, all with --full",
     )

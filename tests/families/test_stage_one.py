@@ -1,8 +1,6 @@
 """Models that Stage I alone prunes: their decoder, KV cache and scheduler are vLLM's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib import import_module
 from math import inf
 from pathlib import Path
@@ -10,17 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.qwen_checkpoint import SPECIALS
 from benchmarks.serving import NO_PLUGIN
-from tests.checkpoints.stage_one_checkpoints import (
-    GEMMA_SPECIALS,
-    MISTRAL_SPECIALS,
-    save_random_gemma3,
-    save_random_mistral3,
-    save_random_qwen3_5,
-)
 from tests.engine.requests import (
-    ENGINE_OPTIONS,
     Answer,
     RequestSpec,
     generate,
@@ -29,6 +18,10 @@ from tests.engine.requests import (
     sample_image,
 )
 from tests.engine.scheduling import engine_core
+from tests.families.stage_one_family import (
+    STAGE_ONE_FAMILIES,
+    StageOneFamily,
+)
 from tests.families.test_explain import explained
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -54,79 +47,7 @@ UNPRUNED = [
 ]
 
 
-@dataclass(frozen=True)
-class StageOneFamily:
-    """A family and its tiny checkpoint.
-
-    Attributes:
-        name: Model type, as in the checkpoint's configuration.
-        save: Writes the checkpoint to a folder.
-        oracle: Class in ``stage_one_oracle``, which is imported late, like torch.
-        image_token: Id of the image token.
-        layers: Decoder layers.
-        options: Of its engine.
-        tolerance: Of log-probabilities against the oracle, which computes in float32.
-        caches: Whether vLLM caches its prefixes.
-        row_mark: Id of the token after each row of an unpruned image, if there is one.
-    """
-
-    name: str
-    save: Callable[[Path], None]
-    oracle: str
-    image_token: int
-    layers: int
-    options: dict[str, Any] = field(hash=False)
-    tolerance: float
-    caches: bool
-    row_mark: int | None = None
-
-
-GEMMA3 = StageOneFamily(
-    "gemma3",
-    save_random_gemma3,
-    "Gemma3",
-    GEMMA_SPECIALS.index("<image_soft_token>"),
-    layers=6,
-    options=ENGINE_OPTIONS,
-    tolerance=1e-3,
-    caches=True,
-)
-QWEN3_5 = StageOneFamily(
-    "qwen3_5",
-    save_random_qwen3_5,
-    "Qwen35",
-    SPECIALS.index("<|image_pad|>"),
-    layers=4,
-    # vLLM's linear attention on CPUs runs in bfloat16 and chooses its own block size.
-    options={k: v for k, v in ENGINE_OPTIONS.items() if k != "block_size"} | {"dtype": "bfloat16"},
-    tolerance=0.15,
-    caches=False,
-)
-
-
-QWEN3_5_MOE = replace(
-    QWEN3_5,
-    name="qwen3_5_moe",
-    save=partial(save_random_qwen3_5, experts=4),
-    oracle="Qwen35Moe",
-)
-
-
-MISTRAL3 = StageOneFamily(
-    "mistral3",
-    save_random_mistral3,
-    "Mistral3",
-    MISTRAL_SPECIALS.index("[IMG]"),
-    layers=4,
-    options=ENGINE_OPTIONS,
-    tolerance=1e-3,
-    caches=True,
-    row_mark=MISTRAL_SPECIALS.index("[IMG_BREAK]"),
-)
-FAMILIES = (GEMMA3, QWEN3_5, QWEN3_5_MOE, MISTRAL3)
-
-
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.name)
+@pytest.fixture(scope="module", params=STAGE_ONE_FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> StageOneFamily:
     chosen: StageOneFamily = request.param
     return chosen

@@ -131,7 +131,8 @@ def test_kept_tokens_have_the_embeddings_of_the_whole_image():
         distances = torch.cdist(embedding[:, :HIDDEN], of_image)
         assert (distances.min(dim=1).values < 1e-5).all()
         assert distances.argmin(dim=1).diff().min() > 0
-    assert "forward" not in vars(mistral.vision_tower.transformer.layers[-1])
+    layers: Any = mistral.vision_tower.transformer.layers
+    assert "forward" not in vars(layers[-1])
 
 
 @no_host_sync()
