@@ -179,3 +179,54 @@ def test_scheduler_and_kv_cache_are_vllm_s(llm: "LLM") -> None:
     assert type(core.scheduler).__module__.startswith("vllm.")
     managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     assert all(type(manager).__module__.startswith("vllm.") for manager in managers)
+
+
+def expect_the_same(answers: list[Answer], expected: list[Answer], tolerance: float) -> None:
+    for answer, other in zip(answers, expected, strict=True):
+        assert answer.prompt == other.prompt
+        assert answer.tokens == other.tokens
+        assert answer.logprobs == [pytest.approx(step, abs=tolerance) for step in other.logprobs]
+
+
+MIXED = [
+    *(RequestSpec(q.text, q.images, ratio) for q, ratio in zip(QUESTIONS, RATIOS, strict=True)),
+    *UNPRUNED[-2:],
+]
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_gives_the_same_answers(
+    engine_of: Callable[[StageOneFamily], "LLM"], compiled_gemma3: "LLM"
+) -> None:
+    worker = engine_core(compiled_gemma3).model_executor.driver_worker.worker
+    decoder = worker.model_runner.get_model().language_model.model
+    assert not decoder.do_not_compile
+    assert decoder.compiled
+    expected = generate(engine_of(GEMMA3), MIXED)
+    expect_the_same(generate(compiled_gemma3, MIXED), expected, 1e-4)
+
+
+@pytest.fixture(scope="session")
+def compiled_gemma3(checkpoint_of: Callable[[StageOneFamily], Path]) -> "LLM":
+    """Kept to the end of the session, like all engines."""
+    from vllm import LLM
+    from vllm.config import CompilationMode
+
+    # The eager backend skips the generation of C++ code, which would take minutes.
+    compilation = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}
+    options = GEMMA3.options | {"enforce_eager": False, "compilation_config": compilation}
+    return LLM(str(checkpoint_of(GEMMA3)), **options)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_answers_of_one_rank(
+    checkpoint_of: Callable[[StageOneFamily], Path], engine_of: Callable[[StageOneFamily], "LLM"]
+) -> None:
+    two = generate_in_process(
+        checkpoint_of(GEMMA3),
+        MIXED,
+        tensor_parallel_size=2,
+        env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    # Sums over ranks round differently. Another selection would change the values by more.
+    expect_the_same(two, generate(engine_of(GEMMA3), MIXED), 1e-3)

@@ -67,13 +67,13 @@ class Tower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(3 * PATCH**2, WIDTH)
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.layers = nn.ModuleList([Layer()])
 
     def forward(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         patches = [nn.functional.unfold(image[None], PATCH, stride=PATCH).mT for image in images]
         x = self.embed(torch.cat(patches, dim=1))
-        for layer in self.transformer.layers:  # type: ignore[union-attr]
+        for layer in self.transformer.layers:
             # Not a call, as in vLLM's blocks.
             x = layer.forward(x, None, None, None, None, None)
         return x[0].split(LENGTHS)
