@@ -21,10 +21,12 @@ class GridInfo:
     Attributes:
         reads_cls: Whether the encoder has [CLS].
         tiled: Whether an image also has a coarse grid, and its other grid has row marks.
+        coarse_last: Whether the coarse grid is the last.
     """
 
     reads_cls = False
     tiled = False
+    coarse_last = False
 
     def __init__(self, settings: PruningSettings | None = None) -> None:
         self.settings = settings or PruningSettings()
@@ -35,7 +37,8 @@ class GridInfo:
         box = (0.0, 0.0, float(width), float(height))
         rows, columns = math.ceil(height / UNIT), math.ceil(width / UNIT)
         if self.tiled:
-            return ImageLayout((Grid(3, 3), Grid(rows, columns, row_marks=True)), box)
+            grids = Grid(3, 3), Grid(rows, columns, row_marks=True)
+            return ImageLayout(grids[::-1] if self.coarse_last else grids, box)
         return ImageLayout((Grid(rows, columns),), box)
 
     def counts(self, num_tokens: int, processor_kwargs: Any) -> VisualTokenCounts:

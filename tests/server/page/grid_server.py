@@ -44,8 +44,8 @@ class Model:
         records: Selections by the image's identifier.
     """
 
-    def __init__(self) -> None:
-        self.preview = grid_preview()
+    def __init__(self, **settings: Any) -> None:
+        self.preview = grid_preview(**settings)
         self.records: dict[str, Any] = {}
 
     async def create_chat_completion(self, request: Any, raw_request: Request) -> Answer:
@@ -100,11 +100,13 @@ def choose(counts: VisualTokenCounts) -> dict[str, Any]:
     }
 
 
-def grid_app(*, has_cls: bool = False, tiled: bool = False) -> FastAPI:
+def grid_app(
+    *, has_cls: bool = False, tiled: bool = False, coarse_last: bool = False, **settings: Any
+) -> FastAPI:
     """An application with page, routes and answers; the encoder may have [CLS], or tiles."""
-    app, model = FastAPI(), Model()
-    model.preview.info.reads_cls = has_cls
-    model.preview.info.tiled = tiled
+    app, model = FastAPI(), Model(**settings)
+    info = model.preview.info
+    info.reads_cls, info.tiled, info.coarse_last = has_cls, tiled, coarse_last
     app.include_router(routes.router)
     attach_page(app)
     app.state.pruning_server_settings = ServerSettings(explain=True)

@@ -79,33 +79,54 @@ def test_cells_lie_on_a_grid_of_any_shape(
             assert every == list(range(rows * columns))
 
 
-def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser) -> None:
+@pytest.mark.parametrize("coarse_last", [False, True])
+def test_each_grid_of_a_tiled_image_can_be_shown(browser: Browser, coarse_last: bool) -> None:
     coarse, fine = (3, 3), (15, 22)
+    marked = "15 rows and 22 columns with a mark after each row"
+    texts = ["3 rows and 3 columns", marked][:: -1 if coarse_last else 1]
     with (
-        serving(grid_app(tiled=True)) as url,
+        serving(grid_app(tiled=True, coarse_last=coarse_last)) as url,
         asked_page(browser, url, (600, 400)) as (
             page,
             explanation,
         ),
     ):
-        expect(page.locator("#caption")).to_contain_text(
-            "in 3 rows and 3 columns and again in 15 rows and 22 columns with a mark after each row"
-        )
+        expect(page.locator("#caption")).to_contain_text(f"in {' and again in '.join(texts)}")
         choice = page.get_by_role("combobox", name="Grid shown")
-        expect(choice).to_have_value("1")
-        for number, (rows, columns) in ((1, fine), (0, coarse)):
+        finest = 0 if coarse_last else 1
+        expect(choice).to_have_value(str(finest))
+        for number, (rows, columns) in ((finest, fine), (1 - finest, coarse)):
             choice.select_option(str(number))
             show(page, 0)
             assert parts(page, ".heat", rows, columns) == list(range(rows * columns))
             for step, stage in enumerate(explanation["stages"], 1):
                 show(page, step)
                 bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
-                split = bits[:9], bits[9 : 9 + 15 * 23].reshape(15, 23)[:, :22].flatten()
-                assert parts(page, ".kept", rows, columns) == np.flatnonzero(split[number]).tolist()
+                first = number * (15 * 23 if coarse_last else 9)
+                own = bits[first:][:9]
+                if number == finest:
+                    own = bits[first:][: 15 * 23].reshape(15, 23)[:, :22].flatten()
+                assert parts(page, ".kept", rows, columns) == np.flatnonzero(own).tolist()
                 every = parts(page, ".kept:not(.anchor), .member, .dropped", rows, columns)
                 assert every == list(range(rows * columns))
         show(page, 0)
-        expect(choice).to_have_value("0")
+        expect(choice).to_have_value(str(1 - finest))
+
+
+def test_a_model_that_stage_one_alone_prunes_has_no_other_stage(browser: Browser) -> None:
+    app = grid_app(selector="received")
+    with serving(app) as url, asked_page(browser, url, (600, 400)) as (page, explanation):
+        kept = explanation["stages"][0]["tokens"]
+        expect(page.locator("#stops li")).to_have_text(["330Encoder", f"{kept}Stage I"])
+        assert facts(page, 1)["Tokens kept"] == f"{kept} of 330"
+        frame = page.locator("#frame")
+        for _ in range(3):
+            frame.press("ArrowRight")
+        expect(page.locator("#caption")).to_contain_text(f"Stage I, layers 0 to 27: {kept} of 330")
+        assert len(drawn(page, ".kept")) == kept
+        expect(page.locator("#plan-text")).to_contain_text(f"{kept} in layers 0 to 27: ")
+        expect(page.locator("#chart .count")).to_have_text([str(kept)])
+        assert "Stage II" not in page.locator("body").inner_text()
 
 
 def test_an_image_with_one_grid_offers_no_choice(browser: Browser, grid_url: str) -> None:
