@@ -97,12 +97,14 @@ class DenseModel(ABC):
     Attributes:
         axes: Axis of each rotary frequency: an index into a token's ``place``.
         image_token: Id of the placeholder token.
+        video_token: Id of that of videos, if the model takes videos.
         settings: Settings of pruning, except the selector.
         layer_norm_eps: Of norms with a bias.
     """
 
     axes: list[int]
     image_token: int
+    video_token: int | None = None
     num_axes: ClassVar[int]
     settings: ClassVar[PruningSettings] = PruningSettings(decoder_signal="keys")
     layer_norm_eps: ClassVar[float] = 1e-5
@@ -132,6 +134,11 @@ class DenseModel(ABC):
     def visual_tokens(self, image: Image.Image) -> int:
         """V, the number of an image's tokens before Stage I."""
 
+    def images(self, spec: RequestSpec) -> list[Any]:
+        """What a request's prompt has counts for, in its order: images, and frames of videos."""
+        assert not spec.videos
+        return [sample_image(seed) for seed in spec.images]
+
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
@@ -149,7 +156,7 @@ class DenseModel(ABC):
     def logits(
         self,
         tokens: list[int],
-        images: list[Image.Image],
+        images: list[Any],
         counts: list[VisualTokenCounts],
         prompt_length: int,
     ) -> torch.Tensor:
@@ -161,7 +168,8 @@ class DenseModel(ABC):
         deepstack: dict[int, torch.Tensor] = {}
         place = 0
         for number, (image, image_counts) in enumerate(zip(images, counts, strict=True)):
-            start = tokens.index(self.image_token, len(rows))
+            placeholders = (self.image_token, self.video_token)
+            start = next(i for i in range(len(rows), len(tokens)) if tokens[i] in placeholders)
             place += start - len(rows)
             rows += self.text_rows(range(len(rows), start), place)
             encoded = self.encode(image, image_counts)
@@ -426,7 +434,7 @@ def assert_equals_oracle(
     """
     assert spec.ratio is not None
     layers = model.config.text_config.num_hidden_layers
-    images = [sample_image(seed) for seed in spec.images]
+    images = model.images(spec)
     logits = model.logits(
         answer.prompt + answer.tokens[:-1],
         images,

@@ -38,6 +38,19 @@ IMAGE_MARKS = {
 }
 """Model type -> the text of an image in a prompt."""
 
+VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
+"""The text of a video in a prompt of Qwen-VL."""
+
+VIDEOS = {
+    # Frames, width, height, frames per second of the file, and every how many are sampled.
+    1: (6, 220, 300, 8.0, 3),
+    2: (9, 300, 200, 30.0, 7),  # an odd number: the last frame is repeated
+    3: (4, 140, 120, 5.0, 1),
+    4: (14, 390, 260, 24.0, 12),
+    5: (2, 560, 84, 2.0, 1),
+}
+"""Seed -> a video's size."""
+
 SIZES = {
     101: (840, 56),  # a strip: 2 rows of 30 columns, where tokens are 28 pixels wide
     102: (56, 840),
@@ -85,9 +98,10 @@ if Path("/dev/nvidiactl").exists():
 
 @dataclass(frozen=True)
 class RequestSpec:
-    """A request to send. ``images`` are seeds; with ``ratio`` None no ratio is sent.
+    """A request to send. ``images`` and ``videos`` are seeds; with ``ratio`` None no ratio is sent.
 
-    ``priority`` is for engines that the test steps; smaller comes first.
+    ``order`` has an i per image and a v per video, in the order of the prompt; default: images
+    first. ``priority`` is for engines that the test steps; smaller comes first.
     """
 
     text: str
@@ -98,19 +112,33 @@ class RequestSpec:
     system: str = ""
     cache_salt: str | None = None
     priority: int = 0
+    videos: tuple[int, ...] = ()
+    order: str = ""
+
+    def media(self) -> list[tuple[str, int]]:
+        """Kind and seed of each image (i) and video (v), in the order of the prompt."""
+        seeds = {"i": iter(self.images), "v": iter(self.videos)}
+        order = self.order or "i" * len(self.images) + "v" * len(self.videos)
+        return [(kind, next(seeds[kind])) for kind in order]
 
     def prompt(self, model_type: str = "llava") -> dict[str, Any]:
+        marks = {"i": IMAGE_MARKS[model_type], "v": VIDEO_MARK}
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + IMAGE_MARKS[model_type] * len(self.images)
+            + "".join(marks[kind] for kind, _ in self.media())
             + self.text
             + " ASSISTANT:"
         }
         if self.cache_salt is not None:
             prompt["cache_salt"] = self.cache_salt
+        media: dict[str, Any] = {}
         if self.images:
-            prompt["multi_modal_data"] = {"image": [sample_image(seed) for seed in self.images]}
+            media["image"] = [sample_image(seed) for seed in self.images]
+        if self.videos:
+            media["video"] = [sample_video(seed) for seed in self.videos]
+        if media:
+            prompt["multi_modal_data"] = media
         if self.ratio is not None:
             prompt["mm_processor_kwargs"] = {"pruning_ratio": self.ratio}
         return prompt
@@ -162,6 +190,29 @@ def sample_image(seed: int) -> Image.Image:
     noise = rng.integers(-60, 60, base.shape, dtype=np.int16)
     noise[:, : width // 2] = 0
     return Image.fromarray(np.clip(base + noise, 0, 255).astype(np.uint8))
+
+
+def sample_video(seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """A video's frames, in which a square moves, and what vLLM's loader says of it."""
+    num_frames, width, height, fps, step = VIDEOS[seed]
+    rng = np.random.default_rng(1000 + seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (5, 5, 3), dtype=np.uint8))
+    still = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    frames = np.stack([still] * num_frames)
+    side = min(width, height) // 3
+    for number, frame in enumerate(frames):
+        left = (width - side) * number // max(num_frames - 1, 1)
+        frame[side : 2 * side, left : left + side] = rng.integers(0, 255, 3)
+        frame[:, -width // 4 :] ^= rng.integers(0, 60, (height, width // 4, 3), dtype=np.uint8)
+    total = num_frames * step
+    return frames, {
+        "fps": fps,
+        "duration": total / fps,
+        "total_num_frames": total,
+        "frames_indices": [*range(0, total, step)],
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
 
 
 def model_type(engine: Any) -> str:
@@ -242,7 +293,12 @@ def _main() -> None:
 
     llm = LLM(job["checkpoint"], **job["options"])
     together, in_turn = (
-        [RequestSpec(**{**spec, "images": tuple(spec["images"])}) for spec in job[key]]
+        [
+            RequestSpec(
+                **{**spec, "images": tuple(spec["images"]), "videos": tuple(spec["videos"])}
+            )
+            for spec in job[key]
+        ]
         for key in ("specs", "in_turn")
     )
     answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)

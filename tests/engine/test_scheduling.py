@@ -78,7 +78,7 @@ def test_an_unpruned_image_of_a_session_is_scheduled_after_a_strongly_pruned_one
     )
     request = scheduler.requests["talk"]
     patches, placeholders = scheduler.plans["talk"].patches_per_placeholder
-    assert 400 * placeholders // patches < scheduler.plans["talk"].longest_span
+    assert 400 * placeholders // patches < scheduler.plans["talk"].largest_item
     for _ in range(3):
         one_step(scheduler)
     assert request.num_computed_tokens >= request.num_prompt_tokens

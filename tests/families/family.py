@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,13 @@ from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
 from benchmarks.qwen3_checkpoint import save_random_qwen3
 from benchmarks.qwen_checkpoint import save_random_qwen
-from tests.engine.requests import ENGINE_OPTIONS, IMAGE_MARKS, IMAGE_TOKEN, sample_image
+from tests.engine.requests import (
+    ENGINE_OPTIONS,
+    IMAGE_MARKS,
+    IMAGE_TOKEN,
+    VIDEOS,
+    sample_image,
+)
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -61,6 +67,9 @@ class Family:
         tokens_around: Ids of the tokens that the processor puts before and after an image.
         pixels: Name of the field with an image's pixels.
         stock_ignores_ratio: Whether stock vLLM's processor takes keywords that it does not know.
+        frames: (frames, width, height) of a video -> number of frames as the encoder computes
+            them, and visual tokens of each; ``None`` if the family takes no videos.
+        video_token: Id of the video token.
     """
 
     name: str
@@ -74,6 +83,8 @@ class Family:
     tokens_around: tuple[int, int] | None = None
     pixels: str = "pixel_values"
     stock_ignores_ratio: bool = True
+    frames: Callable[[int, int, int], tuple[int, int]] | None = None
+    video_token: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -111,6 +122,12 @@ class Family:
         tokens = self.tokens(*image_size(image))
         return plan_counts(self.settings, ratio, self.layers, tokens)
 
+    def video(self, ratio: float, video: int) -> tuple[int, VisualTokenCounts]:
+        """Number of frames and the plan of a frame, of a video given by its seed."""
+        assert self.frames is not None
+        num_frames, tokens = self.frames(*VIDEOS[video][:3])
+        return num_frames, plan_counts(self.settings, ratio, self.layers, tokens)
+
     def kept(self, ratio: float, *images: int) -> int:
         """Number of tokens that Stage I keeps of these images, each with a placeholder."""
         return sum(self.counts(ratio, image).stages[0] for image in images)
@@ -139,6 +156,9 @@ QWEN2_5_VL = Family(
     save=partial(save_random_qwen, shape=qwen_checkpoint.TINY),
     oracle="tests.families.qwen_oracle:DenseQwen",
     tokens=lambda width, height: prod(qwen_checkpoint.TINY.grid(width, height)),
+    # The limits are those of a frame.
+    frames=lambda frames, *size: (ceil(frames / 2), prod(qwen_checkpoint.TINY.grid(*size))),
+    video_token=qwen_checkpoint.SPECIALS.index("<|video_pad|>"),
 )
 
 LLAVA_NEXT = Family(
@@ -161,6 +181,19 @@ LLAVA_ONEVISION = Family(
     tokens=llava_onevision_checkpoint.TINY.tokens_of,
 )
 
+
+def _qwen3_frames(
+    shape: qwen3_checkpoint.Qwen3Shape, frames: int, width: int, height: int
+) -> tuple[int, int]:
+    """The limits are those of all frames together."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    side = shape.token_side
+    limits = dict(zip(("min_pixels", "max_pixels"), shape.pixel_limits.values(), strict=True))
+    height, width = smart_resize(frames, height, width, factor=side, **limits)
+    return ceil(frames / 2), height // side * (width // side)
+
+
 QWEN3_VL = Family(
     name="qwen3_vl",
     placeholder="<|image_pad|>",
@@ -170,6 +203,8 @@ QWEN3_VL = Family(
     oracle="tests.families.qwen3_oracle:DenseQwen3",
     tokens=lambda width, height: prod(qwen3_checkpoint.TINY.grid(width, height)),
     settings=PruningSettings(shallow_boundary=2),
+    frames=partial(_qwen3_frames, qwen3_checkpoint.TINY),
+    video_token=QWEN2_5_VL.video_token,
 )
 
 QWEN3_VL_MOE = replace(
@@ -179,6 +214,7 @@ QWEN3_VL_MOE = replace(
     save=partial(save_random_qwen3, shape=qwen3_checkpoint.TINY_MOE),
     oracle="tests.families.qwen3_oracle:DenseQwen3Moe",
     tokens=lambda width, height: prod(qwen3_checkpoint.TINY_MOE.grid(width, height)),
+    frames=partial(_qwen3_frames, qwen3_checkpoint.TINY_MOE),
 )
 
 _INTERN_TOKEN = internvl_checkpoint.SPECIALS.index

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
 from tests.engine.dense_oracle import Encoded
-from tests.families.qwen_oracle import DenseQwen, Grid
+from tests.families.qwen_oracle import DenseQwen, Frame, Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -64,21 +64,26 @@ class DenseQwen3(DenseQwen):
             encoded.deepstack.append(self.linear(f"{name}.linear_fc2", y))
         return encoded
 
-    def last_block_input(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+    def times(self, count: int, seconds: float, grid: Grid) -> tuple[list[int], list[int]]:
+        return [0] * count, [max(grid)] * count  # text stands before each frame
+
+    def last_block_input(self, frame: Frame) -> torch.Tensor:
         """(V, 4, C), tokens row by row; keeps the outputs of all blocks."""
-        self.grid = grid
+        self.grid = frame.grid
         blocks = self.tower.blocks
-        rows, columns = grid
+        rows, columns = frame.grid
         outputs: list[torch.Tensor] = []
         hooks = [
             block.register_forward_hook(lambda _, __, output: outputs.append(output))
             for block in blocks
         ]
         with torch.no_grad():
-            self.tower(pixels, torch.tensor([[1, 2 * rows, 2 * columns]]))
+            self.tower(frame.pixels, torch.tensor([[frame.num_frames, 2 * rows, 2 * columns]]))
         for hook in hooks:
             hook.remove()
-        self.outputs = [output.unflatten(0, (-1, 4)) for output in outputs]
+        self.outputs = [
+            output.unflatten(0, (frame.num_frames, -1, 4))[frame.number] for output in outputs
+        ]
         return self.outputs[-2]
 
     def block_mlp(self, name: str, x: torch.Tensor) -> torch.Tensor:

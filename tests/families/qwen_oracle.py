@@ -4,6 +4,7 @@ Transformers' vision tower computes the input of its last block. This module com
 every selection and the decoder with M-RoPE, from the method's description.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,33 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from tests.engine.dense_oracle import DenseModel, Encoded
+from tests.engine.requests import RequestSpec, sample_image, sample_video
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 Grid = tuple[int, int]
 """Rows and columns of an image's visual tokens."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video, as the encoder computes it: two frames of the file.
+
+    Attributes:
+        pixels: Patches of all frames of the video, as ``DenseQwen.processed`` has those of an
+            image.
+        grid: Of each frame.
+        number, num_frames: Which frame it is, and of how many.
+        time: Rotary position in time of its tokens, relative to where the frame begins.
+        advance: Rotary position of what follows it, relative to where the frame begins.
+    """
+
+    pixels: torch.Tensor
+    grid: Grid
+    number: int = 0
+    num_frames: int = 1
+    time: int = 0
+    advance: int = 0
 
 
 class DenseQwen(DenseModel):
@@ -38,6 +61,7 @@ class DenseQwen(DenseModel):
         super().__init__(path, boundaries, **options)
         self.density_scale = density_scale
         self.image_token = self.config.image_token_id
+        self.video_token = self.config.video_token_id
         sections = self.config.text_config.rope_parameters["mrope_section"]
         self.axes = self.rotary_axes(sections)
         self.tower = self.load_tower(path)
@@ -59,17 +83,58 @@ class DenseQwen(DenseModel):
         assert frames == 1
         return inputs["pixel_values"], (height // 2, width // 2)
 
-    def visual_tokens(self, image: Image.Image) -> int:
-        _, (rows, columns) = self.processed(image)
+    def visual_tokens(self, image: Any) -> int:
+        rows, columns = self.frame_of(image).grid
         return rows * columns
+
+    def frame_of(self, image: Any) -> Frame:
+        """An image as a video's only frame; a frame as it is."""
+        if isinstance(image, Frame):
+            return image
+        pixels, grid = self.processed(image)
+        return Frame(pixels, grid, advance=max(grid))
+
+    # A video's frames.
+
+    def images(self, spec: RequestSpec) -> list[Any]:
+        images: list[Any] = []
+        for kind, seed in spec.media():
+            images += [sample_image(seed)] if kind == "i" else self.frames_of(sample_video(seed))
+        return images
+
+    def frames_of(self, video: tuple[np.ndarray, dict[str, Any]]) -> list[Frame]:
+        frames, metadata = video
+        inputs = self.processor.video_processor(
+            videos=[frames], do_sample_frames=False, return_tensors="pt"
+        )
+        ((count, height, width),) = inputs["video_grid_thw"].tolist()
+        grid = height // 2, width // 2
+        seconds = 2 * metadata["total_num_frames"] / (len(frames) * metadata["fps"])
+        times = self.times(count, seconds, grid)
+        return [
+            Frame(inputs["pixel_values_videos"], grid, i, count, time, advance)
+            for i, (time, advance) in enumerate(zip(*times, strict=True))
+        ]
+
+    def times(self, count: int, seconds: float, grid: Grid) -> tuple[list[int], list[int]]:
+        """``Frame.time`` and ``Frame.advance`` of each frame.
+
+        Args:
+            count: Number of frames; no text stands between them.
+            seconds: Seconds between them.
+            grid: Of each frame.
+        """
+        of_second = self.config.vision_config.tokens_per_second
+        times = [int(i * seconds * of_second) for i in range(count)]
+        return times, [0] * (count - 1) + [max(times[-1] + 1, *grid)]
 
     # The vision tower.
 
-    def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
-        pixels, grid = self.processed(image)
-        rows, columns = grid
+    def encode(self, image: Any, counts: VisualTokenCounts) -> Encoded:
+        frame = self.frame_of(image)
+        rows, columns = grid = frame.grid
         assert counts.encoder == rows * columns
-        x = self.last_block_input(pixels, grid)
+        x = self.last_block_input(frame)
         name = f"model.visual.blocks.{self.config.vision_config.depth - 1}"
         query, key, value = self.query_key_value(name, x)
         turned_query, turned_key = (self.turn(t, grid) for t in (query, key))
@@ -85,25 +150,25 @@ class DenseQwen(DenseModel):
                 density_scale=self.density_scale * root_mean_square_distance(features),
             )
         x = self.rest_of_block(name, x[kept], turned_query[kept], turned_key, value)
-        offsets = [(0, token // columns, token % columns) for token in kept]
-        return Encoded(self.merge_patches(x), labels, offsets, max(grid))
+        offsets = [(frame.time, token // columns, token % columns) for token in kept]
+        return Encoded(self.merge_patches(x), labels, offsets, frame.advance)
 
     def choose_patches(self, saliency: torch.Tensor, n1: int) -> list[int]:
         return oracle.largest(saliency.tolist(), n1)
 
-    def last_block_input(self, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """(V, 4, C), tokens row by row."""
+    def last_block_input(self, frame: Frame) -> torch.Tensor:
+        """(V, 4, C), tokens row by row. The tower computes the whole video."""
         captured = []
         hook = self.tower.blocks[-1].register_forward_pre_hook(
             lambda _, inputs: captured.append(inputs[0])
         )
-        rows, columns = grid
+        rows, columns = frame.grid
         with torch.no_grad():
-            self.tower(pixels, torch.tensor([[1, 2 * rows, 2 * columns]]))
+            self.tower(frame.pixels, torch.tensor([[frame.num_frames, 2 * rows, 2 * columns]]))
         hook.remove()
-        by_window = captured[0].unflatten(0, (-1, 4))
+        by_window = captured[0].unflatten(0, (frame.num_frames, -1, 4))[frame.number]
         x = torch.empty_like(by_window)
-        x[self.window_order(grid)] = by_window
+        x[self.window_order(frame.grid)] = by_window
         return x
 
     def window_order(self, grid: Grid) -> list[int]:

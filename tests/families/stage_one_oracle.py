@@ -171,8 +171,8 @@ class Qwen35(StageOneOracle):
     @torch.no_grad()
     def encode(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         tower = self.tower
-        pixels, grid = tower.processed(image)
-        x = tower.last_block_input(pixels, grid)
+        _, grid = tower.processed(image)
+        x = tower.last_block_input(tower.frame_of(image))
         name = f"model.visual.blocks.{self.config.vision_config.depth - 1}"
         query, key, value = tower.query_key_value(name, x)
         query, key = (tower.turn(t, grid) for t in (query, key))

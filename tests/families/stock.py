@@ -24,5 +24,13 @@ IN_TURN = [
 ]
 """Requests in groups of three that share their images and the text before them."""
 
+VIDEOS = [
+    RequestSpec("What happens?", ratio=0.0, videos=(1,)),
+    RequestSpec("Which is longer?", ratio=0.0, videos=(2, 3), max_tokens=12),
+    RequestSpec("Is it in the image?", (1, 2), 0.0, videos=(5, 1), order="vivi"),
+    RequestSpec("And without a ratio?", videos=(4,)),
+]
+"""Requests for families that take videos, sent one after the other."""
+
 WITH_RATIO = RequestSpec("Q", (1,), 8 / 9)
 """A request with a ratio, which stock vLLM ignores."""

@@ -19,7 +19,7 @@ from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.pruning.settings import SignalName
 from vitcop_vllm.pruning.signals import SIGNALS
 from vitcop_vllm.worker.explain import SelectionSink
-from vitcop_vllm.worker.step import StagedForward
+from vitcop_vllm.worker.step import PrunedSpan, StagedForward
 
 V, KEPT, DEEP = 20, 13, 5
 CENTRES = 6
@@ -180,7 +180,7 @@ def test_no_selector_makes_the_host_wait_for_the_gpu(selector, counts, renumber_
 
 def test_a_sink_gets_what_is_selected_and_of_which_image():
     name = explained_identifier("request", 1, (64, 48), "abc")
-    step = replace(step_of(DROPPED_AT_ONCE), images=("other", name))
+    step = replace(step_of(DROPPED_AT_ONCE), images=(PrunedSpan("other", V), PrunedSpan(name, V)))
     (group,), layer, cross = step.groups, layer_before(), crossing_of("dart")
     sink = SelectionSink()
     rows = cross(1, step, torch.arange(ROWS), layer, [], sink)

@@ -34,7 +34,7 @@ def test_a_prefill_is_a_staged_forward_once(step_adapter):
     plan(step_adapter, 0, PROMPT)
     assert [step_adapter.segments[segment].num_rows for segment in (1, 2)] == [3 + 8, 3 + 6]
     arguments = step_adapter.take_forward_arguments()
-    assert arguments["step"].images == ("abc",)
+    assert arguments["step"].images == (("abc", COUNTS.stages[0]),)
     assert arguments["sink"] is step_adapter.sink
     # A run on dummy rows, which vLLM may begin without a plan.
     assert not step_adapter.segments

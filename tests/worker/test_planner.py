@@ -135,6 +135,6 @@ def test_images_of_a_step_are_listed_in_row_order(pruned):
     step = planner.plan_step(["two", "one"], np.array([0, 6 * pruned]), ends)
     assert step is not None
     assert step.forward is not None
-    assert step.forward.images == ("b", "c", "a")
+    assert step.forward.images == (("b", 6), ("c", 6), ("a", 6))
     (group,) = step.forward.groups
     assert group.images == (1, 2)

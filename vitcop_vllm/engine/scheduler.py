@@ -30,7 +30,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 class StagedScheduler(Scheduler):
-    """Keeps the plans of unfinished requests, and never splits a pruned image's span.
+    """Keeps the plans of unfinished requests, and never splits a pruned image or frame.
 
     If the selector reads the question, it never splits the prompt of a pruned image either: the
     selection needs the whole prompt.
@@ -240,9 +240,10 @@ class StagedScheduler(Scheduler):
         end = plan.last_whole_end(num_computed_tokens, num_computed_tokens + num_new_tokens)
         num_new_tokens = end - num_computed_tokens
         budget = encoder_compute_budget * placeholders // patches
-        if encoder_compute_budget >= patches:
-            # Images of a session may have different ratios: the longest must fit.
-            budget = max(budget, plan.longest_span)
+        if encoder_compute_budget >= min(patches, self.max_num_encoder_input_tokens):
+            # Images of a session may have different ratios: the longest must fit. A video may
+            # have more patches than a step's whole budget: the model encodes it in parts.
+            budget = max(budget, plan.largest_item)
         inputs, num_new_tokens, left, *others = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, budget, *args, **kwargs
         )

@@ -97,7 +97,8 @@ class Crossing:
             for group in step.groups:
                 rows, chosen, stream = self.select_rows(group, segment, layer, labels)
                 if sink is not None and chosen is not None:
-                    sink.record_tokens([step.images[i] for i in group.images], segment, chosen)
+                    names = [step.images[i].name for i in group.images]
+                    sink.record_tokens(names, segment, chosen)
                 destination = group.rows(segment)
                 source[destination] = rows
                 if stream is not None:

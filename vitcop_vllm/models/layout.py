@@ -1,4 +1,4 @@
-"""Grids of an image's visual tokens, and the part of the image that they cover."""
+"""Grids of an image's or a video's visual tokens, and the part of the image that they cover."""
 
 from dataclasses import dataclass
 
@@ -21,3 +21,18 @@ class ImageLayout:
     def num_tokens(self) -> int:
         """V, number of visual tokens."""
         return count_tokens(self.grids)
+
+
+@dataclass(frozen=True)
+class VideoLayout:
+    """Layout of a video without pruning.
+
+    Attributes:
+        num_frames: Number of frames, as the encoder computes them.
+        grids: Grids of the visual tokens of each frame.
+        num_positions: Rotary positions that the frames take, without text between them.
+    """
+
+    num_frames: int
+    grids: Grids
+    num_positions: int

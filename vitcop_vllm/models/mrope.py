@@ -1,12 +1,15 @@
-"""M-RoPE positions of a prompt with pruned images: the part that the host computes.
+"""M-RoPE positions of a prompt with pruned images and videos: the part that the host computes.
 
 Only the device knows which tokens of an image are kept. The host gives all tokens of a pruned image
 the position at which the image begins. The device adds each token's row and column, which travel as
 columns of the embeddings. Text after an image has the same positions as without pruning. So
 positions depend on the prefix only, and prefix caching stays exact.
+
+A frame of a video is an image. Frames without text between them begin at the same row and column,
+and differ in time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 
 
 class MRoPEImage(NamedTuple):
-    """An image in a prompt.
+    """An image, or a frame of a video, in a prompt.
 
     Attributes:
         offset: Index of its first token in the prompt.
@@ -22,6 +25,9 @@ class MRoPEImage(NamedTuple):
         rows, columns: Grid of its visual tokens without pruning.
         is_whole: Whether all tokens of the grid are in the prompt. The host then knows the row
             and column of each.
+        time: Position of its tokens in time, relative to the position at which it begins.
+        advance: Number of positions from its first position to that of what follows it; ``None``:
+            its larger side.
     """
 
     offset: int
@@ -29,11 +35,28 @@ class MRoPEImage(NamedTuple):
     rows: int
     columns: int
     is_whole: bool
+    time: int = 0
+    advance: int | None = None
 
     @property
     def extent(self) -> int:
-        """Number of positions from the image's first position to that of the text after it."""
-        return max(self.rows, self.columns)
+        """Number of positions from the image's first position to that of what follows it."""
+        return max(self.rows, self.columns) if self.advance is None else self.advance
+
+
+def adjacent_frames(first: MRoPEImage, times: Sequence[int]) -> list[MRoPEImage]:
+    """Frames of a video that follow each other without text.
+
+    Args:
+        first: The first frame.
+        times: Position of each frame in time, relative to the first; ascending.
+    """
+    frames = [
+        first._replace(offset=first.offset + i * first.num_tokens, time=time, advance=0)
+        for i, time in enumerate(times)
+    ]
+    frames[-1] = frames[-1]._replace(advance=max(times[-1] + 1, first.rows, first.columns))
+    return frames
 
 
 def mrope_positions(num_tokens: int, images: Iterable[MRoPEImage]) -> tuple[torch.Tensor, int]:
@@ -56,6 +79,7 @@ def mrope_positions(num_tokens: int, images: Iterable[MRoPEImage]) -> tuple[torc
         position += text
         token = image.offset + image.num_tokens
         positions[:, image.offset : token] = position
+        positions[0, image.offset : token] += image.time
         if image.is_whole:
             places = np.indices((image.rows, image.columns)).reshape(2, -1)
             positions[1:, image.offset : token] += places

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
-from itertools import chain
+from itertools import accumulate, chain, compress
 from typing import Any
 
 import torch
@@ -35,13 +35,13 @@ from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
-from vitcop_vllm.models.stage_one import ImageShape
+from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
     CountsMismatchError,
     explained_identifier,
-    span_in_prompt,
+    spans_in_prompt,
     tag_identifier,
 )
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
@@ -51,6 +51,9 @@ logger = init_logger(f"vllm.{__name__}")
 
 COUNTS_FIELD = "visual_token_counts"
 """Field of a processed image with its counts and grids, for the encoder; see :func:`shape_row`."""
+
+VIDEO_COUNTS_FIELD = "video_token_counts"
+"""Field of a processed video with its frames' counts and grids; see :func:`video_row`."""
 
 _MAX_LAYOUTS = 8192
 """Maximum number of cached layouts of images sent with a uuid, some 100 bytes each."""
@@ -92,6 +95,26 @@ def shape_of_row(row: Sequence[int]) -> ImageShape:
     return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), grids)
 
 
+def video_row(video: VideoShape) -> list[int]:
+    """A video's shape as integers: the number of frames, then the row of a frame."""
+    return [video.num_frames, *shape_row(video.frame)]
+
+
+def video_of_row(row: Sequence[int]) -> VideoShape:
+    """The shape of a row of :func:`video_row`."""
+    num_frames, *frame = row
+    return VideoShape(shape_of_row(frame), num_frames)
+
+
+def shape_of_item(item: Any) -> VideoShape | None:
+    """Shape of a processed item, an image as a video of one frame; ``None`` for embeddings."""
+    if item is not None and COUNTS_FIELD in item:
+        return VideoShape(shape_of_row(item[COUNTS_FIELD].data.tolist()), 1)
+    if item is not None and VIDEO_COUNTS_FIELD in item:
+        return video_of_row(item[VIDEO_COUNTS_FIELD].data.tolist())
+    return None
+
+
 def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
     """The processor keywords for Hugging Face's processor, without those of this plugin."""
     return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
@@ -103,9 +126,11 @@ class PrunedProcessingInfo:
     Attributes:
         position_slack: Length of the rotary table as a multiple of ``max_position_embeddings``,
             for models with M-RoPE; ``None`` for models without M-RoPE.
+        modalities: What can be pruned. A request with anything else is refused.
     """
 
     position_slack: int | None = None
+    modalities: tuple[str, ...] = ("image",)
 
     def layout(
         self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
@@ -142,9 +167,9 @@ class PrunedProcessingInfo:
         return pruning_settings_of(self._config)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        """Images only: other modalities cannot be pruned yet."""
+        """vLLM's limits of what can be pruned."""
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
-        return {"image": limits["image"]}
+        return {modality: limits[modality] for modality in self.modalities}
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
@@ -168,29 +193,41 @@ class PrunedProcessingInfo:
         num_layers = self._config.get_text_config().num_hidden_layers
         return plan_counts(settings, ratio, num_layers, num_image_tokens)
 
-    def check_admissible(self, images: Sequence[ImageShape]) -> None:
-        """Refuse images that the engine cannot compute.
+    def check_admissible(
+        self, images: Sequence[ImageShape], videos: Sequence[tuple[VideoShape, int]] = ()
+    ) -> None:
+        """Refuse images and videos that the engine cannot compute.
+
+        Args:
+            images: Shapes of the request's images.
+            videos: Shapes of its videos, each with ``VideoLayout.num_positions``.
 
         Raises:
-            ValueError: If a pruned image does not fit into one step, or if the prompt's positions
-                could exceed the rotary table.
+            ValueError: If a pruned image or frame does not fit into one step, or if the prompt's
+                positions could exceed the rotary table.
         """
         limit = span_limit_of(self._config)
-        for counts, *_ in images:
+        spans = [("an image", shape) for shape in images]
+        spans += [("a frame", video.frame) for video, _ in videos]
+        for one, (counts, _) in spans:
             if counts.is_pruned and counts.stages[0] > limit:
                 raise ValueError(
-                    f"a pruned image is computed in one step, which holds {limit} tokens, but an "
-                    f"image of this request keeps {counts.stages[0]} in Stage I; set a higher "
+                    f"a pruned image is computed in one step, which holds {limit} tokens, but "
+                    f"{one} of this request keeps {counts.stages[0]} in Stage I; set a higher "
                     "pruning ratio or ratio 0, send a smaller image, or have the operator raise "
                     "--max-num-batched-tokens"
                 )
         if self.position_slack is None:
             return
-        beyond = positions_beyond_tokens(
+        places = [
             MRoPEImage(0, counts.stages[0], grid.rows, grid.columns, False)
             for counts, grids in images
             for grid in grids
-        )
+        ]
+        for video, num_positions in videos:
+            num_tokens = video.frame.counts.stages[0] * video.num_frames
+            places.append(MRoPEImage(0, num_tokens, 0, 0, False, advance=num_positions))
+        beyond = positions_beyond_tokens(places)
         this: Any = self
         table = self.position_slack * self._config.get_text_config().max_position_embeddings
         if this.ctx.model_config.max_model_len + beyond > table:
@@ -243,6 +280,15 @@ class PrunedProcessor:
             shapes.append(ImageShape(counts, layout.grids))
         return shapes
 
+    def _videos(
+        self,
+        mm_items: MultiModalDataItems,
+        processor_kwargs: Mapping[str, object],
+        uuids: Sequence[str | None] | None = None,
+    ) -> list[tuple[VideoShape, int]]:
+        """Shapes of the videos, each with ``VideoLayout.num_positions``."""
+        return []
+
     def _layout(
         self,
         images: ImageProcessorItems,
@@ -272,15 +318,15 @@ class PrunedProcessor:
         """vLLM's processed prompt.
 
         Raises:
-            MisprocessedImageError: If an image's identifier contradicts its placeholders.
+            MisprocessedImageError: If an identifier contradicts its placeholders.
                 An error here fails one request. An error in the engine would fail all requests.
         """
         processed: MultiModalInput = super().apply(*args, **kwargs)  # type: ignore[misc]
-        names = processed["mm_hashes"].get("image", ())
-        places = processed["mm_placeholders"].get("image", ())
         try:
-            for name, place in zip(names, places, strict=True):
-                span_in_prompt(name, place)
+            for modality, names in processed["mm_hashes"].items():
+                places = processed["mm_placeholders"].get(modality, ())
+                for name, place in zip(names, places, strict=True):
+                    spans_in_prompt(name, place)
         except CountsMismatchError as error:
             COUNTS_MISMATCHES.labels("processor").inc()
             logger.error("Request refused: %s", error)
@@ -294,9 +340,10 @@ class PrunedProcessor:
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         kwargs = inputs.hf_processor_mm_kwargs
-        uuids = (inputs.mm_uuid_items or {}).get("image")
-        shapes = self._shapes(inputs.mm_data_items, kwargs, uuids)
-        self.info.check_admissible(shapes)
+        uuids = inputs.mm_uuid_items or {}
+        shapes = self._shapes(inputs.mm_data_items, kwargs, uuids.get("image"))
+        videos = self._videos(inputs.mm_data_items, kwargs, uuids.get("video"))
+        self.info.check_admissible(shapes, videos)
         # Hash without the ratio: it would separate images of equal counts. The counts are appended.
         plain = replace(inputs, hf_processor_mm_kwargs=without_pruning_keys(kwargs))
         hashes: MultiModalHashes = super()._get_mm_hashes(plain)  # type: ignore[misc]
@@ -304,6 +351,11 @@ class PrunedProcessor:
             hashes["image"] = [
                 tag_identifier(mm_hash, shape.counts)
                 for mm_hash, shape in zip(hashes["image"], shapes, strict=True)
+            ]
+        if "video" in hashes:
+            hashes["video"] = [
+                tag_identifier(mm_hash, video.frame.counts, video.num_frames)
+                for mm_hash, (video, _) in zip(hashes["video"], videos, strict=True)
             ]
         request = kwargs.get(EXPLAIN_KEY)
         images = inputs.mm_data_items.get("image")
@@ -343,45 +395,49 @@ class PrunedProcessor:
         updates: Sequence[Any] = super()._get_prompt_updates(  # type: ignore[misc]
             mm_items, without_pruning_keys(hf_processor_mm_kwargs), out_mm_kwargs
         )
-        images = out_mm_kwargs.get("image", ())
+        items = {m: out_mm_kwargs.get(m, ()) for m in self.info.modalities}
         return [
-            replace(update, replacement=_shortened(update.replacement, images))
+            replace(update, replacement=_shortened(update.replacement, items[update.modality]))
             for update in updates
-            if update.modality == "image"
+            if update.modality in items
         ]
 
 
-def _shortened(content: Any, images: Sequence[Any]) -> Callable[[int], PromptUpdateDetails]:
-    """Replacement of an image's placeholder by as many visual tokens as Stage I keeps.
+def _shortened(content: Any, items: Sequence[Any]) -> Callable[[int], PromptUpdateDetails]:
+    """Replacement of a placeholder by as many visual tokens as Stage I keeps.
 
     Args:
-        content: vLLM's replacement: tokens, or a function from an image's index to them. Text may
-            stand before and after the visual tokens, which are equal. Text between them is left
-            out if the image is pruned.
-        images: Processed images. Images that were sent as embeddings have no :data:`COUNTS_FIELD`.
+        content: vLLM's replacement: tokens, or a function from an item's index to them. Text may
+            stand before and after the visual tokens, which are equal, and between the frames of
+            a video. Text between the tokens of a pruned image or frame is left out.
+        items: Processed images or videos. Those sent as embeddings have no field with counts.
     """
 
     def replacement(i: int) -> PromptUpdateDetails:
         update = content(i) if callable(content) else content
         if not isinstance(update, PromptUpdateDetails):
             update = PromptUpdateDetails.from_seq(update)
-        image = images[i]
-        if image is None or COUNTS_FIELD not in image:
+        video = shape_of_item(items[i])
+        if video is None:
             return update
-        counts = shape_of_row(image[COUNTS_FIELD].data.tolist()).counts
+        counts = video.frame.counts
         is_visual = [True] * len(update.full)
         if update.is_embed is not None:
             is_visual = update.is_embed(update.full).tolist()
         num_visual = sum(is_visual)
-        if num_visual != counts.encoder:
+        if num_visual != counts.encoder * video.num_frames:
             raise MisprocessedImageError(
-                f"it has {num_visual} visual tokens, but {counts.encoder} were planned"
+                f"it has {num_visual} visual tokens, but {counts.encoder} were planned for each "
+                f"of {video.num_frames} frames"
             )
         if not counts.is_pruned:
             return update
-        first = is_visual.index(True)
-        after = len(is_visual) - is_visual[::-1].index(True)
-        kept = [update.full[first]] * counts.stages[0]
-        return replace(update, full=[*update.full[:first], *kept, *update.full[after:]])
+        # Of each frame's V tokens the first n1, because all are equal.
+        before = accumulate(is_visual, initial=0)  # visual tokens before each token
+        is_left = [
+            number % counts.encoder < (counts.stages[0] if visual else 1)
+            for visual, number in zip(is_visual, before, strict=False)
+        ]
+        return replace(update, full=[*compress(update.full, is_left)])
 
     return replacement

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,12 +13,18 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vitcop_vllm.engine.config import pruning_settings_of
 from vitcop_vllm.models.columns import Columns
 from vitcop_vllm.models.dummy_runs import dummy_counts
-from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
+from vitcop_vllm.models.processing import (
+    COUNTS_FIELD,
+    VIDEO_COUNTS_FIELD,
+    shape_of_row,
+    video_of_row,
+)
 from vitcop_vllm.models.stage_one import (
     Groups,
     ImageShape,
     Kept,
     StageOne,
+    VideoShape,
     ViewOf,
     gather_rows,
     group_by_shape,
@@ -83,6 +90,10 @@ class PrunedEncoder:
         """The fields of images ``first`` to ``end - 1``."""
         raise NotImplementedError
 
+    def frames_as_images(self, videos: ImageInputs) -> ImageInputs:
+        """The fields of images that are the videos' frames; only if the model takes videos."""
+        raise NotImplementedError
+
     def encode_kept(
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:
@@ -133,19 +144,43 @@ class PrunedEncoder:
     # The encoder.
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        videos: Any = kwargs.pop(VIDEO_COUNTS_FIELD, None)
+        if videos is not None:
+            return self._embed_videos([video_of_row(row) for row in videos.tolist()], kwargs)
         rows: Any = kwargs.pop(COUNTS_FIELD, None)
         if rows is None:  # embeddings that a client computed: of unpruned images
             embeddings = self._embed_whole(kwargs)
             self._record_none(len(embeddings))
             return embeddings
         images = [shape_of_row(row) for row in rows.tolist()]
-        if not self.selector.prunes_encoder or not any(shape.counts.is_pruned for shape in images):
+        if not self._prunes(images):
             if not self._encoder_ran:
                 self._profile_encoder(images, kwargs)
             self._record_whole(images)
             return self._embed_whole(kwargs)
         self._encoder_ran = True
         return self._embed_in_batches(kwargs, images, self.sink)
+
+    def _embed_videos(
+        self, videos: Sequence[VideoShape], kwargs: Mapping[str, Any]
+    ) -> MultiModalEmbeddings:
+        """Encode each frame as an image. A video's embeddings are those of its frames.
+
+        Selections of frames are not recorded.
+        """
+        self._record_none(len(videos))
+        frames = [video.frame for video in videos for _ in range(video.num_frames)]
+        if not self._prunes(frames):
+            if not self._encoder_ran:
+                self._profile_encoder(frames, self.frames_as_images(kwargs))
+            return self._embed_whole(kwargs)
+        self._encoder_ran = True
+        of_frames = iter(self._embed_in_batches(self.frames_as_images(kwargs), frames, None))
+        return [torch.cat([*islice(of_frames, video.num_frames)]) for video in videos]
+
+    def _prunes(self, images: Sequence[ImageShape]) -> bool:
+        """Whether Stage I drops tokens of any of these images."""
+        return self.selector.prunes_encoder and any(shape.counts.is_pruned for shape in images)
 
     def _record_none(self, num_images: int) -> None:
         """Report images of which Stage I selects nothing."""

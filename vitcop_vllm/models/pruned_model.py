@@ -1,5 +1,6 @@
 """What every pruned model does in the decoder, if all three Stages prune it."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -69,13 +70,7 @@ class PrunedModel(PrunedEncoder):
             )
         assert inputs_embeds is not None
         self.add_places(positions)
-        if self.columns.labels:
-            # Stage I clusters every pruned image, also one that loses nothing in later segments.
-            # SpanGroup.images numbers them, so with another count labels are another image's.
-            assert len(self._labels) == len(step.images), (
-                f"the step has {len(step.images)} pruned images, and the embeddings carry cluster "
-                f"labels of {len(self._labels)}"
-            )
+        labels = self._labels_by_span(step) if self.columns.labels else []
         self._segments_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs(), self.take_deepstack(num_rows) as deepstack:
@@ -83,10 +78,27 @@ class PrunedModel(PrunedEncoder):
                 step,
                 positions[..., :num_rows],
                 inputs_embeds[:num_rows],
-                self._labels,
+                labels,
                 sink,
                 deepstack,
             )
+
+    def _labels_by_span(self, step: StagedForward) -> Sequence[torch.Tensor]:
+        """Cluster labels of each pruned image and frame of the step.
+
+        The embeddings of a video hold several frames.
+        """
+        # Stage I clusters every pruned image, also one that loses nothing in later segments.
+        # SpanGroup.images numbers them, so with another count labels are another image's.
+        lengths = [span.num_tokens for span in step.images]
+        num_labels = sum(map(len, self._labels))
+        assert num_labels == sum(lengths), (
+            f"the step has {len(lengths)} pruned images, and the embeddings carry cluster labels "
+            f"of {len(self._labels)}: {num_labels} labels for {sum(lengths)} tokens"
+        )
+        if [len(labels) for labels in self._labels] == lengths:
+            return self._labels
+        return torch.cat(self._labels).split(lengths)
 
     def _profile_segments(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
         """Compile the segments and run them in vLLM's first run on dummy rows.

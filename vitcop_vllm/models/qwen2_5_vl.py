@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -14,6 +15,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vitcop_vllm.models.mrope import MRoPEImage, adjacent_frames
 from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.qwen_vl import (
     PrunedQwen,
@@ -22,10 +24,26 @@ from vitcop_vllm.models.qwen_vl import (
     SelectRows,
     attention_of_kept_rows,
 )
+from vitcop_vllm.pruning.grids import Grid
 
 
 class PrunedQwen25ProcessingInfo(QwenProcessingInfo, Qwen2_5_VLProcessingInfo):
     position_slack = 4  # vLLM's MRotaryEmbedding makes its table 4 times as long
+
+    def _num_positions(self, num_frames: int, grid: Grid, seconds: float) -> int:
+        of_second = seconds * self._config.vision_config.tokens_per_second
+        return max(frame_times(num_frames, of_second)[-1] + 1, grid.rows, grid.columns)
+
+
+def frame_times(num_frames: int, frame_positions: float) -> list[int]:
+    """Position of each frame in time, relative to the first.
+
+    Args:
+        num_frames: Number of frames.
+        frame_positions: Positions between frames, before rounding.
+    """
+    times: list[int] = (np.arange(num_frames) * frame_positions).astype(np.int64).tolist()
+    return times
 
 
 class PrunedQwen25Processor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
@@ -40,7 +58,19 @@ class PrunedQwen25Processor(QwenProcessor, Qwen2_5_VLMultiModalProcessor):
 class PrunedQwen25ForConditionalGeneration(
     PrunedQwen, PrunedModel, Qwen2_5_VLForConditionalGeneration
 ):
-    """vLLM's Qwen2.5-VL. Its tower computes tokens window by window."""
+    """vLLM's Qwen2.5-VL. Its tower computes tokens window by window.
+
+    A prompt has no text between a video's frames. Their positions in time follow the clock.
+    """
+
+    def frames_in_prompt(
+        self, frames: list[MRoPEImage], data: Mapping[str, Any]
+    ) -> list[MRoPEImage]:
+        # As vLLM's iter_mm_grid_thw.
+        seconds = data.get("second_per_grid_ts")
+        of_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        between = of_second * (1.0 if seconds is None else seconds.data.item())
+        return adjacent_frames(frames[0], frame_times(len(frames), between))
 
     def token_order(self, grid: Sequence[int]) -> torch.Tensor:
         tower = self.visual

@@ -9,14 +9,24 @@ from vllm.model_executor.models.qwen3_5 import (
     Qwen3_5MoeProcessingInfo,
     Qwen3_5ProcessingInfo,
 )
-from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
+from vllm.model_executor.models.qwen3_vl import (
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLProcessingInfo,
+)
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vitcop_vllm.models.qwen3_vl import PrunedQwen3ProcessingInfo, PrunedQwen3Processor, Qwen3Tower
 
 
 class PrunedQwen35ProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5ProcessingInfo):
-    pass
+    modalities: tuple[str, ...] = ("image",)  # pruned videos are tested with all three Stages only
+
+    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
+        # Not Qwen3-VL's own, which fails for a model that takes no videos.
+        supported: dict[str, set[str]] = super(
+            Qwen3VLProcessingInfo, self
+        ).get_supported_mm_processor_kwargs()
+        return supported
 
 
 class PrunedQwen35MoeProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5MoeProcessingInfo):

@@ -4,7 +4,7 @@ The decoder adds features of earlier encoder blocks after its first layers: deep
 embeddings hold them as columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -32,17 +32,18 @@ from vitcop_vllm.models.qwen_vl import (
     SelectRows,
     attention_of_kept_rows,
 )
+from vitcop_vllm.pruning.grids import Grid
 
 
 class PrunedQwen3ProcessingInfo(QwenProcessingInfo, Qwen3VLProcessingInfo):
     position_slack = 1
 
-    def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
-        # Not Qwen3-VL's own, which fails for a model that takes no videos.
-        supported: dict[str, set[str]] = super(
-            Qwen3VLProcessingInfo, self
-        ).get_supported_mm_processor_kwargs()
-        return supported
+    def _samples_frames(self, processor: Any, metadata: Mapping[str, Any]) -> bool:
+        return bool(metadata.get("do_sample_frames", False))
+
+    def _num_positions(self, num_frames: int, grid: Grid, seconds: float) -> int:
+        # A prompt has text before each frame, and each frame begins where its text ends.
+        return num_frames * max(grid.rows, grid.columns)
 
 
 class PrunedQwen3MoeProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3VLMoeProcessingInfo):

@@ -14,26 +14,28 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.image_utils import SizeDict
+from transformers.video_utils import VideoMetadata
 from vllm.multimodal.inputs import MultiModalFeatureSpec
+from vllm.utils.math_utils import cdiv
 
-from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.models.layout import ImageLayout, VideoLayout
 from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions
 from vitcop_vllm.models.processing import (
-    COUNTS_FIELD,
-    PrunedProcessingInfo,
-    PrunedProcessor,
-    shape_of_row,
+    shape_of_item,
     without_pruning_keys,
 )
 from vitcop_vllm.models.pruned_encoder import ImageInputs, PrunedEncoder
-from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept
+from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, VideoShape
+from vitcop_vllm.models.video_processing import VideoProcessingInfo, VideoProcessor
 from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.identity import spans_in_prompt
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.views import EncoderView
 
 
-class QwenProcessingInfo(PrunedProcessingInfo):
-    """Images of any size, scaled to a whole number of visual tokens per side."""
+class QwenProcessingInfo(VideoProcessingInfo):
+    """Images and frames of any size, scaled to a whole number of visual tokens per side."""
 
     def layout(
         self, width: int, height: int, processor_kwargs: Mapping[str, object] | None = None
@@ -50,6 +52,61 @@ class QwenProcessingInfo(PrunedProcessingInfo):
         box = (0.0, 0.0, float(width), float(height))
         return ImageLayout((Grid(size.height // side, size.width // side),), box)
 
+    def video_layout(
+        self,
+        num_frames: int,
+        width: int,
+        height: int,
+        metadata: Mapping[str, Any],
+        processor_kwargs: Mapping[str, object],
+    ) -> VideoLayout:
+        kwargs = without_pruning_keys(processor_kwargs)
+        this: Any = self
+        processor = this.get_hf_processor(**kwargs).video_processor
+        options = dict(this._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {}))
+        size = this._get_vision_size(options, default_size=processor.size)
+        options |= {"size": SizeDict(**size)}
+        options.setdefault("do_sample_frames", self._samples_frames(processor, metadata))
+        if "num_frames" in options:
+            options.setdefault("fps", None)  # the processor refuses both
+        for name in processor.valid_kwargs.__annotations__:
+            options.setdefault(name, getattr(processor, name, None))
+        described = VideoMetadata(**{k: v for k, v in metadata.items() if k != "do_sample_frames"})
+        if options["do_sample_frames"]:
+            # The loader read all frames, and the processor takes some of them.
+            indices = processor.sample_frames(described, **options)
+            described.frames_indices = indices.tolist()
+            num_frames = len(indices)
+        if options["do_resize"]:
+            # The processor's own code, on a tensor without data.
+            resized = processor.resize(
+                videos=torch.empty((1, num_frames, 3, height, width), device="meta"),
+                factor=options["patch_size"] * options["merge_size"],
+                temporal_factor=options["temporal_patch_size"],
+                **{name: options[name] for name in ("size", "resample", "cap_pixels_per_frame")},
+            )
+            height, width = resized.shape[-2:]
+        side = self._token_side()
+        grid = Grid(height // side, width // side)
+        num_frames = cdiv(num_frames, options["temporal_patch_size"])
+        seconds = options["temporal_patch_size"] / described.sampled_fps
+        num_positions = self._num_positions(num_frames, grid, seconds)
+        return VideoLayout(num_frames, (grid,), num_positions)
+
+    def _samples_frames(self, processor: Any, metadata: Mapping[str, Any]) -> bool:
+        """Whether the processor samples a video's frames, if the operator does not say so."""
+        return bool(processor.do_sample_frames)
+
+    def _num_positions(self, num_frames: int, grid: Grid, seconds: float) -> int:
+        """Rotary positions that a video's frames take.
+
+        Args:
+            num_frames: Number of frames.
+            grid: Of each frame.
+            seconds: Seconds between frames.
+        """
+        raise NotImplementedError
+
     def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
         this: Any = self
         if this.get_max_image_tokens() <= max_tokens:
@@ -64,14 +121,22 @@ class QwenProcessingInfo(PrunedProcessingInfo):
         return side
 
 
-class QwenProcessor(PrunedProcessor):
-    """vLLM's processor, with as many placeholders per image as Stage I keeps."""
+class QwenProcessor(VideoProcessor):
+    """vLLM's processor, with as many placeholders per image and frame as Stage I keeps."""
 
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:
-        _, height, width = images.get(i)["image_grid_thw"].tolist()
+        return self._whole(images.get(i)["image_grid_thw"]).frame
+
+    def _embedded_video(self, videos: Any, i: int) -> VideoShape:
+        return self._whole(videos.get(i)["video_grid_thw"])
+
+    def _whole(self, grid_thw: torch.Tensor) -> VideoShape:
+        """Unpruned shape of a grid of patches."""
+        num_frames, height, width = grid_thw.tolist()
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
         grid = Grid(height // merge, width // merge)
-        return ImageShape(VisualTokenCounts.unpruned(grid.num_tokens), (grid,))
+        counts = VisualTokenCounts.unpruned(grid.num_tokens)
+        return VideoShape(ImageShape(counts, (grid,)), num_frames)
 
 
 class PrunedQwen(PrunedEncoder):
@@ -110,7 +175,24 @@ class PrunedQwen(PrunedEncoder):
         """
         raise NotImplementedError
 
+    def frames_in_prompt(
+        self, frames: list[MRoPEImage], data: Mapping[str, Any]
+    ) -> list[MRoPEImage]:
+        """The frames of a video, each at its position in time.
+
+        Args:
+            frames: The frames at time 0.
+            data: Fields of the processed video.
+        """
+        return frames
+
     # What all families of Qwen-VL do.
+
+    def frames_as_images(self, videos: ImageInputs) -> ImageInputs:
+        grids = videos["video_grid_thw"]
+        frames = grids.repeat_interleave(grids[:, 0], dim=0)
+        frames[:, 0] = 1
+        return {"pixel_values": videos["pixel_values_videos"], "image_grid_thw": frames}
 
     def slice_images(self, inputs: ImageInputs, first: int, end: int) -> ImageInputs:
         grids = inputs["image_grid_thw"]
@@ -153,13 +235,15 @@ class PrunedQwen(PrunedEncoder):
         tower = self.visual
         sizes = [t * h * w // tower.spatial_merge_unit for t, h, w in grids]
         firsts = accumulate(sizes, initial=0)
-        images = []
-        for grid, size, first in zip(grids, sizes, firsts, strict=False):
-            order = self.token_order(grid)
-            if order is None:
-                order = torch.arange(size, device=tower.device)
-            images.append(_PackedImage(first, order))
-        return images
+        orders: dict[tuple[int, ...], torch.Tensor] = {}  # the frames of a video have the same
+        for grid, size in zip(map(tuple, grids), sizes, strict=True):
+            if grid not in orders:
+                order = self.token_order(grid)
+                orders[grid] = torch.arange(size, device=tower.device) if order is None else order
+        return [
+            _PackedImage(first, orders[tuple(grid)])
+            for grid, first in zip(grids, firsts, strict=False)
+        ]
 
     def _view_of(
         self,
@@ -200,22 +284,29 @@ class PrunedQwen(PrunedEncoder):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[MultiModalFeatureSpec]
     ) -> tuple[torch.Tensor, int]:
-        images = []
+        images: list[MRoPEImage] = []
+        is_embedded = False
         for feature in sorted(mm_features, key=lambda feature: feature.mm_position.offset):
-            if feature.data is None or COUNTS_FIELD not in feature.data:
+            video = shape_of_item(feature.data)
+            if video is None:
+                is_embedded = True
                 continue
-            row: Any = feature.data[COUNTS_FIELD].data
-            counts, (grid,) = shape_of_row(row.tolist())
-            place = feature.mm_position
+            counts, (grid,) = video.frame
             is_whole = not self.selector.prunes_encoder or not counts.is_pruned
-            images.append(MRoPEImage(place.offset, place.length, grid.rows, grid.columns, is_whole))
+            frames = [
+                MRoPEImage(span.offset, counts.stages[0], grid.rows, grid.columns, is_whole)
+                for span in spans_in_prompt(feature.identifier, feature.mm_position)
+            ]
+            if feature.modality == "video":
+                frames = self.frames_in_prompt(frames, feature.data)
+            images += frames
         if all(image.is_whole for image in images):
             this: Any = super()
             positions: tuple[torch.Tensor, int] = this.get_mrope_input_positions(
                 input_tokens, mm_features
             )
             return positions
-        assert len(images) == len(mm_features), "image embeddings cannot be pruned"
+        assert not is_embedded, "image embeddings cannot be pruned"
         return mrope_positions(len(input_tokens), images)
 
 

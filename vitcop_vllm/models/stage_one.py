@@ -30,6 +30,18 @@ class ImageShape(NamedTuple):
     grids: Grids
 
 
+class VideoShape(NamedTuple):
+    """A video, whose frames are selected like images of one shape.
+
+    Attributes:
+        frame: Shape of each frame.
+        num_frames: Number of frames, as the encoder computes them.
+    """
+
+    frame: ImageShape
+    num_frames: int
+
+
 @dataclass(frozen=True)
 class KeptTokens:
     """What Stage I keeps of B images of one shape.

@@ -4,18 +4,23 @@ vLLM identifies a processed image by a hash, which is its key in the processor c
 encoder cache and in the hashes of KV blocks. Ours appends the image's counts. vLLM never strips an
 identifier, so each process that sees a request knows its plan. Two ratios of one image with
 different counts have different keys everywhere.
+
+A video's identifier ends with the counts of one frame, which all its frames have, and the number
+of frames.
 """
 
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 
 _SEPARATOR = "@"
 
-_TAG = re.compile(r"[0-9]+(\.[0-9]+){4}")
-"""Form of the counts at the end of an identifier; see :meth:`VisualTokenCounts.encode`."""
+_TAG = re.compile(r"([0-9]+(?:\.[0-9]+){4})(?:x([0-9]+))?")
+"""Form of the end of an identifier: counts, and a video's number of frames. See
+:meth:`VisualTokenCounts.encode`."""
 
 EXPLAIN_KEY = "explain_as"
 """Processor keyword: a unique request id under which selections are recorded."""
@@ -35,7 +40,7 @@ class Placeholders(Protocol):
 
 
 class Feature(Protocol):
-    """An image of a request: vLLM's ``MultiModalFeatureSpec``."""
+    """An image or video of a request: vLLM's ``MultiModalFeatureSpec``."""
 
     @property
     def identifier(self) -> str: ...
@@ -44,9 +49,16 @@ class Feature(Protocol):
     def mm_position(self) -> Placeholders: ...
 
 
-def tag_identifier(mm_hash: str, counts: VisualTokenCounts) -> str:
-    """An image's hash with its counts at the end."""
-    return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
+def tag_identifier(mm_hash: str, counts: VisualTokenCounts, num_frames: int | None = None) -> str:
+    """A hash with counts at the end.
+
+    Args:
+        mm_hash: Hash of the image or video.
+        counts: Of the image, or of one frame of the video.
+        num_frames: Number of the video's frames; ``None`` for an image.
+    """
+    frames = "" if num_frames is None else f"x{num_frames}"
+    return f"{mm_hash}{_SEPARATOR}{counts.encode()}{frames}"
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
@@ -70,78 +82,103 @@ def explained_size(identifier: str) -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def counts_of_identifier(identifier: str) -> VisualTokenCounts:
-    """The counts at the end of an image's identifier.
+class _Tag(NamedTuple):
+    """What stands at the end of an identifier, as text."""
+
+    counts: str
+    num_frames: str | None
+
+
+def _find_tag(identifier: str) -> _Tag | None:
+    """The end of an identifier; ``None`` if another processor than ours made the identifier.
 
     A ``uuid`` that a client chose stands before the last separator.
+    """
+    _, separator, tag = identifier.rpartition(_SEPARATOR)
+    found = _TAG.fullmatch(tag) if separator else None
+    return None if found is None else _Tag(found[1], found[2])
+
+
+def counts_of_identifier(identifier: str) -> VisualTokenCounts:
+    """The counts at the end of an identifier: of an image, or of each frame of a video.
 
     Raises:
         RuntimeError: If there are none, because another processor than ours made the identifier.
     """
-    try:
-        return VisualTokenCounts.decode(identifier.rpartition(_SEPARATOR)[2])
-    except ValueError as error:
-        raise RuntimeError(
-            f"image {identifier!r} was processed without visual token counts"
-        ) from error
+    tag = _find_tag(identifier)
+    if tag is None:
+        raise RuntimeError(f"image {identifier!r} was processed without visual token counts")
+    return VisualTokenCounts.decode(tag.counts)
+
+
+def frames_of_identifier(identifier: str) -> int | None:
+    """Number of frames of the video with this identifier; ``None`` for an image."""
+    tag = _find_tag(identifier)
+    return None if tag is None or tag.num_frames is None else int(tag.num_frames)
 
 
 class CountsMismatchError(RuntimeError):
-    """An image's identifier ends with counts that contradict its placeholders.
+    """An identifier ends with counts that contradict the placeholders of its image or video.
 
     The fault is ours, or that of another processor. Tokens would be dropped at wrong positions,
     so the request must fail; other requests are not affected.
     """
 
 
-def span_in_prompt(identifier: str, place: Placeholders) -> VisualSpan:
-    """Visual tokens of an image in the prompt, with the counts of its identifier.
+def spans_in_prompt(identifier: str, place: Placeholders) -> tuple[VisualSpan, ...]:
+    """Visual tokens of an image, or of each frame of a video, with the identifier's counts.
 
     An engine also accepts prompts from another processor, whose identifiers do not end with
     counts. Such an image is not pruned. An unpruned image may have text between its visual
     tokens, which its span then includes.
 
+    Frames may lie next to each other or have text between them. All have equally many tokens, so
+    a run of visual tokens is divided into frames of n1 tokens.
+
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or
-            their n1 is not the number of consecutive placeholders.
+            contradict the number of consecutive placeholders.
     """
     runs = place.extract_embeds_range()
     offset, length = runs[0][0], runs[-1][1] + 1 - runs[0][0]
-    num_placeholders = sum(last + 1 - first for first, last in runs)
-    counts = _checked_counts(identifier, num_placeholders)
-    if num_placeholders == length:
-        return VisualSpan(offset, counts)
-    if counts.is_pruned:
-        raise CountsMismatchError(
-            f"image ...{identifier[-48:]!r} is pruned, and has text between its placeholders"
-        )
-    return VisualSpan(offset, VisualTokenCounts.unpruned(length))
-
-
-def _checked_counts(identifier: str, num_placeholders: int) -> VisualTokenCounts:
-    """Counts of an image that has ``num_placeholders`` tokens in the prompt."""
-    _, separator, tag = identifier.rpartition(_SEPARATOR)
-    if not separator or not _TAG.fullmatch(tag):
-        return VisualTokenCounts.unpruned(num_placeholders)
-    image = f"image ...{identifier[-48:]!r}"
+    tag = _find_tag(identifier)
+    if tag is None:
+        return (VisualSpan(offset, VisualTokenCounts.unpruned(length)),)
+    item = f"{'image' if tag.num_frames is None else 'video'} ...{identifier[-48:]!r}"
     try:
-        counts = VisualTokenCounts.decode(tag)
+        counts = VisualTokenCounts.decode(tag.counts)
+        num_frames = int(tag.num_frames or 1)
     except ValueError as error:
-        raise CountsMismatchError(f"{image}: {error}") from None
-    if counts.stages[0] != num_placeholders:
+        raise CountsMismatchError(f"{item}: {error}") from None
+    n1 = counts.stages[0]
+    keeps = f"{item} keeps {n1} visual tokens in Stage I by its identifier"
+    lengths = [last + 1 - first for first, last in runs]
+    if tag.num_frames is None:
+        if n1 != sum(lengths):
+            raise CountsMismatchError(f"{keeps}, and has {sum(lengths)} placeholders in the prompt")
+        if length == n1:
+            return (VisualSpan(offset, counts),)
+        if counts.is_pruned:
+            raise CountsMismatchError(f"{item} is pruned, and has text between its placeholders")
+        return (VisualSpan(offset, VisualTokenCounts.unpruned(length)),)
+    if any(length % n1 for length in lengths) or sum(lengths) != n1 * num_frames:
         raise CountsMismatchError(
-            f"{image} keeps {counts.stages[0]} visual tokens in Stage I by its identifier, and "
-            f"has {num_placeholders} placeholders in the prompt"
+            f"{keeps} of each of {num_frames} frames, and has runs of "
+            f"{sorted(set(lengths))} placeholders in the prompt, {sum(lengths)} in all"
         )
-    return counts
+    return tuple(
+        VisualSpan(first, counts, num_frames)
+        for first_of_run, last in runs
+        for first in range(first_of_run, last + 1, n1)
+    )
 
 
 def plan_request(features: Iterable[Feature]) -> RequestPlan | None:
-    """Plan of a request with these images; ``None`` if no image is pruned.
+    """Plan of a request with these images and videos; ``None`` if none is pruned.
 
     Raises:
-        CountsMismatchError: See :func:`span_in_prompt`.
+        CountsMismatchError: See :func:`spans_in_prompt`.
     """
-    places = [(feature.identifier, feature.mm_position) for feature in features]
-    plan = RequestPlan(tuple(span_in_prompt(name, place) for name, place in places))
+    spans = (spans_in_prompt(feature.identifier, feature.mm_position) for feature in features)
+    plan = RequestPlan(tuple(chain.from_iterable(spans)))
     return plan if plan.is_pruned else None

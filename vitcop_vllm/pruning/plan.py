@@ -26,7 +26,10 @@ NUM_SEGMENTS = len(STAGES)
 
 @dataclass(frozen=True)
 class VisualTokenCounts:
-    """Visual tokens of one image: from the encoder, and kept by each Stage.
+    """Visual tokens of one image, or of one frame of a video: computed, and kept by each Stage.
+
+    A *frame* of a video is what the encoder computes as one image. Qwen-VL's encoders join two
+    frames of the file into one.
 
     Attributes:
         encoder: V, visual tokens the vision encoder computes.
@@ -157,10 +160,16 @@ def effective_ratio(
 
 @dataclass(frozen=True)
 class VisualSpan:
-    """One image's placeholders in a prompt: ``stages[0]`` tokens from ``offset``."""
+    """Placeholders of an image or a frame in a prompt: ``stages[0]`` tokens from ``offset``.
+
+    Attributes:
+        num_frames: Frames of the video that the frame belongs to; 1 for an image. vLLM's encoder
+            cache holds them together.
+    """
 
     offset: int
     counts: VisualTokenCounts
+    num_frames: int = 1
 
     @property
     def end(self) -> int:
@@ -203,14 +212,14 @@ class RequestPlan:
 
     @cached_property
     def patches_per_placeholder(self) -> tuple[int, int]:
-        """V and n1 of the image that Stage I prunes most."""
-        most = max((span.counts for span in self.spans), key=lambda c: c.encoder / c.stages[0])
-        return most.encoder, most.stages[0]
+        """V and n1 of the image or video that Stage I prunes most, over all its frames."""
+        most = max(self.spans, key=lambda span: span.counts.encoder / span.counts.stages[0])
+        return most.counts.encoder * most.num_frames, most.counts.stages[0] * most.num_frames
 
     @cached_property
-    def longest_span(self) -> int:
-        """n1 of the image that keeps most tokens in Stage I."""
-        return max(span.counts.stages[0] for span in self.spans)
+    def largest_item(self) -> int:
+        """n1 of the image or video that keeps most tokens in Stage I, over all its frames."""
+        return max(span.counts.stages[0] * span.num_frames for span in self.spans)
 
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per segment, among the first ``num_tokens``.

@@ -14,9 +14,9 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.attention import DecodeView, PrefillView
-from vitcop_vllm.pruning.identity import Feature, plan_request
+from vitcop_vllm.pruning.identity import Feature, frames_of_identifier, plan_request
 from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan, VisualTokenCounts
-from vitcop_vllm.worker.step import SpanGroup, StagedForward, StagedStep
+from vitcop_vllm.worker.step import PrunedSpan, SpanGroup, StagedForward, StagedStep
 
 Ints = npt.NDArray[np.int64]
 
@@ -29,7 +29,7 @@ class _Request(NamedTuple):
     Attributes:
         plan: Its plan.
         prompt_tokens: Length of its prompt, placeholders included.
-        images: Identifiers of the images of the plan's spans; empty where none is needed.
+        images: Identifier of each span's image or video; empty where none is needed.
     """
 
     plan: RequestPlan
@@ -128,7 +128,11 @@ class StepPlanner:
             prompt_tokens: Length of its prompt, placeholders included.
         """
         features = [*features]
-        images = [feature.identifier for feature in features]
+        images = [
+            feature.identifier
+            for feature in features
+            for _ in range(frames_of_identifier(feature.identifier) or 1)
+        ]
         self.track(name, plan_request(features), prompt_tokens, images)
 
     def track(
@@ -240,7 +244,7 @@ class StepPlanner:
         starts: Ints,
         ends: Ints,
         rows: Sequence[_HostRows],
-    ) -> tuple[dict[VisualTokenCounts, list[_Span]], list[str]]:
+    ) -> tuple[dict[VisualTokenCounts, list[_Span]], list[PrunedSpan]]:
         """Spans of the step that lose tokens after Stage I, and the step's pruned images.
 
         Args:
@@ -251,10 +255,10 @@ class StepPlanner:
             rows: Of each segment.
 
         Returns:
-            Counts -> spans; and the identifiers of all pruned images, in row order.
+            Counts -> spans; and all pruned images and frames, in row order.
         """
         found: dict[VisualTokenCounts, list[_Span]] = {}
-        images: list[str] = []
+        images: list[PrunedSpan] = []
         for row in changed.tolist():
             plan, prompt_tokens, names = self._requests[int(slots[row])]
             for i, span in enumerate(plan.spans):
@@ -278,13 +282,14 @@ class StepPlanner:
                     span_found = _Span(len(images), first_rows, prompts)
                     found.setdefault(span.counts, []).append(span_found)
                 if span.counts.is_pruned:
-                    images.append(names[i] if names else "")
+                    name = names[i] if names else ""
+                    images.append(PrunedSpan(name, span.counts.stages[0]))
         return found, images
 
     def _plan_forward(
         self,
         found: Mapping[VisualTokenCounts, Sequence[_Span]],
-        images: Sequence[str],
+        images: Sequence[PrunedSpan],
         rows: Sequence[_HostRows],
         renumbered: Ints | None,
     ) -> StagedForward:

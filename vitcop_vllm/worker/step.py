@@ -7,6 +7,7 @@ Which rows survive is decided on the device and never needed here.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,18 @@ class SpanGroup:
         return self.first_rows[segment, :, None] + offsets
 
 
+class PrunedSpan(NamedTuple):
+    """A pruned image, or a frame of a pruned video, whose visual tokens a step computes.
+
+    Attributes:
+        name: Identifier of the image or video.
+        num_tokens: n1, its visual tokens after Stage I.
+    """
+
+    name: str
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class StagedForward:
     """How rows change between segments, in a step where they do.
@@ -49,7 +62,7 @@ class StagedForward:
             stands for it: itself, or the last survivor of its span.
         renumbered: (T_1,) int64, rotary positions of segment 1's rows for the deepest
             segment under ``positions: reference``; ``None`` keeps prompt positions.
-        images: Identifiers of the pruned images of the step, in row order; what
+        images: The pruned images and frames of the step, in row order; what
             ``SpanGroup.images`` numbers.
     """
 
@@ -57,7 +70,7 @@ class StagedForward:
     sources: dict[int, torch.Tensor]
     outputs: torch.Tensor
     renumbered: torch.Tensor | None
-    images: tuple[str, ...] = ()
+    images: tuple[PrunedSpan, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""Videos are pruned frame by frame, exactly, and a step or a prefix hit may end after any frame."""
+
+from itertools import count
+from math import ceil
+
+import pytest
+
+from tests.engine.dense_oracle import assert_equals_oracle
+from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
+from tests.engine.scheduling import engine_core, free_blocks, start
+from tests.families.family import QWEN2_5_VL, QWEN3_VL, Family
+from tests.families.stock import VIDEOS
+from tests.families.test_prefix_caching import blocks_of, generate_with_cache
+
+pytestmark = pytest.mark.parametrize(
+    "family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name, indirect=True
+)
+
+RATIOS = (2 / 3, 8 / 9, 0.2)
+
+REQUESTS = [
+    RequestSpec("What happens?", videos=(1,)),
+    RequestSpec("Which one is longer?", videos=(2, 3), max_tokens=5),
+    RequestSpec("Is the image part of the video?", (1, 101), videos=(5, 1), order="vivi"),
+    RequestSpec("A long one", videos=(4,), max_tokens=4),
+]
+
+
+def at(spec: RequestSpec, ratio: float) -> RequestSpec:
+    return RequestSpec(**{**vars(spec), "ratio": ratio})
+
+
+def frame_starts(family: Family, answer: Answer, n1: int) -> list[int]:
+    """Prompt positions at which frames of n1 tokens begin, of a prompt with videos only."""
+    starts, position = [], 0
+    while family.video_token in answer.prompt[position:]:
+        starts.append(answer.prompt.index(family.video_token, position))
+        position = starts[-1] + n1
+    return starts
+
+
+def test_ratio_zero_gives_the_answers_of_stock_vllm(family, llm, stock_videos):
+    for spec, expected in zip(VIDEOS, stock_videos, strict=True):
+        (answer,) = generate(llm, [spec])
+        assert answer == expected or answer.tokens == expected.tokens
+        assert answer.prompt == expected.prompt
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
+    assert len({tuple(answer.tokens) for answer in stock_videos}) == len(VIDEOS)
+
+
+def test_the_unpruned_dense_oracle_equals_stock_vllm(family, oracle, stock_videos):
+    for spec, answer in zip(VIDEOS, stock_videos, strict=True):
+        assert_equals_oracle(oracle, at(spec, 0.0), answer)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_pruned_videos_equal_the_dense_oracle(family, llm, oracle, ratio):
+    specs = [at(spec, ratio) for spec in REQUESTS]
+    for spec, answer in zip(specs, generate(llm, specs), strict=True):
+        frames = [family.video(ratio, video) for video in spec.videos]
+        kept = sum(num_frames * counts.stages[0] for num_frames, counts in frames)
+        assert answer.prompt.count(family.video_token) == kept
+        assert answer.prompt.count(family.image_token) == family.kept(ratio, *spec.images)
+        assert_equals_oracle(oracle, spec, answer)
+
+
+def test_a_mixed_batch_gives_the_same_tokens_as_single_requests(family, llm):
+    specs = [at(spec, ratio) for spec in REQUESTS for ratio in (8 / 9, 0.5)]
+    specs += [RequestSpec("no video, " * 9), RequestSpec("an image", (2,), 7 / 9), *VIDEOS[:1]]
+    alone = [generate(llm, [spec])[0].tokens for spec in specs]
+    assert [answer.tokens for answer in generate(llm, specs)] == alone
+
+
+@pytest.mark.parametrize("frame", [0, 1, 3, 6])
+@pytest.mark.parametrize("edge", ["ends", "is cut"])
+def test_a_step_may_end_after_any_frame_and_in_none(family, llm, oracle, monkeypatch, frame, edge):
+    """A step that would end inside a frame ends before it."""
+    _, counts = family.video(0.5, 4)
+    n1 = counts.stages[0]
+    (probe,) = generate(llm, [RequestSpec("What?", ratio=0.5, videos=(4,), max_tokens=1)])
+    starts = frame_starts(family, probe, n1)
+    assert len(starts) == 7
+    scheduler = engine_core(llm).scheduler
+    budget = scheduler.max_num_scheduled_tokens
+    place = starts[frame] + (n1 if edge == "ends" else n1 // 2)
+    shift = (budget - place) % budget  # of the prompt, by text before the video
+    spec = RequestSpec("What?", ratio=0.5, videos=(4,), system="x" * shift, max_tokens=3)
+    ends: list[int] = []
+    schedule = scheduler.schedule
+
+    def recording(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        ends.extend(scheduler.requests[n].num_computed_tokens for n in output.num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", recording)
+    (answer,) = generate(llm, [spec])
+    inside = {shift + first + i for first in starts for i in range(1, n1)}
+    assert not inside & set(ends)
+    assert shift + starts[frame] + (n1 if edge == "ends" else 0) in ends
+    assert_equals_oracle(oracle, spec, answer)
+
+
+@pytest.mark.parametrize("ratio", [2 / 3, 8 / 9])
+def test_a_second_question_computes_nothing_of_the_video_again(family, llm, ratio):
+    first, second = generate_with_cache(
+        llm,
+        [
+            RequestSpec("What is it?", ratio=ratio, videos=(4,)),
+            RequestSpec("Where does the square go?", ratio=ratio, videos=(4,)),
+        ],
+    )
+    end = len(first.prompt) - first.prompt[::-1].index(family.video_token)
+    assert first.reused == 0
+    assert second.reused >= end
+
+
+def test_other_ratios_and_other_videos_are_not_reused(family, llm):
+    specs = [
+        RequestSpec("What?", ratio=8 / 9, videos=(1,)),
+        RequestSpec("What?", ratio=2 / 3, videos=(1,)),
+        RequestSpec("What?", ratio=8 / 9, videos=(3,)),
+        RequestSpec("What?", ratio=0.0, videos=(1,)),
+    ]
+    assert [answer.reused for answer in generate_with_cache(llm, specs)] == [0] * 4
+
+
+@pytest.mark.parametrize("segment", [0, 1, 2])
+def test_a_hit_may_end_after_any_frame(family, llm, segment):
+    """Blocks of the video's later frames are evicted, from the last to the first."""
+    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
+    (expected,) = generate(llm, [spec])
+    n1 = family.video(0.5, 4)[1].stages[0]
+    starts = frame_starts(family, expected, n1)
+    inside = {first + i for first in starts for i in range(1, n1)}
+    manager = engine_core(llm).scheduler.kv_cache_manager
+    group = next(
+        i
+        for i, group in enumerate(manager.kv_cache_config.kv_cache_groups)
+        if group.kv_cache_spec.segment == segment
+    )
+    reused = []
+    for block in count():
+        generate_in_turn(llm, [spec])
+        blocks = blocks_of(manager.block_pool, group)
+        if block >= len(blocks):
+            break
+        manager.evict_blocks({blocks[block]})
+        (answer,) = generate(llm, [spec], reuse=True)
+        assert answer.tokens == expected.tokens
+        assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
+        reused.append(answer.reused)
+    assert reused == sorted(reused)
+    assert not inside & set(reused)
+    assert set(reused) & {first + n1 for first in starts[:-1]}
+
+
+def test_frames_of_an_aborted_prefill_are_reused(family, llm):
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
+    spec = at(spec, 0.5)
+    (expected,) = generate(llm, [spec])
+    assert llm.reset_prefix_cache()
+    start(engine, "gone", RequestSpec(**{**vars(spec), "system": "x" * 200}))
+    engine.step()
+    computed = next(iter(scheduler.requests.values())).num_computed_tokens
+    engine.abort_request(["gone"])
+    while engine.has_unfinished_requests():
+        engine.step()
+    again = RequestSpec(**{**vars(spec), "system": "x" * 200})
+    cold_free = free_blocks(scheduler)
+    (answer,) = generate(llm, [again], reuse=True)
+    assert free_blocks(scheduler) == cold_free
+    (cold,) = generate(llm, [again])
+    assert 0 < answer.reused <= computed
+    assert answer.tokens == cold.tokens
+    assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in cold.logprobs]
+    assert len(expected.tokens) == 4
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 8 / 9])
+def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, ratio):
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    spec = RequestSpec("How many?", (1,), ratio, videos=(4, 2), order="viv", max_tokens=20)
+    plans = [family.video(ratio, video) for video in spec.videos]
+    plans.append((1, family.counts(ratio, 1)))
+    dropped = [
+        sum(num_frames * counts.dropped[segment] for num_frames, counts in plans)
+        for segment in range(3)
+    ]
+    start(engine, "r", spec)
+    groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
+    seen = 0
+    while engine.has_unfinished_requests():
+        (request,) = scheduler.requests.values()
+        engine.step()
+        if request.is_finished() or request.num_computed_tokens < request.num_prompt_tokens:
+            continue
+        seen += 1
+        blocks = scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
+        for group, held in zip(groups, blocks, strict=True):
+            slots = request.num_computed_tokens - dropped[group.kv_cache_spec.segment]
+            assert sum(not block.is_null for block in held) == ceil(slots / BLOCK)
+    assert seen > 10
+
+
+def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family, llm):
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    spec = RequestSpec("Where to?", ratio=0.5, videos=(4,), system="x" * 150, max_tokens=6)
+    (expected,) = generate(llm, [spec])
+    assert llm.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    start(engine, "r", spec)
+    engine.step()
+    request = scheduler.running.pop()
+    assert 150 < request.num_computed_tokens < request.num_prompt_tokens
+    scheduler._preempt_request(request, 0.0)
+    assert llm.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    outputs = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    assert list(outputs[0].outputs[0].token_ids) == expected.tokens

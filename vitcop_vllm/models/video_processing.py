@@ -1,0 +1,154 @@
+"""Processing of videos for a pruned model. Mixins like those of ``processing``.
+
+A *frame* is what the encoder computes as one image. Each frame of a video keeps equally many
+tokens, which depend on the ratio and the frame's size only. So a frame's selection depends on the
+prompt up to its end, and a prefix hit after any frame is exact.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.parse import (
+    DictEmbeddingItems,
+    EmbeddingItems,
+    MultiModalDataItems,
+    VideoProcessorItems,
+)
+from vllm.utils.cache import LRUCache
+
+from vitcop_vllm.models.layout import VideoLayout
+from vitcop_vllm.models.processing import (
+    VIDEO_COUNTS_FIELD,
+    PrunedProcessingInfo,
+    PrunedProcessor,
+    video_row,
+)
+from vitcop_vllm.models.stage_one import ImageShape, VideoShape
+from vitcop_vllm.pruning.grids import count_tokens
+from vitcop_vllm.pruning.settings import RATIO_KEY
+
+_MAX_LAYOUTS = 1024
+"""Maximum number of cached layouts of videos sent with a uuid, some 100 bytes each."""
+
+
+class VideoProcessingInfo(PrunedProcessingInfo):
+    """A model's data that the processor needs for pruning images and videos."""
+
+    modalities: tuple[str, ...] = ("image", "video")
+
+    def video_layout(
+        self,
+        num_frames: int,
+        width: int,
+        height: int,
+        metadata: Mapping[str, Any],
+        processor_kwargs: Mapping[str, object],
+    ) -> VideoLayout:
+        """Frames and grids of a video.
+
+        Args:
+            num_frames: Frames that vLLM's loader read.
+            width, height: Size of the frames in pixels.
+            metadata: The loader's description of the video.
+            processor_kwargs: The request's processor keywords.
+        """
+        raise NotImplementedError
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Tokens of the largest image and video, which are unpruned; by vLLM."""
+        if "video" not in mm_counts:
+            return super().get_mm_max_tokens_per_item(seq_len, mm_counts)
+        this: Any = super(PrunedProcessingInfo, self)
+        tokens: Mapping[str, int] = this.get_mm_max_tokens_per_item(seq_len, mm_counts)
+        return tokens
+
+
+class VideoProcessor(PrunedProcessor):
+    """Shortens prompts to the visual tokens that Stage I keeps of images and videos.
+
+    Attributes:
+        video_pixels_field: Name of the field with the videos' pixels.
+    """
+
+    video_pixels_field = "pixel_values_videos"
+
+    @cached_property
+    def _video_layouts(self) -> LRUCache[str, VideoLayout]:
+        """Layouts of videos that were sent with a uuid, by uuid."""
+        return LRUCache(_MAX_LAYOUTS)
+
+    def _videos(
+        self,
+        mm_items: MultiModalDataItems,
+        processor_kwargs: Mapping[str, object],
+        uuids: Sequence[str | None] | None = None,
+    ) -> list[tuple[VideoShape, int]]:
+        videos = mm_items.get("video")
+        if videos is None:
+            return []
+        if isinstance(videos, (EmbeddingItems, DictEmbeddingItems)):
+            if processor_kwargs.get(RATIO_KEY):
+                raise ValueError(
+                    "video embeddings cannot be pruned, because Stage I needs the encoder's "
+                    f"attention; send the video itself or leave {RATIO_KEY} out"
+                )
+            return [(self._embedded_video(videos, i), 0) for i in range(videos.get_count())]
+        assert isinstance(videos, VideoProcessorItems)
+        shapes = []
+        for i in range(videos.get_count()):
+            layout = self._video_layout(videos, i, processor_kwargs, uuids[i] if uuids else None)
+            counts = self.info.counts(count_tokens(layout.grids), processor_kwargs)
+            shape = VideoShape(ImageShape(counts, layout.grids), layout.num_frames)
+            shapes.append((shape, layout.num_positions))
+        return shapes
+
+    def _video_layout(
+        self,
+        videos: VideoProcessorItems,
+        i: int,
+        processor_kwargs: Mapping[str, object],
+        uuid: str | None,
+    ) -> VideoLayout:
+        if (item := videos.get(i)) is not None:
+            frames, metadata = item
+            num_frames = len(frames)
+            if not num_frames:
+                raise ValueError("the video has no frame that can be read")
+            size = VideoProcessorItems([frames]).get_frame_size(0)
+            layout: VideoLayout = self.info.video_layout(
+                num_frames, size.width, size.height, metadata, processor_kwargs
+            )
+            if uuid is not None:
+                self._video_layouts[uuid] = layout
+            return layout
+        known = self._video_layouts.get(uuid) if uuid is not None else None
+        if known is None:
+            raise ValueError(f"the video with uuid {uuid!r} is not cached: send its data again")
+        return known
+
+    def _embedded_video(self, videos: Any, i: int) -> VideoShape:
+        """Shape of a video whose embeddings the client computed."""
+        raise NotImplementedError
+
+    def _apply_hf_processor_main(
+        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if self.video_pixels_field in processed:
+            videos = self._videos(mm_items, hf_kwargs)
+            rows = torch.tensor([video_row(video) for video, _ in videos])
+            processed[VIDEO_COUNTS_FIELD] = rows
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
+        counts = MultiModalFieldConfig.batched("video", keep_on_cpu=True)
+        return {**fields, VIDEO_COUNTS_FIELD: counts}
