@@ -203,7 +203,7 @@ def sample_video(seed: int) -> tuple[np.ndarray, dict[str, Any]]:
     for number, frame in enumerate(frames):
         left = (width - side) * number // max(num_frames - 1, 1)
         frame[side : 2 * side, left : left + side] = rng.integers(0, 255, 3)
-        frame[:, -width // 4 :] ^= rng.integers(0, 60, (height, width // 4, 3), dtype=np.uint8)
+        frame[:, :40] ^= rng.integers(0, 60, (height, 40, 3), dtype=np.uint8)
     total = num_frames * step
     return frames, {
         "fps": fps,

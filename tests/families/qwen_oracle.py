@@ -104,8 +104,15 @@ class DenseQwen(DenseModel):
 
     def frames_of(self, video: tuple[np.ndarray, dict[str, Any]]) -> list[Frame]:
         frames, metadata = video
+        images = self.processor.image_processor
         inputs = self.processor.video_processor(
-            videos=[frames], do_sample_frames=False, return_tensors="pt"
+            videos=[frames],
+            do_sample_frames=False,
+            # vLLM normalises images and frames in the same way. In published checkpoints both
+            # processors have the same values.
+            image_mean=images.image_mean,
+            image_std=images.image_std,
+            return_tensors="pt",
         )
         ((count, height, width),) = inputs["video_grid_thw"].tolist()
         grid = height // 2, width // 2

@@ -7,7 +7,7 @@ import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
-from tests.engine.scheduling import engine_core, free_blocks, start
+from tests.engine.scheduling import engine_core, start
 from tests.families.family import QWEN2_5_VL, QWEN3_VL, Family
 from tests.families.stock import VIDEOS
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
@@ -71,20 +71,24 @@ def test_a_mixed_batch_gives_the_same_tokens_as_single_requests(family, llm):
     assert [answer.tokens for answer in generate(llm, specs)] == alone
 
 
-@pytest.mark.parametrize("frame", [0, 1, 3, 6])
+def ends_at(family: Family, llm, place: int, frame: int) -> RequestSpec:
+    """A request whose first step ends ``place`` tokens after a frame of its video begins, if
+    nothing prevents it."""
+    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
+    (answer,) = generate(llm, [spec])
+    starts = frame_starts(family, answer, family.video(0.5, 4)[1].stages[0])
+    budget = engine_core(llm).scheduler.max_num_scheduled_tokens
+    return RequestSpec(**{**vars(spec), "system": "x" * (budget - starts[frame] - place)})
+
+
+@pytest.mark.parametrize("frame", [0, 1, 3])
 @pytest.mark.parametrize("edge", ["ends", "is cut"])
 def test_a_step_may_end_after_any_frame_and_in_none(family, llm, oracle, monkeypatch, frame, edge):
     """A step that would end inside a frame ends before it."""
-    _, counts = family.video(0.5, 4)
+    num_frames, counts = family.video(0.5, 4)
     n1 = counts.stages[0]
-    (probe,) = generate(llm, [RequestSpec("What?", ratio=0.5, videos=(4,), max_tokens=1)])
-    starts = frame_starts(family, probe, n1)
-    assert len(starts) == 7
+    spec = ends_at(family, llm, n1 if edge == "ends" else n1 // 2, frame)
     scheduler = engine_core(llm).scheduler
-    budget = scheduler.max_num_scheduled_tokens
-    place = starts[frame] + (n1 if edge == "ends" else n1 // 2)
-    shift = (budget - place) % budget  # of the prompt, by text before the video
-    spec = RequestSpec("What?", ratio=0.5, videos=(4,), system="x" * shift, max_tokens=3)
     ends: list[int] = []
     schedule = scheduler.schedule
 
@@ -95,9 +99,10 @@ def test_a_step_may_end_after_any_frame_and_in_none(family, llm, oracle, monkeyp
 
     monkeypatch.setattr(scheduler, "schedule", recording)
     (answer,) = generate(llm, [spec])
-    inside = {shift + first + i for first in starts for i in range(1, n1)}
-    assert not inside & set(ends)
-    assert shift + starts[frame] + (n1 if edge == "ends" else 0) in ends
+    starts = frame_starts(family, answer, n1)
+    assert len(starts) == num_frames == 7
+    assert ends[0] == starts[frame] + (n1 if edge == "ends" else 0)
+    assert not {first + i for first in starts for i in range(1, n1)} & set(ends)
     assert_equals_oracle(oracle, spec, answer)
 
 
@@ -127,10 +132,10 @@ def test_other_ratios_and_other_videos_are_not_reused(family, llm):
 
 @pytest.mark.parametrize("segment", [0, 1, 2])
 def test_a_hit_may_end_after_any_frame(family, llm, segment):
-    """Blocks of the video's later frames are evicted, from the last to the first."""
-    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
+    """In each turn another block is evicted, and with it the hits of all longer prefixes."""
+    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(1,), max_tokens=2)
     (expected,) = generate(llm, [spec])
-    n1 = family.video(0.5, 4)[1].stages[0]
+    n1 = family.video(0.5, 1)[1].stages[0]
     starts = frame_starts(family, expected, n1)
     inside = {first + i for first in starts for i in range(1, n1)}
     manager = engine_core(llm).scheduler.kv_cache_manager
@@ -157,25 +162,22 @@ def test_a_hit_may_end_after_any_frame(family, llm, segment):
 
 def test_frames_of_an_aborted_prefill_are_reused(family, llm):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
-    spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
-    spec = at(spec, 0.5)
-    (expected,) = generate(llm, [spec])
+    spec = ends_at(family, llm, 2, 3)
+    (cold,) = generate(llm, [spec])
     assert llm.reset_prefix_cache()
-    start(engine, "gone", RequestSpec(**{**vars(spec), "system": "x" * 200}))
+    start(engine, "gone", spec)
     engine.step()
-    computed = next(iter(scheduler.requests.values())).num_computed_tokens
+    (request,) = scheduler.requests.values()
+    computed = request.num_computed_tokens
     engine.abort_request(["gone"])
     while engine.has_unfinished_requests():
         engine.step()
-    again = RequestSpec(**{**vars(spec), "system": "x" * 200})
-    cold_free = free_blocks(scheduler)
-    (answer,) = generate(llm, [again], reuse=True)
-    assert free_blocks(scheduler) == cold_free
-    (cold,) = generate(llm, [again])
-    assert 0 < answer.reused <= computed
+    (answer,) = generate(llm, [spec], reuse=True)
+    n1 = family.video(0.5, 4)[1].stages[0]
+    third = frame_starts(family, cold, n1)[2]
+    assert third + n1 <= answer.reused <= computed < len(cold.prompt)
     assert answer.tokens == cold.tokens
     assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in cold.logprobs]
-    assert len(expected.tokens) == 4
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 8 / 9])
@@ -206,14 +208,14 @@ def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, r
 
 def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family, llm):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
-    spec = RequestSpec("Where to?", ratio=0.5, videos=(4,), system="x" * 150, max_tokens=6)
+    spec = ends_at(family, llm, 2, 3)
     (expected,) = generate(llm, [spec])
     assert llm.reset_prefix_cache()
     engine.reset_encoder_cache()
     start(engine, "r", spec)
     engine.step()
     request = scheduler.running.pop()
-    assert 150 < request.num_computed_tokens < request.num_prompt_tokens
+    assert len(spec.system) + 20 < request.num_computed_tokens < request.num_prompt_tokens
     scheduler._preempt_request(request, 0.0)
     assert llm.reset_prefix_cache()
     engine.reset_encoder_cache()
