@@ -1,8 +1,13 @@
-"""M-RoPE positions of prompts with images."""
+"""M-RoPE positions of prompts with images and videos."""
 
 import torch
 
-from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions, positions_beyond_tokens
+from vitcop_vllm.models.mrope import (
+    MRoPEImage,
+    adjacent_frames,
+    mrope_positions,
+    positions_beyond_tokens,
+)
 
 
 def test_an_unpruned_image_has_vllm_s_positions():
@@ -34,3 +39,27 @@ def test_text_positions_count_from_zero():
     positions, delta = mrope_positions(4, [])
     assert torch.equal(positions, torch.arange(4).expand(3, -1))
     assert delta == 0
+
+
+def test_adjacent_frames_begin_at_one_position_and_differ_in_time():
+    frames = adjacent_frames(MRoPEImage(1, 2, 2, 3, is_whole=False), [0, 2, 5])
+    positions, delta = mrope_positions(8, frames)
+    #                                  t  frame frame frame text
+    assert positions.tolist() == [[0, 1, 1, 3, 3, 6, 6, 7], *[[0, *[1] * 6, 7]] * 2]
+    assert delta == 8 - 8
+
+
+def test_text_after_a_short_video_follows_its_frames_larger_side():
+    frames = adjacent_frames(MRoPEImage(0, 6, 2, 3, is_whole=True), [0, 1])
+    positions, _ = mrope_positions(13, frames)
+    assert positions.tolist() == [
+        [0] * 6 + [1] * 6 + [3],
+        [0, 0, 0, 1, 1, 1] * 2 + [3],
+        [0, 1, 2] * 4 + [3],
+    ]
+
+
+def test_frames_with_text_between_them_are_images():
+    frames = [MRoPEImage(1, 2, 2, 3, is_whole=False), MRoPEImage(5, 2, 2, 3, is_whole=False)]
+    positions, _ = mrope_positions(8, frames)
+    assert positions.tolist() == [[0, 1, 1, 4, 5, 6, 6, 9]] * 3

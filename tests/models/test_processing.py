@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -9,9 +10,23 @@ from PIL import Image
 
 from benchmarks import internvl_checkpoint, llava_next_checkpoint
 from benchmarks.qwen_checkpoint import TINY
-from tests.families.family import INTERNVL, INTERNVL_CHAT, LLAVA_NEXT, QWEN2_5_VL, Family
-from vitcop_vllm.models.processing import COUNTS_FIELD, shape_of_row
+from tests.engine.requests import VIDEO_MARK
+from tests.families.family import (
+    INTERNVL,
+    INTERNVL_CHAT,
+    LLAVA_NEXT,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    Family,
+)
+from vitcop_vllm.models.processing import (
+    COUNTS_FIELD,
+    VIDEO_COUNTS_FIELD,
+    shape_of_row,
+    video_of_row,
+)
 from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.identity import spans_in_prompt
 
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
@@ -84,6 +99,83 @@ def assert_processed_as_planned(processor: Any, family: Family, width: int, heig
         kept = [family.image_token] * shape.counts.stages[0]
         before, after = family.tokens_around
         assert tokens == [before, *kept, after]
+
+
+VIDEO_SIZES = [(1, 300, 200), (2, 60, 700), (5, 301, 299), (8, 1400, 700), (31, 20, 24)]
+"""Frames, width and height."""
+
+
+def video(frames: int, width: int, height: int, *, all_read: bool = False) -> Any:
+    """Frames and metadata of a video; ``all_read``: no frame of the file is missing."""
+    step = 1 if all_read else 7
+    return np.zeros((frames, height, width, 3), dtype=np.uint8), {
+        "fps": 24.0,
+        "duration": frames * step / 24,
+        "total_num_frames": frames * step,
+        "frames_indices": [*range(0, frames * step, step)],
+        "video_backend": "opencv",
+        "do_sample_frames": all_read,
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "keywords", "min_frames", "samples"),
+    [
+        (QWEN2_5_VL, {}, 1, False),
+        (QWEN2_5_VL, {"max_pixels": 40_000}, 1, False),
+        (QWEN2_5_VL, {"cap_pixels_per_frame": True, "max_video_tokens": 64}, 1, False),
+        (QWEN2_5_VL, {"do_sample_frames": True, "num_frames": 2}, 2, True),
+        # Its processor refuses a single frame.
+        (QWEN3_VL, {}, 2, False),
+        (QWEN3_VL, {}, 2, True),
+        (QWEN3_VL, {"size": {"longest_edge": 90_000}}, 2, False),
+        (QWEN3_VL, {"fps": 4}, 2, True),
+        (QWEN3_VL, {"num_frames": 4}, 4, True),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_plan_of_a_video_is_what_the_processor_makes_of_it(
+    processor_of: Any, family: Family, keywords: dict[str, Any], min_frames: int, samples: bool
+) -> None:
+    """``samples``: the loader read all frames, and the processor takes some of them."""
+    processor = processor_of(family, {"videos_kwargs": keywords})
+    for frames, width, height in VIDEO_SIZES:
+        if frames < min_frames:
+            continue
+        items = processor.info.parse_mm_data(
+            {"video": [video(frames, width, height, all_read=samples)]}
+        )
+        processed = processor(
+            VIDEO_MARK, mm_items=items, hf_processor_mm_kwargs={"pruning_ratio": 2 / 3}
+        )
+        (made,) = processed["mm_kwargs"]["video"]
+        shape = video_of_row(made[VIDEO_COUNTS_FIELD].data.tolist())
+        (grid,) = shape.frame.grids
+        t, h, w = made["video_grid_thw"].data.tolist()
+        assert (shape.num_frames, grid) == (t, Grid(h // 2, w // 2))
+        (place,) = processed["mm_placeholders"]["video"]
+        (name,) = processed["mm_hashes"]["video"]
+        spans = spans_in_prompt(name, place)
+        assert len(spans) == t
+        assert spans[0].counts == shape.frame.counts
+        kept = shape.frame.counts.stages[0]
+        assert kept < grid.num_tokens or grid.num_tokens < 4
+        assert processed["prompt_token_ids"].count(family.video_token) == t * kept
+
+
+@pytest.mark.parametrize("family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name)
+def test_a_video_s_positions_are_counted_before_it_is_processed(
+    processor_of: Any, family: Family
+) -> None:
+    processor = processor_of(family, {})
+    frames, metadata = video(10, 140, 84)
+    layout = processor.info.video_layout(10, 140, 84, metadata, {})
+    grid = layout.grids[0]
+    # Two frames of the file are one of the encoder's: 7 of 24 seconds lie between two of these.
+    times = int(4 * 2 * 7 / 24 * 4) + 1
+    expected = max(times, *grid[:2]) if family == QWEN2_5_VL else 5 * max(grid[:2])
+    assert layout.num_positions == expected
+    assert layout.num_frames == len(frames) // 2
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 from vitcop_vllm.pruning.identity import (
     CountsMismatchError,
     counts_of_identifier,
+    frames_of_identifier,
     plan_request,
     tag_identifier,
 )
@@ -114,3 +115,43 @@ def test_an_error_shortens_a_long_identifier():
 def test_reading_counts_from_an_identifier_without_them_is_an_error():
     with pytest.raises(RuntimeError, match="without visual token counts"):
         counts_of_identifier("f00d")
+
+
+def test_a_video_s_identifier_returns_the_counts_of_a_frame_and_the_number_of_frames():
+    video = tag_identifier("f00d", COUNTS, 8)
+    assert counts_of_identifier(video) == COUNTS
+    assert frames_of_identifier(video) == 8
+    assert frames_of_identifier(tag_identifier("f00d", COUNTS)) is None
+    assert frames_of_identifier("f00d") is None
+    # A video of one frame is no image.
+    assert frames_of_identifier(tag_identifier("f00d", COUNTS, 1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "offsets"),
+    [
+        ((3 * 172,), [5, 177, 349]),
+        ((172, 172, 172), [5, 178, 351]),
+        ((2 * 172, 172), [5, 177, 350]),
+    ],
+)
+def test_a_plan_has_a_span_for_each_frame(lengths, offsets):
+    video = feature(tag_identifier("a", COUNTS, 3), 5, *lengths)
+    image = feature(tag_identifier("b", COUNTS), 700)
+    plan = plan_request([video, image])
+    assert plan is not None
+    assert [span.offset for span in plan.spans] == [*offsets, 700]
+    assert [span.num_frames for span in plan.spans] == [3, 3, 3, 1]
+    assert plan.patches_per_placeholder == (3 * 576, 3 * 172)
+    assert plan.largest_item == 3 * 172
+
+
+@pytest.mark.parametrize("lengths", [(172,), (4 * 172,), (171, 173, 172), (3 * 172 + 1,)])
+def test_frames_that_contradict_the_prompt_are_an_error(lengths):
+    with pytest.raises(CountsMismatchError, match=r"172 visual tokens.* of each of 3 frames"):
+        plan_request([feature(tag_identifier("a", COUNTS, 3), 5, *lengths)])
+
+
+def test_a_video_without_frames_is_an_error():
+    with pytest.raises(CountsMismatchError):
+        plan_request([feature("a@576.20.172.77.15x0", 5, 172)])
