@@ -62,12 +62,15 @@ def refuse_processor_fields(body: Mapping[str, object], rules: RouteRules = CHAT
             )
 
 
-def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
+def refuse_unsafe_fields(
+    request: Any, settings: ServerSettings, takes_videos: bool = False
+) -> None:
     """:func:`refuse_unsafe_body` for a request that vLLM has parsed.
 
     Args:
         request: A request of ``/v1/chat/completions``, its batches or ``/v1/completions``.
         settings: The operator's settings.
+        takes_videos: Whether the served model takes videos.
 
     Raises:
         RequestError: If the request cannot be served, or would harm other requests.
@@ -81,11 +84,16 @@ def refuse_unsafe_fields(request: Any, settings: ServerSettings) -> None:
             _make_content_a_list(item)
     if body.get("echo"):
         _refuse_echoed_images(messages)
-    refuse_unsafe_body({**body, "messages": messages}, settings)
+    body = {**body, "messages": messages}
+    refuse_unsafe_body(body, settings, takes_videos=takes_videos)
 
 
 def refuse_unsafe_body(
-    body: Mapping[str, object], settings: ServerSettings, rules: RouteRules = CHAT_RULES
+    body: Mapping[str, object],
+    settings: ServerSettings,
+    rules: RouteRules = CHAT_RULES,
+    *,
+    takes_videos: bool = False,
 ) -> None:
     """Refuse values that vLLM 0.32 answers with status 500, or from another client's image.
 
@@ -93,6 +101,7 @@ def refuse_unsafe_body(
         body: The request's fields.
         settings: The operator's settings.
         rules: Rules of the route; errors use its field names.
+        takes_videos: Whether the route and the served model take videos.
 
     Raises:
         RequestError: If the request cannot be served, or would harm other requests.
@@ -107,7 +116,7 @@ def refuse_unsafe_body(
                 _refuse_role(part, field)
             if not settings.image_ids:
                 _refuse_image_id(part)
-            _refuse_video(part, field)
+            _refuse_video(part, field, takes_videos)
     if body.get("truncate_prompt_tokens") is not None and has_non_text_content(
         body.get("messages")
     ):
@@ -133,15 +142,20 @@ def refuse_unbatched_fields(request: Any) -> None:
             )
 
 
-def refuse_images_without_data(messages: object) -> None:
-    """Refuse an image that a client sends by its ``uuid`` alone.
+def refuse_unexplained(messages: object) -> None:
+    """Refuse a video, and an image that a client sends by its ``uuid`` alone.
 
     An explanation computes the image again, and vLLM's caches do not keep the image itself.
 
     Raises:
-        RequestError: If an image has a ``uuid`` and no URL.
+        RequestError: If there is a video, or an image with a ``uuid`` and no URL.
     """
     for part in _parts(messages):
+        if _is_video(part):
+            raise RequestError(
+                "an explanation is of images: send a video to /v1/chat/completions",
+                param="messages",
+            )
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, Mapping) else image
         if part.get("uuid") is not None and "role" not in part and not url:
@@ -206,10 +220,10 @@ def _stray_error(prompt_field: str, modality: str, placeholder: str) -> str:
         if prompt_field == "prompt"
         else "as content parts"
     )
-    send = f"send images {where}, and" if modality == "image" else "videos are not accepted;"
     return (
         f"{prompt_field} contains {placeholder}, the placeholder of {article} {modality}, without "
-        f"{article} {modality}: {send} write the placeholder in another way in text"
+        f"{article} {modality}: send {modality}s {where}, and write the placeholder in another "
+        "way in text"
     )
 
 
@@ -338,11 +352,19 @@ def _refuse_image_id(part: Mapping[str, object]) -> None:
         )
 
 
-def _refuse_video(part: Mapping[str, object], field: str) -> None:
+def _is_video(part: Mapping[str, object]) -> bool:
     kind = part.get("type")
-    is_video = kind in _VIDEO_PARTS if isinstance(kind, str) else bool(_VIDEO_PARTS & part.keys())
-    if is_video:
+    return kind in _VIDEO_PARTS if isinstance(kind, str) else bool(_VIDEO_PARTS & part.keys())
+
+
+def _refuse_video(part: Mapping[str, object], field: str, takes_videos: bool) -> None:
+    if not _is_video(part):
+        return
+    if not takes_videos:
         raise RequestError(
-            "videos are not accepted: this server takes images only; send frames as images",
+            "videos are not accepted: send frames as images (Qwen2.5-VL and Qwen3-VL take videos "
+            "on /v1/chat/completions)",
             param=field,
         )
+    if "video_embeds" in (part.get("type"), *part.keys()):
+        raise RequestError("video_embeds are not accepted: send the video", param=field)

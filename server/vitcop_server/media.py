@@ -1,4 +1,4 @@
-"""Loads the images of requests: fetches from allowed hosts only, and checks size limits.
+"""Loads images and videos of requests: fetches from allowed hosts only, checks size limits.
 
 vLLM creates a media connector for each request, from a class that it finds by name in a registry.
 :func:`guard_media` registers ours with its limits.
@@ -6,10 +6,8 @@ vLLM creates a media connector for each request, from a class that it finds by n
 
 import asyncio
 import math
-import warnings
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from typing import Any, Self
@@ -26,13 +24,16 @@ from vllm.multimodal.media import (
     MediaConnector,
     MediaIO,
     MediaWithBytes,
+    VideoMediaIO,
 )
 
-from vitcop_server.data_urls import decode_base64, split_data_url
+from vitcop_server.data_urls import EXAMPLES, decode_base64, split_data_url
 from vitcop_server.errors import RequestError
 from vitcop_server.formats import describe_unreadable
 from vitcop_server.pixels import to_eight_bits
 from vitcop_server.settings import ServerSettings
+from vitcop_server.size_limits import ImageLimits
+from vitcop_server.video import GuardedVideoIO, VideoLimits
 from vitcop_vllm.adoption import adopt_copy
 
 CONNECTOR_NAME = "vitcop"
@@ -58,13 +59,14 @@ def guard_media(settings: ServerSettings, environ: MutableMapping[str, str]) -> 
         "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         # One retry after a second; the client has an answer within five seconds.
         "VLLM_IMAGE_FETCH_TIMEOUT": "4",
+        "VLLM_VIDEO_FETCH_TIMEOUT": "4",
         "VLLM_MEDIA_FETCH_MAX_RETRIES": "2",
         # Fetched images have the same limit as images in a body.
         "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": str(math.ceil(settings.max_body_bytes / 2**20)),
     }.items():
         environ.setdefault(name, value)
-    limits = ImageLimits.from_settings(settings)
-    limits.configure_pillow()
+    limits = VideoLimits.from_settings(settings)
+    limits.frame.configure_pillow()
     # One connection pool for all requests.
     connector = partial(GuardedConnector, limits=limits, connection=BoundedConnection())
     MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR_NAME)(connector)
@@ -77,82 +79,42 @@ class UnreachableMediaError(VLLMUnprocessableEntityError):
         return str(self.args[0])
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """Limits of an image's size, checked before the image is decoded.
-
-    Attributes:
-        max_pixels: Maximum of width times height.
-        max_aspect_ratio: Maximum of longest side over shortest side.
-    """
-
-    max_pixels: int
-    max_aspect_ratio: float
-
-    @classmethod
-    def from_settings(cls, settings: ServerSettings) -> Self:
-        return cls(settings.max_image_pixels, settings.max_aspect_ratio)
-
-    def check(self, width: int, height: int) -> None:
-        """Refuse a size in pixels above a limit.
-
-        Raises:
-            RequestError: The message has the limit's name and value.
-        """
-        if width * height > self.max_pixels:
-            raise RequestError(
-                f"the image has {width} x {height} = {width * height} pixels, but "
-                f"server.max_image_pixels is {self.max_pixels}: send a smaller image",
-                param=_PARAM,
-            )
-        longest, shortest = max(width, height), min(width, height)
-        if longest > self.max_aspect_ratio * shortest:
-            raise RequestError(
-                f"the image has {width} x {height} pixels, but server.max_aspect_ratio, the "
-                f"longest side over the shortest, is {self.max_aspect_ratio:g}: crop or pad it",
-                param=_PARAM,
-            )
-
-    def configure_pillow(self) -> None:
-        """Set the pixel limit in Pillow, for images inside other files, such as icons."""
-        # Pillow warns above its limit, and refuses an image above twice its limit.
-        Image.MAX_IMAGE_PIXELS = math.ceil(self.max_pixels / 2)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
 class GuardedConnector(MediaConnector):
     """vLLM's connector with our limits. Every failure becomes a client error (400 or 422)."""
 
-    def __init__(self, *args: Any, limits: ImageLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: VideoLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
 
     def load_from_url(self, url: str, media_io: MediaIO, **kwargs: Any) -> Any:
-        with _client_errors():
-            return super().load_from_url(_trim_url(url), self._guarded(media_io), **kwargs)
+        with _client_errors(what := _what(media_io)):
+            return super().load_from_url(_trim_url(url, what), self._guarded(media_io), **kwargs)
 
     async def load_from_url_async(self, url: str, media_io: MediaIO, **kwargs: Any) -> Any:
-        with _client_errors():
-            url = _trim_url(url)
+        with _client_errors(what := _what(media_io)):
+            url = _trim_url(url, what)
             return await super().load_from_url_async(url, self._guarded(media_io), **kwargs)
 
     def _load_data_url(self, url: str, media_io: MediaIO) -> Any:
         # vLLM's own method refuses white space and upper case.
-        return media_io.load_base64(*split_data_url(url))
+        return media_io.load_base64(*split_data_url(url, _what(media_io)))
 
     def _assert_url_in_allowed_media_domains(self, url_spec: Any) -> None:
         if not self.allowed_media_domains:
             raise RequestError(
-                "images are not fetched from other hosts: send them as data URLs (the operator "
-                "may allow hosts with --allowed-media-domains)",
+                "images and videos are not fetched from other hosts: send them as data URLs (the "
+                "operator may allow hosts with --allowed-media-domains)",
                 param=_PARAM,
             )
         super()._assert_url_in_allowed_media_domains(url_spec)
 
     def _guarded(self, media_io: MediaIO) -> MediaIO:
-        if not isinstance(media_io, ImageMediaIO):
-            return media_io
-        return GuardedImageIO.adopt(media_io, self._limits)
+        if isinstance(media_io, VideoMediaIO):
+            frames = GuardedImageIO.adopt(media_io.image_io, self._limits.frame)
+            return GuardedVideoIO.adopt(media_io, self._limits, frames)
+        if isinstance(media_io, ImageMediaIO):
+            return GuardedImageIO.adopt(media_io, self._limits.frame)
+        return media_io
 
 
 class GuardedImageIO(ImageMediaIO):
@@ -206,36 +168,42 @@ class BoundedConnection(HTTPConnection):
             return fetched
 
 
-def _trim_url(url: str) -> str:
+def _what(media_io: MediaIO) -> str:
+    """What a reader reads, for error messages."""
+    return "video" if isinstance(media_io, VideoMediaIO) else "image"
+
+
+def _trim_url(url: str, what: str) -> str:
     """Remove white space around a URL, as browsers do, and refuse a URL that is too long."""
     url = url.strip()
     if len(url) > _MAX_URL_LENGTH and url[:5].lower() != "data:":
         raise RequestError(
-            f"the image's URL must have at most {_MAX_URL_LENGTH} characters, not {len(url)}: send "
-            "image data as a data URL, which starts like 'data:image/png;base64,'",
-            param=_PARAM,
+            f"the {what}'s URL must have at most {_MAX_URL_LENGTH} characters, not {len(url)}: "
+            f"send {what} data as a data URL, which starts like 'data:{EXAMPLES[what]};base64,'",
+            param=f"{what}_url",
         )
     return url
 
 
 @contextmanager
-def _client_errors() -> Iterator[None]:
+def _client_errors(what: str) -> Iterator[None]:
     """Turn every failure to load media into a client error; a RequestError passes unchanged."""
+    param = f"{what}_url"
     try:
         yield
     except (RequestError, MemoryError):
         raise
     except VLLMUnprocessableEntityError as error:  # Omit the URL: it may be long.
-        raise UnreachableMediaError(str(error.args[0]), parameter=_PARAM) from error
+        raise UnreachableMediaError(str(error.args[0]), parameter=param) from error
     except aiohttp.ClientResponseError as error:
         raise UnreachableMediaError(
-            f"the image's server answered with status {error.status}", parameter=_PARAM
+            f"the {what}'s server answered with status {error.status}", parameter=param
         ) from error
     except (aiohttp.ClientError, OSError) as error:  # TimeoutError is one.
         raise UnreachableMediaError(
-            f"the image cannot be fetched ({type(error).__name__})", parameter=_PARAM
+            f"the {what} cannot be fetched ({type(error).__name__})", parameter=param
         ) from error
     except Exception as error:  # Decoders raise any class.
         raise RequestError(
-            f"the image cannot be loaded: {error.__cause__ or error}", param=_PARAM
+            f"the {what} cannot be loaded: {error.__cause__ or error}", param=param
         ) from error

@@ -3,6 +3,7 @@
 import logging
 import os
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -85,6 +86,8 @@ class PruningEndpointPlugin:
         model = PrunedModel.from_config(
             vllm_config.model_config, args.served_model_name or [args.model]
         )
+        limits = engine_client.renderer.mm_processor.info.allowed_mm_limits
+        model = replace(model, takes_videos=limits.get("video", 0) > 0)
         AliasedModels.adopt(state.openai_serving_models, model.settings, settings.aliases)
         is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
         for name, pruned_serving in _HANDLERS.items():

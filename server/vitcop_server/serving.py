@@ -34,9 +34,9 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
     PROCESSOR_FIELDS,
-    refuse_images_without_data,
     refuse_processor_fields,
     refuse_unbatched_fields,
+    refuse_unexplained,
     refuse_unsafe_fields,
 )
 from vitcop_server.limits import refuse_many_conversations
@@ -46,7 +46,13 @@ from vitcop_server.ratio_serving import RatioServing
 from vitcop_server.rendering import ImageRenderer, record_images
 from vitcop_server.settings import ServerSettings, server_settings_of
 from vitcop_server.tracing import trace_pruning
-from vitcop_server.usage import PrunedModel, extend_event, extend_usage, image_counts
+from vitcop_server.usage import (
+    PrunedModel,
+    count_frames,
+    extend_event,
+    extend_usage,
+    image_counts,
+)
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
@@ -82,7 +88,7 @@ class _PrunedServing(RatioServing):
             return answer
         images = image_counts(identifiers)
         count_request(ratio, images)
-        fields = self.pruned_model.usage_fields(images)
+        fields = self.pruned_model.usage_fields(images, count_frames(identifiers))
         if raw_request is not None:
             if (pending := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
                 pending.identifiers += identifiers
@@ -101,12 +107,12 @@ class _PrunedServing(RatioServing):
         request.mm_processor_kwargs = {RATIO_KEY: ratio}
         pending = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if pending is not None:
-            refuse_images_without_data(request.messages)
+            refuse_unexplained(request.messages)
             request.mm_processor_kwargs[EXPLAIN_KEY] = pending.request_id
         return ratio
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
-        refuse_unsafe_fields(request, settings)
+        refuse_unsafe_fields(request, settings, self.pruned_model.takes_videos)
 
     def _extend_event(self, event: Any, fields: Mapping[str, Any]) -> Any:
         """An event of a stream; if it has a usage, with ``fields`` in it."""

@@ -29,6 +29,9 @@ class ServerSettings(Frozen):
         max_aspect_ratio: Maximum of longest side over shortest side. LLaVA's processor enlarges
             a thin image until its shortest side fills the model's input; Qwen's refuses more
             than 200.
+        max_video_frames: Maximum number of frames in a video file.
+        max_video_pixels: Maximum of width times height times the number of frames that are read
+            of a video. They take 3 bytes each in memory.
     """
 
     aliases: tuple[Ratio, ...] = ()
@@ -37,6 +40,8 @@ class ServerSettings(Frozen):
     image_ids: bool = False
     max_body_bytes: Count = 64 * 2**20
     max_image_pixels: Count = 25_000_000
+    max_video_frames: Count = 20_000
+    max_video_pixels: Count = 2**28
     max_aspect_ratio: Annotated[Positive, Field(ge=1.0)] = 16.0
 
 

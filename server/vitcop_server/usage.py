@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from vitcop_vllm.pruning.identity import counts_of_identifier
+from vitcop_vllm.pruning.identity import counts_of_identifier, frames_of_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
@@ -14,11 +14,19 @@ _USAGE_TEXT = '"usage":{'
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """The data of the served model that answers need: settings, decoder layers, names."""
+    """The data of the served model that answers need.
+
+    Attributes:
+        settings: The operator's settings of pruning.
+        num_layers: Decoder layers.
+        names: Names under which the model is served.
+        takes_videos: Whether requests may have videos.
+    """
 
     settings: PruningSettings
     num_layers: int
     names: tuple[str, ...] = ()
+    takes_videos: bool = False
 
     @classmethod
     def from_config(cls, model_config: Any, names: Sequence[str] = ()) -> Self:
@@ -40,8 +48,15 @@ class PrunedModel:
         model.settings.boundaries(num_layers)  # Raise here, not in the first answer.
         return model
 
-    def usage_fields(self, images: Sequence[VisualTokenCounts]) -> dict[str, Any]:
-        """The fields added to ``usage``, both ``None`` for a request without images."""
+    def usage_fields(
+        self, images: Sequence[VisualTokenCounts], num_frames: int = 0
+    ) -> dict[str, Any]:
+        """The fields added to ``usage``, both ``None`` for a request without images.
+
+        Args:
+            images: Counts of all images and of all frames of videos.
+            num_frames: How many of them are frames. The fields say so if there are any.
+        """
         if not images:
             return {"pruning_ratio": None, "visual_tokens": None}
         boundaries = self.settings.boundaries(self.num_layers)
@@ -52,26 +67,37 @@ class PrunedModel:
                 "stages": [
                     sum(kept) for kept in zip(*(image.stages for image in images), strict=True)
                 ],
+                **({"frames": num_frames} if num_frames else {}),
             },
         }
 
 
 def image_identifiers(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Identifiers of all images in vLLM's processed prompts."""
+    """Identifiers of all images and videos in vLLM's processed prompts."""
     return [
         identifier
         for engine_input in engine_inputs
-        for identifier in (engine_input.get("mm_hashes") or {}).get("image", ())
+        for modality in ("image", "video")
+        for identifier in (engine_input.get("mm_hashes") or {}).get(modality, ())
     ]
 
 
 def image_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
-    """Counts of the images with these identifiers.
+    """Counts of the images with these identifiers, and of each frame of the videos.
 
     Raises:
         RuntimeError: If an identifier has no counts, because another processor made it.
     """
-    return list(map(counts_of_identifier, identifiers))
+    return [
+        counts_of_identifier(identifier)
+        for identifier in identifiers
+        for _ in range(frames_of_identifier(identifier) or 1)
+    ]
+
+
+def count_frames(identifiers: Iterable[str]) -> int:
+    """Number of frames of the videos with these identifiers, as the encoder computes them."""
+    return sum(frames_of_identifier(identifier) or 0 for identifier in identifiers)
 
 
 def extend_usage(usage: object | None, fields: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ import pytest
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
 from tests.engine.scheduling import engine_core, start
-from tests.families.family import QWEN2_5_VL, QWEN3_VL, Family
+from tests.families.family import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.families.stock import VIDEOS
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
 
 pytestmark = pytest.mark.parametrize(
-    "family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name, indirect=True
+    "family", [QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE], ids=lambda family: family.name, indirect=True
 )
 
 RATIOS = (2 / 3, 8 / 9, 0.2)

@@ -7,8 +7,8 @@ import pytest
 
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
-    refuse_images_without_data,
     refuse_stray_placeholders,
+    refuse_unexplained,
     refuse_unsafe_body,
 )
 from vitcop_server.settings import ServerSettings
@@ -52,7 +52,7 @@ def test_placeholders_of_images_are_accepted(config: Any) -> None:
         ([IMAGE, START, IMAGE, IMAGE, END], [(2, 2)], "contains <|image_pad|>"),
         ([START, IMAGE, END, START, IMAGE, IMAGE, END], [(4, 2)], "send images as content parts"),
         ([WORD, VIDEO], [], "contains <|video_pad|>, the placeholder of a video, without"),
-        ([START, IMAGE, VIDEO, END], [(1, 1)], "videos are not accepted"),
+        ([START, IMAGE, VIDEO, END], [(1, 1)], "send videos as content parts"),
     ],
 )
 def test_a_stray_placeholder_is_quoted_in_the_error(
@@ -98,6 +98,28 @@ def test_a_video_is_refused(part: dict[str, Any]) -> None:
     assert refused.value.param == "messages"
 
 
+def test_a_model_that_takes_videos_gets_them() -> None:
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    refuse_unsafe_body(content(part), ServerSettings(), takes_videos=True)
+    with pytest.raises(RequestError, match="uuid is not accepted"):
+        refuse_unsafe_body(content(part | {"uuid": "a"}), ServerSettings(), takes_videos=True)
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "video_embeds", "video_embeds": "A"}, {"video_embeds": "A"}]
+)
+def test_embeddings_of_a_video_are_refused(part: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="video_embeds are not accepted") as refused:
+        refuse_unsafe_body(content(part), ServerSettings(), takes_videos=True)
+    assert refused.value.param == "messages"
+
+
+def test_an_explanation_of_a_video_is_refused() -> None:
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
+    with pytest.raises(RequestError, match="an explanation is of images"):
+        refuse_unexplained(content(part)["messages"])
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -125,8 +147,8 @@ def test_other_parts_are_not_videos(part: dict[str, Any]) -> None:
 def test_an_explanation_needs_the_image_itself(part: dict[str, Any], is_refused: bool) -> None:
     messages = content(part)["messages"]
     if not is_refused:
-        refuse_images_without_data(messages)
+        refuse_unexplained(messages)
         return
     with pytest.raises(RequestError, match="send the image itself") as refused:
-        refuse_images_without_data(messages)
+        refuse_unexplained(messages)
     assert refused.value.param == "uuid"

@@ -15,17 +15,20 @@ from vllm.connections import HTTPConnection
 from vllm.exceptions import VLLMUnprocessableEntityError
 from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
 
+from tests.server.sample_videos import video_file, video_url
 from vitcop_server.errors import RequestError
 from vitcop_server.media import (
     CONNECTOR_NAME,
     BoundedConnection,
     GuardedConnector,
-    ImageLimits,
     guard_media,
 )
 from vitcop_server.settings import ServerSettings
+from vitcop_server.size_limits import ImageLimits
+from vitcop_server.video import VideoLimits
 
 LIMITS = ImageLimits(max_pixels=10_000, max_aspect_ratio=4.0)
+VIDEO_LIMITS = VideoLimits(LIMITS, max_frames=50, max_pixels=40_000)
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def data_url(data: bytes) -> str:
 
 def load(url: str, connection: Any = None, **options: Any) -> Any:
     connector = GuardedConnector(
-        limits=LIMITS, connection=connection or BoundedConnection(), **options
+        limits=VIDEO_LIMITS, connection=connection or BoundedConnection(), **options
     )
     return asyncio.run(connector.fetch_image_async(url))
 
@@ -226,3 +229,70 @@ def test_vllm_finds_the_connector_and_keeps_the_operator_s_choice() -> None:
     connector = MEDIA_CONNECTOR_REGISTRY.load(CONNECTOR_NAME, media_io_kwargs=None)
     with pytest.raises(RequestError, match="is 50"):
         connector.fetch_image(data_url(huge_png(9, 9)))
+
+
+# Videos.
+
+
+def load_video(url: str) -> Any:
+    connector = GuardedConnector(limits=VIDEO_LIMITS, connection=BoundedConnection())
+    frames, metadata = asyncio.run(connector.fetch_video_async(url)).media
+    return frames, metadata
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi"])
+def test_a_video_is_read_by_vllm_s_loader(kind: str) -> None:
+    frames, metadata = load_video(video_url(video_file(8, (48, 32), kind=kind)))
+    assert frames.shape == (8, 32, 48, 3)
+    assert metadata["frames_indices"] == [*range(8)]
+
+
+def test_frames_may_be_sent_as_jpeg_images() -> None:
+    jpeg = encoded(Image.new("RGB", (48, 32)), "JPEG")
+    text = ",".join([base64.b64encode(jpeg).decode()] * 3)
+    frames, _ = load_video(f"data:video/jpeg;base64,{text}")
+    assert frames.shape == (3, 32, 48, 3)
+    large = base64.b64encode(encoded(Image.new("RGB", (101, 100)), "JPEG")).decode()
+    with pytest.raises(RequestError, match="max_image_pixels"):
+        load_video(f"data:video/jpeg;base64,{large},{large}")
+
+
+VIDEO = video_file(8, (48, 32))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "the video is empty"),
+        (b"no video", "cannot be opened"),
+        (VIDEO[:100], "cannot be opened"),
+        (encoded(Image.new("RGB", (8, 8)))[:30], "cannot be opened"),
+        (video_file(8, (120, 100)), "the video has 120 x 100 = 12000 pixels"),
+        (video_file(8, (160, 32)), "server.max_aspect_ratio"),
+        (video_file(51, (16, 16)), "51 frames, but server.max_video_frames is 50"),
+        (video_file(30, (48, 32)), "30 frames of 1536 pixels would be read"),
+    ],
+)
+def test_a_video_above_a_limit_or_without_frames_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        load_video(video_url(data))
+    assert words in str(refused.value)
+    assert refused.value.param == "video_url"
+
+
+def test_errors_of_a_video_s_url_speak_of_the_video() -> None:
+    for url, words in (
+        ("data:video/mp4,AAAA", "must start like 'data:video/mp4;base64,'"),
+        ("data:video/mp4;base64,A-A", "the video's base64 data contain '-'"),
+        ("http://example.com/a.mp4", "images and videos are not fetched"),
+    ):
+        with pytest.raises(RequestError) as refused:
+            load_video(url)
+        assert words in str(refused.value)
+
+
+def test_a_file_may_have_more_frames_than_are_read() -> None:
+    """The default loader reads 32 of them."""
+    frames, metadata = load_video(video_url(video_file(48, (32, 32))))
+    assert len(frames) == 32
+    assert metadata["total_num_frames"] == 48

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from vitcop_server.usage import PrunedModel, extend_event, image_counts, image_identifiers
+from vitcop_server.usage import (
+    PrunedModel,
+    count_frames,
+    extend_event,
+    image_counts,
+    image_identifiers,
+)
+from vitcop_vllm.pruning.identity import tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -52,6 +59,23 @@ def test_fields_sum_over_images() -> None:
     assert fields["pruning_ratio"] == pytest.approx(
         MODEL.usage_fields([PRUNED])["pruning_ratio"] / 2
     )
+
+
+def test_a_video_counts_as_its_frames() -> None:
+    inputs = [
+        {"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3)], "image": names(PRUNED)}},
+        {"mm_hashes": {"video": [tag_identifier("w", PRUNED, 1)]}},
+    ]
+    found = image_identifiers(inputs)
+    assert image_counts(found) == [PRUNED] * 5
+    assert count_frames(found) == 4
+    fields = MODEL.usage_fields(image_counts(found), count_frames(found))
+    assert fields["visual_tokens"] == {
+        "encoder": 5 * 576,
+        "stages": [5 * 172, 5 * 83, 5 * 17],
+        "frames": 4,
+    }
+    assert fields["pruning_ratio"] == MODEL.usage_fields([PRUNED])["pruning_ratio"]
 
 
 def test_unpruned_is_exactly_zero() -> None:

@@ -1,0 +1,135 @@
+"""Chat requests with videos, on a server of a family that takes them and on one that does not."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.qwen_checkpoint import CHAT_TEMPLATE, IMAGE_MARKER
+from tests.engine.requests import VIDEO_MARK
+from tests.families.family import QWEN2_5_VL, Family
+from tests.server.clients import Server, assert_refused
+from tests.server.process import TINY_OPTIONS, running_server
+from tests.server.sample_images import png_url
+from tests.server.sample_videos import video_file, video_url
+
+VIDEO = video_url(video_file(12, (160, 120)))
+
+
+@pytest.fixture(scope="module")
+def qwen(
+    checkpoint_of: Callable[[Family], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    template = tmp_path_factory.mktemp("template") / "template.jinja"
+    image = f"{{% if part['type'] == 'image' %}}{IMAGE_MARKER}"
+    video = f"{{% elif part['type'] == 'video' %}}{VIDEO_MARK}"
+    assert image in CHAT_TEMPLATE
+    template.write_text(CHAT_TEMPLATE.replace(image, image + video))
+    limits = ("--server", '{"explain": true, "max_video_frames": 500}')
+    options = (*TINY_OPTIONS, "--chat-template", str(template), *limits)
+    with running_server(str(checkpoint_of(QWEN2_5_VL)), *options) as (url, _):
+        yield Server(url, {})
+
+
+def asked(text: str, *parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def video(url: object = VIDEO) -> dict[str, Any]:
+    return {"type": "video_url", "video_url": {"url": url}}
+
+
+def image(size: tuple[int, int]) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": png_url(1, size)}}
+
+
+def test_a_video_is_pruned_and_usage_sums_its_frames(qwen: Server) -> None:
+    usages = []
+    for ratio in (0.0, 8 / 9):
+        answer = qwen.chat(messages=asked("What moves?", video()), pruning_ratio=ratio)
+        assert answer.status_code == 200, answer.text
+        usages.append(answer.json()["usage"])
+    whole, pruned = (usage["visual_tokens"] for usage in usages)
+    num_frames, counts = 6, 4 * 6  # 12 frames of the file, two in one; 160 x 120 pixels
+    assert whole == {
+        "encoder": num_frames * counts,
+        "stages": [num_frames * counts] * 3,
+        "frames": num_frames,
+    }
+    assert pruned["encoder"] == whole["encoder"]
+    assert all(kept % num_frames == 0 for kept in pruned["stages"])
+    assert pruned["stages"][0] == num_frames * int(0.3 * counts)
+    assert usages[0]["prompt_tokens"] - usages[1]["prompt_tokens"] == (
+        whole["stages"][0] - pruned["stages"][0]
+    )
+    assert usages[1]["pruning_ratio"] == pytest.approx(8 / 9, abs=0.05)
+
+
+def test_a_second_question_reuses_the_video(qwen: Server) -> None:
+    messages = asked("What moves in it?", video(VIDEO), image((112, 84)))
+    first = qwen.chat(messages=messages, pruning_ratio=2 / 3).json()["usage"]
+    messages = asked("And where does it go?", video(VIDEO), image((112, 84)))
+    second = qwen.chat(messages=messages, pruning_ratio=2 / 3).json()["usage"]
+    assert second["visual_tokens"] == first["visual_tokens"]
+    assert first["visual_tokens"]["frames"] == 6
+    reused = second["prompt_tokens_details"]["cached_tokens"]
+    assert reused > first["visual_tokens"]["stages"][0]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        (video_url(b""), "the video is empty"),
+        (video_url(b"\0" * 5000), "cannot be opened"),
+        (video_url(video_file()[:200]), "cannot be opened"),
+        (png_url(1), "video"),
+        (video_url(video_file(501, (32, 32))), "max_video_frames"),
+        ("data:video/jpeg;base64,AAAA,AAAA", "image"),
+        ("http://127.0.0.1:9/a.mp4", "not fetched"),
+        (None, ""),
+        (7, ""),
+        ("", ""),
+    ],
+)
+def test_a_hostile_video_is_refused_and_the_server_lives(
+    qwen: Server, url: object, words: str
+) -> None:
+    with qwen.stays_usable():
+        assert_refused(qwen.chat(messages=asked("What?", video(url))), 400, words)
+
+
+def test_a_truncated_video_is_answered_or_refused(qwen: Server) -> None:
+    """A container that is indexed at its begin can be read up to where it ends."""
+    whole = video_file(24, (160, 120), kind="avi")
+    for share in (0.1, 0.5, 0.9):
+        with qwen.stays_usable():
+            url = video_url(whole[: int(share * len(whole))], "video/avi")
+            answer = qwen.chat(messages=asked("What?", video(url)), pruning_ratio=0.5)
+            assert answer.status_code in (200, 400), answer.text
+
+
+def test_clients_cannot_choose_how_frames_are_read(qwen: Server) -> None:
+    options = {"media_io_kwargs": {"video": {"num_frames": 2}}}
+    assert_refused(
+        qwen.chat(messages=asked("What?", video()), **options), 400, "media_io_kwargs is not"
+    )
+
+
+def test_embeddings_of_a_video_are_refused(qwen: Server) -> None:
+    part = {"type": "video_embeds", "video_embeds": "AAAA"}
+    assert_refused(qwen.chat(messages=asked("What?", part)), 400, "video_embeds")
+
+
+def test_an_explanation_of_a_video_is_refused(qwen: Server) -> None:
+    answer = qwen.http.post(
+        "/v1/pruning/explain",
+        json={"model": qwen.model, "messages": asked("What?", video()), "max_tokens": 1},
+    )
+    assert_refused(answer, 400, "an explanation is of images")
+
+
+def test_a_family_without_videos_refuses_them(server: Server) -> None:
+    with server.stays_usable():
+        answer = server.chat(messages=asked("What?", video()))
+        assert_refused(answer, 400, "videos are not accepted")
