@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-import cv2
+from cv2 import CAP_PROP_FRAME_HEIGHT, CAP_PROP_FRAME_WIDTH
 from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.media.video import VideoMediaIO
 from vllm.multimodal.video_decoders import VideoSourceMetadata
-from vllm.multimodal.video_decoders.opencv import OpenCVVideoBackendMixin
 
 from vitcop_server.data_urls import decode_base64
 from vitcop_server.errors import RequestError
@@ -44,8 +43,8 @@ class VideoLimits:
             settings.max_video_pixels,
         )
 
-    def check_file(self, num_frames: int, frame_pixels: int) -> None:
-        """Refuse a file with too many frames or pixels.
+    def check_frames(self, num_frames: int) -> None:
+        """Refuse a file with too many frames.
 
         Raises:
             RequestError: The message has the limit's name and value.
@@ -56,26 +55,27 @@ class VideoLimits:
                 f"{self.max_frames}: send a shorter video, or one with fewer frames per second",
                 param=PARAM,
             )
-        if num_frames * frame_pixels > _FILE_SHARE * self.max_pixels:
-            raise RequestError(
-                f"the video has {num_frames} frames of {frame_pixels} pixels, and "
-                f"server.max_video_pixels allows {_FILE_SHARE} * {self.max_pixels} pixels in a "
-                "file: send a shorter or smaller video",
-                param=PARAM,
-            )
 
-    def check_frames(self, num_frames: int, frame_pixels: int) -> None:
-        """Refuse frames that take too much memory.
+    def check_pixels(self, frame_pixels: int, num_frames: int, num_read: int) -> None:
+        """Refuse frames that take too much memory or time.
+
+        Args:
+            frame_pixels: Width times height.
+            num_frames: Frames of the file.
+            num_read: Frames of it that are read.
 
         Raises:
             RequestError: The message has the limit's name and value.
         """
-        if num_frames * frame_pixels > self.max_pixels:
-            raise RequestError(
-                f"{num_frames} frames of {frame_pixels} pixels would be read of the video, but "
-                f"server.max_video_pixels is {self.max_pixels}: send a shorter or smaller video",
-                param=PARAM,
-            )
+        for frames, factor in ((num_read, 1), (num_frames, _FILE_SHARE)):
+            if frames * frame_pixels > factor * self.max_pixels:
+                raise RequestError(
+                    f"the video has {num_frames} frames of {frame_pixels} pixels, of which "
+                    f"{num_read} would be read, but server.max_video_pixels is "
+                    f"{self.max_pixels} for frames that are read, and {_FILE_SHARE} times as "
+                    "many for the file: send a shorter or smaller video",
+                    param=PARAM,
+                )
 
 
 class GuardedVideoIO(VideoMediaIO):
@@ -106,44 +106,48 @@ class GuardedVideoIO(VideoMediaIO):
     def load_bytes(self, data: bytes) -> MediaWithBytes[Any]:
         if not data:
             raise RequestError("the video is empty", param=PARAM)
-        self.video_loader = _limited(self.video_loader, self._limits, self._frame_pixels(data))
-        loaded = super().load_bytes(data)
+        self.video_loader = _limited(self.video_loader, self._limits)
+        try:
+            loaded = super().load_bytes(data)
+        except RequestError:
+            raise
+        except ValueError as error:
+            raise RequestError(
+                f"the video cannot be read: it is cut off, or its format is unknown ({error})",
+                param=PARAM,
+            ) from error
         frames, _ = loaded.media
         if not len(frames):
             raise RequestError("no frame of the video can be read", param=PARAM)
         return loaded
 
-    def _frame_pixels(self, data: bytes) -> int:
-        """Pixels of a frame, as the file's header states them."""
-        try:
-            file = OpenCVVideoBackendMixin.open_video_capture(data)
-        except ValueError:
-            raise RequestError(
-                "the video cannot be opened: it is cut off, or its format is unknown", param=PARAM
-            ) from None
-        width, height = (
-            int(file.get(side)) for side in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
-        )
-        file.release()
-        if width < 1 or height < 1:
-            raise RequestError("the video has no frame that can be read", param=PARAM)
-        self._limits.frame.check(width, height, "video")
-        return width * height
 
-
-def _limited(loader: Any, limits: VideoLimits, frame_pixels: int) -> Any:
-    """A copy of vLLM's loader that checks the frames before it decodes them."""
+def _limited(loader: Any, limits: VideoLimits) -> Any:
+    """A copy of vLLM's loader that checks a video before it decodes frames."""
 
     class Limited(type(loader)):  # type: ignore[misc]
         @classmethod
         def compute_frames_index_to_sample(
             cls, source: VideoSourceMetadata, *args: Any, **kwargs: Any
         ) -> Any:
+            # Every decoder calls this.
             if source.total_frames_num < 1:
                 raise RequestError("the video has no frame that can be read", param=PARAM)
-            limits.check_file(source.total_frames_num, frame_pixels)
-            indices = super().compute_frames_index_to_sample(source, *args, **kwargs)
-            limits.check_frames(len(indices), frame_pixels)
-            return indices
+            limits.check_frames(source.total_frames_num)
+            return super().compute_frames_index_to_sample(source, *args, **kwargs)
+
+        @classmethod
+        def read_frames(
+            cls, cap: Any, frame_idx: list[int], total_frames_num: int, **kwargs: Any
+        ) -> Any:
+            # The default decoder, OpenCV, calls this when it knows the frames' size.
+            width, height = (
+                int(cap.get(side)) for side in (CAP_PROP_FRAME_WIDTH, CAP_PROP_FRAME_HEIGHT)
+            )
+            if width < 1 or height < 1:
+                raise RequestError("the video has no frame that can be read", param=PARAM)
+            limits.frame.check(width, height, "video")
+            limits.check_pixels(width * height, total_frames_num, len(frame_idx))
+            return super().read_frames(cap, frame_idx, total_frames_num, **kwargs)
 
     return Limited()

@@ -12,9 +12,14 @@ from tests.families.family import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.families.stock import VIDEOS
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
 
-pytestmark = pytest.mark.parametrize(
-    "family", [QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE], ids=lambda family: family.name, indirect=True
+
+@pytest.fixture(
+    scope="session", params=[QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE], ids=lambda family: family.name
 )
+def family(request: pytest.FixtureRequest) -> Family:
+    chosen: Family = request.param
+    return chosen
+
 
 RATIOS = (2 / 3, 8 / 9, 0.2)
 

@@ -264,13 +264,12 @@ VIDEO = video_file(8, (48, 32))
     ("data", "words"),
     [
         (b"", "the video is empty"),
-        (b"no video", "cannot be opened"),
-        (VIDEO[:100], "cannot be opened"),
-        (encoded(Image.new("RGB", (8, 8)))[:30], "cannot be opened"),
+        (b"no video", "the video cannot be read"),
+        (VIDEO[:100], "the video cannot be read"),
         (video_file(8, (120, 100)), "the video has 120 x 100 = 12000 pixels"),
         (video_file(8, (160, 32)), "server.max_aspect_ratio"),
         (video_file(51, (16, 16)), "51 frames, but server.max_video_frames is 50"),
-        (video_file(30, (48, 32)), "30 frames of 1536 pixels would be read"),
+        (video_file(30, (48, 32)), "30 frames of 1536 pixels, of which 30 would be read"),
     ],
 )
 def test_a_video_above_a_limit_or_without_frames_is_refused(data: bytes, words: str) -> None:

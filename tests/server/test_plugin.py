@@ -55,7 +55,10 @@ def init(*, server: dict[str, Any] | None = None, **hf_config: Any) -> SimpleNam
     )
     engine = SimpleNamespace(
         vllm_config=vllm_config,
-        renderer=SimpleNamespace(mm_processor=SimpleNamespace(info=None), mm_processor_cache=None),
+        renderer=SimpleNamespace(
+            mm_processor=SimpleNamespace(info=SimpleNamespace(allowed_mm_limits={"image": 1})),
+            mm_processor_cache=None,
+        ),
         shutdown=None,
         errored=False,
     )
