@@ -38,6 +38,9 @@ IMAGE_MARKS = {
 }
 """Model type -> the text of an image in a prompt."""
 
+VIDEO_MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+"""Model types that take videos."""
+
 VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
 """The text of a video in a prompt of Qwen-VL."""
 

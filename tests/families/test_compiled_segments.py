@@ -24,6 +24,11 @@ REQUESTS = [
     RequestSpec("no image, " * 20),
 ]
 
+VIDEOS = [
+    RequestSpec("two of three Stages", videos=(1,), ratio=8 / 9),
+    RequestSpec("in chunks", (2,), 0.5, videos=(4, 2), order="viv"),
+]
+
 
 @pytest.fixture(scope="session")
 def compiled_of(checkpoint_of):
@@ -49,8 +54,9 @@ def compiled(family, compiled_of):
     return compiled_of(family)
 
 
-def test_compiled_segments_give_the_answers_of_uncompiled_ones(llm, compiled):
-    for answer, expected in zip(generate(compiled, REQUESTS), generate(llm, REQUESTS), strict=True):
+def test_compiled_segments_give_the_answers_of_uncompiled_ones(family, llm, compiled):
+    specs = [*REQUESTS, *(VIDEOS if family.frames else ())]
+    for answer, expected in zip(generate(compiled, specs), generate(llm, specs), strict=True):
         assert answer.tokens == expected.tokens
         assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
 

@@ -228,3 +228,37 @@ def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family
     while engine.has_unfinished_requests():
         outputs = engine.step()
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
+
+
+def test_a_video_with_more_patches_than_the_encoder_s_budget_is_encoded_in_parts(
+    family, llm, monkeypatch
+):
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    spec = RequestSpec("Where to?", ratio=0.5, videos=(4,), max_tokens=3)
+    (expected,) = generate(llm, [spec])
+    num_frames, counts = family.video(0.5, 4)
+    budget = 2 * counts.encoder
+    assert num_frames * counts.stages[0] > budget
+    model = engine_core(llm).model_executor.driver_worker.worker.model_runner.get_model()
+    monkeypatch.setattr(scheduler, "max_num_encoder_input_tokens", budget)
+    monkeypatch.setattr(model, "_encoder_tokens", budget)
+    encoded = []
+    shapes = []
+    embed = model._embed_pruned
+
+    def recording(inputs, images, sink=None):
+        encoded.append(len(images))
+        shapes.extend(images)
+        return embed(inputs, images, sink)
+
+    monkeypatch.setattr(model, "_embed_pruned", recording)
+    assert llm.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    start(engine, "r", spec)
+    outputs = []
+    for _ in range(20):
+        if engine.has_unfinished_requests():
+            outputs = engine.step()
+    assert list(outputs[0].outputs[0].token_ids) == expected.tokens
+    assert sum(encoded) == num_frames
+    assert max(encoded) == 2, (encoded, budget, shapes)

@@ -16,6 +16,7 @@ import pytest
 
 from tests.engine.requests import (
     ENGINE_OPTIONS,
+    VIDEO_MODELS,
     RequestSpec,
     generate,
     generate_in_turn,
@@ -35,6 +36,12 @@ TURNS = [
     RequestSpec("And how many are there?", (5, 6), 8 / 9, max_tokens=3),
 ]
 
+VIDEOS = [
+    RequestSpec("short", ratio=8 / 9, videos=(1,), max_tokens=3),
+    RequestSpec("in chunks", (2,), 0.5, max_tokens=4, videos=(4, 2), order="viv"),
+]
+"""For models that take videos."""
+
 EXPLAINED = RequestSpec("What is this?", (7,), 2 / 3, max_tokens=2)
 
 
@@ -50,6 +57,7 @@ class Results:
         turns: Tokens of ``TURNS``, one after the other.
         reused: Prompt tokens of each turn that came from the prefix cache.
         explained: Recorded selections of the image of ``EXPLAINED``.
+        videos: Tokens of ``VIDEOS``; empty if the model takes no videos.
     """
 
     together: list[list[int]]
@@ -59,6 +67,7 @@ class Results:
     turns: list[list[int]]
     reused: list[int]
     explained: dict[str, Any]
+    videos: list[list[int]]
 
 
 def tokens(answers: list[Any]) -> list[list[int]]:
@@ -117,6 +126,7 @@ def collect_results(llm: Any) -> Results:
         turns=tokens(turns),
         reused=[turn.reused for turn in turns],
         explained=explained(llm),
+        videos=tokens(generate(llm, VIDEOS)) if model_type(llm) in VIDEO_MODELS else [],
     )
     from tests.worker.graphs import capture_decode_graphs
 
