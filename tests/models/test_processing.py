@@ -31,29 +31,6 @@ from vitcop_vllm.pruning.identity import spans_in_prompt
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
 
-@pytest.fixture(scope="module")
-def processor_of(checkpoint_of: Any) -> Any:
-    """A family, the operator's keywords and changes of the model's configuration -> the tiny
-    checkpoint's processor."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.multimodal import MULTIMODAL_REGISTRY
-    from vllm.plugins import load_general_plugins
-
-    def processor_of(family: Family, processor_kwargs: dict[str, Any], **overrides: Any) -> Any:
-        load_general_plugins()
-        options = EngineArgs(
-            model=str(checkpoint_of(family)),
-            max_model_len=1024,
-            mm_processor_kwargs=processor_kwargs,
-            trust_remote_code=True,
-            hf_overrides=overrides,
-        )
-        config = options.create_engine_config().model_config
-        return MULTIMODAL_REGISTRY.create_processor(config)
-
-    return processor_of
-
-
 @pytest.mark.parametrize(
     ("processor_kwargs", "min_tokens", "max_tokens"),
     [

@@ -60,6 +60,8 @@ class TiledProcessingInfo(PrunedProcessingInfo):
         )
         # Of a very thin image, unpadding leaves no row, or no part of a row but its mark.
         tiles = Grid(rows, tokens // max(rows, 1), row_marks=True)
+        # vLLM cuts padding off in whole patches: the tiles' grid exceeds the image, or lacks a part
+        # of it, by at most half a patch on each side.
         box = (0.0, 0.0, float(width), float(height))
         return ImageLayout((Grid(side, side), tiles), box)
 
