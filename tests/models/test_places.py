@@ -56,7 +56,7 @@ def llava_tokens(
         image_newline=MARK,
         **options,
     )
-    return tokens  # type: ignore[no-any-return]
+    return tokens
 
 
 def next_tokens(
