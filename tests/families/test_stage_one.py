@@ -18,10 +18,7 @@ from tests.engine.requests import (
     sample_image,
 )
 from tests.engine.scheduling import engine_core
-from tests.families.stage_one_family import (
-    STAGE_ONE_FAMILIES,
-    StageOneFamily,
-)
+from tests.families.stage_one_family import GEMMA3, STAGE_ONE_FAMILIES, StageOneFamily
 from tests.families.test_explain import explained
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings

@@ -18,7 +18,7 @@ from transformers import LlavaNextModel, LlavaOnevisionModel
 
 from tests.checkpoints.stage_one_checkpoints import GEMMA_IMAGE
 from tests.families.family import INTERNVL, INTERNVL_CHAT, LLAVA_NEXT, LLAVA_ONEVISION, Saved
-from tests.families.test_stage_one import GEMMA3
+from tests.families.stage_one_family import GEMMA3
 from vitcop_vllm.models.layout import ImageLayout
 
 SIZES = [(560, 392), (500, 120), (110, 420), (301, 299), (100, 100)]
