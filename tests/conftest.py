@@ -119,8 +119,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     skip = pytest.mark.skip(reason="runs the same code as another test; --full runs it too")
     for item in items:
-        family = item.name.partition("[")[2].partition("-")[0].rstrip("]")
-        if {item.path.stem, item.name.partition("[")[0]} & SAME_AS_ANOTHER.get(family, set()):
+        test, _, parameters = item.name.rstrip("]").partition("[")
+        if any(
+            {item.path.stem, test} & SAME_AS_ANOTHER.get(family, set())
+            for family in parameters.split("-")
+        ):
             item.add_marker(skip)
 
 
