@@ -89,7 +89,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 400,
     "max_num_seqs": 16,
     "limit_mm_per_prompt": {"image": 4},
-    "kv_cache_memory_bytes": 256 << 20,  # a session keeps several engines
+    "kv_cache_memory_bytes": 128 << 20,  # a session keeps several engines
     "block_size": BLOCK,
     "trust_remote_code": True,  # for InternVLChatModel's configuration
 }

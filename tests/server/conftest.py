@@ -34,7 +34,7 @@ def server(server_url: str) -> Server:
     return Server(server_url, {})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
     """A server with an API key, a small body limit, and one allowed image host."""
     limits = {"max_body_bytes": MAX_BODY, "max_image_pixels": 10_000, "image_ids": True}
@@ -45,7 +45,7 @@ def guarded_process(checkpoint: Path) -> Iterator[tuple[str, Popen[bytes]]]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def guarded(guarded_process: tuple[str, Popen[bytes]]) -> Server:
     return Server(guarded_process[0], KEY)
 
