@@ -12,13 +12,17 @@ from benchmarks import internvl_checkpoint, llava_next_checkpoint
 from benchmarks.qwen_checkpoint import TINY
 from tests.engine.requests import VIDEO_MARK
 from tests.families.family import (
+    FAMILIES,
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA_NEXT,
     QWEN2_5_VL,
     QWEN3_VL,
+    QWEN3_VL_MOE,
     Family,
+    Saved,
 )
+from tests.families.stage_one_family import STAGE_ONE_FAMILIES
 from vitcop_vllm.models.processing import (
     COUNTS_FIELD,
     VIDEO_COUNTS_FIELD,
@@ -29,6 +33,17 @@ from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import spans_in_prompt
 
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
+
+
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *STAGE_ONE_FAMILIES], ids=lambda family: str(family.name)
+)
+def test_videos_are_taken_by_the_families_whose_pruned_videos_are_tested(
+    processor_of: Any, family: Saved
+) -> None:
+    takes_videos = family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+    limits = processor_of(family, {}).info.allowed_mm_limits
+    assert limits.keys() == ({"image", "video"} if takes_videos else {"image"})
 
 
 @pytest.mark.parametrize(

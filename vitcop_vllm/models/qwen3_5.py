@@ -18,7 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vitcop_vllm.models.qwen3_vl import PrunedQwen3ProcessingInfo, PrunedQwen3Processor, Qwen3Tower
 
 
-class PrunedQwen35ProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5ProcessingInfo):
+class _ImagesInfo(PrunedQwen3ProcessingInfo):
     modalities: tuple[str, ...] = ("image",)  # pruned videos are tested with all three Stages only
 
     def get_supported_mm_processor_kwargs(self) -> dict[str, set[str]]:
@@ -29,7 +29,11 @@ class PrunedQwen35ProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5ProcessingInf
         return supported
 
 
-class PrunedQwen35MoeProcessingInfo(PrunedQwen3ProcessingInfo, Qwen3_5MoeProcessingInfo):
+class PrunedQwen35ProcessingInfo(_ImagesInfo, Qwen3_5ProcessingInfo):
+    pass
+
+
+class PrunedQwen35MoeProcessingInfo(_ImagesInfo, Qwen3_5MoeProcessingInfo):
     pass
 
 
