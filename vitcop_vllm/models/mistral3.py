@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +24,14 @@ from vllm.model_executor.models.mistral3 import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.models.packed_tower import (
+    AttentionInputs,
+    PackedImage,
+    SelectRows,
+    kept_places,
+    lengths_of_images,
+    split_by_shape,
+)
 from vitcop_vllm.models.processing import (
     PrunedProcessingInfo,
     PrunedProcessor,
@@ -75,50 +83,41 @@ class PrunedMistral3ForConditionalGeneration(PrunedEncoder, Mistral3ForCondition
         layer = self.vision_tower.transformer.layers[-1]
         shapes = {number: shape for shape, numbers in groups.items() for number in numbers}
         grids = [shapes[number].grids[0] for number in range(len(shapes))]
-        lengths = [shapes[number].counts.stages[0] for number in range(len(shapes))]
 
-        def select_rows(last: LastLayer) -> torch.Tensor:
+        def select_rows(last: AttentionInputs) -> torch.Tensor:
             images = self._packed(grids, last.query.device)
             kept = keep(partial(self._view_of, last, pixels, images))
-            patches = [image.patches for image in images]
-            for shape, tokens in kept.items():
-                for number, index in zip(groups[shape], tokens.index, strict=True):
-                    patches[number] = patches[number][index]
-            rows = [image.first + of_image for image, of_image in zip(images, patches, strict=True)]
             # As the patches of one image, whose tokens are the kept ones in a single row.
-            return torch.cat(rows).transpose(0, 1).flatten()
+            return kept_places(images, groups, kept).transpose(0, 1).flatten()
 
         with layer_of_kept_rows(layer, select_rows) as outputs:
             self.vision_tower(pixels)
         merge, patch = self.config.spatial_merge_size, self.config.vision_config.patch_size
-        size = merge * patch, sum(lengths) * merge * patch
-        split = self.multi_modal_projector(outputs[0], [size]).split(lengths)
-        return {
-            shape: torch.stack([split[number] for number in numbers])
-            for shape, numbers in groups.items()
-        }
+        size = merge * patch, sum(lengths_of_images(groups)) * merge * patch
+        return split_by_shape(self.multi_modal_projector(outputs[0], [size]), groups)
 
-    def _packed(self, grids: Sequence[Grid], device: torch.device) -> list["_PackedImage"]:
+    def _packed(self, grids: Sequence[Grid], device: torch.device) -> list[PackedImage]:
+        """Their places are rows of patches, (V, merge, merge)."""
         merge = self.config.spatial_merge_size
         firsts = accumulate((grid.num_tokens * merge**2 for grid in grids), initial=0)
         images = []
         for grid, first in zip(grids, firsts, strict=False):
             patches = torch.arange(grid.num_tokens * merge**2, device=device)
             squares = patches.view(grid.rows, merge, grid.columns, merge).transpose(1, 2)
-            images.append(_PackedImage(first, squares.reshape(-1, merge, merge)))
+            images.append(PackedImage(first, squares.reshape(-1, merge, merge)))
         return images
 
     def _view_of(
         self,
-        last: "LastLayer",
+        last: AttentionInputs,
         pixels: Sequence[torch.Tensor],
-        images: Sequence["_PackedImage"],
+        images: Sequence[PackedImage],
         shape: ImageShape,
         numbers: Sequence[int],
     ) -> EncoderView:
         """The tower's last layer on the images ``numbers``."""
         attention = self.vision_tower.transformer.layers[-1].attention
-        patches = images[numbers[0]].patches.flatten(1)
+        patches = images[numbers[0]].places.flatten(1)
 
         def rows_of(rows: torch.Tensor) -> torch.Tensor:
             """(S, ...) rows of all images to (B, T, ...) of these."""
@@ -138,39 +137,13 @@ class PrunedMistral3ForConditionalGeneration(PrunedEncoder, Mistral3ForCondition
         )
 
 
-class _PackedImage(NamedTuple):
-    """The rows of an image in the tower.
-
-    Attributes:
-        first: Index of the image's first row in the tower.
-        patches: (V, merge, merge) int64, rows of each token's patches, counted from ``first``.
-    """
-
-    first: int
-    patches: torch.Tensor
-
-
-class LastLayer(NamedTuple):
-    """Attention inputs of the tower's last layer; S patches of all images.
-
-    Attributes:
-        query, key: (S, local heads, D), after rotary embedding.
-        raw_key: (S, local heads * D), before rotary embedding.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    raw_key: torch.Tensor
-
-
 @contextmanager
-def layer_of_kept_rows(layer: Any, select_rows: Any) -> Iterator[list[torch.Tensor]]:
+def layer_of_kept_rows(layer: Any, select_rows: SelectRows) -> Iterator[list[torch.Tensor]]:
     """Report a layer's attention inputs, then compute the rest of it for kept rows only.
 
     Args:
         layer: vLLM's ``PixtralHFTransformerBlock``. Its own output is then its input.
-        select_rows: Takes a :class:`LastLayer` before attention, and returns the kept rows,
-            (N,) int64 in [0, S).
+        select_rows: Called before attention.
 
     Yields:
         A list that then holds the (N, C) output of these rows, in their order.
@@ -185,7 +158,7 @@ def layer_of_kept_rows(layer: Any, select_rows: Any) -> Iterator[list[torch.Tens
 
     def before_attention(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         nonlocal rows
-        rows = select_rows(LastLayer(inputs[0][0], inputs[1][0], raw_key))
+        rows = select_rows(AttentionInputs(inputs[0][0], inputs[1][0], raw_key))
 
     def before_projection(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return inputs[0][:, rows]

@@ -16,12 +16,12 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.models.mrope import MRoPEImage, adjacent_frames
+from vitcop_vllm.models.packed_tower import SelectRows
 from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.qwen_vl import (
     PrunedQwen,
     QwenProcessingInfo,
     QwenProcessor,
-    SelectRows,
     attention_of_kept_rows,
 )
 from vitcop_vllm.pruning.grids import Grid

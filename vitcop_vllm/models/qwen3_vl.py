@@ -24,12 +24,12 @@ from vllm.model_executor.models.qwen3_vl_moe import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.sequence import IntermediateTensors
 
+from vitcop_vllm.models.packed_tower import SelectRows
 from vitcop_vllm.models.pruned_model import PrunedModel
 from vitcop_vllm.models.qwen_vl import (
     PrunedQwen,
     QwenProcessingInfo,
     QwenProcessor,
-    SelectRows,
     attention_of_kept_rows,
 )
 from vitcop_vllm.pruning.grids import Grid

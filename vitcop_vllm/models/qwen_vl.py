@@ -5,12 +5,12 @@ which attends over the whole image. A visual token is a square of patches, so it
 and attention are averages over its patches.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from math import isqrt
-from typing import Any, NamedTuple
+from math import isqrt, prod
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,12 +21,17 @@ from vllm.utils.math_utils import cdiv
 
 from vitcop_vllm.models.layout import ImageLayout, VideoLayout
 from vitcop_vllm.models.mrope import MRoPEImage, mrope_positions
-from vitcop_vllm.models.processing import (
-    shape_of_item,
-    without_pruning_keys,
+from vitcop_vllm.models.packed_tower import (
+    AttentionInputs,
+    PackedImage,
+    SelectRows,
+    kept_places,
+    lengths_of_images,
+    split_by_shape,
 )
+from vitcop_vllm.models.processing import shape_of_item, without_pruning_keys
 from vitcop_vllm.models.pruned_encoder import ImageInputs, PrunedEncoder
-from vitcop_vllm.models.stage_one import Groups, ImageShape, Kept, VideoShape
+from vitcop_vllm.models.stage_one import Groups, ImageShape, VideoShape
 from vitcop_vllm.models.video_processing import VideoProcessingInfo, VideoProcessor
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import spans_in_prompt
@@ -146,22 +151,23 @@ class PrunedQwen(PrunedEncoder):
 
     # What a family adds.
 
-    def token_order(self, grid: Sequence[int]) -> torch.Tensor | None:
+    def token_order(self, grid: Sequence[int]) -> torch.Tensor:
         """(V,) int64: index in the tower of each token of an image's grid, from the image's first.
 
-        ``None`` if the tower computes tokens in the grid's order.
+        By default, the tower computes tokens in the grid's order.
 
         Args:
             grid: Time, height and width of the image in patches.
         """
-        return None
+        num_tokens = prod(grid) // self.visual.spatial_merge_unit
+        return torch.arange(num_tokens, device=self.visual.device)
 
     def run_tower(
         self,
         pixels: torch.Tensor,
         grids: Sequence[Sequence[int]],
         num_kept: int,
-        select_rows: "SelectRows",
+        select_rows: SelectRows,
     ) -> torch.Tensor:
         """(N, columns) embeddings of the kept tokens.
 
@@ -205,51 +211,30 @@ class PrunedQwen(PrunedEncoder):
     def encode_kept(
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:
-        pixels, grids = inputs["pixel_values"], inputs["image_grid_thw"].tolist()
+        pixels, grids = inputs["pixel_values"], [*map(tuple, inputs["image_grid_thw"].tolist())]
         patches = self.visual.spatial_merge_unit
         images = self._packed(grids)
-        lengths = [0] * len(images)
-        for shape, numbers in groups.items():
-            for number in numbers:
-                lengths[number] = shape.counts.stages[0]
 
-        def select_rows(last: LastBlock) -> torch.Tensor:
-            kept: Kept = keep(partial(self._view_of, last, pixels, images))
-            orders = [image.order for image in images]
-            for shape, tokens in kept.items():
-                for number, index in zip(groups[shape], tokens.index, strict=True):
-                    orders[number] = orders[number][index]
-            rows_of = [
-                image.first_token + order for image, order in zip(images, orders, strict=True)
-            ]
-            rows = torch.cat(rows_of)[:, None] * patches
+        def select_rows(last: AttentionInputs) -> torch.Tensor:
+            kept = keep(partial(self._view_of, last, pixels, images))
+            rows = kept_places(images, groups, kept)[:, None] * patches
             return (rows + torch.arange(patches, device=rows.device)).flatten()
 
-        split = self.run_tower(pixels, grids, sum(lengths), select_rows).split(lengths)
-        return {
-            shape: torch.stack([split[number] for number in numbers])
-            for shape, numbers in groups.items()
-        }
+        num_kept = sum(lengths_of_images(groups))
+        return split_by_shape(self.run_tower(pixels, grids, num_kept, select_rows), groups)
 
-    def _packed(self, grids: Sequence[Sequence[int]]) -> list["_PackedImage"]:
-        tower = self.visual
-        sizes = [t * h * w // tower.spatial_merge_unit for t, h, w in grids]
-        firsts = accumulate(sizes, initial=0)
-        orders: dict[tuple[int, ...], torch.Tensor] = {}  # the frames of a video have the same
-        for grid, size in zip(map(tuple, grids), sizes, strict=True):
-            if grid not in orders:
-                order = self.token_order(grid)
-                orders[grid] = torch.arange(size, device=tower.device) if order is None else order
+    def _packed(self, grids: Sequence[tuple[int, ...]]) -> list[PackedImage]:
+        orders = {grid: self.token_order(grid) for grid in {*grids}}  # a video's frames share one
+        firsts = accumulate((len(orders[grid]) for grid in grids), initial=0)
         return [
-            _PackedImage(first, orders[tuple(grid)])
-            for grid, first in zip(grids, firsts, strict=False)
+            PackedImage(first, orders[grid]) for grid, first in zip(grids, firsts, strict=False)
         ]
 
     def _view_of(
         self,
-        last: "LastBlock",
+        last: AttentionInputs,
         pixels: torch.Tensor,
-        images: Sequence["_PackedImage"],
+        images: Sequence[PackedImage],
         shape: ImageShape,
         numbers: Sequence[int],
     ) -> EncoderView:
@@ -260,14 +245,14 @@ class PrunedQwen(PrunedEncoder):
         def tokens_of(rows: torch.Tensor, number: int) -> torch.Tensor:
             """(S, ...) rows of all images to (V, P, ...) rows of one image, in grid order."""
             image = images[number]
-            first = image.first_token * patches
-            image_rows = rows[first : first + image.order.shape[0] * patches]
-            return image_rows.unflatten(0, (-1, patches))[image.order]
+            first = image.first * patches
+            image_rows = rows[first : first + len(image.places) * patches]
+            return image_rows.unflatten(0, (-1, patches))[image.places]
 
         def all_tokens(rows: torch.Tensor) -> torch.Tensor:
             return torch.stack([tokens_of(rows, number) for number in numbers])
 
-        firsts = [images[number].first_token * patches for number in numbers]
+        firsts = [images[number].first * patches for number in numbers]
         length = shape.counts.encoder * patches
         return self.view_of_layer(
             attention.tp_size,
@@ -310,35 +295,6 @@ class PrunedQwen(PrunedEncoder):
         return mrope_positions(len(input_tokens), images)
 
 
-class _PackedImage(NamedTuple):
-    """The rows of an image in the tower.
-
-    Attributes:
-        first_token: Index of the image's first visual token in the tower.
-        order: (V,) int64, index of each token of the image's grid, counted from ``first_token``.
-    """
-
-    first_token: int
-    order: torch.Tensor
-
-
-class LastBlock(NamedTuple):
-    """Attention inputs of the tower's last block; S patches of all images, in the tower's order.
-
-    Attributes:
-        query, key: (S, local heads, D), after rotary embedding.
-        raw_key: (S, local heads * D), before rotary embedding.
-    """
-
-    query: torch.Tensor
-    key: torch.Tensor
-    raw_key: torch.Tensor
-
-
-SelectRows = Callable[[LastBlock], torch.Tensor]
-"""Returns the kept rows, (N,) int64 in [0, S)."""
-
-
 @contextmanager
 def attention_of_kept_rows(attention: Any, select_rows: SelectRows) -> Iterator[list[torch.Tensor]]:
     """Report a block's attention inputs, and then output only the kept rows of its attention.
@@ -358,7 +314,7 @@ def attention_of_kept_rows(attention: Any, select_rows: SelectRows) -> Iterator[
         raw_key = output[0].squeeze(1).chunk(3, dim=-1)[1]
 
     def before_attention(_: nn.Module, __: object, inputs: Mapping[str, Any]) -> None:
-        rows.append(select_rows(LastBlock(inputs["query"][0], inputs["key"][0], raw_key)))
+        rows.append(select_rows(AttentionInputs(inputs["query"][0], inputs["key"][0], raw_key)))
 
     def before_proj(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return inputs[0][rows[0]]
