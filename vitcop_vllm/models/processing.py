@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
 from itertools import accumulate, chain, compress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import BatchFeature
@@ -33,7 +33,7 @@ from vllm.utils.cache import LRUCache
 from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
-from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.models.layout import ImageLayout, VideoLayout
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import Grid
@@ -54,6 +54,8 @@ COUNTS_FIELD = "visual_token_counts"
 
 VIDEO_COUNTS_FIELD = "video_token_counts"
 """Field of a processed video with its frames' counts and grids; see :func:`video_row`."""
+
+Layout = TypeVar("Layout", ImageLayout, VideoLayout)
 
 _MAX_LAYOUTS = 8192
 """Maximum number of cached layouts of images sent with a uuid, some 100 bytes each."""
@@ -118,6 +120,50 @@ def shape_of_item(item: Any) -> VideoShape | None:
 def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
     """The processor keywords for Hugging Face's processor, without those of this plugin."""
     return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
+
+
+def refuse_pruned_embeddings(what: str, processor_kwargs: Mapping[str, object]) -> None:
+    """Refuse a ratio above 0 for embeddings that a client computed.
+
+    Args:
+        what: ``image`` or ``video``.
+        processor_kwargs: The request's processor keywords.
+
+    Raises:
+        ValueError: If the ratio is above 0.
+    """
+    if processor_kwargs.get(RATIO_KEY):
+        raise ValueError(
+            f"{what} embeddings cannot be pruned, because Stage I needs the encoder's "
+            f"attention; send the {what} itself or leave {RATIO_KEY} out"
+        )
+
+
+def layout_by_uuid(
+    what: str, known: LRUCache[str, Layout], uuid: str | None, layout: Layout | None
+) -> Layout:
+    """The layout of an image or video, which the client may send again by its uuid only.
+
+    vLLM caches the processed item under an identifier that ends with counts, and the counts
+    follow from the layout.
+
+    Args:
+        what: ``image`` or ``video``.
+        known: Layouts by uuid; ``layout`` is added.
+        uuid: The client's name of it, if any.
+        layout: Its layout; ``None`` if it was sent without its data.
+
+    Raises:
+        ValueError: If it was sent without its data, and its uuid is not known.
+    """
+    if layout is not None:
+        if uuid is not None:
+            known[uuid] = layout
+        return layout
+    earlier = known.get(uuid) if uuid is not None else None
+    if earlier is None:
+        raise ValueError(f"the {what} with uuid {uuid!r} is not cached: send its data again")
+    return earlier
 
 
 class PrunedProcessingInfo:
@@ -266,11 +312,7 @@ class PrunedProcessor:
         if images is None:
             return []
         if isinstance(images, (EmbeddingItems, DictEmbeddingItems)):
-            if processor_kwargs.get(RATIO_KEY):
-                raise ValueError(
-                    "image embeddings cannot be pruned, because Stage I needs the encoder's "
-                    f"attention; send the image itself or leave {RATIO_KEY} out"
-                )
+            refuse_pruned_embeddings("image", processor_kwargs)
             return [self._embedded_shape(images, i) for i in range(images.get_count())]
         assert isinstance(images, ImageProcessorItems)
         shapes = []
@@ -296,18 +338,11 @@ class PrunedProcessor:
         processor_kwargs: Mapping[str, object],
         uuid: str | None,
     ) -> ImageLayout:
+        layout: ImageLayout | None = None
         if images.get(i) is not None:
             size = images.get_image_size(i)
-            layout: ImageLayout = self.info.layout(size.width, size.height, processor_kwargs)
-            if uuid is not None:
-                self._layouts[uuid] = layout
-            return layout
-        # The image was sent by its uuid only. vLLM caches the processed image under an identifier
-        # that ends with counts, and the counts follow from the image's size.
-        known = self._layouts.get(uuid) if uuid is not None else None
-        if known is None:
-            raise ValueError(f"the image with uuid {uuid!r} is not cached: send its data again")
-        return known
+            layout = self.info.layout(size.width, size.height, processor_kwargs)
+        return layout_by_uuid("image", self._layouts, uuid, layout)
 
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:
         """Shape of an image whose embeddings the client computed."""

@@ -25,11 +25,12 @@ from vitcop_vllm.models.processing import (
     VIDEO_COUNTS_FIELD,
     PrunedProcessingInfo,
     PrunedProcessor,
+    layout_by_uuid,
+    refuse_pruned_embeddings,
     video_row,
 )
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import count_tokens
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 _MAX_LAYOUTS = 1024
 """Maximum number of cached layouts of videos sent with a uuid, some 100 bytes each."""
@@ -93,11 +94,7 @@ class VideoProcessor(PrunedProcessor):
         if videos is None:
             return []
         if isinstance(videos, (EmbeddingItems, DictEmbeddingItems)):
-            if processor_kwargs.get(RATIO_KEY):
-                raise ValueError(
-                    "video embeddings cannot be pruned, because Stage I needs the encoder's "
-                    f"attention; send the video itself or leave {RATIO_KEY} out"
-                )
+            refuse_pruned_embeddings("video", processor_kwargs)
             return [(self._embedded_video(videos, i), 0) for i in range(videos.get_count())]
         assert isinstance(videos, VideoProcessorItems)
         shapes = []
@@ -115,22 +112,17 @@ class VideoProcessor(PrunedProcessor):
         processor_kwargs: Mapping[str, object],
         uuid: str | None,
     ) -> VideoLayout:
+        layout: VideoLayout | None = None
         if (item := videos.get(i)) is not None:
             frames, metadata = item
             num_frames = len(frames)
             if not num_frames:
                 raise ValueError("the video has no frame that can be read")
             size = VideoProcessorItems([frames]).get_frame_size(0)
-            layout: VideoLayout = self.info.video_layout(
+            layout = self.info.video_layout(
                 num_frames, size.width, size.height, metadata, processor_kwargs
             )
-            if uuid is not None:
-                self._video_layouts[uuid] = layout
-            return layout
-        known = self._video_layouts.get(uuid) if uuid is not None else None
-        if known is None:
-            raise ValueError(f"the video with uuid {uuid!r} is not cached: send its data again")
-        return known
+        return layout_by_uuid("video", self._video_layouts, uuid, layout)
 
     def _embedded_video(self, videos: Any, i: int) -> VideoShape:
         """Shape of a video whose embeddings the client computed."""
