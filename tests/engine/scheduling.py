@@ -1,5 +1,6 @@
 """Helpers that drive a real scheduler without a worker."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +52,42 @@ def recorded_steps(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[Sche
 
     monkeypatch.setattr(scheduler, "schedule", recording)
     return steps
+
+
+def recorded_ends(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that receives, at every later step, how many tokens of each request are computed."""
+    ends: list[int] = []
+    schedule = scheduler.schedule
+
+    def recording(*args: Any, **kwargs: Any) -> SchedulerOutput:
+        output: SchedulerOutput = schedule(*args, **kwargs)
+        ends.extend(scheduler.requests[n].num_computed_tokens for n in output.num_scheduled_tokens)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", recording)
+    return ends
+
+
+def tokens_after_preemption(llm: LLM) -> list[int]:
+    """Preempt the last running request, empty all caches, and give the request's answer."""
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    scheduler._preempt_request(scheduler.running.pop(), 0.0)
+    assert llm.reset_prefix_cache()
+    engine.reset_encoder_cache()
+    outputs: list[Any] = []
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+    return list(outputs[0].outputs[0].token_ids)
+
+
+def decoding_steps(llm: LLM) -> Iterator[Request]:
+    """Run the engine's only request, and give it after each step that has computed its prompt."""
+    engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
+    while engine.has_unfinished_requests():
+        (request,) = scheduler.requests.values()
+        engine.step()
+        if not request.is_finished() and request.num_computed_tokens >= request.num_prompt_tokens:
+            yield request
 
 
 def new_request(llm: LLM, name: str, spec: RequestSpec, **options: Any) -> Request:

@@ -43,7 +43,7 @@ class StageOneOracle:
 
     def places(self, kept: list[int], image: Image.Image) -> tuple[list[tuple[int, ...]], int]:
         """Rotary positions of kept tokens, relative to the image's start, and its extent."""
-        raise NotImplementedError
+        return [(i,) * 3 for i in range(len(kept))], len(kept)
 
     @torch.no_grad()
     def logits(
@@ -79,7 +79,16 @@ class StageOneOracle:
 
     def decode(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """(1, T, vocabulary) logits of (1, T, H) embeddings at (3, T) positions."""
-        raise NotImplementedError
+        text = self.model.model.language_model
+        hidden = text(
+            inputs_embeds=embeds, position_ids=self.decoder_positions(positions)
+        ).last_hidden_state
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        return logits
+
+    def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of (3, T) positions, those that the decoder takes: (1, T), as all three are equal."""
+        return positions[:1]
 
 
 class Gemma3(StageOneOracle):
@@ -122,15 +131,6 @@ class Gemma3(StageOneOracle):
         square = side // tokens
         grid = patches.view(tokens, square, tokens, square, -1)
         return grid.transpose(1, 2).reshape(tokens**2, square**2, -1)
-
-    def places(self, kept: list[int], image: Image.Image) -> tuple[list[tuple[int, ...]], int]:
-        return [(i,) * 3 for i in range(len(kept))], len(kept)
-
-    def decode(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        text = self.model.model.language_model
-        hidden = text(inputs_embeds=embeds, position_ids=positions[:1]).last_hidden_state
-        logits: torch.Tensor = self.model.lm_head(hidden)
-        return logits
 
 
 class _Tower(DenseQwen3):
@@ -183,11 +183,8 @@ class Qwen35(StageOneOracle):
         _, (rows, columns) = self.tower.processed(image)
         return [(0, token // columns, token % columns) for token in kept], max(rows, columns)
 
-    def decode(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        text = self.model.model.language_model
-        hidden = text(inputs_embeds=embeds, position_ids=positions[:, None]).last_hidden_state
-        logits: torch.Tensor = self.model.lm_head(hidden)
-        return logits
+    def decoder_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions[:, None]
 
 
 class Qwen35Moe(Qwen35):
@@ -254,15 +251,6 @@ class Mistral3(StageOneOracle):
                 for j in range(merge)
             ]
         ).unflatten(0, (rows * columns, merge**2))
-
-    def places(self, kept: list[int], image: Image.Image) -> tuple[list[tuple[int, ...]], int]:
-        return [(i,) * 3 for i in range(len(kept))], len(kept)
-
-    def decode(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        text = self.model.model.language_model
-        hidden = text(inputs_embeds=embeds, position_ids=positions[:1]).last_hidden_state
-        logits: torch.Tensor = self.model.lm_head(hidden)
-        return logits
 
 
 def turn(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import Answer, RequestSpec, generate, model_type, sample_image
-from tests.engine.scheduling import engine_core
+from tests.engine.scheduling import engine_core, recorded_ends
 
 RATIOS = (2 / 3, 7 / 9, 8 / 9, 0.2)
 """At 0.2, Stages I and III drop tokens and Stage II merges nothing."""
@@ -73,15 +73,7 @@ def test_a_step_may_end_where_a_span_does(family, llm, oracle, monkeypatch, edge
     kept = family.kept(2 / 3, 105)
     before = {"begins": budget, "ends": budget - kept, "is cut": budget - kept // 2}[edge]
     spec = RequestSpec("What is it?", (105, 101), 2 / 3, system="x" * (before - family.offset))
-    ends: list[int] = []
-    schedule = scheduler.schedule
-
-    def recording(*args, **kwargs):
-        output = schedule(*args, **kwargs)
-        ends.extend(scheduler.requests[n].num_computed_tokens for n in output.num_scheduled_tokens)
-        return output
-
-    monkeypatch.setattr(scheduler, "schedule", recording)
+    ends = recorded_ends(scheduler, monkeypatch)
     (answer,) = generate(llm, [spec])
     assert answer.prompt[before] == family.image_token != answer.prompt[before - 1]
     assert ends[0] == before + (kept if edge == "ends" else 0)

@@ -6,7 +6,7 @@ from math import ceil
 import pytest
 
 from tests.engine.requests import BLOCK, RequestSpec, generate
-from tests.engine.scheduling import free_blocks, start
+from tests.engine.scheduling import decoding_steps, free_blocks, start
 from vitcop_vllm.engine.kv_cache import StagedAttentionSpec
 
 
@@ -76,16 +76,12 @@ def only_blocks(scheduler, count: int):
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 2 / 3, 7 / 9, 8 / 9])
 @pytest.mark.parametrize("images", [(1,), (101, 4, 105)])
 def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(
-    family, engine, scheduler, ratio, images
+    family, llm, engine, scheduler, ratio, images
 ):
     plans = [family.counts(ratio, image) for image in images]
     start(engine, "r", RequestSpec("How many?", images, ratio, max_tokens=40))
     seen = 0
-    while engine.has_unfinished_requests():
-        (request,) = scheduler.requests.values()
-        engine.step()
-        if request.is_finished() or request.num_computed_tokens < request.num_prompt_tokens:
-            continue
+    for request in decoding_steps(llm):
         seen += 1
         (held,) = held_blocks(scheduler).values()
         for segment, dropped in enumerate(zip(*(plan.dropped for plan in plans), strict=True)):

@@ -7,7 +7,13 @@ import pytest
 
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
-from tests.engine.scheduling import engine_core, start
+from tests.engine.scheduling import (
+    decoding_steps,
+    engine_core,
+    recorded_ends,
+    start,
+    tokens_after_preemption,
+)
 from tests.families.family import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.families.stock import VIDEOS
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
@@ -92,16 +98,7 @@ def test_a_step_may_end_after_any_frame_and_in_none(family, llm, oracle, monkeyp
     num_frames, counts = family.video(0.5, 4)
     n1 = counts.stages[0]
     spec = ends_at(family, llm, n1 if edge == "ends" else n1 // 2, frame)
-    scheduler = engine_core(llm).scheduler
-    ends: list[int] = []
-    schedule = scheduler.schedule
-
-    def recording(*args, **kwargs):
-        output = schedule(*args, **kwargs)
-        ends.extend(scheduler.requests[n].num_computed_tokens for n in output.num_scheduled_tokens)
-        return output
-
-    monkeypatch.setattr(scheduler, "schedule", recording)
+    ends = recorded_ends(engine_core(llm).scheduler, monkeypatch)
     (answer,) = generate(llm, [spec])
     starts = frame_starts(family, answer, n1)
     assert len(starts) == num_frames == 7
@@ -197,11 +194,7 @@ def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, r
     start(engine, "r", spec)
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     seen = 0
-    while engine.has_unfinished_requests():
-        (request,) = scheduler.requests.values()
-        engine.step()
-        if request.is_finished() or request.num_computed_tokens < request.num_prompt_tokens:
-            continue
+    for request in decoding_steps(llm):
         seen += 1
         blocks = scheduler.kv_cache_manager.get_blocks(request.request_id).blocks
         for group, held in zip(groups, blocks, strict=True):
@@ -218,15 +211,9 @@ def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family
     engine.reset_encoder_cache()
     start(engine, "r", spec)
     engine.step()
-    request = scheduler.running.pop()
+    request = scheduler.running[-1]
     assert len(spec.system) + 20 < request.num_computed_tokens < request.num_prompt_tokens
-    scheduler._preempt_request(request, 0.0)
-    assert llm.reset_prefix_cache()
-    engine.reset_encoder_cache()
-    outputs = []
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-    assert list(outputs[0].outputs[0].token_ids) == expected.tokens
+    assert tokens_after_preemption(llm) == expected.tokens
 
 
 def test_a_video_with_more_patches_than_the_encoder_s_budget_is_encoded_in_parts(

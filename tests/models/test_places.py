@@ -29,7 +29,7 @@ Tokens = Callable[[torch.Tensor, tuple[int, int], ImageLayout, Any], torch.Tenso
 """Patches, an image's (width, height), its layout, the model's configuration -> its tokens."""
 
 
-def picture(size: tuple[int, int]) -> Image.Image:
+def image_of_places(size: tuple[int, int]) -> Image.Image:
     """Red grows to the right and green downwards; blue tells the image from padding."""
     width, height = size
     right, down = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
@@ -43,7 +43,7 @@ def places_of_patches(
     """(tiles, 3, rows, columns) place to the right, place down, and share that is no padding."""
     dark, bright = (pixels_of(Image.new("RGB", size, colour)) for colour in ("black", "white"))
     scale = (bright - dark).amax(dim=(0, 2, 3), keepdim=True)  # padding is equal on both
-    return avg_pool2d((pixels_of(picture(size)) - dark) / scale, PATCH)
+    return avg_pool2d((pixels_of(image_of_places(size)) - dark) / scale, PATCH)
 
 
 def llava_tokens(
