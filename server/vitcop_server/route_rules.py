@@ -70,6 +70,7 @@ ROUTES = {
     "/v1/messages/count_tokens": _MESSAGES,
     "/detokenize": _TEXT,
     "/generative_scoring": _TEXT,
+    "/v1/decisions": _TEXT,
     "/v1/chat/completions/derender": _TEXT,
     "/v1/completions/derender": _TEXT,
     "/v1/completions/render": _TEXT,
