@@ -15,6 +15,8 @@ from vitcop_vllm.demo.checkpoint import save_weights
 IMAGE_MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
 """Marks an image in a prompt's text."""
 
+VIDEO_MARKER = IMAGE_MARKER.replace("image", "video")
+
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
@@ -25,6 +27,7 @@ CHAT_TEMPLATE = (
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for part in message['content'] %}"
     f"{{% if part['type'] == 'image' %}}{IMAGE_MARKER}"
+    f"{{% elif part['type'] == 'video' %}}{VIDEO_MARKER}"
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.qwen_checkpoint import CHAT_TEMPLATE, IMAGE_MARKER
-from tests.engine.requests import VIDEO_MARK
 from tests.families.family import QWEN2_5_VL, Family
 from tests.server.clients import Server, assert_refused
 from tests.server.process import TINY_OPTIONS, running_server
@@ -19,17 +17,9 @@ VIDEO = video_url(video_file(36, (160, 120)))
 
 
 @pytest.fixture(scope="module")
-def qwen(
-    checkpoint_of: Callable[[Family], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    template = tmp_path_factory.mktemp("template") / "template.jinja"
-    image = f"{{% if part['type'] == 'image' %}}{IMAGE_MARKER}"
-    video = f"{{% elif part['type'] == 'video' %}}{VIDEO_MARK}"
-    assert image in CHAT_TEMPLATE
-    template.write_text(CHAT_TEMPLATE.replace(image, image + video))
+def qwen(checkpoint_of: Callable[[Family], Path]) -> Iterator[Server]:
     limits = ("--server", '{"explain": true, "max_video_frames": 500}')
-    options = (*TINY_OPTIONS, "--chat-template", str(template), *limits)
-    with running_server(str(checkpoint_of(QWEN2_5_VL)), *options) as (url, _):
+    with running_server(str(checkpoint_of(QWEN2_5_VL)), *TINY_OPTIONS, *limits) as (url, _):
         yield Server(url, {})
 
 
