@@ -3,8 +3,9 @@
 Stock vLLM and ours run in separate processes, with the same images and the same random weights, and
 take turns; figures are medians over rounds. Each scenario's module defines its figures and its
 *ideal*: prefill, images and long_text in prefill.py, decode, turns and capacity in scenarios.py,
-load in load.py, cold_start in cold_start.py. Prefix caching is on, as is vLLM's default; only
-second turns repeat an image.
+load in load.py, cold_start in cold_start.py. Scenarios video_* have a video in each prompt, and
+stock vLLM with its own pruning of videos beside. Prefix caching is on, as is vLLM's default; only
+second turns repeat an image or a video.
 
 The last line of standard output is a JSON document, as docs/results/ holds them.
 """
@@ -26,6 +27,10 @@ from benchmarks import prefill, scenarios
 from benchmarks.bench_options import (
     ENGINE_SCENARIOS,
     LONG_ROUNDS,
+    SMALL_VIDEO,
+    VIDEO,
+    VIDEO_BATCHES,
+    VIDEO_SCENARIOS,
     TooLittleMemoryError,
     check_kv_memory,
     engine_names,
@@ -54,19 +59,24 @@ def engine_cases(
     name: str, arguments: argparse.Namespace
 ) -> tuple[Callable[..., list[Row]], Sequence[Case]]:
     """The function that measures a scenario, and its arguments for each case."""
-    if name == "decode":
+    is_video = name in VIDEO_SCENARIOS
+    kind = name.removeprefix("video_")
+    if kind == "decode":
         return scenarios.measure_decode, [
             {"ratio": ratio, "running": running, "tokens": arguments.tokens}
-            for ratio, running in product(scenarios.DECODE_RATIOS, arguments.running)
+            for ratio, running in product(
+                scenarios.DECODE_RATIOS, VIDEO_BATCHES if is_video else arguments.running
+            )
         ]
-    if name == "turns":
+    if kind == "turns":
         return scenarios.measure_turns, [{"ratio": ratio} for ratio in scenarios.TURN_RATIOS]
-    if name == "capacity":
+    if kind == "capacity":
         return scenarios.measure_capacity, [{"ratio": r} for r in scenarios.CAPACITY_RATIOS]
     cases = {
         "prefill": prefill.prefill_cases(SHAPES[arguments.shape], arguments.batches),
         "images": prefill.IMAGE_CASES,
         "long_text": prefill.LONG_TEXT_CASES,
+        "video_prefill": prefill.VIDEO_CASES,
     }
     return prefill.measure_prefill, cases[name]
 
@@ -97,7 +107,11 @@ def measure(
             rounds = Rounds(engines, shape, arguments.rounds, profile_apart=on_gpu)
             for name in in_engines:
                 run, cases = engine_cases(name, arguments)
-                measured[name] = [row for case in tqdm(cases, name) for row in run(rounds, **case)]
+                shown = rounds
+                if name in VIDEO_SCENARIOS:
+                    concurrent = name in ("video_decode", "video_capacity")
+                    shown = rounds.showing(*(SMALL_VIDEO if concurrent else VIDEO), is_video=True)
+                measured[name] = [row for case in tqdm(cases, name) for row in run(shown, **case)]
     long_rounds = min(arguments.rounds, LONG_ROUNDS)
     if "load" in arguments.scenarios:
         with both_servers({"model": str(checkpoint), **options}) as (stock, ours):

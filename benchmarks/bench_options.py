@@ -9,24 +9,40 @@ from typing import Any
 
 from benchmarks import load, prefill
 from benchmarks.conditions import Device
-from benchmarks.engines import OURS, PEER, STOCK, EngineName
+from benchmarks.engines import EVS, OURS, PEER, STOCK, EngineName
 from benchmarks.shapes import (
     PUBLISHED,
     SHAPES,
     AnySizeShape,
     Shape,
     boundaries,
+    family_of,
     save_checkpoint,
 )
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
-ENGINE_SCENARIOS = ("prefill", "images", "long_text", "decode", "turns", "capacity")
+VIDEO_SCENARIOS = ("video_prefill", "video_decode", "video_turns", "video_capacity")
+"""The scenarios after the prefix, with a video in each prompt."""
+
+ENGINE_SCENARIOS = (
+    *("prefill", "images", "long_text", "decode", "turns", "capacity"),
+    *VIDEO_SCENARIOS,
+)
 """Scenarios in which the engines run side by side."""
 
 SCENARIOS = (*ENGINE_SCENARIOS, "load", "cold_start")
 
-ANY_SIZE_SCENARIOS = ("prefill",)
-"""Scenarios of models that take images of any size."""
+VIDEO = (16, 336)
+"""Frames of a video, as the encoder computes them, and their height and width in pixels."""
+
+SMALL_VIDEO = (16, 224)
+"""The same of concurrent videos."""
+
+VIDEO_BATCHES = (1, 4, 16)
+"""Numbers of concurrent videos."""
+
+VIDEO_NUM_SEQS = 96
+"""Enough for scenario video_capacity."""
 
 LONG_ROUNDS = 3
 """Limit on the rounds of scenarios whose rounds take minutes."""
@@ -36,6 +52,9 @@ MAX_NUM_SEQS = 64
 
 TEXT_MARGIN = 128
 """Upper bound on the tokens of a question, the chat template and a short answer."""
+
+FRAME_MARGIN = 24
+"""Upper bound on the tokens of a frame's time in a prompt."""
 
 GPU_MEMORY = 0.9
 """Share of a GPU's memory for all engines together."""
@@ -92,7 +111,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     add("--plot", type=Path, metavar="FILE.png", help="plot speed over ratio")
     arguments = parser.parse_args(argv)
     any_size = isinstance(SHAPES.get(arguments.shape), AnySizeShape)
-    known = ANY_SIZE_SCENARIOS if any_size else SCENARIOS
+    known = _scenarios(arguments.shape)
     if unknown := set(arguments.scenarios or ()) - set(known):
         parser.error(f"{arguments.shape} supports only {', '.join(known)}, not {min(unknown)}")
     if any_size and arguments.peers:
@@ -102,6 +121,14 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         parser.error(f"--plot: there is no folder {arguments.plot.parent}")
     return arguments
+
+
+def _scenarios(name: str | None) -> tuple[str, ...]:
+    """Scenarios of a shape; ``None`` is the default shape."""
+    shape = SHAPES.get(name or "demo")
+    if not isinstance(shape, AnySizeShape):
+        return tuple(name for name in SCENARIOS if name not in VIDEO_SCENARIOS)
+    return ("prefill", *(VIDEO_SCENARIOS if family_of(shape).video_marker else ()))
 
 
 def _number(text: str, kind: type = int) -> Any:
@@ -137,6 +164,8 @@ def fill_defaults(arguments: argparse.Namespace, device: Device) -> None:
 
 def engine_names(arguments: argparse.Namespace) -> tuple[EngineName, ...]:
     """The engines that run side by side."""
+    if set(arguments.scenarios) & set(VIDEO_SCENARIOS):
+        return STOCK, OURS, EVS
     return (STOCK, OURS, PEER) if arguments.peers else (STOCK, OURS)
 
 
@@ -147,8 +176,20 @@ def _concurrent_requests(arguments: argparse.Namespace, shape: Shape) -> dict[st
         "prefill": (max(arguments.batches), prompt),
         "decode": (max(arguments.running), prompt + arguments.tokens),
         "load": (max(arguments.clients), prompt + 2 * arguments.chat_tokens),
+        "video_prefill": (1, _video_prompt(shape, VIDEO)),
+        "video_turns": (1, _video_prompt(shape, VIDEO)),
+        "video_decode": (
+            *(max(VIDEO_BATCHES), _video_prompt(shape, SMALL_VIDEO) + arguments.tokens),
+        ),
     }
     return {name: row for name, row in requests.items() if name in arguments.scenarios}
+
+
+def _video_prompt(shape: Shape, video: tuple[int, int]) -> int:
+    """Upper bound on the tokens of a prompt with a video of noise."""
+    frames, size = video
+    visual = replace(shape, image_size=size).visual_tokens
+    return frames * (visual + FRAME_MARGIN) + TEXT_MARGIN
 
 
 def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any]:
@@ -160,6 +201,8 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
     images = max(prefill.IMAGES) if "images" in arguments.scenarios else 1
     text = max(prefill.TEXT_TOKENS) if "long_text" in arguments.scenarios else 0
     prompt = max(images * shape.visual_tokens, shape.visual_tokens + text) + TEXT_MARGIN
+    has_video = bool(set(arguments.scenarios) & set(VIDEO_SCENARIOS))
+    num_seqs = VIDEO_NUM_SEQS if has_video else MAX_NUM_SEQS
     longest = max(4096, prompt, *(tokens for _, tokens in concurrent.values()))
     options: dict[str, Any] = {
         "dtype": arguments.dtype,
@@ -167,9 +210,9 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
         "max_num_batched_tokens": max(
             [longest, *(n * tokens for n, tokens in concurrent.values())]
         ),
-        "max_num_seqs": max([MAX_NUM_SEQS, *(number for number, _ in concurrent.values())]),
+        "max_num_seqs": max([num_seqs, *(number for number, _ in concurrent.values())]),
         "enforce_eager": not arguments.compile,
-        "limit_mm_per_prompt": {"image": images},
+        "limit_mm_per_prompt": {"image": images, **({"video": 1} if has_video else {})},
     }
     if pruning := boundaries(shape):
         options[CONFIG_KEY] = pruning  # stock vLLM does not get it

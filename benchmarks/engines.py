@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,10 +17,16 @@ from benchmarks.measured_engine import MeasuredEngine, Result
 from benchmarks.serving import NO_PLUGIN
 from vitcop_vllm.pruning.settings import CONFIG_KEY, SelectorName
 
-EngineName = Literal["stock"] | SelectorName
-"""Stock vLLM, or ours with this selector."""
+EngineName = Literal["stock", "evs"] | SelectorName
+"""Stock vLLM, without or with its pruning of videos, or ours with this selector."""
 
 STOCK: EngineName = "stock"
+EVS: EngineName = "evs"
+"""Stock vLLM with ``video_pruning_rate``: one rate for all requests, in all layers."""
+
+EVS_RATIO = "8/9"
+"""The rate: as many tokens as ours keeps at this ratio, averaged over layers."""
+
 OURS: SelectorName = "vitcop"
 PEER: SelectorName = "cls"
 """Prunes only in the encoder and only by [CLS], like VisionZip, in the same engine and at the same
@@ -35,11 +42,14 @@ def _start(options: dict[str, Any], name: EngineName) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     pruning = options.pop(CONFIG_KEY, {})
-    if name == STOCK:
+    is_stock = name in (STOCK, EVS)
+    if is_stock:
         os.environ.update(NO_PLUGIN)
     else:
         options["additional_config"] = {CONFIG_KEY: {**pruning, "selector": name}}
-    _engine = MeasuredEngine(options, pruned=name != STOCK)
+    if name == EVS:
+        options["video_pruning_rate"] = float(Fraction(EVS_RATIO))
+    _engine = MeasuredEngine(options, pruned=not is_stock)
 
 
 def _run(command: str, arguments: dict[str, Any]) -> Result:

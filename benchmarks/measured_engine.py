@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import Mock, patch
 
 from benchmarks.concurrency import limit_kv_memory, observe
-from benchmarks.requests import ImageRequest, random_image
+from benchmarks.requests import ImageRequest, random_image, video_data
 from benchmarks.stopwatch import Stopwatch
 from vitcop_vllm.pruning.settings import RATIO_KEY
 
@@ -28,6 +28,10 @@ def _about_runner(worker: Any) -> Result:
         "model_runner": f"{runner.__module__}.{runner.__qualname__}",
         "model_runner_version": "V2" if worker.use_v2_model_runner else "V1",
     }
+
+
+def _use_video_pruning(worker: Any) -> None:
+    worker.model_runner.is_multimodal_pruning_enabled = True
 
 
 class MeasuredEngine:
@@ -45,6 +49,9 @@ class MeasuredEngine:
 
         self.pruned = pruned
         self.llm = LLM(**options)
+        if options.get("video_pruning_rate"):
+            # vLLM's runner for CPUs forgets to set it; each video would fail.
+            self.llm.collective_rpc(_use_video_pruning)
         self.engine = self.llm.llm_engine
         self._rng = random.Random(0)
         self._letters = self.llm.get_tokenizer().encode(
@@ -146,7 +153,8 @@ class MeasuredEngine:
     def _prompt(self, request: ImageRequest) -> dict[str, Any]:
         size = request.image_size
         images = [random_image(seed, size, size) for seed in request.images]
-        prompt: dict[str, Any] = {"prompt": request.prompt, "multi_modal_data": {"image": images}}
+        data = {"video": [video_data(images)]} if request.is_video else {"image": images}
+        prompt: dict[str, Any] = {"prompt": request.prompt, "multi_modal_data": data}
         kwargs: dict[str, float] = {RATIO_KEY: request.ratio} if self.pruned else {}
         return prompt | ({"mm_processor_kwargs": kwargs} if kwargs else {})
 

@@ -6,7 +6,8 @@ averaged over layers. ``vs_ideal``: that time over ours; 1 or more meets the ide
 many rows, over our time: kernels that are slow for few rows count on both sides.
 ``stages_share``: seconds of Stages I to III over stock's prefill. ``vs_peer``: the peer's time over
 ours, at the same layer average. ``vs_scaled_down``: stock's time over ours, for images that
-are scaled down to about as many visual tokens as we keep.
+are scaled down to about as many visual tokens as we keep. ``vs_evs``: over ours, the time of stock
+vLLM that prunes videos to as many tokens.
 
 All times of a row come from the same round, because the machine's speed varies between rounds.
 """
@@ -18,8 +19,8 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from benchmarks.engines import OURS, PEER, STOCK
-from benchmarks.ideals import ImagePlan, ideal_prefill
+from benchmarks.engines import EVS, OURS, PEER, STOCK
+from benchmarks.ideals import ideal_prefill
 from benchmarks.measured_engine import Result
 from benchmarks.requests import QUESTION, ImageRequest, filler_text
 from benchmarks.rounds import Rounds, Row, summary
@@ -51,6 +52,7 @@ LONG_TEXT_CASES: list[Case] = [
     for tokens in TEXT_TOKENS
     for ratio in LONG_RATIOS
 ]
+VIDEO_CASES: list[Case] = [{"ratio": ratio} for ratio in ("0", *LONG_RATIOS)]
 
 
 def prefill_cases(shape: Shape, batches: Sequence[int]) -> list[Case]:
@@ -71,21 +73,28 @@ def measure_prefill(
     batch: int = 1,
     *,
     image_size: int | None = None,
-    images: int = 1,
+    images: int | None = None,
     question: str = QUESTION,
 ) -> list[Row]:
     """Prefill of ``batch`` requests at once: one row for each engine that prunes, and one for
-    :data:`SCALED_DOWN` if the model supports images of any size."""
+    :data:`SCALED_DOWN` if the model supports images of any size.
+
+    Args:
+        rounds: The engines.
+        ratio: A fraction.
+        batch: Number of requests.
+        image_size: Height and width of the images; default: as the rounds have them.
+        images: Number of images in a prompt; default: as the rounds have them.
+        question: The text.
+    """
     value = float(Fraction(ratio))
-    if image_size is not None:
-        rounds = rounds.with_image_size(image_size)
-    shape = rounds.shape
-    plans = {name: ImagePlan.of(shape, value, name) for name in rounds.selectors}
+    rounds = rounds.showing(images or rounds.images, image_size, is_video=rounds.is_video)
+    images, shape, plans = rounds.images, rounds.shape, rounds.plans(value)
     measured: dict[str, list[dict[str, float]]] = defaultdict(list)
     text = 0
 
     def requests(size: int = shape.image_size) -> list[ImageRequest]:
-        made = rounds.new_requests(batch, value, 1, images=images, question=question)
+        made = rounds.new_requests(batch, value, 1, question=question)
         return [replace(request, image_size=size) for request in made]
 
     def times(average: float, timed_run: Result, profiled_run: Result) -> dict[str, float]:
@@ -98,11 +107,16 @@ def measure_prefill(
             "speed_up": stock / timed_run["seconds"],
         }
 
-    rounds.serve(requests())  # caches, allocators and lazy kernels
+    def alternative(timed_run: Result, profiled_run: Result) -> dict[str, float]:
+        average = (timed_run["prompt_tokens"][0] - text) / images
+        return times(average, timed_run, profiled_run)
+
+    engines = rounds.engines_at(ratio)
+    rounds.serve(requests(), *engines)  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, profiled = rounds.serve_profiled(requests)
+        timed, profiled = rounds.serve_profiled(requests, *engines)
         stock, encoder = timed[STOCK]["seconds"], profiled[STOCK]["encoder_seconds"]
-        text = timed[STOCK]["prompt_tokens"][0] - images * shape.visual_tokens
+        text = timed[STOCK]["prompt_tokens"][0] - rounds.visual_tokens
         layer = {
             tokens: rounds.layer_seconds(batch, text + images * tokens)
             for tokens in {tokens for plan in plans.values() for tokens in plan.counts.stages}
@@ -121,19 +135,23 @@ def measure_prefill(
             if name == OURS and PEER in plans:
                 figures["vs_peer"] = timed[PEER]["seconds"] / seconds
             measured[name].append(figures)
-        if isinstance(shape, AnySizeShape) and value:
+        ours = measured[OURS][-1]
+        if EVS in timed:
+            measured[EVS].append(alternative(timed[EVS], profiled[EVS]))
+            ours["vs_evs"] = timed[EVS]["seconds"] / timed[OURS]["seconds"]
+        elif isinstance(shape, AnySizeShape) and value and not rounds.is_video:
             size = scaled_down_size(shape, plans[OURS].average)
             scaled, scaled_profiled = rounds.serve_profiled(partial(requests, size), STOCK)
-            measured[OURS][-1]["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]
-            average = scaled[STOCK]["prompt_tokens"][0] - text
-            measured[SCALED_DOWN].append(times(average, scaled[STOCK], scaled_profiled[STOCK]))
-    conditions: Row = {"ratio": ratio, "batch": batch, "images": images, "text_tokens": text}
+            measured[SCALED_DOWN].append(alternative(scaled[STOCK], scaled_profiled[STOCK]))
+            ours["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]
+    shown = "frames" if rounds.is_video else "images"
+    conditions: Row = {"ratio": ratio, "batch": batch, shown: images, "text_tokens": text}
     if image_size is not None:
         conditions["image_size"] = image_size
     return [
         conditions
         | {"selector": name}
         | ({"visual_tokens": list(plans[name].counts.stages)} if name in plans else {})
-        | summary(rows, "speed_up", "vs_ideal", "vs_peer", "vs_scaled_down")
+        | summary(rows, "speed_up", "vs_ideal", "vs_peer", "vs_scaled_down", "vs_evs")
         for name, rows in measured.items()
     ]

@@ -8,7 +8,8 @@ from itertools import count
 from statistics import median
 from typing import Any, Self, TypeVar
 
-from benchmarks.engines import OURS, PEER, STOCK, EngineName, EngineProcess
+from benchmarks.engines import EVS, EVS_RATIO, OURS, PEER, STOCK, EngineName, EngineProcess
+from benchmarks.ideals import ImagePlan
 from benchmarks.measured_engine import Result
 from benchmarks.requests import QUESTION, ImageRequest, user_turn
 from benchmarks.shapes import Shape, family_of
@@ -35,7 +36,11 @@ class Turns:
 
 
 class Rounds:
-    """Engines that take turns, each time with new images.
+    """Engines that take turns, each time with new images, or with a new video.
+
+    Attributes:
+        images: Number of images in a prompt, or of frames of its video.
+        is_video: Whether prompts have a video.
 
     Args:
         engines: Engines by name; at least stock vLLM and ours.
@@ -54,6 +59,7 @@ class Rounds:
         profile_apart: bool = False,
     ) -> None:
         self.engines, self.shape, self.number = engines, shape, number
+        self.images, self.is_video = 1, False
         self._profile_apart = profile_apart
         self._seeds = count(1)  # a seed is used once, so no cache holds its image
         self._turns = Turns()
@@ -63,11 +69,33 @@ class Rounds:
         """Selectors of the engines that prune."""
         return [name for name in (OURS, PEER) if name in self.engines]
 
-    def with_image_size(self, size: int) -> Self:
-        """A copy with images of ``size`` x ``size`` pixels."""
+    def showing(self, images: int, size: int | None = None, *, is_video: bool = False) -> Self:
+        """A copy whose prompts have other images or videos.
+
+        Args:
+            images: The attribute.
+            size: Height and width of the images, in pixels; default: as before.
+            is_video: The attribute.
+        """
         rounds = copy(self)
-        rounds.shape = replace(self.shape, image_size=size)
+        rounds.images, rounds.is_video = images, is_video
+        if size is not None:
+            rounds.shape = replace(self.shape, image_size=size)
         return rounds
+
+    def engines_at(self, ratio: str) -> list[EngineName]:
+        """Engines that can keep as many tokens as pruning with this ratio, and stock vLLM."""
+        evs = self.is_video and ratio == EVS_RATIO
+        return [name for name in self.engines if name != EVS or evs]
+
+    @property
+    def visual_tokens(self) -> int:
+        """Unpruned visual tokens of a prompt."""
+        return self.images * self.shape.visual_tokens
+
+    def plans(self, ratio: float) -> dict[SelectorName, ImagePlan]:
+        """Plan of each image, by selector."""
+        return {name: ImagePlan.of(self.shape, ratio, name) for name in self.selectors}
 
     def new_requests(
         self,
@@ -75,18 +103,20 @@ class Rounds:
         ratio: float,
         max_tokens: int,
         *,
-        images: int = 1,
         question: str = QUESTION,
     ) -> list[ImageRequest]:
         """``number`` requests with the same question, each about new images."""
-        prompt = user_turn(question, images, family_of(self.shape).image_marker)
+        family = family_of(self.shape)
+        marks = (1, family.video_marker) if self.is_video else (self.images, family.image_marker)
+        prompt = user_turn(question, *marks)
         return [
             ImageRequest(
                 prompt,
-                tuple(next(self._seeds) for _ in range(images)),
+                tuple(next(self._seeds) for _ in range(self.images)),
                 ratio,
                 max_tokens,
                 image_size=self.shape.image_size,
+                is_video=self.is_video,
             )
             for _ in range(number)
         ]

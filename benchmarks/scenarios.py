@@ -9,6 +9,9 @@ The ideal is stock's time: the image is cached, and both compute the same text.
 
 Capacity: the most requests that run at once without preemption, in KV memory of the same size. The
 ideal is not rounded to blocks or to whole requests.
+
+``vs_evs``: our speed, or number of requests, over that of stock vLLM which prunes videos to as many
+tokens.
 """
 
 from collections import defaultdict
@@ -18,12 +21,11 @@ from functools import partial
 from math import ceil
 from statistics import median
 
-from benchmarks.engines import OURS, PEER, STOCK, EngineName
-from benchmarks.ideals import ImagePlan, ideal_capacity, ideal_prefill, kv_budget
+from benchmarks.engines import EVS, EVS_RATIO, OURS, PEER, STOCK, EngineName
+from benchmarks.ideals import ideal_capacity, ideal_prefill, kv_budget
 from benchmarks.measured_engine import Result
 from benchmarks.requests import ImageRequest
 from benchmarks.rounds import Rounds, Row, summary
-from vitcop_vllm.pruning.settings import SelectorName
 
 DECODE_RATIOS = ("0", "8/9")
 TURN_RATIOS = ("2/3", "8/9")
@@ -36,31 +38,37 @@ ANSWER_TOKENS = 16
 
 def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> list[Row]:
     """Decode ``running`` concurrent answers of ``tokens`` tokens each."""
-    value = float(Fraction(ratio))
-    plans = {name: ImagePlan.of(rounds.shape, value, name) for name in rounds.selectors}
-    measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
+    value, images = float(Fraction(ratio)), rounds.images
+    plans = rounds.plans(value)
+    measured: dict[EngineName, list[dict[str, float]]] = defaultdict(list)
     requests = partial(rounds.new_requests, running, value, tokens)
-    rounds.serve(requests())  # caches, allocators and lazy kernels
+    engines = rounds.engines_at(ratio)
+    rounds.serve(requests(), *engines)  # caches, allocators and lazy kernels
     for _ in range(rounds.number):
-        timed, profiled = rounds.serve_profiled(requests)
+        timed, profiled = rounds.serve_profiled(requests, *engines)
         stock = timed[STOCK]
         encoder, prefill = profiled[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
-        text = stock["prompt_tokens"][0] - rounds.shape.visual_tokens
+        text = stock["prompt_tokens"][0] - rounds.visual_tokens
         step = median(stock["decode_step_seconds"])
-        ideal_steps = {rounds.shape.visual_tokens: step}
+
+        def compared(result: Result, stock: Result = stock, step: float = step) -> dict[str, float]:
+            return {
+                "stock_decode_step_ms": step * 1e3,
+                "decode_latency": median(result["decode_step_seconds"]) / step,
+                "throughput": stock["seconds"] / result["seconds"],
+            }
+
+        ideal_steps = {rounds.visual_tokens: step}
         for name, plan in plans.items():
-            kept = round(plan.average)
+            kept = round(images * plan.average)
             if kept not in ideal_steps:
                 ideal_steps[kept] = rounds.decode_step_seconds(running, text + kept, tokens)
             ideal_step = ideal_steps[kept] / step
             seconds = timed[name]["seconds"]
-            ideal = ideal_prefill(prefill, encoder, plan.share(text))
+            ideal = ideal_prefill(prefill, encoder, plan.share(text, images))
             ideal += (stock["seconds"] - prefill) * ideal_step
-            figures = {
-                "stock_decode_step_ms": step * 1e3,
-                "decode_latency": median(timed[name]["decode_step_seconds"]) / step,
+            figures = compared(timed[name]) | {
                 "ideal_decode_latency": ideal_step,
-                "throughput": stock["seconds"] / seconds,
                 "ideal": stock["seconds"] / ideal,
                 "vs_ideal": ideal / seconds,
                 "same_tokens": float(timed[name]["tokens"] == stock["tokens"]),
@@ -68,12 +76,16 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
             if name == OURS and PEER in plans:
                 figures["vs_peer"] = timed[PEER]["seconds"] / seconds
             measured[name].append(figures)
+        if EVS in timed:
+            measured[EVS].append(compared(timed[EVS]))
+            seconds = timed[OURS]["seconds"]
+            measured[OURS][-1]["vs_evs"] = timed[EVS]["seconds"] / seconds
     conditions = {"ratio": ratio, "running": running, "answer_tokens": tokens}
     return [
         conditions
         | {"selector": name}
-        | summary(rows, "decode_latency", "throughput")
-        | {"same_tokens": all(row["same_tokens"] for row in rows)}
+        | summary(rows, "decode_latency", "throughput", "vs_evs")
+        | ({"same_tokens": all(row["same_tokens"] for row in rows)} if name in plans else {})
         for name, rows in measured.items()
     ]
 
@@ -94,9 +106,12 @@ def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
     for number in range(rounds.number + 1):
         (first,) = rounds.new_requests(1, float(Fraction(ratio)), ANSWER_TOKENS)
         request = replace(first, letters=True)
-        results = rounds.in_turn(partial(second_turn, rounds, request), STOCK, OURS)
+        sides: dict[str, EngineName] = {"stock": STOCK, "ours": OURS}
+        if EVS in rounds.engines_at(ratio):
+            sides["evs"] = EVS
+        results = rounds.in_turn(partial(second_turn, rounds, request), *sides.values())
         figures: dict[str, float] = {}
-        for side, name in (("stock", STOCK), ("ours", OURS)):
+        for side, name in sides.items():
             figures[f"{side}_ttft_ms"] = results[name]["first_token_seconds"][0] * 1e3
             figures[f"{side}_prompt_tokens"] = results[name]["prompt_tokens"][0]
             figures[f"{side}_reused_tokens"] = results[name]["reused_tokens"][0]
@@ -108,15 +123,17 @@ def measure_turns(rounds: Rounds, ratio: str) -> list[Row]:
 
 def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     """The most requests that run at once, in the KV memory of eight unpruned requests."""
-    value, shape = float(Fraction(ratio)), rounds.shape
-    visual, layers = shape.visual_tokens, shape.layers
-    probe = rounds.engines[STOCK].run("images", requests=rounds.new_requests(1, value, 1))
+    value, visual = float(Fraction(ratio)), rounds.visual_tokens
+    layers, engines = rounds.shape.layers, rounds.engines_at(ratio)
+    requests = rounds.new_requests(1, value, 1)
     # An answer's last token needs no KV slot.
-    text = probe["prompt_tokens"][0] - visual + ANSWER_TOKENS - 1
-    budget = kv_budget(text + visual, layers)
-    averages = {STOCK: float(visual)} | {
-        name: ImagePlan.of(shape, value, name).average for name in rounds.selectors
-    }
+    length = rounds.serve(requests, STOCK)[STOCK]["prompt_tokens"][0] + ANSWER_TOKENS - 1
+    text = length - visual
+    budget = kv_budget(length, layers)
+    averages: dict[EngineName, float] = {STOCK: float(visual)}
+    averages |= {name: rounds.images * plan.average for name, plan in rounds.plans(value).items()}
+    if EVS in engines:
+        averages[EVS] = (1 - float(Fraction(EVS_RATIO))) * visual
     ideals = {
         name: ideal_capacity(budget, text + average, layers) for name, average in averages.items()
     }
@@ -125,10 +142,10 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
         requests = rounds.new_requests(ceil(1.25 * ideals[name]), value, ANSWER_TOKENS)
         return rounds.engines[name].run("capacity", requests=requests, budget=budget)
 
-    measured: dict[SelectorName, list[dict[str, float]]] = defaultdict(list)
+    measured: dict[EngineName, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds.number):
-        results = rounds.in_turn(serve)
-        for name in rounds.selectors:
+        results = rounds.in_turn(serve, *engines)
+        for name in (*rounds.selectors, *(name for name in engines if name == EVS)):
             figures = {
                 "stock_most": results[STOCK]["max_running"],
                 "stock_vs_ideal": results[STOCK]["max_running"] / ideals[STOCK],
@@ -138,6 +155,8 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
             }
             if name == OURS and PEER in results:
                 figures["vs_peer"] = figures["most"] / results[PEER]["max_running"]
+            if name == OURS and EVS in results:
+                figures["vs_evs"] = figures["most"] / results[EVS]["max_running"]
             measured[name].append(figures)
     return [
         {"ratio": ratio, "selector": name, "budget": budget}

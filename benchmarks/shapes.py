@@ -59,13 +59,17 @@ class Family:
         image_marker: Marks an image in a prompt's text.
         image_sizes: Height and width in pixels of the bench's images; empty if the encoder takes
             one size only.
+        video_marker: Marks a video in a prompt's text; empty if the bench sends none.
     """
 
     name: str
     save: Callable[..., None]
     image_marker: str = "<image>"
     image_sizes: tuple[int, ...] = ()
+    video_marker: str = ""
 
+
+_QWEN = (qwen_checkpoint.IMAGE_MARKER, (448, 1344), qwen_checkpoint.VIDEO_MARKER)
 
 FAMILIES: dict[type[Shape], Family] = {
     LlavaShape: Family("LLaVA-1.5", save_random_llava),
@@ -74,8 +78,8 @@ FAMILIES: dict[type[Shape], Family] = {
     InternVLShape: Family(
         "InternVL", save_random_internvl, internvl_checkpoint.IMAGE_MARKERS["transformers"], (1344,)
     ),
-    QwenShape: Family("Qwen2.5-VL", save_random_qwen, qwen_checkpoint.IMAGE_MARKER, (448, 1344)),
-    Qwen3Shape: Family("Qwen3-VL", save_random_qwen3, qwen_checkpoint.IMAGE_MARKER, (448, 1344)),
+    QwenShape: Family("Qwen2.5-VL", save_random_qwen, *_QWEN),
+    Qwen3Shape: Family("Qwen3-VL", save_random_qwen3, *_QWEN),
 }
 
 

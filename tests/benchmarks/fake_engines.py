@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from math import floor
 from typing import Any
 
-from benchmarks.engines import EngineName
+from benchmarks.engines import EVS, EVS_RATIO, STOCK, EngineName
 from benchmarks.ideals import ImagePlan, ideal_capacity
 from benchmarks.requests import ImageRequest
 from benchmarks.scenarios import ANSWER_TOKENS
@@ -30,15 +31,19 @@ class FakeEngine:
 
     def __init__(self, name: EngineName, shape: Shape) -> None:
         self.shape = shape
-        self.selector: SelectorName | None = None if name == "stock" else name
+        self.name = name
+        self.selector: SelectorName | None = None if name in (STOCK, EVS) else name
         self.commands: list[Mapping[str, Any]] = []
+
+    def _evs_rate(self, request: ImageRequest) -> float:
+        return float(Fraction(EVS_RATIO)) if self.name == EVS and request.is_video else 0.0
 
     def _unpruned(self, request: ImageRequest) -> float:
         return replace(self.shape, image_size=request.image_size).visual_tokens
 
     def _visual(self, request: ImageRequest) -> float:
         if self.selector is None:
-            return self._unpruned(request)
+            return (1 - self._evs_rate(request)) * self._unpruned(request)
         shape = replace(self.shape, image_size=request.image_size)
         return ImagePlan.of(shape, request.ratio, self.selector).average
 
@@ -83,7 +88,8 @@ class FakeEngine:
             "first_token_seconds": [prefill] * len(requests),
             "decode_step_seconds": steps,
             "prompt_tokens": [
-                len(request.prompt) + len(request.images) * self._unpruned(request)
+                len(request.prompt)
+                + len(request.images) * (1 - self._evs_rate(request)) * self._unpruned(request)
                 for request in requests
             ],
             "reused_tokens": [0] * len(requests),
@@ -95,7 +101,9 @@ class FakeEngine:
         return result
 
     def capacity(self, *, requests, budget: int) -> dict[str, Any]:
-        longest = len(requests[0].prompt) + self._visual(requests[0]) + ANSWER_TOKENS - 1
+        request = requests[0]
+        visual = len(request.images) * self._visual(request)
+        longest = len(request.prompt) + visual + ANSWER_TOKENS - 1
         fit = ideal_capacity(budget, longest, self.shape.layers)
         return {"max_running": min(floor(fit), len(requests)), "preemptions": 0}
 

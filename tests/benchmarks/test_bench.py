@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks import bench, cold_start, prefill, qwen_checkpoint, scenarios
-from benchmarks.bench_options import ENGINE_SCENARIOS, SCENARIOS
-from benchmarks.engines import OURS, PEER, STOCK, EngineDiedError, running_engines
+from benchmarks.bench_options import ENGINE_SCENARIOS, SCENARIOS, VIDEO_SCENARIOS
+from benchmarks.engines import EVS, OURS, PEER, STOCK, EngineDiedError, running_engines
 from benchmarks.goals import GOALS
 from benchmarks.qwen_checkpoint import SMALL, save_random_qwen
 from benchmarks.rounds import Rounds
@@ -18,6 +18,8 @@ from benchmarks.shapes import SHAPES
 from tests.benchmarks.fake_engines import FakeEngine
 from vitcop_server.bench import RequestsFailedError
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
+
+IMAGE_SCENARIOS = [name for name in SCENARIOS if name not in VIDEO_SCENARIOS]
 
 
 def test_another_device_is_refused_before_an_engine_starts(capsys):
@@ -67,7 +69,7 @@ def test_the_last_line_is_the_document_of_all_scenarios(peers, capsys, tmp_path)
     assert bench.main([*argv, "--plot", str(plot), *(["--peers"] if peers else [])]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
-    assert list(document) == ["conditions", *SCENARIOS, "goals"]
+    assert list(document) == ["conditions", *IMAGE_SCENARIOS, "goals"]
     conditions = document["conditions"]
     assert conditions["engines"].keys() == ({STOCK, OURS, PEER} if peers else {STOCK, OURS})
     for name in ("vllm", "torch", "processor", "device_name"):
@@ -80,13 +82,14 @@ def test_the_last_line_is_the_document_of_all_scenarios(peers, capsys, tmp_path)
     assert document["goals"]["throughput_at_0"]["met"]
     rows = document["prefill"]
     assert len(rows) == 2 * len(prefill.RATIOS) * (1 + peers)
-    for title in SCENARIOS:
+    for title in IMAGE_SCENARIOS:
         assert title in out
     assert ("vs peer" in out) is peers
     assert plot.stat().st_size > 10_000
 
 
-def test_qwen_measures_prefill_at_two_image_sizes(capsys, monkeypatch, tmp_path):
+@pytest.fixture
+def fake_qwen(monkeypatch):
     @contextmanager
     def running(model, options, names):
         assert (model / "config.json").exists()
@@ -95,9 +98,13 @@ def test_qwen_measures_prefill_at_two_image_sizes(capsys, monkeypatch, tmp_path)
 
     monkeypatch.setattr(bench, "running_engines", running)
     monkeypatch.setitem(SHAPES, "qwen2.5-vl-small", replace(SMALL, hidden=64, heads=1))
+
+
+@pytest.mark.usefixtures("fake_qwen")
+def test_qwen_measures_prefill_at_two_image_sizes(capsys, tmp_path):
     plot = tmp_path / "speed.png"
     argv = ["--shape", "qwen2.5-vl-small", "--rounds", "2", "--plot", str(plot)]
-    assert bench.main(argv) == 0
+    assert bench.main([*argv, "--scenarios", "prefill"]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert document.keys() == {"conditions", "prefill", "goals"}
@@ -114,8 +121,39 @@ def test_qwen_measures_prefill_at_two_image_sizes(capsys, monkeypatch, tmp_path)
     assert plot.stat().st_size > 10_000
 
 
+@pytest.mark.usefixtures("fake_qwen")
+def test_videos_are_measured_beside_stock_vllm_s_own_pruning(capsys):
+    argv = ["--shape", "qwen2.5-vl-small", "--rounds", "2"]
+    assert bench.main([*argv, "--scenarios", *VIDEO_SCENARIOS]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["conditions"]["engines"].keys() == {STOCK, OURS, EVS}
+    rows = {
+        (name, row["ratio"], row.get("running"), row.get("selector", OURS)): row
+        for name in VIDEO_SCENARIOS
+        for row in document[name]
+    }
+    prefills = [key[1:] for key in rows if key[0] == "video_prefill"]
+    assert prefills == [
+        *(("0", None, OURS), ("2/3", None, OURS), ("8/9", None, OURS), ("8/9", None, EVS))
+    ]
+    ours, evs = (rows["video_prefill", "8/9", None, name] for name in (OURS, EVS))
+    assert ours["frames"] == 16
+    assert ours["vs_ideal"] == pytest.approx(1.0)
+    assert evs["average_tokens"] == pytest.approx(144 / 9)
+    assert ours["vs_evs"] == pytest.approx(evs["ours_ms"] / ours["ours_ms"])
+    for running in (1, 4, 16):
+        ours, evs = (rows["video_decode", "8/9", running, name] for name in (OURS, EVS))
+        assert ours["vs_ideal"] == pytest.approx(1.0, rel=1e-3)
+        assert ours["vs_evs"] == pytest.approx(ours["throughput"] / evs["throughput"])
+        assert "same_tokens" not in evs
+    assert rows["video_turns", "8/9", None, OURS]["evs_ttft_ms"] > 0
+    ours, evs = (rows["video_capacity", "8/9", None, name] for name in (OURS, EVS))
+    assert ours["most"] > 4 * ours["stock_most"]
+    assert ours["vs_evs"] == ours["most"] / evs["most"]
+
+
 @pytest.mark.usefixtures("fakes")
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", IMAGE_SCENARIOS)
 def test_each_scenario_runs_alone(scenario, capsys):
     argv = ["--shape", "demo", "--load-format", "dummy", "--rounds", "4"]
     assert bench.main([*argv, "--scenarios", scenario]) == 0
@@ -218,3 +256,27 @@ def test_real_engines_with_scaled_down_images(tmp_path):
     assert min(ours["encoder_ms"], scaled["encoder_ms"], ours["stock_encoder_ms"]) > 0
     assert unpruned["average_tokens"] == 144
     assert unpruned["stages_share"] == 0
+
+
+@pytest.mark.slow
+def test_real_engines_with_videos(tmp_path):
+    save_random_qwen(tmp_path, qwen_checkpoint.TINY)
+    started = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 128 << 20,
+        "limit_mm_per_prompt": {"video": 1},
+        "pruning": {"deep_boundary": 5},
+    }
+    with running_engines(tmp_path, started, (STOCK, OURS, EVS)) as engines:
+        shape = replace(qwen_checkpoint.TINY, boundaries=(1, 5))
+        rounds = Rounds(engines, shape, 1).showing(12, 112, is_video=True)
+        ours, evs = prefill.measure_prefill(rounds, "8/9")
+        [unpruned] = scenarios.measure_decode(rounds, "0", 2, 4)
+    assert unpruned["same_tokens"]
+    assert ours["average_tokens"] == pytest.approx(16 / 9, abs=0.5)
+    # Its count is of the whole video, rounded down.
+    assert evs["average_tokens"] == int(12 * 16 / 9) / 12
+    assert ours["stages_share"] > 0
+    assert min(ours["encoder_ms"], evs["encoder_ms"], ours["stock_encoder_ms"]) > 0

@@ -9,13 +9,17 @@ import pytest
 from benchmarks import prefill
 from benchmarks.bench_options import (
     SCENARIOS,
+    SMALL_VIDEO,
+    VIDEO_SCENARIOS,
     TooLittleMemoryError,
     check_kv_memory,
+    engine_names,
     engine_options,
     fill_defaults,
     parse_arguments,
     write_checkpoint,
 )
+from benchmarks.engines import EVS, OURS, STOCK
 from benchmarks.shapes import SHAPES
 from benchmarks.traffic import QUESTION_TOKENS
 from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B
@@ -44,7 +48,7 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
         (
             ["--shape", "qwen2.5-vl-small", "--scenarios", "prefill", "decode"],
-            "qwen2.5-vl-small supports only prefill, not decode",
+            "video_turns, video_capacity, not decode",
         ),
         (["--shape", "qwen2.5-vl-small", "--peers"], "LLaVA-1.5's shapes only"),
     ],
@@ -58,7 +62,9 @@ def test_bad_arguments_are_refused(argv, message, capsys):
 def test_scenarios_run_once_each_and_in_order():
     chosen = parse_arguments(["--scenarios", "load", "prefill", "load"], None)
     assert chosen.scenarios == ["prefill", "load"]
-    assert parse_arguments([], None).scenarios == list(SCENARIOS)
+    assert parse_arguments([], None).scenarios == [
+        name for name in SCENARIOS if name not in VIDEO_SCENARIOS
+    ]
 
 
 def test_defaults_suit_the_device_and_the_shape():
@@ -78,7 +84,9 @@ def test_defaults_suit_the_device_and_the_shape():
 
 def test_images_of_any_size_have_their_own_scenarios_and_boundaries():
     chosen = complete("--shape", "qwen2.5-vl-small")
-    assert (chosen.scenarios, chosen.batches, chosen.kv_cache_gib) == (["prefill"], (1,), 2)
+    assert chosen.scenarios == ["prefill", *VIDEO_SCENARIOS]
+    assert (chosen.batches, chosen.kv_cache_gib) == ((1,), 2)
+    assert complete("--shape", "internvl-small").scenarios == ["prefill"]
     made = engine_options(chosen, SHAPES[chosen.shape])
     assert made["max_num_batched_tokens"] >= made["max_model_len"] > 2304
     assert made["pruning"] == {"shallow_boundary": 2, "deep_boundary": 20}
@@ -121,6 +129,19 @@ def test_a_step_has_room_for_all_concurrent_prompts():
     for made in (few, batch, decode, images, clients):
         # Otherwise vLLM would split the longest prompt.
         assert made["max_num_batched_tokens"] >= made["max_model_len"]
+
+
+def test_videos_have_a_third_engine_and_room():
+    chosen = complete("--shape", "qwen3-vl-small", "--scenarios", "video_decode")
+    assert engine_names(chosen) == (STOCK, OURS, EVS)
+    made = engine_options(chosen, SHAPES[chosen.shape])
+    assert made["limit_mm_per_prompt"] == {"image": 1, "video": 1}
+    frames, size = SMALL_VIDEO
+    visual = frames * (size // 32) ** 2
+    assert made["max_num_batched_tokens"] >= 16 * (visual + 32)
+    images = complete("--shape", "qwen3-vl-small", "--scenarios", "prefill")
+    assert engine_names(images) == (STOCK, OURS)
+    assert engine_options(images, SHAPES[chosen.shape])["limit_mm_per_prompt"] == {"image": 1}
 
 
 def test_concurrent_requests_must_fit_into_kv_memory():

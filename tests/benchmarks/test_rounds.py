@@ -38,9 +38,10 @@ def test_another_engine_goes_first_each_time():
 
 def test_all_engines_get_the_same_requests_about_new_images():
     rounds, engines = make_rounds()
+    rounds = rounds.showing(2)
     seen = []
     for _ in range(2):
-        rounds.serve(rounds.new_requests(3, 0.5, 4, images=2))
+        rounds.serve(rounds.new_requests(3, 0.5, 4))
         assert engines[STOCK].commands == engines[OURS].commands
         seen += [
             seed for request in engines[OURS].commands[-1]["requests"] for seed in request.images
