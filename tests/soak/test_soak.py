@@ -1,7 +1,7 @@
 """Is the engine still right when everything happens at once?
 
 A real engine with a tiny model and far too small a KV cache gets a random mix of ratios,
-images, conversations that go on, system prompts, cache salts, priorities and aborts. Every
+images, videos, conversations that go on, system prompts, cache salts, priorities and aborts. Every
 completed answer must be the one that the same request gets alone, without prefix caching. At
 the end nothing may be left: blocks, encoder cache, tables of requests, processes.
 
@@ -22,6 +22,7 @@ from vllm import LLM
 
 from benchmarks import llava_next_checkpoint, qwen3_checkpoint, qwen_checkpoint
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
+from tests.engine.requests import VIDEOS as VIDEO_SIZES
 from tests.engine.scheduling import engine_core, start
 from tests.families.family import (
     INTERNVL_CHAT,
@@ -54,6 +55,7 @@ class Load:
         max_visual_tokens: Of an image.
         blocks: KV blocks in all: just enough for the longest request.
         concurrency: Requests at a time, two thirds of them running: too many for the blocks.
+        videos: Seeds of the videos.
     """
 
     family: Saved
@@ -61,11 +63,14 @@ class Load:
     max_visual_tokens: int
     blocks: int
     concurrency: int
+    videos: Sequence[int] = ()
 
     def engine(self, checkpoint: Path, **options: Any) -> LLM:
         length = 4 * self.max_visual_tokens + MAX_TEXT_TOKENS
         return LLM(str(checkpoint), **{**ENGINE_OPTIONS, "max_model_len": length, **options})
 
+
+VIDEOS = tuple(VIDEO_SIZES)
 
 LOADS = {
     "llava": Load(LLAVA, range(12), TINY.visual_tokens, blocks=480, concurrency=24),
@@ -84,6 +89,7 @@ LOADS = {
         qwen_checkpoint.TINY.max_visual_tokens,
         blocks=540,
         concurrency=48,
+        videos=VIDEOS,
     ),
     # Four KV cache groups, where the others have eight.
     "qwen3-vl": Load(
@@ -92,6 +98,7 @@ LOADS = {
         qwen3_checkpoint.TINY.max_visual_tokens,
         blocks=270,
         concurrency=48,
+        videos=VIDEOS,
     ),
     "qwen3-vl-moe": Load(
         QWEN3_VL_MOE,
@@ -99,6 +106,7 @@ LOADS = {
         qwen3_checkpoint.TINY_MOE.max_visual_tokens,
         blocks=270,
         concurrency=48,
+        videos=VIDEOS,
     ),
     # Stage I alone: KV cache and scheduler are vLLM's.
     "gemma3": Load(GEMMA3, range(12), 64, blocks=68, concurrency=48),
@@ -190,7 +198,7 @@ def compare(llm: LLM, done: list[tuple[RequestSpec, Answer]]) -> dict[str | None
     """Completed requests by :func:`compare_tokens`, with the answers that ``llm`` gives alone."""
 
     def question(spec: RequestSpec) -> tuple[Any, ...]:
-        return spec.system, spec.text, spec.images, spec.ratio
+        return spec.system, spec.text, spec.images, spec.videos, spec.order, spec.ratio
 
     # One run answers all requests with the same prompt, for the longest of their answers.
     longest: dict[tuple[Any, ...], RequestSpec] = {}
@@ -221,7 +229,7 @@ def test_answers_equal_those_of_single_requests(
         scheduling_policy="priority",
     )
     before = held(llm)
-    traffic = Traffic(pytestconfig.getoption("--seed"), load.images)
+    traffic = Traffic(pytestconfig.getoption("--seed"), load.images, load.videos)
     scheduler = engine_core(llm).scheduler
     with mock.patch.object(
         scheduler, "_preempt_request", wraps=scheduler._preempt_request

@@ -28,8 +28,18 @@ def test_images_of_many_sizes_come_in_a_model_that_takes_them():
     assert min(rows for rows, _ in grids) == min(columns for _, columns in grids) == 1
 
 
-def test_conversations_go_on():
-    traffic = Traffic(0, range(12))
+def test_videos_come_alone_and_beside_an_image():
+    load = LOADS["qwen2.5-vl"]
+    traffic = Traffic(0, load.images, load.videos)
+    specs = [traffic.next() for _ in range(200)]
+    assert {video for spec in specs for video in spec.videos} == set(load.videos)
+    assert {spec.order for spec in specs} == {"", "v", "iv", "vi"}
+    assert all(spec.ratio is not None for spec in specs if spec.videos)
+
+
+@pytest.mark.parametrize("videos", [(), (1, 2)])
+def test_conversations_go_on(videos):
+    traffic = Traffic(0, range(12), videos)
     first = traffic.next()
     traffic.finished(first, " it is a cat")
     later = [traffic.next() for _ in range(30)]
@@ -38,7 +48,8 @@ def test_conversations_go_on():
     ]
     assert follow_ups
     for spec in follow_ups:
-        assert (spec.images, spec.ratio, spec.system) == (first.images, first.ratio, first.system)
+        assert (spec.images, spec.videos) == (first.images, first.videos)
+        assert (spec.ratio, spec.system) == (first.ratio, first.system)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,15 @@ _SYSTEMS = ("", "Answer briefly. ", "You look closely, and then you answer in on
 class Traffic:
     """Requests with 0 to 4 of some images, given by their seeds; 4 in 10 go on with another.
 
+    If there are videos, 4 in 10 of the new requests have one, and at most one image.
+
     The seed decides everything, so that a failure can be repeated.
     """
 
-    def __init__(self, seed: int, images: Sequence[int]) -> None:
+    def __init__(self, seed: int, images: Sequence[int], videos: Sequence[int] = ()) -> None:
         self.rng = Random(seed)
         self.images = images
+        self.videos = videos
         self._finished: list[tuple[RequestSpec, str]] = []
 
     def finished(self, spec: RequestSpec, answer: str) -> None:
@@ -51,8 +54,22 @@ class Traffic:
             text = f"{spec.text} ASSISTANT:{answer} USER: {self._text()}"
             if len(spec.system + text) + 8 * len(spec.images) < MAX_PROMPT_LETTERS:
                 return replace(
-                    new, text=text, system=spec.system, images=spec.images, ratio=spec.ratio
+                    spec,
+                    text=text,
+                    max_tokens=new.max_tokens,
+                    cache_salt=new.cache_salt,
+                    priority=new.priority,
                 )
+        if self.videos and rng.random() < 0.4:
+            images = tuple(rng.choice(self.images) for _ in range(rng.randint(0, 1)))
+            new = replace(
+                new,
+                videos=(rng.choice(self.videos),),
+                images=images,
+                order="".join(rng.sample("vi" if images else "v", 1 + len(images))),
+                ratio=rng.choice(RATIOS),
+            )
+            return replace(new, system=rng.choice(_SYSTEMS), text=self._text())
         images = tuple(rng.choice(self.images) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3, 4))))
         return replace(
             new,
