@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Self
 
-from vitcop_vllm.pruning.identity import counts_of_identifier, frames_of_identifier
+from vitcop_vllm.pruning.identity import counts_by_frame, frames_of_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings
 
@@ -88,11 +89,7 @@ def image_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
     Raises:
         RuntimeError: If an identifier has no counts, because another processor made it.
     """
-    return [
-        counts_of_identifier(identifier)
-        for identifier in identifiers
-        for _ in range(frames_of_identifier(identifier) or 1)
-    ]
+    return [*chain.from_iterable(map(counts_by_frame, identifiers))]
 
 
 def count_frames(identifiers: Iterable[str]) -> int:

@@ -42,15 +42,17 @@ def test_text_positions_count_from_zero():
 
 
 def test_adjacent_frames_begin_at_one_position_and_differ_in_time():
-    frames = adjacent_frames(MRoPEImage(1, 2, 2, 3, is_whole=False), [0, 2, 5])
-    positions, delta = mrope_positions(8, frames)
-    #                                  t  frame frame frame text
-    assert positions.tolist() == [[0, 1, 1, 3, 3, 6, 6, 7], *[[0, *[1] * 6, 7]] * 2]
-    assert delta == 8 - 8
+    kept = [(1, 3), (4, 2), (6, 2)]  # offset and number of tokens of each frame
+    images = [MRoPEImage(*tokens, 2, 3, is_whole=False) for tokens in kept]
+    positions, delta = mrope_positions(9, adjacent_frames(images, [0, 2, 5]))
+    #                                  t  first    frame frame text
+    assert positions.tolist() == [[0, 1, 1, 1, 3, 3, 6, 6, 7], *[[0, *[1] * 7, 7]] * 2]
+    assert delta == 8 - 9
 
 
 def test_text_after_a_short_video_follows_its_frames_larger_side():
-    frames = adjacent_frames(MRoPEImage(0, 6, 2, 3, is_whole=True), [0, 1])
+    images = [MRoPEImage(offset, 6, 2, 3, is_whole=True) for offset in (0, 6)]
+    frames = adjacent_frames(images, [0, 1])
     positions, _ = mrope_positions(13, frames)
     assert positions.tolist() == [
         [0] * 6 + [1] * 6 + [3],

@@ -6,6 +6,7 @@ import pytest
 
 from vitcop_vllm.pruning.identity import (
     CountsMismatchError,
+    counts_by_frame,
     counts_of_identifier,
     frames_of_identifier,
     plan_request,
@@ -141,7 +142,8 @@ def test_a_plan_has_a_span_for_each_frame(lengths, offsets):
     plan = plan_request([video, image])
     assert plan is not None
     assert [span.offset for span in plan.spans] == [*offsets, 700]
-    assert [span.num_frames for span in plan.spans] == [3, 3, 3, 1]
+    assert {span.counts for span in plan.spans} == {COUNTS}
+    assert [span.item for span in plan.spans] == [(3 * 576, 3 * 172)] * 3 + [(576, 172)]
     assert plan.patches_per_placeholder == (3 * 576, 3 * 172)
     assert plan.largest_item == 3 * 172
 
@@ -155,3 +157,54 @@ def test_frames_that_contradict_the_prompt_are_an_error(lengths):
 def test_a_video_without_frames_is_an_error():
     with pytest.raises(CountsMismatchError):
         plan_request([feature("a@576.20.172.77.15x0", 5, 172)])
+
+
+FIRST = VisualTokenCounts(576, 51, (288, 253, 51))
+OTHERS = tag_identifier("a", COUNTS, 3, FIRST)
+
+
+def test_the_first_frame_of_a_video_may_have_other_counts():
+    assert counts_by_frame(OTHERS) == [FIRST, COUNTS, COUNTS]
+    assert frames_of_identifier(OTHERS) == 3
+    assert counts_by_frame(tag_identifier("a", COUNTS, 3)) == [COUNTS] * 3
+    assert counts_by_frame(tag_identifier("a", COUNTS)) == [COUNTS]
+    alone = tag_identifier("a", COUNTS, 1, FIRST)
+    assert counts_by_frame(alone) == [FIRST]
+    assert frames_of_identifier(alone) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "offsets"),
+    [
+        ((288 + 2 * 172,), [5, 293, 465]),
+        ((288, 172, 172), [5, 294, 467]),
+        ((288 + 172, 172), [5, 293, 466]),
+    ],
+)
+def test_a_plan_has_a_span_for_each_frame_by_its_own_counts(lengths, offsets):
+    plan = plan_request([feature(OTHERS, 5, *lengths)])
+    assert plan is not None
+    assert [span.offset for span in plan.spans] == offsets
+    assert [span.counts for span in plan.spans] == [FIRST, COUNTS, COUNTS]
+    assert plan.patches_per_placeholder == (3 * 576, 288 + 2 * 172)
+    assert plan.largest_item == 288 + 2 * 172
+    last = offsets[-1] + 172
+    assert plan.dropped_tokens(last) == (0, 35 + 2 * 95, 237 + 2 * 157)
+    assert plan.dropped_tokens(last - 1) == (0, 35 + 95, 237 + 157)
+
+
+def test_the_most_pruned_item_is_a_whole_video():
+    """Not its most pruned frame."""
+    image = tag_identifier("b", VisualTokenCounts(576, 20, (180, 77, 15)))
+    plan = plan_request([feature(image, 5, 180), feature(OTHERS, 200, 288 + 2 * 172)])
+    assert plan is not None
+    assert plan.patches_per_placeholder == (576, 180)
+    assert plan.largest_item == 288 + 2 * 172
+
+
+@pytest.mark.parametrize(
+    "lengths", [(3 * 172,), (172, 172, 288), (3 * 288,), (289, 171, 172), (288 + 2 * 172 + 1,)]
+)
+def test_frames_in_another_order_are_an_error(lengths):
+    with pytest.raises(CountsMismatchError, match=r"172 .* of each of 3 frames, 288 of the first"):
+        plan_request([feature(OTHERS, 5, *lengths)])

@@ -78,6 +78,20 @@ def test_a_video_counts_as_its_frames() -> None:
     assert fields["pruning_ratio"] == MODEL.usage_fields([PRUNED])["pruning_ratio"]
 
 
+def test_a_video_s_first_frame_may_keep_more() -> None:
+    first = VisualTokenCounts(576, 51, (288, 253, 51))
+    found = image_identifiers(
+        [{"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3, first)], "image": names(PRUNED)}}]
+    )
+    assert image_counts(found) == [PRUNED, first, PRUNED, PRUNED]
+    fields = MODEL.usage_fields(image_counts(found), count_frames(found))
+    assert fields["visual_tokens"] == {
+        "encoder": 4 * 576,
+        "stages": [288 + 3 * 172, 253 + 3 * 83, 51 + 3 * 17],
+        "frames": 3,
+    }
+
+
 def test_unpruned_is_exactly_zero() -> None:
     assert MODEL.usage_fields([VisualTokenCounts.unpruned(577)])["pruning_ratio"] == 0.0
 

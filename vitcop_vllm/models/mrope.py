@@ -44,19 +44,18 @@ class MRoPEImage(NamedTuple):
         return max(self.rows, self.columns) if self.advance is None else self.advance
 
 
-def adjacent_frames(first: MRoPEImage, times: Sequence[int]) -> list[MRoPEImage]:
-    """Frames of a video that follow each other without text.
+def adjacent_frames(frames: Sequence[MRoPEImage], times: Sequence[int]) -> list[MRoPEImage]:
+    """Frames of a video that follow each other without text, at their positions in time.
 
     Args:
-        first: The first frame.
+        frames: The frames at time 0, of equal grids.
         times: Position of each frame in time, relative to the first; ascending.
     """
-    frames = [
-        first._replace(offset=first.offset + i * first.num_tokens, time=time, advance=0)
-        for i, time in enumerate(times)
+    placed = [
+        frame._replace(time=time, advance=0) for frame, time in zip(frames, times, strict=True)
     ]
-    frames[-1] = frames[-1]._replace(advance=max(times[-1] + 1, first.rows, first.columns))
-    return frames
+    last = placed[-1]
+    return [*placed[:-1], last._replace(advance=max(times[-1] + 1, last.rows, last.columns))]
 
 
 def mrope_positions(num_tokens: int, images: Iterable[MRoPEImage]) -> tuple[torch.Tensor, int]:

@@ -77,35 +77,43 @@ _MOST_GRIDS = 2
 _NO_GRID = Grid(0, 0)
 
 
+def _counts_row(counts: VisualTokenCounts) -> list[int]:
+    return [counts.encoder, counts.centres, *counts.stages]
+
+
+def _counts_of_row(row: Sequence[int]) -> VisualTokenCounts:
+    encoder, centres, n1, n2, n3 = row
+    return VisualTokenCounts(encoder, centres, (n1, n2, n3))
+
+
 def shape_row(shape: ImageShape) -> list[int]:
     """A shape as integers: V, K, n1, n2, n3; then rows, columns and row marks of each grid."""
     assert len(shape.grids) <= _MOST_GRIDS
-    counts = shape.counts
     no_grids = [_NO_GRID] * (_MOST_GRIDS - len(shape.grids))
     grids = map(int, chain(*shape.grids, *no_grids))
-    return [counts.encoder, counts.centres, *counts.stages, *grids]
+    return [*_counts_row(shape.counts), *grids]
 
 
 def shape_of_row(row: Sequence[int]) -> ImageShape:
     """The shape of a row of :func:`shape_row`."""
-    encoder, centres, n1, n2, n3, *numbers = row
     grids = tuple(
         Grid(rows, columns, bool(marks))
-        for rows, columns, marks in zip(*[iter(numbers)] * 3, strict=True)
+        for rows, columns, marks in zip(*[iter(row[5:])] * 3, strict=True)
     )
     grids = tuple(grid for grid in grids if grid != _NO_GRID)
-    return ImageShape(VisualTokenCounts(encoder, centres, (n1, n2, n3)), grids)
+    return ImageShape(_counts_of_row(row[:5]), grids)
 
 
 def video_row(video: VideoShape) -> list[int]:
-    """A video's shape as integers: the number of frames, then the row of a frame."""
-    return [video.num_frames, *shape_row(video.frame)]
+    """A video's shape as integers: number of frames, first frame's counts, the row of a frame."""
+    first = video.first or video.frame.counts
+    return [video.num_frames, *_counts_row(first), *shape_row(video.frame)]
 
 
 def video_of_row(row: Sequence[int]) -> VideoShape:
     """The shape of a row of :func:`video_row`."""
-    num_frames, *frame = row
-    return VideoShape(shape_of_row(frame), num_frames)
+    first, frame = _counts_of_row(row[1:6]), shape_of_row(row[6:])
+    return VideoShape(frame, row[0], None if first == frame.counts else first)
 
 
 def shape_of_item(item: Any) -> VideoShape | None:
@@ -232,12 +240,24 @@ class PrunedProcessingInfo:
         Raises:
             ValueError: If the ratio is invalid.
         """
-        settings = self.settings
-        ratio = settings.default_ratio
+        ratio = self._ratio(processor_kwargs)
+        return plan_counts(self.settings, ratio, self._num_layers, num_image_tokens)
+
+    def _ratio(self, processor_kwargs: Mapping[str, object]) -> float:
+        """The ratio in a request's processor keywords, or the default.
+
+        Raises:
+            ValueError: If it is invalid.
+        """
         if RATIO_KEY in processor_kwargs:
-            ratio = settings.parse_ratio(processor_kwargs[RATIO_KEY])
-        num_layers = self._config.get_text_config().num_hidden_layers
-        return plan_counts(settings, ratio, num_layers, num_image_tokens)
+            return self.settings.parse_ratio(processor_kwargs[RATIO_KEY])
+        return self.settings.default_ratio
+
+    @property
+    def _num_layers(self) -> int:
+        """L, decoder layers."""
+        layers: int = self._config.get_text_config().num_hidden_layers
+        return layers
 
     def check_admissible(
         self, images: Sequence[ImageShape], videos: Sequence[tuple[VideoShape, int]] = ()
@@ -254,7 +274,7 @@ class PrunedProcessingInfo:
         """
         limit = span_limit_of(self._config)
         spans = [("an image", shape) for shape in images]
-        spans += [("a frame", video.frame) for video, _ in videos]
+        spans += [("a frame", frame) for video, _ in videos for frame in {*video.frames}]
         for one, (counts, _) in spans:
             if counts.is_pruned and counts.stages[0] > limit:
                 raise ValueError(
@@ -271,8 +291,7 @@ class PrunedProcessingInfo:
             for grid in grids
         ]
         for video, num_positions in videos:
-            num_tokens = video.frame.counts.stages[0] * video.num_frames
-            places.append(MRoPEImage(0, num_tokens, 0, 0, False, advance=num_positions))
+            places.append(MRoPEImage(0, video.num_kept, 0, 0, False, advance=num_positions))
         beyond = positions_beyond_tokens(places)
         this: Any = self
         table = self.position_slack * self._config.get_text_config().max_position_embeddings
@@ -389,7 +408,7 @@ class PrunedProcessor:
             ]
         if "video" in hashes:
             hashes["video"] = [
-                tag_identifier(mm_hash, video.frame.counts, video.num_frames)
+                tag_identifier(mm_hash, video.frame.counts, video.num_frames, video.first)
                 for mm_hash, (video, _) in zip(hashes["video"], videos, strict=True)
             ]
         request = kwargs.get(EXPLAIN_KEY)
@@ -455,22 +474,23 @@ def _shortened(content: Any, items: Sequence[Any]) -> Callable[[int], PromptUpda
         video = shape_of_item(items[i])
         if video is None:
             return update
-        counts = video.frame.counts
+        kept = [counts.stages[0] for counts, _ in video.frames]
+        num_patches = video.frame.counts.encoder  # of each frame
         is_visual = [True] * len(update.full)
         if update.is_embed is not None:
             is_visual = update.is_embed(update.full).tolist()
         num_visual = sum(is_visual)
-        if num_visual != counts.encoder * video.num_frames:
+        if num_visual != num_patches * video.num_frames:
             raise MisprocessedImageError(
-                f"it has {num_visual} visual tokens, but {counts.encoder} were planned for each "
+                f"it has {num_visual} visual tokens, but {num_patches} were planned for each "
                 f"of {video.num_frames} frames"
             )
-        if not counts.is_pruned:
+        if not any(counts.is_pruned for counts, _ in video.frames):
             return update
         # Of each frame's V tokens the first n1, because all are equal.
         before = accumulate(is_visual, initial=0)  # visual tokens before each token
         is_left = [
-            number % counts.encoder < (counts.stages[0] if visual else 1)
+            number % num_patches < (kept[number // num_patches] if visual else 1)
             for visual, number in zip(is_visual, before, strict=False)
         ]
         return replace(update, full=[*compress(update.full, is_left)])

@@ -169,7 +169,7 @@ class PrunedEncoder:
         Selections of frames are not recorded.
         """
         self._record_none(len(videos))
-        frames = [video.frame for video in videos for _ in range(video.num_frames)]
+        frames = [frame for video in videos for frame in video.frames]
         if not self._prunes(frames):
             if not self._encoder_ran:
                 self._profile_encoder(frames, self.frames_as_images(kwargs))

@@ -70,7 +70,7 @@ class PrunedQwen25ForConditionalGeneration(
         seconds = data.get("second_per_grid_ts")
         of_second = getattr(self.config.vision_config, "tokens_per_second", 1.0)
         between = of_second * (1.0 if seconds is None else seconds.data.item())
-        return adjacent_frames(frames[0], frame_times(len(frames), between))
+        return adjacent_frames(frames, frame_times(len(frames), between))
 
     def token_order(self, grid: Sequence[int]) -> torch.Tensor:
         tower = self.visual

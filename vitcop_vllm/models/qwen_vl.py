@@ -276,10 +276,15 @@ class PrunedQwen(PrunedEncoder):
             if video is None:
                 is_embedded = True
                 continue
-            counts, (grid,) = video.frame
-            is_whole = not self.selector.prunes_encoder or not counts.is_pruned
+            (grid,) = video.frame.grids
             frames = [
-                MRoPEImage(span.offset, counts.stages[0], grid.rows, grid.columns, is_whole)
+                MRoPEImage(
+                    span.offset,
+                    span.counts.stages[0],
+                    grid.rows,
+                    grid.columns,
+                    is_whole=not self.selector.prunes_encoder or not span.counts.is_pruned,
+                )
                 for span in spans_in_prompt(feature.identifier, feature.mm_position)
             ]
             if feature.modality == "video":

@@ -31,15 +31,28 @@ class ImageShape(NamedTuple):
 
 
 class VideoShape(NamedTuple):
-    """A video, whose frames are selected like images of one shape.
+    """A video, whose frames are selected like images.
 
     Attributes:
         frame: Shape of each frame.
         num_frames: Number of frames, as the encoder computes them.
+        first: Counts of the first frame, if they differ from those of the others.
     """
 
     frame: ImageShape
     num_frames: int
+    first: VisualTokenCounts | None = None
+
+    @property
+    def frames(self) -> list[ImageShape]:
+        """Shape of each frame in turn."""
+        first = self.frame if self.first is None else self.frame._replace(counts=self.first)
+        return [first, *[self.frame] * (self.num_frames - 1)]
+
+    @property
+    def num_kept(self) -> int:
+        """n1 of all frames together."""
+        return sum(frame.counts.stages[0] for frame in self.frames)
 
 
 @dataclass(frozen=True)

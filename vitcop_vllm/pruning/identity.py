@@ -5,22 +5,24 @@ encoder cache and in the hashes of KV blocks. Ours appends the image's counts. v
 identifier, so each process that sees a request knows its plan. Two ratios of one image with
 different counts have different keys everywhere.
 
-A video's identifier ends with the counts of one frame, which all its frames have, and the number
-of frames.
+A video's identifier ends with the counts of a frame and the number of frames that have them, as in
+``hash@countsx8``. If the first frame has other counts, these come first: ``hash@counts+countsx7``.
 """
 
 import re
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import NamedTuple, Protocol
 
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 
 _SEPARATOR = "@"
 
-_TAG = re.compile(r"([0-9]+(?:\.[0-9]+){4})(?:x([0-9]+))?")
-"""Form of the end of an identifier: counts, and a video's number of frames. See
-:meth:`VisualTokenCounts.encode`."""
+_COUNTS = r"([0-9]+(?:\.[0-9]+){4})"
+
+_TAG = re.compile(rf"(?:{_COUNTS}\+)?{_COUNTS}(?:x([0-9]+))?")
+"""Form of the end of an identifier: counts of a video's first frame, if they differ; counts of an
+image or of each other frame; how many frames have them. See :meth:`VisualTokenCounts.encode`."""
 
 EXPLAIN_KEY = "explain_as"
 """Processor keyword: a unique request id under which selections are recorded."""
@@ -49,16 +51,25 @@ class Feature(Protocol):
     def mm_position(self) -> Placeholders: ...
 
 
-def tag_identifier(mm_hash: str, counts: VisualTokenCounts, num_frames: int | None = None) -> str:
+def tag_identifier(
+    mm_hash: str,
+    counts: VisualTokenCounts,
+    num_frames: int | None = None,
+    first: VisualTokenCounts | None = None,
+) -> str:
     """A hash with counts at the end.
 
     Args:
         mm_hash: Hash of the image or video.
-        counts: Of the image, or of one frame of the video.
+        counts: Of the image, or of each frame of the video.
         num_frames: Number of the video's frames; ``None`` for an image.
+        first: Counts of the video's first frame, if they differ from those of the others.
     """
-    frames = "" if num_frames is None else f"x{num_frames}"
-    return f"{mm_hash}{_SEPARATOR}{counts.encode()}{frames}"
+    if num_frames is None:
+        return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
+    if first is None:
+        return f"{mm_hash}{_SEPARATOR}{counts.encode()}x{num_frames}"
+    return f"{mm_hash}{_SEPARATOR}{first.encode()}+{counts.encode()}x{num_frames - 1}"
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
@@ -83,10 +94,27 @@ def explained_size(identifier: str) -> tuple[int, int] | None:
 
 
 class _Tag(NamedTuple):
-    """What stands at the end of an identifier, as text."""
+    """What stands at the end of an identifier, as text; see ``_TAG``."""
 
+    first: str | None
     counts: str
-    num_frames: str | None
+    others: str | None
+
+    @property
+    def num_frames(self) -> int | None:
+        """Number of a video's frames; ``None`` for an image."""
+        return None if self.others is None else int(self.others) + (self.first is not None)
+
+    def by_frame(self) -> Iterator[VisualTokenCounts]:
+        """Counts of the image, or of each frame in turn.
+
+        Raises:
+            ValueError: If the counts are impossible.
+        """
+        counts = VisualTokenCounts.decode(self.counts)
+        if self.first is not None:
+            yield VisualTokenCounts.decode(self.first)
+        yield from repeat(counts, 1 if self.others is None else int(self.others))
 
 
 def _find_tag(identifier: str) -> _Tag | None:
@@ -96,10 +124,10 @@ def _find_tag(identifier: str) -> _Tag | None:
     """
     _, separator, tag = identifier.rpartition(_SEPARATOR)
     found = _TAG.fullmatch(tag) if separator else None
-    return None if found is None else _Tag(found[1], found[2])
+    return None if found is None else _Tag(*found.groups())
 
 
-def counts_of_identifier(identifier: str) -> VisualTokenCounts:
+def counts_by_frame(identifier: str) -> list[VisualTokenCounts]:
     """The counts at the end of an identifier: of an image, or of each frame of a video.
 
     Raises:
@@ -108,13 +136,22 @@ def counts_of_identifier(identifier: str) -> VisualTokenCounts:
     tag = _find_tag(identifier)
     if tag is None:
         raise RuntimeError(f"image {identifier!r} was processed without visual token counts")
-    return VisualTokenCounts.decode(tag.counts)
+    return [*tag.by_frame()]
+
+
+def counts_of_identifier(identifier: str) -> VisualTokenCounts:
+    """The counts at the end of an image's identifier, or of a video's last frame.
+
+    Raises:
+        RuntimeError: If there are none; see :func:`counts_by_frame`.
+    """
+    return counts_by_frame(identifier)[-1]
 
 
 def frames_of_identifier(identifier: str) -> int | None:
     """Number of frames of the video with this identifier; ``None`` for an image."""
     tag = _find_tag(identifier)
-    return None if tag is None or tag.num_frames is None else int(tag.num_frames)
+    return None if tag is None else tag.num_frames
 
 
 class CountsMismatchError(RuntimeError):
@@ -132,8 +169,8 @@ def spans_in_prompt(identifier: str, place: Placeholders) -> tuple[VisualSpan, .
     counts. Such an image is not pruned. An unpruned image may have text between its visual
     tokens, which its span then includes.
 
-    Frames may lie next to each other or have text between them. All have equally many tokens, so
-    a run of visual tokens is divided into frames of n1 tokens.
+    Frames may lie next to each other or have text between them. A run of visual tokens is divided
+    into frames by their counts.
 
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or
@@ -144,33 +181,61 @@ def spans_in_prompt(identifier: str, place: Placeholders) -> tuple[VisualSpan, .
     tag = _find_tag(identifier)
     if tag is None:
         return (VisualSpan(offset, VisualTokenCounts.unpruned(length)),)
-    item = f"{'image' if tag.num_frames is None else 'video'} ...{identifier[-48:]!r}"
+    item = f"{'image' if tag.others is None else 'video'} ...{identifier[-48:]!r}"
     try:
         counts = VisualTokenCounts.decode(tag.counts)
-        num_frames = int(tag.num_frames or 1)
+        first = counts if tag.first is None else VisualTokenCounts.decode(tag.first)
+        num_frames = tag.num_frames
     except ValueError as error:
         raise CountsMismatchError(f"{item}: {error}") from None
     n1 = counts.stages[0]
     keeps = f"{item} keeps {n1} visual tokens in Stage I by its identifier"
-    lengths = [last + 1 - first for first, last in runs]
-    if tag.num_frames is None:
-        if n1 != sum(lengths):
-            raise CountsMismatchError(f"{keeps}, and has {sum(lengths)} placeholders in the prompt")
+    num_visual = sum(last + 1 - begin for begin, last in runs)
+    if num_frames is None:
+        if n1 != num_visual:
+            raise CountsMismatchError(f"{keeps}, and has {num_visual} placeholders in the prompt")
         if length == n1:
             return (VisualSpan(offset, counts),)
         if counts.is_pruned:
             raise CountsMismatchError(f"{item} is pruned, and has text between its placeholders")
         return (VisualSpan(offset, VisualTokenCounts.unpruned(length)),)
-    if any(length % n1 for length in lengths) or sum(lengths) != n1 * num_frames:
+    spans = _spans_of_frames(runs, num_frames, first, counts)
+    if spans is None:
+        of_first = "" if tag.first is None else f", {first.stages[0]} of the first"
         raise CountsMismatchError(
-            f"{keeps} of each of {num_frames} frames, and has runs of "
-            f"{sorted(set(lengths))} placeholders in the prompt, {sum(lengths)} in all"
+            f"{keeps} of each of {num_frames} frames{of_first}, and has runs of "
+            f"{sorted({last + 1 - begin for begin, last in runs})} placeholders in the prompt, "
+            f"{num_visual} in all"
         )
-    return tuple(
-        VisualSpan(first, counts, num_frames)
-        for first_of_run, last in runs
-        for first in range(first_of_run, last + 1, n1)
-    )
+    return spans
+
+
+def _spans_of_frames(
+    runs: Sequence[tuple[int, int]],
+    num_frames: int,
+    first: VisualTokenCounts,
+    others: VisualTokenCounts,
+) -> tuple[VisualSpan, ...] | None:
+    """Spans of a video's frames; ``None`` if its runs of visual tokens are not whole frames.
+
+    Args:
+        runs: First and last position of each run.
+        num_frames: Number of frames.
+        first: Counts of the first frame.
+        others: Counts of each other frame.
+    """
+    of_video = others.encoder * num_frames, first.stages[0] + others.stages[0] * (num_frames - 1)
+    if sum(last + 1 - begin for begin, last in runs) != of_video[1]:
+        return None
+    frames = chain([first], repeat(others, num_frames - 1))
+    spans: list[VisualSpan] = []
+    for begin, last in runs:
+        while begin <= last:
+            spans.append(VisualSpan(begin, next(frames), of_video))
+            begin = spans[-1].end
+        if begin != last + 1:
+            return None
+    return tuple(spans)
 
 
 def plan_request(features: Iterable[Feature]) -> RequestPlan | None:

@@ -163,17 +163,22 @@ class VisualSpan:
     """Placeholders of an image or a frame in a prompt: ``stages[0]`` tokens from ``offset``.
 
     Attributes:
-        num_frames: Frames of the video that the frame belongs to; 1 for an image. vLLM's encoder
-            cache holds them together.
+        video: V and n1, summed over the frames of the video that the frame belongs to; ``None``
+            for an image. vLLM's encoder cache holds a video's frames together.
     """
 
     offset: int
     counts: VisualTokenCounts
-    num_frames: int = 1
+    video: tuple[int, int] | None = None
 
     @property
     def end(self) -> int:
         return self.offset + self.counts.stages[0]
+
+    @property
+    def item(self) -> tuple[int, int]:
+        """V and n1 of the image, or of the whole video."""
+        return self.video or (self.counts.encoder, self.counts.stages[0])
 
 
 @dataclass(frozen=True)
@@ -213,13 +218,12 @@ class RequestPlan:
     @cached_property
     def patches_per_placeholder(self) -> tuple[int, int]:
         """V and n1 of the image or video that Stage I prunes most, over all its frames."""
-        most = max(self.spans, key=lambda span: span.counts.encoder / span.counts.stages[0])
-        return most.counts.encoder * most.num_frames, most.counts.stages[0] * most.num_frames
+        return max((span.item for span in self.spans), key=lambda item: item[0] / item[1])
 
     @cached_property
     def largest_item(self) -> int:
         """n1 of the image or video that keeps most tokens in Stage I, over all its frames."""
-        return max(span.counts.stages[0] * span.num_frames for span in self.spans)
+        return max(span.item[1] for span in self.spans)
 
     def dropped_tokens(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens without a slot, per segment, among the first ``num_tokens``.
