@@ -1,6 +1,6 @@
 """Counters of the API server, on ``/metrics`` beside vLLM's metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import Counter
 
@@ -11,13 +11,21 @@ _BOUNDS = (0.5, 0.7, 0.8, 0.9, 1.0)
 REQUESTS = Counter("vitcop_requests", "Accepted requests, by pruning ratio.", ["ratio"])
 TOKENS_KEPT = Counter(
     "vitcop_visual_tokens_kept",
-    "Visual tokens of prompts that a Stage keeps, by Stage: I, II or III.",
-    ["stage"],
+    "Visual tokens of prompts that a Stage keeps, by Stage: I, II or III, and by modality: image "
+    "or video.",
+    ["stage", "modality"],
 )
 TOKENS_DROPPED = Counter(
     "vitcop_visual_tokens_dropped",
-    "Visual tokens of prompts that a Stage drops, by Stage: I, II or III.",
-    ["stage"],
+    "Visual tokens of prompts that a Stage drops, by Stage: I, II or III, and by modality: image "
+    "or video.",
+    ["stage", "modality"],
+)
+ITEMS = Counter(
+    "vitcop_images",
+    "Images of prompts, and frames of their videos as the encoder computes them, by modality: "
+    "image or video.",
+    ["modality"],
 )
 RATIO_ERRORS = Counter(
     "vitcop_ratio_errors",
@@ -25,9 +33,9 @@ RATIO_ERRORS = Counter(
 )
 
 
-def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
+def ratio_bucket(ratio: float, has_images: bool) -> str:
     """The label of a ratio: ``none`` without images, ``0``, or a range such as ``0.5-0.7``."""
-    if not images:
+    if not has_images:
         return "none"
     if ratio == 0:
         return "0"
@@ -39,11 +47,18 @@ def ratio_bucket(ratio: float, images: Sequence[VisualTokenCounts]) -> str:
     return f"{lower:g}-{upper:g}"
 
 
-def count_request(ratio: float, images: Sequence[VisualTokenCounts]) -> None:
-    """Count a request after vLLM has rendered its prompt."""
-    REQUESTS.labels(ratio_bucket(ratio, images)).inc()
-    for number, stage in enumerate(STAGES):
-        kept = sum(image.stages[number] for image in images)
+def count_request(ratio: float, counts: Mapping[str, Sequence[VisualTokenCounts]]) -> None:
+    """Count a request after vLLM has rendered its prompt.
+
+    Args:
+        ratio: Its pruning ratio.
+        counts: Counts of its images, and of the frames of its videos, by modality.
+    """
+    REQUESTS.labels(ratio_bucket(ratio, any(counts.values()))).inc()
+    for modality, images in counts.items():
+        ITEMS.labels(modality).inc(len(images))
         encoder = sum(image.encoder for image in images)
-        TOKENS_KEPT.labels(stage).inc(kept)
-        TOKENS_DROPPED.labels(stage).inc(encoder - kept)
+        for number, stage in enumerate(STAGES):
+            kept = sum(image.stages[number] for image in images)
+            TOKENS_KEPT.labels(stage, modality).inc(kept)
+            TOKENS_DROPPED.labels(stage, modality).inc(encoder - kept)

@@ -11,6 +11,7 @@ Middleware would have to parse and write every body a second time. The engine cl
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from itertools import chain
 from typing import Any, Self
 
 from fastapi import Request
@@ -48,10 +49,9 @@ from vitcop_server.settings import ServerSettings, server_settings_of
 from vitcop_server.tracing import trace_pruning
 from vitcop_server.usage import (
     PrunedModel,
-    count_frames,
+    counts_by_modality,
     extend_event,
     extend_usage,
-    image_counts,
 )
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
 from vitcop_vllm.pruning.settings import RATIO_KEY
@@ -86,9 +86,10 @@ class _PrunedServing(RatioServing):
             answer = await create(request, raw_request)
         if isinstance(answer, ErrorResponse):
             return answer
-        images = image_counts(identifiers)
-        count_request(ratio, images)
-        fields = self.pruned_model.usage_fields(images, count_frames(identifiers))
+        counts = counts_by_modality(identifiers)
+        count_request(ratio, counts)
+        images = [*chain.from_iterable(counts.values())]
+        fields = self.pruned_model.usage_fields(images, len(counts["video"]))
         if raw_request is not None:
             if (pending := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
                 pending.identifiers += identifiers

@@ -92,9 +92,20 @@ def image_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
     return [*chain.from_iterable(map(counts_by_frame, identifiers))]
 
 
-def count_frames(identifiers: Iterable[str]) -> int:
-    """Number of frames of the videos with these identifiers, as the encoder computes them."""
-    return sum(frames_of_identifier(identifier) or 0 for identifier in identifiers)
+def counts_by_modality(identifiers: Iterable[str]) -> dict[str, list[VisualTokenCounts]]:
+    """Counts of the images with these identifiers, and of each frame of the videos.
+
+    Returns:
+        Counts by ``"image"`` and ``"video"``.
+
+    Raises:
+        RuntimeError: See :func:`image_counts`.
+    """
+    counts: dict[str, list[VisualTokenCounts]] = {"image": [], "video": []}
+    for identifier in identifiers:
+        modality = "image" if frames_of_identifier(identifier) is None else "video"
+        counts[modality] += counts_by_frame(identifier)
+    return counts
 
 
 def extend_usage(usage: object | None, fields: Mapping[str, Any]) -> None:

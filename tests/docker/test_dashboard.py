@@ -27,6 +27,7 @@ def test_dashboard_shows_every_metric_of_the_plugin() -> None:
     shown = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
     assert shown == {
         "vitcop_requests",
+        "vitcop_images",
         "vitcop_visual_tokens_kept",
         "vitcop_visual_tokens_dropped",
         "vitcop_kv_blocks_not_taken",

@@ -1,6 +1,7 @@
 """A client that sends any body, and checks of the answers."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,17 @@ class Server:
         assert good.status_code == 200, good.text
         assert local_port(good) == before
         assert self.http.get("/health").status_code == 200
+
+
+def metrics(http: httpx.Client) -> dict[str, float]:
+    """Metrics of pruning, by name and labels."""
+    lines = http.get("/metrics").text.splitlines()
+    return {
+        name: float(value)
+        for line in lines
+        if (found := re.fullmatch(r"(vitcop_\S+) (\S+)", line))
+        for name, value in [found.groups()]
+    }
 
 
 def local_port(answer: httpx.Response) -> int:

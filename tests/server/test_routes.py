@@ -2,7 +2,6 @@
 
 import base64
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.server.clients import metrics
 from tests.server.sample_images import chat_body, png_url
 from vitcop_vllm.pruning.plan import STAGES
 
@@ -42,16 +42,6 @@ def explain(http: httpx.Client, body: dict[str, Any], ratio: str = "0.889") -> h
 def kept(stage: dict[str, Any]) -> set[int]:
     bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
     return set(np.flatnonzero(bits[:V]).tolist())
-
-
-def metrics(http: httpx.Client) -> dict[str, float]:
-    lines = http.get("/metrics").text.splitlines()
-    return {
-        name: float(value)
-        for line in lines
-        if (found := re.fullmatch(r"(vitcop_\S+) (\S+)", line))
-        for name, value in [found.groups()]
-    }
 
 
 def test_config_has_the_settings_in_force(http: httpx.Client) -> None:
@@ -290,11 +280,13 @@ def test_metrics_count_requests_and_tokens(http: httpx.Client, model: str) -> No
     assert increase('vitcop_requests_total{ratio="none"}') == 1
     assert increase("vitcop_ratio_errors_total") == 2
     for name, stage in zip(STAGES, plan["stages"], strict=True):
-        label = f'{{stage="{name}"}}'
+        label = f'{{modality="image",stage="{name}"}}'
         assert increase(f"vitcop_visual_tokens_kept_total{label}") == 2 * stage["tokens"]
         dropped = 2 * (V - stage["tokens"])
         assert increase(f"vitcop_visual_tokens_dropped_total{label}") == dropped
-        assert increase(f"vitcop_selection_seconds_count{label}") >= 1
+        assert increase(f'vitcop_selection_seconds_count{{stage="{name}"}}') >= 1
+    assert increase('vitcop_images_total{modality="image"}') == 2
+    assert increase('vitcop_images_total{modality="video"}') == 0
     # Two images without some hundred tokens each free blocks of 32 tokens.
     assert increase("vitcop_kv_blocks_not_taken_total") > 0
 

@@ -8,7 +8,7 @@ import pytest
 
 from vitcop_server.usage import (
     PrunedModel,
-    count_frames,
+    counts_by_modality,
     extend_event,
     image_counts,
     image_identifiers,
@@ -68,8 +68,8 @@ def test_a_video_counts_as_its_frames() -> None:
     ]
     found = image_identifiers(inputs)
     assert image_counts(found) == [PRUNED] * 5
-    assert count_frames(found) == 4
-    fields = MODEL.usage_fields(image_counts(found), count_frames(found))
+    assert counts_by_modality(found) == {"image": [PRUNED], "video": [PRUNED] * 4}
+    fields = MODEL.usage_fields(image_counts(found), len(counts_by_modality(found)["video"]))
     assert fields["visual_tokens"] == {
         "encoder": 5 * 576,
         "stages": [5 * 172, 5 * 83, 5 * 17],
@@ -84,7 +84,7 @@ def test_a_video_s_first_frame_may_keep_more() -> None:
         [{"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3, first)], "image": names(PRUNED)}}]
     )
     assert image_counts(found) == [PRUNED, first, PRUNED, PRUNED]
-    fields = MODEL.usage_fields(image_counts(found), count_frames(found))
+    fields = MODEL.usage_fields(image_counts(found), len(counts_by_modality(found)["video"]))
     assert fields["visual_tokens"] == {
         "encoder": 4 * 576,
         "stages": [288 + 3 * 172, 253 + 3 * 83, 51 + 3 * 17],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.families.family import QWEN2_5_VL, Family
-from tests.server.clients import Server, assert_refused
+from tests.server.clients import Server, assert_refused, metrics
 from tests.server.process import TINY_OPTIONS, running_server
 from tests.server.sample_images import png_url
 from tests.server.sample_videos import video_file, video_url
@@ -55,6 +55,31 @@ def test_a_video_is_pruned_and_usage_sums_its_frames(qwen: Server) -> None:
         whole["stages"][0] - pruned["stages"][0]
     )
     assert usages[1]["pruning_ratio"] == pytest.approx(8 / 9, abs=0.05)
+
+
+def test_metrics_count_frames(qwen: Server) -> None:
+    before = metrics(qwen.http)
+    messages = asked("What moves?", video(), image((112, 84)))
+    usage = qwen.chat(messages=messages, pruning_ratio=8 / 9).json()["usage"]["visual_tokens"]
+    after = metrics(qwen.http)
+
+    def increase(name: str, labels: str) -> float:
+        name = f"vitcop_{name}_total{{{labels}}}"
+        return after[name] - before.get(name, 0)
+
+    frames = 'modality="video"'
+    assert increase("images", frames) == usage["frames"] == 6
+    assert increase("images", 'modality="image"') == 1
+    kept = [
+        sum(
+            increase("visual_tokens_kept", f'modality="{modality}",stage="I"')
+            for modality in modalities
+        )
+        for modalities in (("image", "video"), ("video",))
+    ]
+    assert kept[0] == usage["stages"][0]
+    dropped = increase("visual_tokens_dropped", f'{frames},stage="I"')
+    assert kept[1] + dropped == 6 * 4 * 6
 
 
 def test_a_second_question_reuses_the_video(qwen: Server) -> None:
