@@ -68,9 +68,10 @@ SAME_AS_ANOTHER = {
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
     "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2", "test_videos", *_MEMORY_TESTS},
+    "qwen3_vl-compared": {"test_videos"},
     "qwen3_5_moe": {"test_ratio_zero_gives_the_answers_of_stock_vllm"},
 }
-"""Family -> tests, or files of tests, that run the same code as for another family."""
+"""Family, with a case of it -> tests, or files of tests, that run the same code as another case."""
 
 ENGINES = ("engine/", "families/", "worker/", "benchmarks/test_bench.py")
 """Files that use LLaVA's engine in the tests' process, or child processes that end with a test."""
@@ -121,8 +122,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         test, _, parameters = item.name.rstrip("]").partition("[")
         if any(
-            {item.path.stem, test} & SAME_AS_ANOTHER.get(family, set())
-            for family in parameters.split("-")
+            {item.path.stem, test} & same and {*case.split("-")} <= {*parameters.split("-")}
+            for case, same in SAME_AS_ANOTHER.items()
         ):
             item.add_marker(skip)
 

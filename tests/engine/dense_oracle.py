@@ -134,6 +134,11 @@ class DenseModel(ABC):
     def visual_tokens(self, image: Image.Image) -> int:
         """V, the number of an image's tokens before Stage I."""
 
+    def plan(self, settings: PruningSettings, ratio: float, image: Any) -> VisualTokenCounts:
+        """Counts of an image, or of a frame of a video."""
+        layers = self.config.text_config.num_hidden_layers
+        return plan_counts(settings, ratio, layers, self.visual_tokens(image))
+
     def images(self, spec: RequestSpec) -> list[Any]:
         """What a request's prompt has counts for, in its order: images, and frames of videos."""
         assert not spec.videos
@@ -433,15 +438,11 @@ def assert_equals_oracle(
     The oracle gets the answer's own tokens, so one difference does not change later steps.
     """
     assert spec.ratio is not None
-    layers = model.config.text_config.num_hidden_layers
     images = model.images(spec)
     logits = model.logits(
         answer.prompt + answer.tokens[:-1],
         images,
-        [
-            plan_counts(settings or model.settings, spec.ratio, layers, model.visual_tokens(image))
-            for image in images
-        ],
+        [model.plan(settings or model.settings, spec.ratio, image) for image in images],
         len(answer.prompt),
     )
     expected = logits.log_softmax(-1)

@@ -157,6 +157,10 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
             },
             "selector cls does not read decoder_signal; remove decoder_signal",
         ),
+        (
+            {"additional_config": {"pruning": {"compare_frames": True}}},
+            "no video of this model can be compared; remove compare_frames",
+        ),
         ({"hf_overrides": {"vision_feature_select_strategy": "full"}}, "select_strategy"),
         ({"hf_overrides": {"vision_feature_layer": [-2, -3]}}, "vision_feature_layer"),
     ],
@@ -301,6 +305,19 @@ def test_stage_two_comes_after_the_deepstack_features(checkpoint, deepstack_chec
     assert settings_of(deepstack_checkpoint, shallow_boundary=4).boundaries(8) == (4, 6)
     with pytest.raises(ValueError, match=r"first 2 layers.*set shallow_boundary to 2 or more"):
         settings_of(deepstack_checkpoint, shallow_boundary=1)
+
+
+@pytest.mark.parametrize("selector", ["grid", "random", "divprune", "dart", "fastv", "key_norm"])
+def test_frames_are_compared_by_selectors_that_rank_by_saliency(deepstack_checkpoint, selector):
+    assert not settings_of(deepstack_checkpoint).compare_frames
+    for ranking in ("vitcop", "received"):
+        assert settings_of(
+            deepstack_checkpoint, selector=ranking, compare_frames=True
+        ).compare_frames
+    with pytest.raises(ValueError, match=rf"selector {selector} does not rank them; remove comp"):
+        settings_of(
+            deepstack_checkpoint, selector=selector, compare_frames=True, max_pruning_ratio=0.5
+        )
 
 
 def test_another_decoder_of_internvl_is_refused(checkpoint_of, tmp_path):

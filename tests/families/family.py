@@ -28,7 +28,7 @@ from tests.engine.requests import (
     sample_image,
 )
 from vitcop_vllm.demo.checkpoint import TINY, save_random_llava
-from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
+from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts, plan_video
 from vitcop_vllm.pruning.settings import PruningSettings
 
 if TYPE_CHECKING:
@@ -122,11 +122,16 @@ class Family:
         tokens = self.tokens(*image_size(image))
         return plan_counts(self.settings, ratio, self.layers, tokens)
 
-    def video(self, ratio: float, video: int) -> tuple[int, VisualTokenCounts]:
-        """Number of frames and the plan of a frame, of a video given by its seed."""
+    def video(self, ratio: float, video: int, *, compares: bool) -> list[VisualTokenCounts]:
+        """The plan of each frame of a video, given by its seed.
+
+        ``compares``: whether ``compare_frames`` is set.
+        """
         assert self.frames is not None
         num_frames, tokens = self.frames(*VIDEOS[video][:3])
-        return num_frames, plan_counts(self.settings, ratio, self.layers, tokens)
+        settings = self.settings.model_copy(update={"compare_frames": compares})
+        first, others = plan_video(settings, ratio, self.layers, tokens, num_frames)
+        return [first, *[others] * (num_frames - 1)]
 
     def kept(self, ratio: float, *images: int) -> int:
         """Number of tokens that Stage I keeps of these images, each with a placeholder."""

@@ -18,6 +18,7 @@ from tests.engine.dense_oracle import DenseModel, Encoded
 from tests.engine.requests import RequestSpec, sample_image, sample_video
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts
+from vitcop_vllm.pruning.settings import PruningSettings
 
 Grid = tuple[int, int]
 """Rows and columns of an image's visual tokens."""
@@ -51,9 +52,13 @@ class DenseQwen(DenseModel):
         path: The checkpoint.
         boundaries: First layer after the shallow and after the deep boundary.
         density_scale: d_c as a share of the root mean square distance between features.
+
+    Attributes:
+        compares_frames: Whether frames of videos are compared with the frame before.
     """
 
     num_axes = 3
+    compares_frames = False
 
     def __init__(
         self, path: Path, boundaries: tuple[int, int], *, density_scale: float = 0.5, **options: Any
@@ -135,6 +140,16 @@ class DenseQwen(DenseModel):
         times = [int(i * seconds * of_second) for i in range(count)]
         return times, [0] * (count - 1) + [max(times[-1] + 1, *grid)]
 
+    def plan(self, settings: PruningSettings, ratio: float, image: Any) -> VisualTokenCounts:
+        frame = self.frame_of(image)
+        if not self.compares_frames or frame.num_frames == 1 or ratio == 0:
+            return super().plan(settings, ratio, image)
+        keep = 1 - ratio
+        most = 1 - 1 / self.visual_tokens(frame)
+        first = max(keep, min(keep * (1.5 if frame.num_frames == 2 else 2), most))
+        others = (frame.num_frames * keep - first) / (frame.num_frames - 1)
+        return super().plan(settings, 1 - (others if frame.number else first), image)
+
     # The vision tower.
 
     def encode(self, image: Any, counts: VisualTokenCounts) -> Encoded:
@@ -146,7 +161,7 @@ class DenseQwen(DenseModel):
         query, key, value = self.query_key_value(name, x)
         turned_query, turned_key = (self.turn(t, grid) for t in (query, key))
         saliency = attention_received(turned_query, turned_key)
-        kept = self.choose_patches(saliency, counts.stages[0])
+        kept = self.choose_patches(saliency, counts.stages[0], self.changed_in(frame))
         labels = []
         if counts.centres:
             features = key.flatten(2).mean(1)[kept].numpy()
@@ -160,8 +175,15 @@ class DenseQwen(DenseModel):
         offsets = [(frame.time, token // columns, token % columns) for token in kept]
         return Encoded(self.merge_patches(x), labels, offsets, frame.advance)
 
-    def choose_patches(self, saliency: torch.Tensor, n1: int) -> list[int]:
-        return oracle.largest(saliency.tolist(), n1)
+    def changed_in(self, frame: Frame) -> list[bool]:
+        """Whether each token shows something else than the frame before."""
+        pixels = frame.pixels.unflatten(0, (frame.num_frames, -1, 4)).flatten(2)
+        if not self.compares_frames or not frame.number:
+            return [True] * pixels.shape[1]
+        return oracle.shows_change(pixels[frame.number - 1].numpy(), pixels[frame.number].numpy())
+
+    def choose_patches(self, saliency: torch.Tensor, n1: int, changed: list[bool]) -> list[int]:
+        return oracle.largest_of_changed(saliency.tolist(), changed, n1)
 
     def last_block_input(self, frame: Frame) -> torch.Tensor:
         """(V, 4, C), tokens row by row. The tower computes the whole video."""

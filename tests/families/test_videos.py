@@ -1,10 +1,15 @@
-"""Videos are pruned frame by frame, exactly, and a step or a prefix hit may end after any frame."""
+"""Videos are pruned frame by frame, exactly, and a step or a prefix hit may end after any frame.
 
-from itertools import count
+All tests also run with ``compare_frames``: the first frame then keeps more tokens than the others.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import accumulate, count
 from math import ceil
 
 import pytest
 
+from tests.engine.comparing import comparing_frames
 from tests.engine.dense_oracle import assert_equals_oracle
 from tests.engine.requests import BLOCK, Answer, RequestSpec, generate, generate_in_turn
 from tests.engine.scheduling import (
@@ -17,13 +22,18 @@ from tests.engine.scheduling import (
 from tests.families.family import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
 from tests.families.stock import VIDEOS
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
+from vitcop_vllm.pruning.plan import VisualTokenCounts
 
-# Not a fixture of this name: engines of other files' family would stay the fixture `llm`.
+CASES = [
+    (family, compares) for family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE) for compares in (0, 1)
+]
+
+# Not a fixture `family`: engines of other files' family would stay the fixture `llm`.
 pytestmark = pytest.mark.parametrize(
-    "family",
-    [QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE],
-    ids=lambda family: family.name,
-    indirect=True,
+    ("family", "compares"),
+    CASES,
+    ids=[family.name + "-compared" * compares for family, compares in CASES],
+    indirect=["family"],
 )
 
 RATIOS = (2 / 3, 8 / 9, 0.2)
@@ -36,17 +46,43 @@ REQUESTS = [
 ]
 
 
+PlanOf = Callable[[float, int], list[VisualTokenCounts]]
+"""Ratio and video -> counts of each frame."""
+
+
+@pytest.fixture
+def plan_of(family: Family, compares: int) -> PlanOf:
+    return lambda ratio, video: family.video(ratio, video, compares=bool(compares))
+
+
+@pytest.fixture(autouse=True)
+def compared(llm, oracle, compares) -> Iterator[None]:
+    """Engine and oracle compare frames, or do not."""
+    with comparing_frames(llm, bool(compares)), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(oracle, "compares_frames", bool(compares))
+        yield
+
+
 def at(spec: RequestSpec, ratio: float) -> RequestSpec:
     return RequestSpec(**{**vars(spec), "ratio": ratio})
 
 
-def frame_starts(family: Family, answer: Answer, n1: int) -> list[int]:
-    """Prompt positions at which frames of n1 tokens begin, of a prompt with videos only."""
-    starts, position = [], 0
-    while family.video_token in answer.prompt[position:]:
-        starts.append(answer.prompt.index(family.video_token, position))
-        position = starts[-1] + n1
-    return starts
+def kept(frames: list[VisualTokenCounts]) -> list[int]:
+    """n1 of each frame."""
+    return [counts.stages[0] for counts in frames]
+
+
+def frame_starts(family: Family, answer: Answer, frames: list[VisualTokenCounts]) -> list[int]:
+    """Prompt positions at which frames begin, of a prompt with one video only."""
+    tokens = [i for i, token in enumerate(answer.prompt) if token == family.video_token]
+    *starts, end = accumulate(kept(frames), initial=0)
+    assert end == len(tokens)
+    return [tokens[start] for start in starts]
+
+
+def inside_frames(starts: list[int], frames: list[VisualTokenCounts]) -> set[int]:
+    """Prompt positions after the first token of a frame, up to the last."""
+    return {first + i for first, n1 in zip(starts, kept(frames), strict=True) for i in range(1, n1)}
 
 
 def test_ratio_zero_gives_the_answers_of_stock_vllm(family, llm, stock_videos):
@@ -64,12 +100,11 @@ def test_the_unpruned_dense_oracle_equals_stock_vllm(family, oracle, stock_video
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_pruned_videos_equal_the_dense_oracle(family, llm, oracle, ratio):
+def test_pruned_videos_equal_the_dense_oracle(family, llm, oracle, plan_of, ratio):
     specs = [at(spec, ratio) for spec in REQUESTS]
     for spec, answer in zip(specs, generate(llm, specs), strict=True):
-        frames = [family.video(ratio, video) for video in spec.videos]
-        kept = sum(num_frames * counts.stages[0] for num_frames, counts in frames)
-        assert answer.prompt.count(family.video_token) == kept
+        num_kept = sum(sum(kept(plan_of(ratio, video))) for video in spec.videos)
+        assert answer.prompt.count(family.video_token) == num_kept
         assert answer.prompt.count(family.image_token) == family.kept(ratio, *spec.images)
         assert_equals_oracle(oracle, spec, answer)
 
@@ -81,29 +116,31 @@ def test_a_mixed_batch_gives_the_same_tokens_as_single_requests(family, llm):
     assert [answer.tokens for answer in generate(llm, specs)] == alone
 
 
-def ends_at(family: Family, llm, place: int, frame: int) -> RequestSpec:
+def ends_at(family: Family, llm, plan_of: PlanOf, place: int, frame: int) -> RequestSpec:
     """A request whose first step ends ``place`` tokens after a frame of its video begins, if
     nothing prevents it."""
     spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(4,), max_tokens=4)
     (answer,) = generate(llm, [spec])
-    starts = frame_starts(family, answer, family.video(0.5, 4)[1].stages[0])
+    starts = frame_starts(family, answer, plan_of(0.5, 4))
     budget = engine_core(llm).scheduler.max_num_scheduled_tokens
     return RequestSpec(**{**vars(spec), "system": "x" * (budget - starts[frame] - place)})
 
 
 @pytest.mark.parametrize("frame", [0, 1, 3])
 @pytest.mark.parametrize("edge", ["ends", "is cut"])
-def test_a_step_may_end_after_any_frame_and_in_none(family, llm, oracle, monkeypatch, frame, edge):
+def test_a_step_may_end_after_any_frame_and_in_none(
+    family, llm, oracle, plan_of, monkeypatch, frame, edge
+):
     """A step that would end inside a frame ends before it."""
-    num_frames, counts = family.video(0.5, 4)
-    n1 = counts.stages[0]
-    spec = ends_at(family, llm, n1 if edge == "ends" else n1 // 2, frame)
+    frames = plan_of(0.5, 4)
+    n1 = frames[frame].stages[0]
+    spec = ends_at(family, llm, plan_of, n1 if edge == "ends" else n1 // 2, frame)
     ends = recorded_ends(engine_core(llm).scheduler, monkeypatch)
     (answer,) = generate(llm, [spec])
-    starts = frame_starts(family, answer, n1)
-    assert len(starts) == num_frames == 7
+    starts = frame_starts(family, answer, frames)
+    assert len(starts) == 7
     assert ends[0] == starts[frame] + (n1 if edge == "ends" else 0)
-    assert not {first + i for first in starts for i in range(1, n1)} & set(ends)
+    assert not inside_frames(starts, frames) & set(ends)
     assert_equals_oracle(oracle, spec, answer)
 
 
@@ -132,13 +169,12 @@ def test_other_ratios_and_other_videos_are_not_reused(family, llm):
 
 
 @pytest.mark.parametrize("segment", [0, 1, 2])
-def test_a_hit_may_end_after_any_frame(family, llm, segment):
+def test_a_hit_may_end_after_any_frame(family, llm, plan_of, segment):
     """In each turn another block is evicted, and with it the hits of all longer prefixes."""
     spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(1,), max_tokens=2)
     (expected,) = generate(llm, [spec])
-    n1 = family.video(0.5, 1)[1].stages[0]
-    starts = frame_starts(family, expected, n1)
-    inside = {first + i for first in starts for i in range(1, n1)}
+    frames = plan_of(0.5, 1)
+    starts = frame_starts(family, expected, frames)
     manager = engine_core(llm).scheduler.kv_cache_manager
     group = next(
         i
@@ -157,13 +193,14 @@ def test_a_hit_may_end_after_any_frame(family, llm, segment):
         assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in expected.logprobs]
         reused.append(answer.reused)
     assert reused == sorted(reused)
-    assert not inside & set(reused)
-    assert set(reused) & {first + n1 for first in starts[:-1]}
+    assert not inside_frames(starts, frames) & set(reused)
+    ends = [first + n1 for first, n1 in zip(starts, kept(frames), strict=True)]
+    assert set(reused) & set(ends[:-1])
 
 
-def test_frames_of_an_aborted_prefill_are_reused(family, llm):
+def test_frames_of_an_aborted_prefill_are_reused(family, llm, plan_of):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
-    spec = ends_at(family, llm, 2, 3)
+    spec = ends_at(family, llm, plan_of, 2, 3)
     (cold,) = generate(llm, [spec])
     assert llm.reset_prefix_cache()
     start(engine, "gone", spec)
@@ -174,23 +211,20 @@ def test_frames_of_an_aborted_prefill_are_reused(family, llm):
     while engine.has_unfinished_requests():
         engine.step()
     (answer,) = generate(llm, [spec], reuse=True)
-    n1 = family.video(0.5, 4)[1].stages[0]
-    third = frame_starts(family, cold, n1)[2]
-    assert third + n1 <= answer.reused <= computed < len(cold.prompt)
+    frames = plan_of(0.5, 4)
+    third = frame_starts(family, cold, frames)[2]
+    assert third + frames[2].stages[0] <= answer.reused <= computed < len(cold.prompt)
     assert answer.tokens == cold.tokens
     assert answer.logprobs == [pytest.approx(step, abs=1e-4) for step in cold.logprobs]
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 8 / 9])
-def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, ratio):
+def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, plan_of, ratio):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
     spec = RequestSpec("How many?", (1,), ratio, videos=(4, 2), order="viv", max_tokens=20)
-    plans = [family.video(ratio, video) for video in spec.videos]
-    plans.append((1, family.counts(ratio, 1)))
-    dropped = [
-        sum(num_frames * counts.dropped[segment] for num_frames, counts in plans)
-        for segment in range(3)
-    ]
+    plans = [counts for video in spec.videos for counts in plan_of(ratio, video)]
+    plans.append(family.counts(ratio, 1))
+    dropped = [sum(counts.dropped[segment] for counts in plans) for segment in range(3)]
     start(engine, "r", spec)
     groups = scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups
     seen = 0
@@ -203,9 +237,9 @@ def test_a_running_request_holds_the_plan_s_blocks_in_every_stage(family, llm, r
     assert seen > 10
 
 
-def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family, llm):
+def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family, llm, plan_of):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
-    spec = ends_at(family, llm, 2, 3)
+    spec = ends_at(family, llm, plan_of, 2, 3)
     (expected,) = generate(llm, [spec])
     assert llm.reset_prefix_cache()
     engine.reset_encoder_cache()
@@ -217,23 +251,23 @@ def test_a_video_preempted_between_frames_resumes_and_answers_as_if_alone(family
 
 
 def test_a_video_with_more_patches_than_the_encoder_s_budget_is_encoded_in_parts(
-    family, llm, monkeypatch
+    family, llm, plan_of, monkeypatch
 ):
     engine, scheduler = llm.llm_engine, engine_core(llm).scheduler
     spec = RequestSpec("Where to?", ratio=0.5, videos=(4,), max_tokens=3)
     (expected,) = generate(llm, [spec])
-    num_frames, counts = family.video(0.5, 4)
-    budget = 2 * counts.encoder
-    assert num_frames * counts.stages[0] > budget
+    frames = plan_of(0.5, 4)
+    budget = 2 * frames[0].encoder
+    assert sum(kept(frames)) > budget
     model = engine_core(llm).model_executor.driver_worker.worker.model_runner.get_model()
     monkeypatch.setattr(scheduler, "max_num_encoder_input_tokens", budget)
     monkeypatch.setattr(model, "_encoder_tokens", budget)
     encoded = []
     embed = model._embed_pruned
 
-    def recording(inputs, images, sink=None):
+    def recording(inputs, images, *others):
         encoded.append(len(images))
-        return embed(inputs, images, sink)
+        return embed(inputs, images, *others)
 
     monkeypatch.setattr(model, "_embed_pruned", recording)
     assert llm.reset_prefix_cache()
@@ -244,5 +278,5 @@ def test_a_video_with_more_patches_than_the_encoder_s_budget_is_encoded_in_parts
         if engine.has_unfinished_requests():
             outputs = engine.step()
     assert list(outputs[0].outputs[0].token_ids) == expected.tokens
-    assert sum(encoded) == num_frames
+    assert sum(encoded) == len(frames)
     assert max(encoded) == 2

@@ -23,6 +23,7 @@ from tests.families.family import (
     Saved,
 )
 from tests.families.stage_one_family import STAGE_ONE_FAMILIES
+from vitcop_vllm.engine.config import SPAN_LIMIT_KEY
 from vitcop_vllm.models.processing import (
     COUNTS_FIELD,
     VIDEO_COUNTS_FIELD,
@@ -30,7 +31,7 @@ from vitcop_vllm.models.processing import (
     video_of_row,
 )
 from vitcop_vllm.pruning.grids import Grid
-from vitcop_vllm.pruning.identity import spans_in_prompt
+from vitcop_vllm.pruning.identity import counts_by_frame, spans_in_prompt
 
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
@@ -153,6 +154,39 @@ def test_the_plan_of_a_video_is_what_the_processor_makes_of_it(
         kept = shape.frame.counts.stages[0]
         assert kept < grid.num_tokens or grid.num_tokens < 4
         assert processed["prompt_token_ids"].count(family.video_token) == t * kept
+
+
+@pytest.mark.parametrize("family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name)
+def test_if_frames_are_compared_the_first_keeps_more(
+    processor_of: Any, family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor = processor_of(family, {})
+    compared = processor.info.settings.model_copy(update={"compare_frames": True})
+    monkeypatch.setitem(vars(processor.info), "settings", compared)
+    for file_frames in (2, 4, 9):
+        items = processor.info.parse_mm_data({"video": [video(file_frames, 300, 200)]})
+        processed = processor(
+            VIDEO_MARK, mm_items=items, hf_processor_mm_kwargs={"pruning_ratio": 2 / 3}
+        )
+        (made,) = processed["mm_kwargs"]["video"]
+        frames = [
+            counts for counts, _ in video_of_row(made[VIDEO_COUNTS_FIELD].data.tolist()).frames
+        ]
+        (place,) = processed["mm_placeholders"]["video"]
+        (name,) = processed["mm_hashes"]["video"]
+        assert frames == counts_by_frame(name)
+        assert frames == [span.counts for span in spans_in_prompt(name, place)]
+        tokens = processed["prompt_token_ids"].count(family.video_token)
+        assert tokens == sum(counts.stages[0] for counts in frames)
+        kept = [counts.stages[0] for counts in frames]
+        assert len(frames) == 1 or min(kept) == kept[-1] < kept[0]
+        image = processor.info.counts(frames[0].encoder, {"pruning_ratio": 2 / 3})
+        assert len(frames) > 1 or frames == [image]
+
+    limit = (kept[0] + kept[1]) // 2
+    monkeypatch.setattr(processor.info.get_hf_config(), SPAN_LIMIT_KEY, limit)
+    with pytest.raises(ValueError, match=f"holds {limit} tokens, but a frame .* keeps {kept[0]}"):
+        processor(VIDEO_MARK, mm_items=items, hf_processor_mm_kwargs={"pruning_ratio": 2 / 3})
 
 
 @pytest.mark.parametrize("family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name)

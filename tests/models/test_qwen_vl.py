@@ -26,10 +26,17 @@ GRIDS = [(1, 6, 10), (1, 8, 4), (1, 6, 10)]  # patches: 15, 8 and 15 visual toke
 class Mixing(nn.Module):
     scale = 0.5
 
+    @staticmethod
+    def lengths(num_patches: int) -> list[int]:
+        """Patches of each image."""
+        assert num_patches == sum(LENGTHS)
+        return LENGTHS
+
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        lengths = self.lengths(query.shape[1])
         mixed = [
             nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in parts))
-            for parts in zip(*(x.split(LENGTHS, dim=1) for x in (query, key, value)), strict=True)
+            for parts in zip(*(x.split(lengths, dim=1) for x in (query, key, value)), strict=True)
         ]
         return torch.cat([image.transpose(1, 2) for image in mixed], dim=1)
 
@@ -168,8 +175,8 @@ class DeepstackTower(nn.Module):
         return torch.cat([self.merger(hidden), *features], dim=1)
 
 
-def set_up(model: Any, selector: SelectorName, width: int) -> None:
-    settings = PruningSettings(selector=selector)
+def set_up(model: Any, selector: SelectorName, width: int, **others: Any) -> None:
+    settings = PruningSettings(selector=selector, **others)
     config = SimpleNamespace(pruning=settings.model_dump(mode="json"))
     vllm_config = SimpleNamespace(
         model_config=SimpleNamespace(hf_config=config, uses_mrope=True),

@@ -28,6 +28,22 @@ def largest(values, count):
     return sorted(ranking[:count])
 
 
+def shows_change(before, now, same=0.01):
+    """Pixels (tokens, numbers) of two frames -> whether each token shows a change.
+
+    Its mean square difference is above a share ``same`` of the variance of the frame's pixels.
+    """
+    before, now = (np.asarray(pixels, dtype=np.float64) for pixels in (before, now))
+    variance = ((now - now.mean()) ** 2).mean()
+    return [bool(((a - b) ** 2).mean() > same * variance) for a, b in zip(before, now, strict=True)]
+
+
+def largest_of_changed(values, changed, count):
+    """As :func:`largest`, but values of unchanged tokens come after all others."""
+    ranking = sorted(range(len(values)), key=lambda i: (not changed[i], -values[i], i))
+    return sorted(ranking[:count])
+
+
 def smallest(values, count):
     return largest([-value for value in values], count)
 

@@ -8,6 +8,7 @@ from vitcop_vllm.pruning.plan import (
     VisualTokenCounts,
     effective_ratio,
     plan_counts,
+    plan_video,
 )
 from vitcop_vllm.pruning.settings import FractionRow, PruningSettings
 
@@ -137,6 +138,83 @@ def test_effective_ratio_weighs_images_by_their_tokens():
     assert effective_ratio([large, small], (2, 22), 32) == pytest.approx(50 / 120)
     assert effective_ratio([small], (2, 22), 32) == 0.0
     assert effective_ratio([], (2, 22), 32) is None
+
+
+COMPARING = [
+    PruningSettings(compare_frames=True),
+    PruningSettings(compare_frames=True, selector="received"),
+]
+frames = st.integers(1, 800)
+
+
+def averages(video, setting, num_layers):
+    boundaries = setting.boundaries(num_layers)
+    return [counts.layer_average(boundaries, num_layers) for counts in video]
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(COMPARING), ratios, layers, tokens, frames)
+def test_a_video_s_frames_together_keep_what_the_ratio_asks(
+    setting, ratio, num_layers, frame_tokens, num_frames
+):
+    """Each frame's counts are rounded like an image's, to about 2 tokens."""
+    video = plan_video(setting, ratio, num_layers, frame_tokens, num_frames)
+    if any(1 in counts.stages for counts in video):
+        return  # a segment keeps at least one token, so the average may be larger
+    first, others = averages(video, setting, num_layers)
+    wanted = (1 - ratio) * frame_tokens * num_frames
+    assert abs(first + (num_frames - 1) * others - wanted) <= 2 * num_frames
+
+
+@settings(max_examples=400)
+@given(st.sampled_from(COMPARING), ratios, layers, tokens, st.integers(2, 800))
+def test_the_first_frame_keeps_more_up_to_twice_as_much_as_an_image(
+    setting, ratio, num_layers, frame_tokens, num_frames
+):
+    video = plan_video(setting, ratio, num_layers, frame_tokens, num_frames)
+    image = plan_counts(setting, ratio, num_layers, frame_tokens)
+    first, others = averages(video, setting, num_layers)
+    (alone,) = averages([image], setting, num_layers)
+    assert first >= alone - 1
+    assert others <= alone + 1
+    if 1 not in (*video.first.stages, *video.others.stages, *image.stages):
+        assert first <= 2 * alone + 5
+        assert others >= alone / 2 - 3
+    # All frames of a video are pruned, or none.
+    assert video.first.is_pruned == video.others.is_pruned == image.is_pruned
+    assert {video.first.encoder, video.others.encoder} == {frame_tokens}
+
+
+@pytest.mark.parametrize("setting", COMPARING, ids=lambda setting: setting.selector)
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 2 / 3, 8 / 9])
+def test_a_video_of_one_frame_is_an_image(setting, ratio):
+    image = plan_counts(setting, ratio, 32, 576)
+    assert plan_video(setting, ratio, 32, 576, 1) == (image, image)
+
+
+@given(ratios, layers, tokens, frames)
+def test_all_frames_have_the_counts_of_an_image_unless_frames_are_compared(
+    ratio, num_layers, frame_tokens, num_frames
+):
+    image = plan_counts(DEFAULTS, ratio, num_layers, frame_tokens)
+    assert plan_video(DEFAULTS, ratio, num_layers, frame_tokens, num_frames) == (image, image)
+
+
+def test_counts_of_a_compared_video():
+    setting = PruningSettings(compare_frames=True, selector="received")
+    kept = [
+        [counts.stages[0] for counts in plan_video(setting, 8 / 9, 28, 360, num_frames)]
+        for num_frames in (1, 2, 3, 5, 41)
+    ]
+    # An image keeps 40 of 360 tokens.
+    assert kept == [[40, 40], [60, 20], [80, 20], [80, 30], [80, 39]]
+    # A first frame keeps no more than all tokens but one.
+    assert plan_video(setting, 0.25, 28, 360, 5).first.stages[0] == 359
+
+
+def test_the_largest_ratio_of_a_video_has_a_plan():
+    video = plan_video(COMPARING[0], 1.0 - 2.0**-53, 32, 576, 9)
+    assert video.first.stages[-1] == video.others.stages[-1] == 1
 
 
 STRONG = VisualTokenCounts(576, 20, (172, 77, 15))

@@ -78,6 +78,8 @@ def test_a_key_that_is_not_a_string_is_unknown():
         ("density_scale", math.inf),
         ("spatial_radius", -0.6),
         ("positions", "both"),
+        ("compare_frames", "yes"),
+        ("compare_frames", 1),
         ("kernels", "cuda"),
         ("counts", "rounded"),
         ("default_ratio", -0.1),

@@ -104,9 +104,9 @@ def test_vllm_s_memory_profile_encodes_pruned_images(worker, monkeypatch):
     calls = []
     embed_pruned = model._embed_pruned
 
-    def recording(pixels, images, sink):
+    def recording(pixels, images, *others):
         calls.append(images)
-        return embed_pruned(pixels, images, sink)
+        return embed_pruned(pixels, images, *others)
 
     monkeypatch.setattr(model, "_embed_pruned", recording)
     model._encoder_ran = False

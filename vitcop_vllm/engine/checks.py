@@ -43,12 +43,14 @@ class StartUp:
         has_cls: Whether the model's encoder has [CLS].
         decoders: ``model_type`` of the decoders that Stages II and III can prune; empty if
             they prune no decoder of the model's family.
+        compares_frames: Whether Stage I can compare the frames of a video.
     """
 
     vllm: Any
     settings: PruningSettings
     has_cls: bool
     decoders: tuple[str, ...]
+    compares_frames: bool = False
 
     @property
     def selector(self) -> Selector:
@@ -376,6 +378,17 @@ SETTINGS_CHECKS = (
         lambda start: (
             start.settings.encoder_signal is not None and not start.selector.has_two_sources
         ),
+    ),
+    Check(
+        "compare_frames changes the order in which Stage I ranks tokens by saliency, and selector "
+        "{start.settings.selector} does not rank them",
+        "remove compare_frames, or set selector to vitcop or received",
+        lambda start: start.settings.compare_frames and not start.selector.saliency,
+    ),
+    Check(
+        "compare_frames compares the frames of a video, and no video of this model can be compared",
+        "remove compare_frames",
+        lambda start: start.settings.compare_frames and not start.compares_frames,
     ),
     Check(
         "positions: reference renumbers positions that this model takes from the image's grid",

@@ -108,7 +108,9 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         family = FAMILIES[architecture]
         if family.decoders:
             _choose_block_size(vllm_config.cache_config)
-        start_up = StartUp(vllm_config, settings, family.has_cls, family.decoders)
+        start_up = StartUp(
+            vllm_config, settings, family.has_cls, family.decoders, family.compares_frames
+        )
         start_up = _with_defaults(start_up)
         staged = start_up.is_staged
         of_stages = STAGED_CHECKS if staged else STAGE_ONE_CHECKS
@@ -125,9 +127,10 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         _pass_settings_on(vllm_config, settings, start_up.span_limit)
         _choose_model_runner(vllm_config)
         logger.info(
-            "Visual token pruning: selector %s; %s; ratio %g by default, at most %g; %s positions; "
-            "prefix caching %s.",
+            "Visual token pruning: selector %s%s; %s; ratio %g by default, at most %g; "
+            "%s positions; prefix caching %s.",
             settings.selector,
+            ", frames of videos compared" if settings.compare_frames else "",
             _describe_segments(start_up),
             settings.default_ratio,
             settings.max_pruning_ratio,

@@ -19,6 +19,8 @@ class Family:
             alone prunes the model, and its decoder runs as in vLLM.
         has_cls: Whether the encoder has [CLS], whose attention Stage I then reads.
         checks: What start-up refuses for this family.
+        compares_frames: Whether Stage I can compare the frames of a video: the model has
+            ``token_pixels``.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Family:
     decoders: tuple[str, ...]
     has_cls: bool
     checks: tuple[Check, ...]
+    compares_frames: bool = False
 
 
 def _needs_tower(config_class: str, attention: str) -> Check:
@@ -168,6 +171,7 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen2", "qwen2_5_vl_text", "qwen2_5_vl"),
         has_cls=False,
         checks=_QWEN2_5_VL_CHECKS,
+        compares_frames=True,
     ),
     "Qwen3VLForConditionalGeneration": Family(
         "Qwen3-VL",
@@ -175,6 +179,7 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen3_vl_text",),
         has_cls=False,
         checks=_QWEN3_VL_CHECKS,
+        compares_frames=True,
     ),
     "Qwen3VLMoeForConditionalGeneration": Family(
         "Qwen3-VL-MoE",
@@ -182,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen3_vl_moe_text",),
         has_cls=False,
         checks=_QWEN3_VL_CHECKS,
+        compares_frames=True,
     ),
     "InternVLChatModel": Family(
         "InternVL",

@@ -31,6 +31,7 @@ from vitcop_vllm.models.stage_one import (
     no_embeddings_yet,
 )
 from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_ranks
+from vitcop_vllm.pruning.frames import changed_tokens
 from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.kernel_set import kernel_set
 from vitcop_vllm.pruning.selectors import selector_of
@@ -92,6 +93,13 @@ class PrunedEncoder:
 
     def frames_as_images(self, videos: ImageInputs) -> ImageInputs:
         """The fields of images that are the videos' frames; only if the model takes videos."""
+        raise NotImplementedError
+
+    def token_pixels(self, images: ImageInputs, number: int) -> torch.Tensor:
+        """(V, C) pixels of each token of image ``number``; only if the model compares frames.
+
+        In the order of the image's grid.
+        """
         raise NotImplementedError
 
     def encode_kept(
@@ -175,8 +183,23 @@ class PrunedEncoder:
                 self._profile_encoder(frames, self.frames_as_images(kwargs))
             return self._embed_whole(kwargs)
         self._encoder_ran = True
-        of_frames = iter(self._embed_in_batches(self.frames_as_images(kwargs), frames, None))
+        inputs = self.frames_as_images(kwargs)
+        changed = self._changed_tokens(inputs, videos) if self.pruning.compare_frames else None
+        of_frames = iter(self._embed_in_batches(inputs, frames, None, changed))
         return [torch.cat([*islice(of_frames, video.num_frames)]) for video in videos]
+
+    def _changed_tokens(
+        self, inputs: ImageInputs, videos: Sequence[VideoShape]
+    ) -> list[torch.Tensor]:
+        """Of each frame (V,) bool: the tokens that show something else than the frame before."""
+        changed: list[torch.Tensor] = []
+        for video in videos:
+            before = None
+            for _ in range(video.num_frames):
+                pixels = self.token_pixels(inputs, len(changed))
+                changed.append(changed_tokens(before, pixels))
+                before = pixels
+        return changed
 
     def _prunes(self, images: Sequence[ImageShape]) -> bool:
         """Whether Stage I drops tokens of any of these images."""
@@ -204,13 +227,20 @@ class PrunedEncoder:
         return embeddings
 
     def _embed_in_batches(
-        self, kwargs: Any, images: Sequence[ImageShape], sink: SelectionSink | None
+        self,
+        kwargs: Any,
+        images: Sequence[ImageShape],
+        sink: SelectionSink | None,
+        changed: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         return [
             embedding
             for first, end in self._batches(images)
             for embedding in self._embed_pruned(
-                self.slice_images(kwargs, first, end), images[first:end], sink
+                self.slice_images(kwargs, first, end),
+                images[first:end],
+                sink,
+                None if changed is None else changed[first:end],
             )
         ]
 
@@ -243,9 +273,15 @@ class PrunedEncoder:
         self._embed_in_batches(kwargs, pruned, None)
 
     def _embed_pruned(
-        self, inputs: ImageInputs, images: Sequence[ImageShape], sink: SelectionSink | None = None
+        self,
+        inputs: ImageInputs,
+        images: Sequence[ImageShape],
+        sink: SelectionSink | None = None,
+        changed: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """Encode images together, and run Stage I on those of one shape together.
+
+        ``changed``: see ``StageOne.keep``.
 
         Returns:
             Per image (n1, H), with the columns of a pruned one.
@@ -255,7 +291,7 @@ class PrunedEncoder:
 
         def keep(view_of: ViewOf) -> Kept:
             nonlocal kept
-            kept = self.stage_one.keep(groups, view_of)
+            kept = self.stage_one.keep(groups, view_of, changed)
             return kept
 
         if self.selector.reads_embeddings:

@@ -208,6 +208,11 @@ class PrunedQwen(PrunedEncoder):
             "image_grid_thw": grids[first:end],
         }
 
+    def token_pixels(self, images: ImageInputs, number: int) -> torch.Tensor:
+        # The patches of a token follow each other, and the tokens are in the grid's order.
+        pixels = self.slice_images(images, number, number + 1)["pixel_values"]
+        return pixels.unflatten(0, (-1, self.visual.spatial_merge_unit)).flatten(1)
+
     def encode_kept(
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:

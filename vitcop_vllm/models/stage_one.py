@@ -135,8 +135,20 @@ class StageOne:
     kernels: KernelSet
     published_density_scale: float | None
 
-    def keep(self, groups: Groups, view_of: ViewOf) -> dict[ImageShape, KeptTokens]:
-        """What is kept of the pruned images."""
+    def keep(
+        self,
+        groups: Groups,
+        view_of: ViewOf,
+        changed: Sequence[torch.Tensor] | None = None,
+    ) -> dict[ImageShape, KeptTokens]:
+        """What is kept of the pruned images.
+
+        Args:
+            groups: Numbers of the images by shape.
+            view_of: Makes the view of the images of a shape.
+            changed: Of each image (V,) bool, see ``EncoderView.changed``; ``None`` if the images
+                are no frames, or if frames are not compared.
+        """
         kept = {}
         with SELECTION_SECONDS.labels(STAGES[0]).time():
             for shape, numbers in groups.items():
@@ -145,6 +157,9 @@ class StageOne:
                 view = view_of(shape, numbers)
                 if self.settings.encoder_signal == "received":
                     view = replace(view, reads_cls=False)
+                if changed is not None:
+                    of_shape = torch.stack([changed[number] for number in numbers])
+                    view = replace(view, changed=of_shape)
                 index, saliency = self.selector.select_in_encoder(view, shape.counts.stages[0])
                 if view.prompt_order is not None:
                     index = index.gather(1, view.prompt_order[index].argsort(dim=1))

@@ -1,8 +1,8 @@
 """Processing of videos for a pruned model. Mixins like those of ``processing``.
 
-A *frame* is what the encoder computes as one image. Each frame of a video keeps equally many
-tokens, which depend on the ratio and the frame's size only. So a frame's selection depends on the
-prompt up to its end, and a prefix hit after any frame is exact.
+A *frame* is what the encoder computes as one image. How many tokens the frames of a video keep
+depends on the ratio, their size and their number only; see ``plan.plan_video``. A frame's selection
+depends on the prompt up to its end, so a prefix hit after any frame is exact.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,7 @@ from vitcop_vllm.models.processing import (
 )
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import count_tokens
+from vitcop_vllm.pruning.plan import VideoCounts, plan_video
 
 _MAX_LAYOUTS = 1024
 """Maximum number of cached layouts of videos sent with a uuid, some 100 bytes each."""
@@ -58,6 +59,22 @@ class VideoProcessingInfo(PrunedProcessingInfo):
             processor_kwargs: The request's processor keywords.
         """
         raise NotImplementedError
+
+    def video_counts(
+        self, layout: VideoLayout, processor_kwargs: Mapping[str, object]
+    ) -> VideoCounts:
+        """Visual token counts of a video, by the ratio in a request's processor keywords.
+
+        Raises:
+            ValueError: If the ratio is invalid.
+        """
+        return plan_video(
+            self.settings,
+            self._ratio(processor_kwargs),
+            self._num_layers,
+            count_tokens(layout.grids),
+            layout.num_frames,
+        )
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
@@ -100,8 +117,9 @@ class VideoProcessor(PrunedProcessor):
         shapes = []
         for i in range(videos.get_count()):
             layout = self._video_layout(videos, i, processor_kwargs, uuids[i] if uuids else None)
-            counts = self.info.counts(count_tokens(layout.grids), processor_kwargs)
-            shape = VideoShape(ImageShape(counts, layout.grids), layout.num_frames)
+            first, others = self.info.video_counts(layout, processor_kwargs)
+            frame = ImageShape(others, layout.grids)
+            shape = VideoShape(frame, layout.num_frames, None if first == others else first)
             shapes.append((shape, layout.num_positions))
         return shapes
 

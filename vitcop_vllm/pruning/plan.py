@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Self
+from typing import NamedTuple, Self
 
 from vitcop_vllm.pruning.budgets import BudgetInputs
 from vitcop_vllm.pruning.selectors import selector_of
@@ -22,6 +22,9 @@ STAGES = ("I", "II", "III")
 """Names of the Stages. Stage ``STAGES[s]`` selects the tokens of segment s."""
 
 NUM_SEGMENTS = len(STAGES)
+
+_LEAST_KEEP = 2.0**-53
+"""Smallest keep fraction whose ratio is below 1 as a float."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,52 @@ def plan_counts(
     if stages[-1] == encoder_tokens:
         return VisualTokenCounts.unpruned(encoder_tokens)
     return VisualTokenCounts(encoder_tokens, centres, stages)
+
+
+class VideoCounts(NamedTuple):
+    """Counts of a video.
+
+    Attributes:
+        first: Of its first frame.
+        others: Of each other frame.
+    """
+
+    first: VisualTokenCounts
+    others: VisualTokenCounts
+
+
+def plan_video(
+    settings: PruningSettings, ratio: float, num_layers: int, frame_tokens: int, num_frames: int
+) -> VideoCounts:
+    """Counts for a video, whose frames together remove the ratio.
+
+    Every frame gets the counts of an image, unless frames are compared (``compare_frames``). Then
+    the first frame, of which nothing was shown before, keeps twice as much as an image: of two
+    frames one and a half times, and never all tokens, so that all frames of a video are pruned or
+    none. The other frames share what is left, at least half as much each as an image.
+
+    A frame's counts are rounded like an image's.
+
+    Args:
+        settings: The operator's settings.
+        ratio: Share of visual tokens removed, averaged over layers and frames, in [0, 1).
+        num_layers: L, decoder layers.
+        frame_tokens: V, a frame's visual tokens from the encoder.
+        num_frames: F, at least 1.
+
+    Raises:
+        ValueError: See :func:`plan_counts`.
+    """
+    image = plan_counts(settings, ratio, num_layers, frame_tokens)
+    keep = 1.0 - ratio
+    first = min(keep * min(2.0, (num_frames + 1) / 2), 1.0 - 1.0 / frame_tokens)
+    if not settings.compare_frames or not image.is_pruned or first <= keep:
+        return VideoCounts(image, image)
+    others = (num_frames * keep - first) / (num_frames - 1)
+    return VideoCounts(
+        plan_counts(settings, 1.0 - first, num_layers, frame_tokens),
+        plan_counts(settings, 1.0 - max(others, _LEAST_KEEP), num_layers, frame_tokens),
+    )
 
 
 def why_uncacheable(settings: PruningSettings) -> str | None:

@@ -97,7 +97,7 @@ class Selector:
         source = self.saliency_source(has_cls=view.offers_cls)
         if source is not None:
             saliency = view.saliency(source)
-            return view.kernels.most_salient(saliency, count), saliency
+            return view.most_salient(saliency, count), saliency
         assert self.encoder is not None, "the selector keeps all tokens in the encoder"
         return self.encoder(view, count), None
 

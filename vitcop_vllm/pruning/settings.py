@@ -143,6 +143,9 @@ class PruningSettings(Frozen):
             [CLS], as published.
         positions: ``original`` keeps prompt positions in every layer. ``reference`` renumbers
             prefill tokens from the deep boundary on, like the published program.
+        compare_frames: Whether Stage I compares each frame of a video with the frame before, and
+            drops the tokens first that show the same; see ``frames``. The first frame then keeps
+            more tokens than the others.
         kernels: Implementation of the functions that select tokens. ``triton`` needs a GPU and
             launches a few kernels per image, where ``torch`` launches some hundred; for images
             of more than 1024 tokens it uses ``torch``. ``auto`` is ``torch`` until the Triton
@@ -161,6 +164,7 @@ class PruningSettings(Frozen):
     decoder_signal: SignalName | None = None
     encoder_signal: Literal["cls", "received"] | None = None
     positions: Literal["original", "reference"] = "original"
+    compare_frames: Annotated[bool, Field(strict=True)] = False
     kernels: KernelsName = "auto"
     default_ratio: Ratio = 0.0
     max_pruning_ratio: Ratio = 0.95

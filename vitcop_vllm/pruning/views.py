@@ -10,6 +10,7 @@ from typing import Self
 
 from torch import Tensor
 
+from vitcop_vllm.pruning.frames import changed_first
 from vitcop_vllm.pruning.grids import Grids, count_tokens
 from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
@@ -44,6 +45,8 @@ class EncoderView:
         prompt_order: (V,) int64, number of each token in the prompt; ``None`` if the prompt has the
             tokens in the order of the grids.
         reads_cls: Whether the attention of [CLS] may be read, if the encoder has [CLS].
+        changed: (B, V) bool, tokens of frames that show something else than the frame before;
+            ``None`` if the images are no frames, or if frames are not compared.
     """
 
     queries: Callable[[], Tensor]
@@ -60,6 +63,7 @@ class EncoderView:
     kernels: KernelSet
     prompt_order: Tensor | None = None
     reads_cls: bool = True
+    changed: Tensor | None = None
 
     @classmethod
     def of_embeddings(
@@ -101,6 +105,12 @@ class EncoderView:
         """(B, V) float32 saliency of each visual token; higher is more salient."""
         per_patch = self._attention_of_cls() if source == "cls" else self._attention_received()
         return self.mean_over_ranks(self.to_tokens(per_patch))
+
+    def most_salient(self, saliency: Tensor, count: int) -> Tensor:
+        """(B, count) int64, ascending: the most salient tokens, changed ones first."""
+        if self.changed is not None:
+            return changed_first(saliency, self.changed, count)
+        return self.kernels.most_salient(saliency, count)
 
     def _attention_of_cls(self) -> Tensor:
         """(S, T - 1) attention from [CLS] to each patch, summed over heads."""
