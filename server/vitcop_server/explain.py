@@ -1,4 +1,4 @@
-"""The visual tokens of an image that each stage keeps, merges or drops.
+"""The visual tokens of an image, or of each frame of a video, that each stage keeps or merges.
 
 A visual token is a part of the image: a patch, or several patches that the encoder merges. Or it
 is a mark that ends a row. Tokens are numbered row by row in the grids of the answer, grid by grid.
@@ -11,33 +11,82 @@ from typing import Any
 import numpy as np
 
 from vitcop_server.preview import Preview
-from vitcop_vllm.pruning.identity import counts_of_identifier, explained_size
+from vitcop_vllm.pruning.identity import (
+    counts_by_frame,
+    counts_of_identifier,
+    explained_size,
+    frame_names,
+    frames_of_identifier,
+)
+from vitcop_vllm.pruning.plan import VisualTokenCounts
+
+Records = Mapping[str, Mapping[str, Any]]
+"""Records by the name of an image or a frame."""
 
 
 class LostSelectionsError(RuntimeError):
     """Newer records evicted the record of an image before the server read it."""
 
 
-def explain_image(preview: Preview, identifier: str, record: Mapping[str, Any]) -> dict[str, Any]:
+def explain_image(preview: Preview, identifier: str, records: Records) -> dict[str, Any]:
     """The answer of ``/v1/pruning/explain`` for one image.
 
     Args:
         preview: Plans of the served model.
         identifier: Identifier of the image, with its size and counts.
-        record: The image's record from a worker; see ``vitcop_vllm.worker.explain``.
+        records: Records from a worker by name; see ``vitcop_vllm.worker.explain``.
 
     Raises:
-        LostSelectionsError: If the record is incomplete.
+        LostSelectionsError: If the image's record is incomplete.
     """
     size, counts = explained_size(identifier), counts_of_identifier(identifier)
     assert size is not None
+    selections = _selections(preview, counts, identifier, records)
+    return {**preview.image_fields(*size, counts), **selections}
+
+
+def explain_video(preview: Preview, identifier: str, records: Records) -> dict[str, Any]:
+    """The answer of ``/v1/pruning/explain`` for one video; see :func:`explain_image`.
+
+    Raises:
+        LostSelectionsError: If a frame's record is incomplete, or the video's layout is lost.
+    """
+    size, counts = explained_size(identifier), counts_by_frame(identifier)
+    layout = preview.info.explained_layouts.pop(identifier, None)
+    if layout is None:
+        raise LostSelectionsError(identifier)
+    assert size is not None
+    width, height = size
+    frames = [
+        {
+            "times": None if layout.times is None else list(layout.times[number]),
+            **preview.frame_fields(width, height, layout.grids, of_frame),
+            **_selections(preview, of_frame, name, records),
+        }
+        for number, (of_frame, name) in enumerate(
+            zip(counts, frame_names(identifier, len(counts)), strict=True)
+        )
+    ]
+    return {"width": width, "height": height, "frames": frames}
+
+
+def record_names(identifier: str) -> list[str]:
+    """Names of the records of an image, or of the frames of a video."""
+    num_frames = frames_of_identifier(identifier)
+    return [identifier] if num_frames is None else frame_names(identifier, num_frames)
+
+
+def _selections(
+    preview: Preview, counts: VisualTokenCounts, name: str, records: Records
+) -> dict[str, Any]:
+    """What each stage selects of an image or a frame with the record ``name``."""
+    record = records.get(name, {})
     parts = record.get("patches") or range(counts.encoder)
     stages, merged = _stages(parts, record)
     if tuple(map(len, stages)) != counts.stages:
-        raise LostSelectionsError(identifier)
+        raise LostSelectionsError(name)
     labels = record.get("labels")
     return {
-        **preview.image_fields(*size, counts),
         "saliency": record.get("saliency"),
         "clusters": None if labels is None else _scatter(labels, parts, counts.encoder),
         "stages": [

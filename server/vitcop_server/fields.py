@@ -143,20 +143,15 @@ def refuse_unbatched_fields(request: Any) -> None:
 
 
 def refuse_unexplained(messages: object) -> None:
-    """Refuse a video, and an image that a client sends by its ``uuid`` alone.
+    """Refuse an image or a video that a client sends by its ``uuid`` alone.
 
-    An explanation computes the image again, and vLLM's caches do not keep the image itself.
+    An explanation computes it again, and vLLM's caches do not keep the image itself.
 
     Raises:
-        RequestError: If there is a video, or an image with a ``uuid`` and no URL.
+        RequestError: If there is an image or a video with a ``uuid`` and no URL.
     """
     for part in _parts(messages):
-        if _is_video(part):
-            raise RequestError(
-                "an explanation is of images: send a video to /v1/chat/completions",
-                param="messages",
-            )
-        image = part.get("image_url")
+        image = part.get("image_url") or part.get("video_url")
         url = image.get("url") if isinstance(image, Mapping) else image
         if part.get("uuid") is not None and "role" not in part and not url:
             raise RequestError(

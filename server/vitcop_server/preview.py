@@ -1,5 +1,6 @@
-"""The plan of an image, from its size alone: no model runs."""
+"""The plan of an image or a video, from its size alone: no model runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ a multiple of 14, 16 and 28, so an image of that side fits the model's grid with
 
 @dataclass(frozen=True)
 class Preview:
-    """The served model's plans for images.
+    """The served model's plans for images and videos.
 
     Attributes:
         model: The served model's settings and number of layers.
@@ -61,12 +62,28 @@ class Preview:
     def image_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
         """Fields of an answer about one image: its crop, its grid and its counts."""
         layout = self.info.layout(width, height)
+        return self._fields(width, height, layout.box, layout.grids, counts)
+
+    def frame_fields(
+        self, width: int, height: int, grids: Sequence[Any], counts: VisualTokenCounts
+    ) -> dict[str, Any]:
+        """:meth:`image_fields` of a video's frame, all of which the encoder sees."""
+        return self._fields(width, height, (0.0, 0.0, float(width), float(height)), grids, counts)
+
+    def _fields(
+        self,
+        width: int,
+        height: int,
+        box: tuple[float, float, float, float],
+        grids: Sequence[Any],
+        counts: VisualTokenCounts,
+    ) -> dict[str, Any]:
         boundaries = self.model.settings.boundaries(self.model.num_layers)
         return {
             "width": width,
             "height": height,
-            "box": list(layout.box),
-            "grids": [grid._asdict() for grid in layout.grids],
+            "box": list(box),
+            "grids": [grid._asdict() for grid in grids],
             "effective_ratio": effective_ratio([counts], boundaries, self.model.num_layers),
             "encoder_tokens": counts.encoder,
             "cluster_centres": counts.centres,
@@ -92,17 +109,64 @@ class Preview:
             ValueError: If the model does not accept an image of this size.
         """
         counts = self.counts(width, height, ratio)
-        stages = self.stage_fields(counts)
-        slots = sum(s["tokens"] * (s["last_layer"] - s["first_layer"] + 1) for s in stages)
-        unpruned = counts.encoder * self.model.num_layers
-        kv_bytes = {"unpruned": unpruned * self.kv_bytes, "pruned": slots * self.kv_bytes}
         return {
             "pruning_ratio": ratio,
             **self.image_fields(width, height, counts),
+            **self._savings(self.stage_fields(counts), counts.encoder),
+        }
+
+    def video_plan_fields(
+        self, width: int, height: int, num_frames: int, ratio: float
+    ) -> dict[str, Any]:
+        """The answer of ``/v1/pruning/plan`` for a video; tokens are summed over its frames.
+
+        Args:
+            width, height: Size of the frames in pixels.
+            num_frames: Frames that vLLM's loader reads.
+            ratio: An accepted ratio.
+
+        Raises:
+            ValueError: If the model does not accept such a video.
+        """
+        layout = self.info.video_layout(num_frames, width, height, _description(num_frames), {})
+        first, others = self.info.video_counts(layout, {RATIO_KEY: ratio})
+        frames = [first, *[others] * (layout.num_frames - 1)]
+        boundaries = self.model.settings.boundaries(self.model.num_layers)
+        encoder = sum(counts.encoder for counts in frames)
+        stages = [
+            {**stage, "tokens": sum(counts.stages[number] for counts in frames)}
+            for number, stage in enumerate(self.stage_fields(first))
+        ]
+        return {
+            "pruning_ratio": ratio,
+            **self.frame_fields(width, height, layout.grids, others),
+            "frames": layout.num_frames,
+            "effective_ratio": effective_ratio(frames, boundaries, self.model.num_layers),
+            "encoder_tokens": encoder,
+            **self._savings(stages, encoder),
+        }
+
+    def _savings(self, stages: list[dict[str, Any]], encoder: int) -> dict[str, Any]:
+        """The fields of a plan that follow from the tokens of each stage."""
+        slots = sum(s["tokens"] * (s["last_layer"] - s["first_layer"] + 1) for s in stages)
+        unpruned = encoder * self.model.num_layers
+        kv_bytes = {"unpruned": unpruned * self.kv_bytes, "pruned": slots * self.kv_bytes}
+        return {
             "stages": stages,
             "decoder_speed_up": unpruned / slots,
             "kv_bytes": {**kv_bytes, "saved": kv_bytes["unpruned"] - kv_bytes["pruned"]},
         }
+
+
+def _description(num_frames: int) -> dict[str, Any]:
+    """What vLLM's loader says of a video of which it read all frames, two per second."""
+    return {
+        "fps": 2.0,
+        "duration": num_frames / 2,
+        "total_num_frames": num_frames,
+        "frames_indices": list(range(num_frames)),
+        "do_sample_frames": False,
+    }
 
 
 def preview_of(engine_client: Any, model: PrunedModel) -> Preview:

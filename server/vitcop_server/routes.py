@@ -11,18 +11,25 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
 from vitcop_server.errors import RequestError, error_body
-from vitcop_server.explain import LostSelectionsError, explain_image, merge_records
+from vitcop_server.explain import (
+    LostSelectionsError,
+    explain_image,
+    explain_video,
+    merge_records,
+    record_names,
+)
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
 from vitcop_server.route_rules import EXPLAIN_ROUTE
 from vitcop_server.settings import SERVER_KEY, ServerSettings
-from vitcop_vllm.pruning.identity import MOST_EXPLAINED
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier
 from vitcop_vllm.pruning.selectors import selector_of
 
 router = APIRouter()
 
 Side = Annotated[int, Query(ge=1, le=2**20, description="Pixels.")]
+Frames = Annotated[int, Query(ge=1, le=2**16, description="Of a video, as the loader reads them.")]
 
 
 @dataclass
@@ -50,6 +57,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
         "settings": preview.model.settings.model_dump(mode="json"),
         SERVER_KEY: server.model_dump(mode="json"),
         "stages": selector_of(preview.model.settings.selector).stages,
+        "takes_videos": preview.model.takes_videos,
         "num_layers": preview.model.num_layers,
         "first_layers": preview.first_layers,
         "prefix_caching": state.vllm_config.cache_config.enable_prefix_caching,
@@ -63,8 +71,11 @@ async def plan(
     ratio: Annotated[str | None, Query(description="Pruning ratio; the default if absent.")] = None,
     width: Side | None = None,
     height: Side | None = None,
+    frames: Frames | None = None,
 ) -> Any:
     """The exact plan of an image of a given size: its grid, and the tokens that it keeps.
+
+    With ``frames`` the plan is of a video of which vLLM's loader reads so many frames.
 
     Without a size the plan is for the largest input of the model, at most 1,008 pixels wide and
     high: 336 x 336 with LLaVA-1.5. The answer has its ``width`` and ``height``.
@@ -77,15 +88,20 @@ async def plan(
         )
         if (width is None) != (height is None):
             raise RequestError("send both width and height, or neither", param="width")
+        if frames is not None and not preview.model.takes_videos:
+            raise RequestError("this model takes no videos: leave out frames", param="frames")
     except ValueError as error:
         param = error.param if isinstance(error, RequestError) else "ratio"
         return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
+    what = "an image" if frames is None else f"a video of {frames} frames"
     if width is None or height is None:
         width, height = preview.input_size()
     try:
+        if frames is not None:
+            return preview.video_plan_fields(width, height, frames, chosen)
         return preview.plan_fields(width, height, chosen)
     except ValueError as error:
-        message = f"the model does not accept an image of {width} x {height} pixels: {error}"
+        message = f"the model does not accept {what} of {width} x {height} pixels: {error}"
         return JSONResponse(error_body(message, "BadRequestError", 400, "width"), 400)
 
 
@@ -98,7 +114,7 @@ async def image(request: ImageRequest, raw_request: Request) -> dict[str, Any]:
 @router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONResponse:
-    """A chat completion, and the visual tokens of its images that each stage keeps."""
+    """A chat completion, and the visual tokens of its images and videos that each stage keeps."""
     state = raw_request.app.state
     if not state.pruning_server_settings.explain:
         return JSONResponse(
@@ -118,20 +134,21 @@ async def explain(request: ChatCompletionRequest, raw_request: Request) -> JSONR
     answer = await state.openai_serving_chat.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return JSONResponse(answer.model_dump(), answer.error.code)
+    names = [name for identifier in pending.identifiers for name in record_names(identifier)]
     records = merge_records(
-        await state.engine_client.collective_rpc("take_selections", args=(pending.identifiers,))
-        if pending.identifiers
-        else ()
+        await state.engine_client.collective_rpc("take_selections", args=(names,)) if names else ()
     )
+    images, videos = [], []
     try:
-        images = [
-            explain_image(state.pruning_preview, identifier, records.get(identifier, {}))
-            for identifier in pending.identifiers
-        ]
+        for identifier in pending.identifiers:
+            if frames_of_identifier(identifier) is None:
+                images.append(explain_image(state.pruning_preview, identifier, records))
+            else:
+                videos.append(explain_video(state.pruning_preview, identifier, records))
     except LostSelectionsError:
         message = (
-            f"the explanation is lost because more than {MOST_EXPLAINED} images were explained at "
-            "once: send fewer images at once"
+            f"the explanation is lost because more than {MOST_EXPLAINED} images and frames were "
+            "explained at once: send fewer at once"
         )
         return JSONResponse(error_body(message, "ServiceUnavailableError", 503), 503)
-    return JSONResponse({"completion": answer.model_dump(), "images": images})
+    return JSONResponse({"completion": answer.model_dump(), "images": images, "videos": videos})

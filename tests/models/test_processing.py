@@ -1,5 +1,6 @@
 """The processor resizes an image to the planned number of visual tokens. No engine runs."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,13 @@ from vitcop_vllm.models.processing import (
     video_of_row,
 )
 from vitcop_vllm.pruning.grids import Grid
-from vitcop_vllm.pruning.identity import counts_by_frame, spans_in_prompt
+from vitcop_vllm.pruning.identity import (
+    EXPLAIN_KEY,
+    MOST_EXPLAINED,
+    counts_by_frame,
+    explained_size,
+    spans_in_prompt,
+)
 
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
@@ -151,6 +158,20 @@ def test_the_plan_of_a_video_is_what_the_processor_makes_of_it(
         spans = spans_in_prompt(name, place)
         assert len(spans) == t
         assert spans[0].counts == shape.frame.counts
+        explained = processor(
+            VIDEO_MARK,
+            mm_items=items,
+            hf_processor_mm_kwargs={"pruning_ratio": 2 / 3, EXPLAIN_KEY: "r"},
+        )
+        (unique,) = explained["mm_hashes"]["video"]
+        assert explained_size(unique) == (width, height)
+        assert unique.endswith(name.rpartition("@")[2])
+        layout = processor.info.explained_layouts[unique]
+        assert (layout.num_frames, layout.grids) == (t, (grid,))
+        times = [time for frame in layout.times for time in frame]
+        assert times == sorted({*times})
+        assert len(times) in (2 * t - 1, 2 * t)
+        assert times[-1] <= 7 * (frames - 1) / 24
         kept = shape.frame.counts.stages[0]
         assert kept < grid.num_tokens or grid.num_tokens < 4
         assert processed["prompt_token_ids"].count(family.video_token) == t * kept
@@ -333,3 +354,12 @@ def test_a_request_of_internvl_may_have_images_with_and_without_a_thumbnail(
         (Grid(5, 5),),
         (Grid(15, 15), Grid(5, 5)),
     ]
+
+
+def test_an_explanation_has_a_limit_of_frames(processor_of: Any) -> None:
+    processor = processor_of(QWEN2_5_VL, {})
+    kwargs = {"pruning_ratio": 2 / 3, EXPLAIN_KEY: "r"}
+    for frames, fits in ((2 * MOST_EXPLAINED, True), (2 * MOST_EXPLAINED + 1, False)):
+        items = processor.info.parse_mm_data({"video": [video(frames, 56, 56)]})
+        with nullcontext() if fits else pytest.raises(ValueError, match="256 images and frames"):
+            processor(VIDEO_MARK, mm_items=items, hf_processor_mm_kwargs=kwargs)

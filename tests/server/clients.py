@@ -1,12 +1,14 @@
 """A client that sends any body, and checks of the answers."""
 
+import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import numpy as np
 
 CHAT = "/v1/chat/completions"
 KEY = {"Authorization": "Bearer key"}
@@ -38,6 +40,12 @@ class Server:
         assert good.status_code == 200, good.text
         assert local_port(good) == before
         assert self.http.get("/health").status_code == 200
+
+
+def kept_places(stage: Mapping[str, Any], num_tokens: int) -> set[int]:
+    """Visual tokens that a Stage of an explanation keeps, of ``num_tokens``."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
+    return set(np.flatnonzero(bits[:num_tokens]).tolist())
 
 
 def metrics(http: httpx.Client) -> dict[str, float]:

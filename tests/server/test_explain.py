@@ -56,4 +56,4 @@ def test_a_lost_explanation_is_a_503() -> None:
 )
 def test_a_partial_record_is_lost(record: dict[str, Any]) -> None:
     with pytest.raises(explain.LostSelectionsError):
-        explain.explain_image(None, NAME, record)  # type: ignore[arg-type]
+        explain.explain_image(None, NAME, {NAME: record})  # type: ignore[arg-type]

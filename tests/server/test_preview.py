@@ -121,7 +121,7 @@ def test_an_explanation_numbers_cells_row_by_row() -> None:
         "merged": [[0, 1], [3, 2]],
         "deep": [1, 2],
     }
-    explanation = explain_image(grid_preview(), name, record)
+    explanation = explain_image(grid_preview(), name, {name: record})
     assert explanation["grids"] == [{"rows": 3, "columns": 5, "row_marks": False}]
     assert explanation["saliency_source"] == "received"
     assert [kept(stage, 15) for stage in explanation["stages"]] == [

@@ -1,15 +1,13 @@
 """Plans, settings, explanations, aliases and metrics of a running server."""
 
-import base64
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 
-from tests.server.clients import metrics
+from tests.server.clients import kept_places, metrics
 from tests.server.sample_images import chat_body, png_url
 from vitcop_vllm.pruning.plan import STAGES
 
@@ -37,11 +35,6 @@ def chat(model: str, *seeds: int, **fields: Any) -> dict[str, Any]:
 
 def explain(http: httpx.Client, body: dict[str, Any], ratio: str = "0.889") -> httpx.Response:
     return http.post("/v1/pruning/explain", json=body, headers={HEADER: ratio})
-
-
-def kept(stage: dict[str, Any]) -> set[int]:
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(stage["kept"]), dtype=np.uint8))
-    return set(np.flatnonzero(bits[:V]).tolist())
 
 
 def test_config_has_the_settings_in_force(http: httpx.Client) -> None:
@@ -109,12 +102,12 @@ def test_an_explanation_agrees_with_usage(http: httpx.Client, model: str, ratio:
     assert body["completion"]["usage"]["visual_tokens"] == usage["visual_tokens"]
     assert len(body["images"]) == 2
     for number, total in enumerate(usage["visual_tokens"]["stages"]):
-        explained_patches = [kept(image["stages"][number]) for image in body["images"]]
+        explained_patches = [kept_places(image["stages"][number], V) for image in body["images"]]
         assert sum(map(len, explained_patches)) == total
         for image, patches in zip(body["images"], explained_patches, strict=True):
             assert image["stages"][number]["tokens"] == len(patches)
     for image in body["images"]:
-        first, second, third = map(kept, image["stages"])
+        first, second, third = (kept_places(stage, V) for stage in image["stages"])
         assert first >= second >= third
         assert (image["width"], image["height"]) == (64, 48)
         assert image["box"] == pytest.approx([8, 0, 56, 48], abs=0.1)

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.families.family import QWEN2_5_VL, Family
-from tests.server.clients import Server, assert_refused, metrics
+from tests.server.clients import Server, assert_refused, kept_places, metrics
 from tests.server.process import TINY_OPTIONS, running_server
 from tests.server.sample_images import png_url
 from tests.server.sample_videos import video_file, video_url
@@ -137,12 +138,87 @@ def test_embeddings_of_a_video_are_refused(qwen: Server) -> None:
     assert_refused(qwen.chat(messages=asked("What?", part)), 400, "video_embeds")
 
 
-def test_an_explanation_of_a_video_is_refused(qwen: Server) -> None:
-    answer = qwen.http.post(
-        "/v1/pruning/explain",
-        json={"model": qwen.model, "messages": asked("What?", video()), "max_tokens": 1},
-    )
-    assert_refused(answer, 400, "an explanation is of images")
+def explain(server: Server, *parts: dict[str, Any], ratio: float) -> httpx.Response:
+    body = {"model": server.model, "messages": asked("What moves?", *parts), "max_tokens": 1}
+    return server.http.post("/v1/pruning/explain", json={**body, "pruning_ratio": ratio})
+
+
+def test_an_explanation_has_the_selections_of_each_frame(qwen: Server) -> None:
+    """Of 36 frames in 6 seconds the loader reads 12, and the encoder joins two."""
+    other = video(video_url(video_file(24, (160, 120))))
+    parts = (video(), image((112, 84)), other)
+    first, again = (explain(qwen, *parts, ratio=8 / 9).json() for _ in range(2))
+    assert (first["images"], first["videos"]) == (again["images"], again["videos"])
+    assert len(first["images"]) == 1
+    shown, shorter = first["videos"]
+    usage = first["completion"]["usage"]["visual_tokens"]
+    kept = [[0, 0, 0] for _ in range(3)]
+    for number, frames in enumerate(([*first["images"]], shown["frames"], shorter["frames"])):
+        for frame in frames:
+            for place, stage in enumerate(frame["stages"]):
+                assert len(kept_places(stage, frame["encoder_tokens"])) == stage["tokens"]
+                kept[number][place] += stage["tokens"]
+            assert len(frame["saliency"]) == frame["encoder_tokens"]
+    assert [sum(stage) for stage in zip(*kept, strict=True)] == usage["stages"]
+    assert len(shown["frames"]) + len(shorter["frames"]) == usage["frames"]
+    assert (shown["width"], shown["height"]) == (160, 120)
+    query = {"width": "160", "height": "120", "frames": "12"}
+    (plan_grid,) = qwen.http.get("/v1/pruning/plan", params=query).json()["grids"]
+    assert plan_grid["rows"] * plan_grid["columns"] == 24
+    assert [frame["grids"] for frame in shown["frames"]] == [[plan_grid]] * 6
+    assert shown["frames"][0]["box"] == [0, 0, 160, 120]
+    times = [time for frame in shown["frames"] for time in frame["times"]]
+    assert times == [number / 2 for number in range(12)]
+    # The square moves, so frames keep other places.
+    places = {frame["stages"][0]["kept"] for frame in shown["frames"]}
+    assert len(places) > 1
+
+
+def test_an_unpruned_explanation_keeps_all(qwen: Server) -> None:
+    (shown,) = explain(qwen, video(), ratio=0).json()["videos"]
+    for frame in shown["frames"]:
+        assert [len(kept_places(stage, 24)) for stage in frame["stages"]] == [24] * 3
+        assert frame["saliency"] is None
+
+
+def test_an_explanation_selects_what_an_answer_selects(qwen: Server) -> None:
+    """The first token's log-probability is that of the same request without an explanation."""
+    options = {
+        "logprobs": True,
+        "top_logprobs": 3,
+        "pruning_ratio": 8 / 9,
+        "max_tokens": 1,
+        "temperature": 0,
+    }
+    messages = asked("What moves?", video())
+    body = {"model": qwen.model, "messages": messages, **options}
+    explained = qwen.http.post("/v1/pruning/explain", json=body).json()["completion"]
+    plain = qwen.chat(messages=messages, **options).json()
+
+    def likeliest(answer: dict[str, Any]) -> list[float]:
+        (token,) = answer["choices"][0]["logprobs"]["content"]
+        return [top["logprob"] for top in token["top_logprobs"]]
+
+    assert likeliest(explained) == pytest.approx(likeliest(plain), abs=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2 / 3, 8 / 9])
+def test_the_plan_of_a_video_is_what_a_request_keeps(qwen: Server, ratio: float) -> None:
+    query = {"width": "160", "height": "120", "frames": "12", "ratio": f"{ratio:.6f}"}
+    plan = qwen.http.get("/v1/pruning/plan", params=query).json()
+    answer = qwen.chat(messages=asked("What moves?", video()), pruning_ratio=round(ratio, 6))
+    usage = answer.json()["usage"]
+    assert [stage["tokens"] for stage in plan["stages"]] == usage["visual_tokens"]["stages"]
+    assert plan["encoder_tokens"] == usage["visual_tokens"]["encoder"]
+    assert plan["frames"] == usage["visual_tokens"]["frames"]
+    assert plan["effective_ratio"] == pytest.approx(usage["pruning_ratio"])
+    assert qwen.http.get("/v1/pruning/config").json()["takes_videos"] is True
+
+
+@pytest.mark.parametrize("frames", ["0", "-1", "many", "100000000"])
+def test_a_plan_of_impossible_frames_is_refused(qwen: Server, frames: str) -> None:
+    query = {"width": "160", "height": "120", "frames": frames}
+    assert_refused(qwen.http.get("/v1/pruning/plan", params=query), 400, "frames")
 
 
 def test_a_family_without_videos_refuses_them(server: Server) -> None:

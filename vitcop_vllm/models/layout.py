@@ -31,8 +31,11 @@ class VideoLayout:
         num_frames: Number of frames, as the encoder computes them.
         grids: Grids of the visual tokens of each frame.
         num_positions: Rotary positions that the frames take, without text between them.
+        times: Of each frame, when the frames of the file that it joins are shown, in seconds;
+            ``None`` if the loader does not say.
     """
 
     num_frames: int
     grids: Grids
     num_positions: int
+    times: tuple[tuple[float, ...], ...] | None = None

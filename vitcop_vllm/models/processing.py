@@ -39,6 +39,7 @@ from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
+    MOST_EXPLAINED,
     CountsMismatchError,
     explained_identifier,
     spans_in_prompt,
@@ -411,14 +412,26 @@ class PrunedProcessor:
                 tag_identifier(mm_hash, video.frame.counts, video.num_frames, video.first)
                 for mm_hash, (video, _) in zip(hashes["video"], videos, strict=True)
             ]
-        request = kwargs.get(EXPLAIN_KEY)
+        if (request := kwargs.get(EXPLAIN_KEY)) is not None:
+            num_records = len(shapes) + sum(video.num_frames for video, _ in videos)
+            if num_records > MOST_EXPLAINED:
+                raise ValueError(
+                    f"an explanation is of at most {MOST_EXPLAINED} images and frames of videos, "
+                    f"and this request has {num_records}: send fewer or a shorter video"
+                )
+            self._name_explained(str(request), inputs, hashes)
+        return hashes
+
+    def _name_explained(
+        self, request: str, inputs: ProcessorInputs, hashes: MultiModalHashes
+    ) -> None:
+        """Give images and videos that are to be explained their unique names in ``hashes``."""
         images = inputs.mm_data_items.get("image")
-        if request is not None and isinstance(images, ImageProcessorItems):
+        if isinstance(images, ImageProcessorItems):
             hashes["image"] = [
-                explained_identifier(str(request), i, images.get_image_size(i), name)
+                explained_identifier(request, i, images.get_image_size(i), name)
                 for i, name in enumerate(hashes["image"])
             ]
-        return hashes
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

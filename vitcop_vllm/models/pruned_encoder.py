@@ -172,20 +172,19 @@ class PrunedEncoder:
     def _embed_videos(
         self, videos: Sequence[VideoShape], kwargs: Mapping[str, Any]
     ) -> MultiModalEmbeddings:
-        """Encode each frame as an image. A video's embeddings are those of its frames.
-
-        Selections of frames are not recorded.
-        """
-        self._record_none(len(videos))
+        """Encode each frame as an image. A video's embeddings are those of its frames."""
+        if self.sink is not None:
+            self.sink.expect_frames([video.num_frames for video in videos])
         frames = [frame for video in videos for frame in video.frames]
         if not self._prunes(frames):
             if not self._encoder_ran:
                 self._profile_encoder(frames, self.frames_as_images(kwargs))
+            self._record_whole(frames)
             return self._embed_whole(kwargs)
         self._encoder_ran = True
         inputs = self.frames_as_images(kwargs)
         changed = self._changed_tokens(inputs, videos) if self.pruning.compare_frames else None
-        of_frames = iter(self._embed_in_batches(inputs, frames, None, changed))
+        of_frames = iter(self._embed_in_batches(inputs, frames, self.sink, changed))
         return [torch.cat([*islice(of_frames, video.num_frames)]) for video in videos]
 
     def _changed_tokens(

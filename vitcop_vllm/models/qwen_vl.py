@@ -93,10 +93,11 @@ class QwenProcessingInfo(VideoProcessingInfo):
             height, width = resized.shape[-2:]
         side = self._token_side()
         grid = Grid(height // side, width // side)
-        num_frames = cdiv(num_frames, options["temporal_patch_size"])
-        seconds = options["temporal_patch_size"] / described.sampled_fps
-        num_positions = self._num_positions(num_frames, grid, seconds)
-        return VideoLayout(num_frames, (grid,), num_positions)
+        joined = options["temporal_patch_size"]
+        times = _times(described, num_frames, joined)
+        num_frames = cdiv(num_frames, joined)
+        num_positions = self._num_positions(num_frames, grid, joined / described.sampled_fps)
+        return VideoLayout(num_frames, (grid,), num_positions, times)
 
     def _samples_frames(self, processor: Any, metadata: Mapping[str, Any]) -> bool:
         """Whether the processor samples a video's frames, if the operator does not say so."""
@@ -124,6 +125,24 @@ class QwenProcessingInfo(VideoProcessingInfo):
         vision = self._config.vision_config
         side: int = vision.patch_size * vision.spatial_merge_size
         return side
+
+
+def _times(
+    described: VideoMetadata, num_frames: int, joined: int
+) -> tuple[tuple[float, ...], ...] | None:
+    """``VideoLayout.times``.
+
+    Args:
+        described: The loader's description of the video.
+        num_frames: Frames of the file that are read.
+        joined: How many of these the encoder joins into one.
+    """
+    if described.fps is None or described.frames_indices is None:
+        return None
+    times = described.timestamps
+    if len(times) != num_frames:
+        return None
+    return tuple(tuple(times[i : i + joined]) for i in range(0, num_frames, joined))
 
 
 class QwenProcessor(VideoProcessor):

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature
+from vllm.inputs import MultiModalHashes
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import (
     DictEmbeddingItems,
     EmbeddingItems,
+    ImageSize,
     MultiModalDataItems,
     VideoProcessorItems,
 )
+from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.cache import LRUCache
 
 from vitcop_vllm.models.layout import VideoLayout
@@ -31,16 +34,28 @@ from vitcop_vllm.models.processing import (
 )
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.grids import count_tokens
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_identifier
 from vitcop_vllm.pruning.plan import VideoCounts, plan_video
 
 _MAX_LAYOUTS = 1024
 """Maximum number of cached layouts of videos sent with a uuid, some 100 bytes each."""
 
 
+def frame_size(frames: Any) -> ImageSize:
+    """Width and height in pixels of a video's frames, as vLLM's loader returns them."""
+    size: ImageSize = VideoProcessorItems([frames]).get_frame_size(0)
+    return size
+
+
 class VideoProcessingInfo(PrunedProcessingInfo):
     """A model's data that the processor needs for pruning images and videos."""
 
     modalities: tuple[str, ...] = ("image", "video")
+
+    @cached_property
+    def explained_layouts(self) -> LRUCache[str, VideoLayout]:
+        """Layouts of the latest videos that are to be explained, by identifier."""
+        return LRUCache(MOST_EXPLAINED)
 
     def video_layout(
         self,
@@ -136,7 +151,7 @@ class VideoProcessor(PrunedProcessor):
             num_frames = len(frames)
             if not num_frames:
                 raise ValueError("the video has no frame that can be read")
-            size = VideoProcessorItems([frames]).get_frame_size(0)
+            size = frame_size(frames)
             layout = self.info.video_layout(
                 num_frames, size.width, size.height, metadata, processor_kwargs
             )
@@ -145,6 +160,22 @@ class VideoProcessor(PrunedProcessor):
     def _embedded_video(self, videos: Any, i: int) -> VideoShape:
         """Shape of a video whose embeddings the client computed."""
         raise NotImplementedError
+
+    def _name_explained(
+        self, request: str, inputs: ProcessorInputs, hashes: MultiModalHashes
+    ) -> None:
+        super()._name_explained(request, inputs, hashes)
+        videos = inputs.mm_data_items.get("video")
+        if not isinstance(videos, VideoProcessorItems):
+            return
+        first = len(hashes.get("image", ()))
+        for i, name in enumerate(hashes["video"]):
+            frames, _ = videos.get(i)
+            size = frame_size(frames)
+            name = explained_identifier(request, first + i, (size.width, size.height), name)
+            layout = self._video_layout(videos, i, inputs.hf_processor_mm_kwargs, None)
+            self.info.explained_layouts[name] = layout
+            hashes["video"][i] = name
 
     def _apply_hf_processor_main(
         self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]

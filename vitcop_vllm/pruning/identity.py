@@ -28,8 +28,8 @@ EXPLAIN_KEY = "explain_as"
 """Processor keyword: a unique request id under which selections are recorded."""
 
 MOST_EXPLAINED = 256
-"""Records that a worker keeps until the server takes them: some 10 kB for an image of 576 tokens,
-hundreds of kB for one of 16,384."""
+"""Records that a worker keeps until the server takes them, one per image and per frame of a video:
+some 10 kB for an image of 576 tokens, hundreds of kB for one of 16,384."""
 
 _EXPLAINED = re.compile(r"explain:[^:]*:[0-9]+:([0-9]+)x([0-9]+):")
 
@@ -73,22 +73,27 @@ def tag_identifier(
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
-    """A unique name of an image, under which its selections are recorded.
+    """A unique name of an image or a video, under which its selections are recorded.
 
-    No cache knows the name, so the encoder and all layers run on the image again.
+    No cache knows the name, so the encoder and all layers run on it again.
 
     Args:
         request: Value of ``EXPLAIN_KEY``.
-        number: Index of the image in the request.
-        size: Width and height of the image as it was sent, in pixels.
-        mm_hash: Hash of the image, with or without counts.
+        number: Index in the request: of its images, then of its videos.
+        size: Width and height as it was sent, in pixels.
+        mm_hash: Hash of the image or video, with or without counts.
     """
     width, height = size
     return f"explain:{request}:{number}:{width}x{height}:{mm_hash}"
 
 
+def frame_names(identifier: str, num_frames: int) -> list[str]:
+    """Names of a video's frames, under which their selections are recorded."""
+    return [f"{identifier}#{number}" for number in range(num_frames)]
+
+
 def explained_size(identifier: str) -> tuple[int, int] | None:
-    """Width and height of an image that is to be explained; ``None`` for all others."""
+    """Width and height of an image or video that is to be explained; ``None`` for all others."""
     found = _EXPLAINED.match(identifier)
     return (int(found[1]), int(found[2])) if found else None
 

@@ -1,7 +1,7 @@
-"""Records what each Stage selects, for images that a client wants explained.
+"""Records what each Stage selects, for images and videos that a client wants explained.
 
-Nothing is recorded for other images. A record waits in the worker until the server takes it, or
-until newer records take its place.
+A video has a record for each frame. Nothing is recorded for other images. A record waits in the
+worker until the server takes it, or until newer records take its place.
 """
 
 from collections import OrderedDict, deque
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_size
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_size, frame_names
 from vitcop_vllm.pruning.selection import StageTwoSelection
 
 
@@ -66,8 +66,21 @@ class SelectionSink:
             model.sink = None
             self._to_encode.clear()
 
+    def expect_frames(self, num_frames: Sequence[int]) -> None:
+        """Expect a selection for each frame of the next videos that are encoded.
+
+        Args:
+            num_frames: Of each of these videos.
+        """
+        names = [
+            frame
+            for number in num_frames
+            for frame in frame_names(self._to_encode.popleft(), number)
+        ]
+        self._to_encode.extendleft(reversed(names))
+
     def record_patches(self, selections: Sequence[PatchSelection | None]) -> None:
-        """Record Stage I of the next images that are encoded.
+        """Record Stage I of the next images or frames that are encoded.
 
         Args:
             selections: One per image; ``None`` for an image that Stage I leaves whole.

@@ -14,7 +14,12 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.attention import DecodeView, PrefillView
-from vitcop_vllm.pruning.identity import Feature, frames_of_identifier, plan_request
+from vitcop_vllm.pruning.identity import (
+    Feature,
+    frame_names,
+    frames_of_identifier,
+    plan_request,
+)
 from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan, VisualTokenCounts
 from vitcop_vllm.worker.step import PrunedSpan, SpanGroup, StagedForward, StagedStep
 
@@ -29,7 +34,7 @@ class _Request(NamedTuple):
     Attributes:
         plan: Its plan.
         prompt_tokens: Length of its prompt, placeholders included.
-        images: Identifier of each span's image or video; empty where none is needed.
+        images: Name of each span's image or frame; empty where none is needed.
     """
 
     plan: RequestPlan
@@ -128,11 +133,10 @@ class StepPlanner:
             prompt_tokens: Length of its prompt, placeholders included.
         """
         features = [*features]
-        images = [
-            feature.identifier
-            for feature in features
-            for _ in range(frames_of_identifier(feature.identifier) or 1)
-        ]
+        images: list[str] = []
+        for identifier in (feature.identifier for feature in features):
+            num_frames = frames_of_identifier(identifier)
+            images += [identifier] if num_frames is None else frame_names(identifier, num_frames)
         self.track(name, plan_request(features), prompt_tokens, images)
 
     def track(
@@ -142,7 +146,7 @@ class StepPlanner:
         prompt_tokens: int,
         images: Sequence[str] = (),
     ) -> None:
-        """:meth:`add` for a plan that is known, with the identifiers of its spans' images."""
+        """:meth:`add` for a plan that is known, with the names of its spans' images."""
         self.remove(name)
         if plan is None:
             return
