@@ -1,11 +1,15 @@
 """Frames compared with the frame before."""
 
+from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.device_guard import CUDA, no_host_sync
 from tests.pruning import oracle
@@ -44,6 +48,33 @@ def test_a_tenth_of_the_standard_deviation_is_noise(
     generator = torch.Generator().manual_seed(0)
     pixels, other = (torch.randn(2, 40, 1176, generator=generator) * scale).unbind()
     assert changes((pixels + noise * other).to(dtype), pixels.to(dtype)) == [changed] * 40
+
+
+@pytest.mark.parametrize("kind", ["mp4", "avi"])
+def test_what_compression_changes_is_noise(kind: str, tmp_path: Path) -> None:
+    """A square moves before a still background; the camera's noise has 3 of 255 levels."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+    still = np.asarray(coarse.resize((448, 336), Image.Resampling.BICUBIC), dtype=np.float64)
+    path = str(tmp_path / f"video.{kind}")
+    codec = cv2.VideoWriter.fourcc(*{"mp4": "mp4v", "avi": "MJPG"}[kind])
+    writer = cv2.VideoWriter(path, codec, 12, (448, 336))
+    for left in range(0, 224, 28):
+        frame = still + rng.normal(0, 3, still.shape)
+        frame[112:168, left : left + 56] = 220, 40, 40
+        writer.write(np.clip(frame, 0, 255).astype(np.uint8))
+    writer.release()
+    reader = cv2.VideoCapture(path)
+    frames = [torch.from_numpy(reader.read()[1]).float() for _ in range(8)]
+    tokens = [
+        frame.unfold(0, 28, 28).unfold(1, 28, 28).flatten(0, 1).flatten(1) for frame in frames
+    ]
+    for number in range(1, 8):
+        columns = {number - 1, number + 1}  # one uncovered, one covered
+        expected = [
+            row in (4, 5) and column in columns for row in range(12) for column in range(16)
+        ]
+        assert changes(tokens[number - 1], tokens[number]) == expected
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 8))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.comparing import comparing_frames
 from tests.engine.requests import (
     ENGINE_OPTIONS,
     VIDEO_MODELS,
@@ -58,6 +59,7 @@ class Results:
         reused: Prompt tokens of each turn that came from the prefix cache.
         explained: Recorded selections of the image of ``EXPLAINED``.
         videos: Tokens of ``VIDEOS``; empty if the model takes no videos.
+        compared: The same with ``compare_frames``.
     """
 
     together: list[list[int]]
@@ -68,6 +70,7 @@ class Results:
     reused: list[int]
     explained: dict[str, Any]
     videos: list[list[int]]
+    compared: list[list[int]]
 
 
 def tokens(answers: list[Any]) -> list[list[int]]:
@@ -118,6 +121,11 @@ def answered_images(llm: Any, prompt: dict[str, Any]) -> list[str]:
 def collect_results(llm: Any) -> Results:
     """All results of an engine, with either runner."""
     turns = generate_in_turn(llm, TURNS)
+    videos: list[list[list[int]]] = [[], []]
+    if model_type(llm) in VIDEO_MODELS:
+        for compares in (False, True):
+            with comparing_frames(llm, compares):
+                videos[compares] = tokens(generate(llm, VIDEOS))
     results = Results(
         together=tokens(generate(llm, REQUESTS)),
         preempted=preempted(llm, after=5),
@@ -126,7 +134,8 @@ def collect_results(llm: Any) -> Results:
         turns=tokens(turns),
         reused=[turn.reused for turn in turns],
         explained=explained(llm),
-        videos=tokens(generate(llm, VIDEOS)) if model_type(llm) in VIDEO_MODELS else [],
+        videos=videos[False],
+        compared=videos[True],
     )
     from tests.worker.graphs import capture_decode_graphs
 
@@ -164,12 +173,14 @@ def main(checkpoint: str, path: str) -> None:
     from triton.backends.driver import DriverBase
 
     backends["cpu"] = Backend(compiler=BaseBackend, driver=DriverBase)
+    from transformers import AutoConfig
     from vllm import LLM
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     from vitcop_vllm.pruning.kernels import TRITON
 
-    settings = {"pruning": {"kernels": "triton"}}
+    takes_videos = AutoConfig.from_pretrained(checkpoint).model_type in VIDEO_MODELS
+    settings = {"pruning": {"kernels": "triton", "compare_frames": takes_videos}}
     llm = LLM(checkpoint, **ENGINE_OPTIONS, additional_config=settings)
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     assert isinstance(runner, GPUModelRunner)

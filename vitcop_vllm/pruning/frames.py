@@ -16,7 +16,8 @@ from torch import Tensor
 SAME = 0.01
 """Mean square difference, as a share of the frame's variance, up to which a place shows the same.
 
-It is that of a tenth of the standard deviation: noise of cameras and of compression is weaker.
+It is that of a tenth of the standard deviation. Compression and a camera's weak noise lie below it.
+In a video with more noise, all places show a change.
 """
 
 
