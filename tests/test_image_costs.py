@@ -83,6 +83,32 @@ def test_the_table_of_costs_is_that_of_the_plans(name: str) -> None:
     assert row_of(name) in (ROOT / "docs" / "compatibility.md").read_text()
 
 
+VIDEO_SIZE = 640, 360
+KV_BYTES = 8 * 2**30
+
+FRAMES = {
+    "qwen2.5-vl-7b": prod(qwen_checkpoint.SMALL.grid(*VIDEO_SIZE)),
+    "qwen3-vl-8b": prod(qwen3_checkpoint.SMALL.grid(*VIDEO_SIZE)),
+}
+"""V of a frame of :data:`VIDEO_SIZE`."""
+
+
+def frames_that_fit(name: str, ratio: float) -> int:
+    layers, kv_heads, _ = PUBLISHED[name]
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    settings = PruningSettings(**config["pruning"])
+    counts = plan_counts(settings, ratio, layers, FRAMES[name])
+    average = counts.layer_average(settings.boundaries(layers), layers)
+    return int(KV_BYTES / (average * layers * 2 * kv_heads * HEAD_SIZE * BYTES))
+
+
+@pytest.mark.parametrize("name", sorted(FRAMES))
+def test_the_table_of_frames_is_that_of_the_plans(name: str) -> None:
+    fit = " | ".join(f"{frames_that_fit(name, ratio):,}" for ratio in (0.0, 2 / 3, 8 / 9))
+    row = f"| `{name}` | {FRAMES[name]:,} | {fit} |"
+    assert row in (ROOT / "docs" / "compatibility.md").read_text()
+
+
 @pytest.mark.parametrize("name", sorted(STAGE_ONE))
 def test_the_table_of_stage_one_alone_is_that_of_the_plans(name: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
