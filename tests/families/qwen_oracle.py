@@ -35,6 +35,7 @@ class Frame:
         number, num_frames: Which frame it is, and of how many.
         time: Rotary position in time of its tokens, relative to where the frame begins.
         advance: Rotary position of what follows it, relative to where the frame begins.
+        shown: Patches of all frames of the video, each pixel from 0 to 255.
     """
 
     pixels: torch.Tensor
@@ -43,6 +44,7 @@ class Frame:
     num_frames: int = 1
     time: int = 0
     advance: int = 0
+    shown: torch.Tensor | None = None
 
 
 class DenseQwen(DenseModel):
@@ -110,7 +112,8 @@ class DenseQwen(DenseModel):
     def frames_of(self, video: tuple[np.ndarray, dict[str, Any]]) -> list[Frame]:
         frames, metadata = video
         images = self.processor.image_processor
-        inputs = self.processor.video_processor(
+        processor = self.processor.video_processor
+        inputs = processor(
             videos=[frames],
             do_sample_frames=False,
             # vLLM normalises images and frames in the same way. In published checkpoints both
@@ -119,12 +122,19 @@ class DenseQwen(DenseModel):
             image_std=images.image_std,
             return_tensors="pt",
         )
+        shown = processor(
+            videos=[frames],
+            do_sample_frames=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
+        )["pixel_values_videos"]
         ((count, height, width),) = inputs["video_grid_thw"].tolist()
         grid = height // 2, width // 2
         seconds = 2 * metadata["total_num_frames"] / (len(frames) * metadata["fps"])
         times = self.times(count, seconds, grid)
         return [
-            Frame(inputs["pixel_values_videos"], grid, i, count, time, advance)
+            Frame(inputs["pixel_values_videos"], grid, i, count, time, advance, shown)
             for i, (time, advance) in enumerate(zip(*times, strict=True))
         ]
 
@@ -177,10 +187,11 @@ class DenseQwen(DenseModel):
 
     def changed_in(self, frame: Frame) -> list[bool]:
         """Whether each token shows something else than the frame before."""
-        pixels = frame.pixels.unflatten(0, (frame.num_frames, -1, 4)).flatten(2)
         if not self.compares_frames or not frame.number:
-            return [True] * pixels.shape[1]
-        return oracle.shows_change(pixels[frame.number - 1].numpy(), pixels[frame.number].numpy())
+            return [True] * self.visual_tokens(frame)
+        assert frame.shown is not None
+        shown = frame.shown.unflatten(0, (frame.num_frames, -1, 4)).flatten(2).numpy()
+        return oracle.shows_change(shown[frame.number - 1], shown[frame.number])
 
     def choose_patches(self, saliency: torch.Tensor, n1: int, changed: list[bool]) -> list[int]:
         return oracle.largest_of_changed(saliency.tolist(), changed, n1)

@@ -50,6 +50,15 @@ def test_a_tenth_of_the_standard_deviation_is_noise(
     assert changes((pixels + noise * other).to(dtype), pixels.to(dtype)) == [changed] * 40
 
 
+def test_pixels_may_be_bytes() -> None:
+    """As vLLM's processor makes them for models that normalise pixels on the device."""
+    before = torch.randint(0, 256, (6, 300), dtype=torch.uint8)
+    pixels = before.clone()
+    pixels[2] = 255 - pixels[2]
+    pixels[4] = pixels[4] ^ 1
+    assert changes(before, pixels) == [False, False, True, False, False, False]
+
+
 @pytest.mark.parametrize("kind", ["mp4", "avi"])
 def test_what_compression_changes_is_noise(kind: str, tmp_path: Path) -> None:
     """A square moves before a still background; the camera's noise has 3 of 255 levels."""
