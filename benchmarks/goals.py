@@ -37,6 +37,13 @@ GOALS: tuple[tuple[str, str, float, str, str, Row], ...] = (
     ("mixed_throughput", ">=", 4.0, "load", "throughput", _BUSIEST),
     ("mixed_ttft_p99", "<", 1.0, "load", "ttft_p99", _BUSIEST),
     ("busy_throughput", ">=", 1.0, "load", "throughput", {"rate": None}),
+    ("video_prefill_vs_ideal", ">=", 1.0, "video_prefill", "vs_ideal", {"ratio": _PRUNED}),
+    (
+        *("same_tokens_of_videos_at_0", ">=", 1.0, "video_decode", "same_tokens"),
+        {"ratio": "0", "load_format": (None, "random")},
+    ),
+    ("second_turn_ttft_of_videos", "<=", 1.05, "video_turns", "ttft", {}),
+    ("video_capacity_vs_ideal_at_8/9", ">=", 0.95, "video_capacity", "vs_ideal", {"ratio": "8/9"}),
     ("start_up_seconds_over_stock", "<=", 1.0, "cold_start", "ready_seconds_over_stock", {}),
 )
 

@@ -85,6 +85,10 @@ def test_figures_meet_or_miss_their_limits():
             ],
             "conditions": {"device": "gpu", "shape": "llava-1.5-7b"},
             "decode": DECODE[:1],
+            "video_prefill": [{"ratio": "2/3", "vs_ideal": 1.0}, {"ratio": "0", "vs_ideal": 0.9}],
+            "video_decode": DECODE[:1],
+            "video_turns": [{"ttft": 1.05}],
+            "video_capacity": [{"ratio": "8/9", "vs_ideal": 0.94}],
         }
     )
     assert {name: goal["met"] for name, goal in met.items()} == {
@@ -99,6 +103,10 @@ def test_figures_meet_or_miss_their_limits():
         "mixed_throughput": True,
         "mixed_ttft_p99": False,
         "busy_throughput": True,
+        "video_prefill_vs_ideal": True,
+        "same_tokens_of_videos_at_0": True,
+        "second_turn_ttft_of_videos": True,
+        "video_capacity_vs_ideal_at_8/9": False,
         "start_up_seconds_over_stock": True,
     }
     assert met["prefill_vs_ideal"] == {"figure": 0.9, "goal": ">= 1.0", "met": False}
