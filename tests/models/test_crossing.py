@@ -70,8 +70,13 @@ def crossing_of(selector: str, device: torch.device = CPU, signal: SignalName = 
     return Crossing(SELECTORS[selector], TORCH, SIGNALS[signal], norm)
 
 
-def labels_of(device: torch.device = CPU) -> list[torch.Tensor]:
-    return [torch.arange(V, device=device) % CENTRES for _ in IMAGES]
+def labels_of(device: torch.device = CPU) -> torch.Tensor:
+    """Of all rows. Those of text have no cluster."""
+    labels = torch.full((ROWS,), CENTRES, device=device)
+    for offset in IMAGES:
+        begin = FIRST_ROW + offset
+        labels[begin : begin + V] = torch.arange(V, device=device) % CENTRES
+    return labels
 
 
 DROPPED_AT_ONCE = VisualTokenCounts(V, 0, (V, KEPT, KEPT))
@@ -79,7 +84,7 @@ DROPPED_AT_ONCE = VisualTokenCounts(V, 0, (V, KEPT, KEPT))
 
 def test_fastv_keeps_the_oracle_s_rows():
     (group,), layer = step_of(DROPPED_AT_ONCE).groups, layer_before()
-    rows, _, stream = crossing_of("fastv").select_rows(group, 1, layer, [])
+    rows, _, stream = crossing_of("fastv").select_rows(group, 1, layer, None)
     assert stream is None
     prompt = slice(FIRST_ROW, FIRST_ROW + PROMPT)
     keys = layer.key[prompt].numpy()
@@ -92,7 +97,7 @@ def test_fastv_keeps_the_oracle_s_rows():
 
 def test_dart_keeps_the_oracle_s_rows():
     (group,), layer, dart = step_of(DROPPED_AT_ONCE).groups, layer_before(), crossing_of("dart")
-    rows, _, stream = dart.select_rows(group, 1, layer, [])
+    rows, _, stream = dart.select_rows(group, 1, layer, None)
     assert stream is None
     for member, offset in enumerate(IMAGES):
         visual = slice(FIRST_ROW + offset, FIRST_ROW + offset + V)
@@ -105,7 +110,7 @@ def test_dart_keeps_the_oracle_s_rows():
 @pytest.mark.parametrize("selector", ["fastv", "dart"])
 def test_a_boundary_that_drops_nothing_selects_nothing(selector):
     (group,) = step_of(DROPPED_AT_ONCE).groups
-    rows, chosen, stream = crossing_of(selector).select_rows(group, 2, layer_before(), [])
+    rows, chosen, stream = crossing_of(selector).select_rows(group, 2, layer_before(), None)
     assert chosen is None
     assert stream is None
     assert torch.equal(rows, group.rows(1))
@@ -114,7 +119,7 @@ def test_a_boundary_that_drops_nothing_selects_nothing(selector):
 def test_dropping_without_a_selector_function_is_an_error():
     (group,) = step_of(VisualTokenCounts(V, 0, (V, 5, 3))).groups
     with pytest.raises(AssertionError, match="drops no token at boundary 2"):
-        crossing_of("fastv").select_rows(group, 2, layer_before(), [])
+        crossing_of("fastv").select_rows(group, 2, layer_before(), None)
 
 
 def test_a_merged_row_adds_its_group_s_mean_and_other_rows_do_not_change():
@@ -147,7 +152,7 @@ def test_a_merged_row_adds_its_group_s_mean_and_other_rows_do_not_change():
 def test_raw_keys_are_those_of_the_group_s_rows():
     (group,) = step_of(VisualTokenCounts(V, 0, (V, KEPT, DEEP))).groups
     cross = crossing_of("key_norm", signal="raw_keys")
-    rows, *_ = cross.select_rows(group, 1, layer_before(), [])
+    rows, *_ = cross.select_rows(group, 1, layer_before(), None)
     # Here a row's raw key is the row's number, so the first rows have the smallest.
     assert torch.equal(rows, group.rows(0)[:, :KEPT])
 
@@ -183,8 +188,8 @@ def test_a_sink_gets_what_is_selected_and_of_which_image():
     step = replace(step_of(DROPPED_AT_ONCE), images=(PrunedSpan("other", V), PrunedSpan(name, V)))
     (group,), layer, cross = step.groups, layer_before(), crossing_of("dart")
     sink = SelectionSink()
-    rows = cross(1, step, torch.arange(ROWS), layer, [], sink)
-    cross(2, step, rows[0], layer_before(rows[0].shape[0]), [], sink)
-    _, chosen, _ = cross.select_rows(group, 1, layer, [])
+    rows = cross(1, step, torch.arange(ROWS), layer, None, sink)
+    cross(2, step, rows[0], layer_before(rows[0].shape[0]), None, sink)
+    _, chosen, _ = cross.select_rows(group, 1, layer, None)
     assert isinstance(chosen, torch.Tensor)
     assert sink.take(["other", name]) == {name: {"shallow": chosen[1].tolist()}}

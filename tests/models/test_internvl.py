@@ -119,7 +119,7 @@ def test_kept_tokens_equal_vllms_and_have_the_order_of_the_prompt(selector, ps_v
         assert places.tolist() == sorted({*places.tolist()})
         assert len(places) == shape.counts.stages[0]
         torch.testing.assert_close(embedding, every[places])
-    assert len(labels) == (3 if selector == "vitcop" else 0)
+    assert (labels is not None) == (selector == "vitcop")
 
 
 @torch.inference_mode()

@@ -77,7 +77,7 @@ def test_kept_tokens_equal_those_of_the_whole_encoder(selector, share):
         images_of(GRIDS, 1, selector, share),
     )
     labels = assert_kept_tokens_equal_vllms(model, inputs, images)
-    assert len(labels) == (3 if selector == "vitcop" else 0)
+    assert (labels is not None) == (selector == "vitcop")
 
 
 @torch.inference_mode()

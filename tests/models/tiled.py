@@ -47,7 +47,7 @@ def inputs_on(
 
 def assert_kept_tokens_equal_vllms(
     model: Any, inputs: dict[str, Any], images: list[ImageShape]
-) -> list[torch.Tensor]:
+) -> torch.Tensor | None:
     """Compare the kept tokens with those of vLLM's whole encoder; the cluster labels."""
     sink: Any = Selections()
     plain, labels, _ = model.columns.split(model._embed_pruned(inputs, images, sink))

@@ -59,9 +59,13 @@ class Columns(NamedTuple):
         columns = torch.stack(integers, dim=-1).to(_BITS[dtype]).view(dtype)
         return torch.cat((embeddings, columns), dim=-1)
 
+    def num_tokens(self, embeddings: Sequence[torch.Tensor]) -> int:
+        """Tokens of the images with extra columns."""
+        return sum(len(image) for image in embeddings if image.shape[1] > self.width)
+
     def split(
         self, embeddings: Sequence[torch.Tensor]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor | None]:
+    ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
         """Split the embeddings of a step's images from their extra columns.
 
         Args:
@@ -69,22 +73,21 @@ class Columns(NamedTuple):
 
         Returns:
             Embeddings: (n, H) per image.
-            Labels: (n,) int64 per image with extra columns.
-            Places: (N, 2) int64, row and column of all images' tokens, 0 for an image without
-            extra columns; ``None`` if no image has any.
+            Labels: (N,) int64 of all images' tokens, 0 for an image without extra columns;
+            ``None`` if no image has any.
+            Places: (N, 2) int64, likewise: row and column.
         """
         plain = [image[:, : self.width] for image in embeddings]
-        integers = [
-            image[:, self.width :].contiguous().view(_BITS[image.dtype]).to(torch.int64)
-            for image in embeddings
-        ]
-        labels = [columns[:, 0] for columns in integers if self.labels and columns.shape[1]]
-        places = None
-        if self.places and any(columns.shape[1] for columns in integers):
-            places = torch.cat(
-                [
-                    columns[:, -2:] if columns.shape[1] else columns.new_zeros(len(columns), 2)
-                    for columns in integers
-                ]
-            )
-        return plain, labels, places
+        num_columns = self.labels + 2 * self.places
+        if not num_columns or not self.num_tokens(embeddings):
+            return plain, None, None
+        integers = torch.cat(
+            [
+                image[:, self.width :].contiguous().view(_BITS[image.dtype]).to(torch.int64)
+                if image.shape[1] > self.width
+                else image.new_zeros(len(image), num_columns, dtype=torch.int64)
+                for image in embeddings
+            ]
+        )
+        labels = integers[:, 0] if self.labels else None
+        return plain, labels, integers[:, -2:] if self.places else None

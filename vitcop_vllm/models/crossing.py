@@ -1,6 +1,6 @@
 """Crossing a boundary: which rows enter the next segment, and with which hidden states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ class Crossing:
         step: StagedForward,
         positions: torch.Tensor,
         layer: LayerBefore,
-        labels: Sequence[torch.Tensor],
+        labels: torch.Tensor | None,
         sink: SelectionSink | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The rows that enter ``segment``: positions, hidden states and residual.
@@ -88,7 +88,7 @@ class Crossing:
             step: How the step's rows change between segments.
             positions: (T,) or (3, T) rotary positions in the segment before.
             layer: The last layer of the segment before.
-            labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+            labels: (T,) cluster labels of the rows of segment 0; ``None`` without clusters.
             sink: Records what is selected; ``None`` records nothing.
         """
         source = step.sources[segment].clone()
@@ -115,7 +115,7 @@ class Crossing:
         group: SpanGroup,
         segment: int,
         layer: LayerBefore,
-        labels: Sequence[torch.Tensor],
+        labels: torch.Tensor | None,
     ) -> SelectedRows:
         """The rows of the segment before that stand for a group's spans in ``segment``."""
         counts = group.counts
@@ -134,7 +134,7 @@ class Crossing:
             hidden=lambda: layer.hidden[before] + layer.residual[before],
             norm_weight=self.norm.weight,
             prompt_rows=None if group.prompt_rows is None else group.prompt_rows[segment - 1],
-            labels=torch.stack([labels[i] for i in group.images]) if counts.centres else None,
+            labels=None if labels is None or not counts.centres else labels[group.rows(0)],
             num_centres=counts.centres,
             mean_over_ranks=partial(mean_over_ranks, ranks=ranks),
             kernels=self.kernels,

@@ -32,8 +32,8 @@ def dummy_counts(
 
 def dummy_step(
     counts: VisualTokenCounts, num_rows: int, device: torch.device, *, find_prompts: bool
-) -> tuple[StagedForward, list[torch.Tensor]] | None:
-    """A prefill of as many images as fit into a step, and their cluster labels.
+) -> tuple[StagedForward, torch.Tensor] | None:
+    """A prefill of as many images as fit into a step, and cluster labels of its rows.
 
     Args:
         counts: Counts of each image.
@@ -54,5 +54,5 @@ def dummy_step(
     step = planner.plan_step(names, starts, starts + n1)
     if step is None or step.forward is None:
         return None
-    labels = torch.arange(n1, device=device) % max(counts.centres, 1)
-    return step.forward, [labels] * num_images
+    labels = torch.arange(num_images * n1, device=device) % n1 % max(counts.centres, 1)
+    return step.forward, labels

@@ -82,7 +82,9 @@ class PrunedEncoder:
             places=self._model_config.uses_mrope,
         )
         self._encoder_tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-        self._labels: list[torch.Tensor] = []
+        # Of this step's rows, and how many of these are tokens of pruned images.
+        self._labels: torch.Tensor | None = None
+        self._num_labels = 0
         self._places: torch.Tensor | None = None
 
     # What a family adds.
@@ -344,11 +346,13 @@ class PrunedEncoder:
         # Runs right before forward, with the images of the same step in order of rows. vLLM's
         # Qwen2_5_VLForConditionalGeneration carries positions in the same way with EVS:
         # _postprocess_image_embeds_evs appends them, recompute_mrope_positions splits them off.
-        self._labels, self._places = [], None
+        self._labels, self._num_labels, self._places = None, 0, None
         if multimodal_embeddings is not None:
-            multimodal_embeddings, self._labels, places = self.columns.split(
-                [*multimodal_embeddings]
-            )
+            self._num_labels = self.columns.num_tokens(multimodal_embeddings)
+            multimodal_embeddings, labels, places = self.columns.split([*multimodal_embeddings])
+            if labels is not None:
+                assert is_multimodal is not None
+                self._labels = _scatter_rows(labels[:, None], is_multimodal)[0]
             if places is not None:
                 assert is_multimodal is not None
                 self._places = _scatter_rows(places, is_multimodal)
@@ -384,11 +388,11 @@ def _scatter_rows(rows: torch.Tensor, is_multimodal: torch.Tensor) -> torch.Tens
     """Rows of the image tokens at their places in a step.
 
     Args:
-        rows: (N, 2), of all image tokens of the step.
+        rows: (N, C), of all image tokens of the step.
         is_multimodal: (T,) bool, N of them set; on the host or the device.
 
     Returns:
-        (2, T), 0 for other tokens.
+        (C, T), 0 for other tokens.
     """
     if is_multimodal.device != rows.device:
         is_multimodal = async_tensor_h2d(is_multimodal, device=rows.device)

@@ -1,6 +1,5 @@
 """What every pruned model does in the decoder, if all three Stages prune it."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -70,7 +69,8 @@ class PrunedModel(PrunedEncoder):
             )
         assert inputs_embeds is not None
         self.add_places(positions)
-        labels = self._labels_by_span(step) if self.columns.labels else []
+        if self.columns.labels:
+            self._check_labels(step)
         self._segments_ran = True
         num_rows = step.outputs.shape[0]  # less what vLLM adds to reach the size of a graph
         with _without_graphs(), self.take_deepstack(num_rows) as deepstack:
@@ -78,27 +78,21 @@ class PrunedModel(PrunedEncoder):
                 step,
                 positions[..., :num_rows],
                 inputs_embeds[:num_rows],
-                labels,
+                self._labels,
                 sink,
                 deepstack,
             )
 
-    def _labels_by_span(self, step: StagedForward) -> Sequence[torch.Tensor]:
-        """Cluster labels of each pruned image and frame of the step.
+    def _check_labels(self, step: StagedForward) -> None:
+        """Stage I clusters every pruned image, also one that loses nothing in later segments.
 
-        The embeddings of a video hold several frames.
+        A video may have a token that belongs to no frame, and that nobody reads a label of.
         """
-        # Stage I clusters every pruned image, also one that loses nothing in later segments.
-        # SpanGroup.images numbers them, so with another count labels are another image's.
         lengths = [span.num_tokens for span in step.images]
-        num_labels = sum(map(len, self._labels))
-        assert num_labels == sum(lengths), (
-            f"the step has {len(lengths)} pruned images, and the embeddings carry cluster labels "
-            f"of {len(self._labels)}: {num_labels} labels for {sum(lengths)} tokens"
+        assert sum(lengths) <= self._num_labels, (
+            f"the step has {len(lengths)} pruned images of {sum(lengths)} tokens, and the "
+            f"embeddings carry cluster labels of {self._num_labels}"
         )
-        if [len(labels) for labels in self._labels] == lengths:
-            return self._labels
-        return torch.cat(self._labels).split(lengths)
 
     def _profile_segments(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> None:
         """Compile the segments and run them in vLLM's first run on dummy rows.
@@ -127,6 +121,7 @@ class PrunedModel(PrunedEncoder):
         if dummy is None:
             return
         step, self._labels = dummy
+        self._num_labels = most_rows
         # Copies: compiled code remembers that it was first called with parts of one tensor.
         num_rows = step.outputs.shape[0]
         positions = positions[..., :num_rows].clone()

@@ -135,7 +135,7 @@ class StagedDecoder:
         step: StagedForward,
         positions: torch.Tensor,
         inputs_embeds: torch.Tensor,
-        labels: Sequence[torch.Tensor],
+        labels: torch.Tensor | None,
         sink: SelectionSink | None = None,
         deepstack: IntermediateTensors | None = None,
     ) -> torch.Tensor:
@@ -145,7 +145,7 @@ class StagedDecoder:
             step: How the step's rows change between segments.
             positions: (T,) or (3, T) rotary positions.
             inputs_embeds: (T, H) embeddings, images merged in.
-            labels: Cluster labels, one (n1,) tensor per clustered image of the step.
+            labels: (T,) cluster labels of the rows of segment 0; ``None`` without clusters.
             sink: Records what is selected at the boundaries; ``None`` records nothing.
             deepstack: (T, H) features that the model adds after its first layers; ``None`` for
                 models without.
