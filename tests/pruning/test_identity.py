@@ -154,6 +154,38 @@ def test_frames_that_contradict_the_prompt_are_an_error(lengths):
         plan_request([feature(tag_identifier("a", COUNTS, 3), 5, *lengths)])
 
 
+ENDED = tag_identifier("a", COUNTS, 3, tail=1)
+
+
+def test_tokens_after_the_last_frame_are_a_span_that_is_not_pruned():
+    assert counts_by_frame(ENDED) == [COUNTS] * 3
+    assert frames_of_identifier(ENDED) == 3
+    plan = plan_request([feature(ENDED, 5, 3 * 172 + 1)])
+    assert plan is not None
+    assert [span.offset for span in plan.spans] == [5, 177, 349, 521]
+    assert [span.counts for span in plan.spans] == [*[COUNTS] * 3, VisualTokenCounts.unpruned(1)]
+    assert [plan.next_span_end(end) for end in (349, 521, 522)] == [521, 522, None]
+    assert plan.dropped_tokens(521) == plan.dropped_tokens(522) == (0, 3 * 95, 3 * 157)
+    # The encoder computes them with the video.
+    assert plan.patches_per_placeholder == (3 * 576 + 1, 3 * 172 + 1)
+    assert plan.largest_item == 3 * 172 + 1
+
+
+def test_the_first_frame_s_counts_and_tokens_after_the_last_go_together():
+    identifier = tag_identifier("a", COUNTS, 3, FIRST, 1)
+    assert identifier == f"a@{FIRST.encode()}+{COUNTS.encode()}x2+1"
+    plan = plan_request([feature(identifier, 5, 288 + 2 * 172 + 1)])
+    assert plan is not None
+    assert [span.offset for span in plan.spans] == [5, 293, 465, 637]
+    assert [span.counts for span in plan.spans[:3]] == [FIRST, COUNTS, COUNTS]
+
+
+@pytest.mark.parametrize("lengths", [(3 * 172,), (3 * 172 + 2,), (172 + 1, 2 * 172), (1, 3 * 172)])
+def test_tokens_at_another_place_than_after_the_last_frame_are_an_error(lengths):
+    with pytest.raises(CountsMismatchError, match="3 frames and 1 after them"):
+        plan_request([feature(ENDED, 5, *lengths)])
+
+
 def test_a_video_without_frames_is_an_error():
     with pytest.raises(CountsMismatchError):
         plan_request([feature("a@576.20.172.77.15x0", 5, 172)])

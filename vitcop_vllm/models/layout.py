@@ -33,9 +33,11 @@ class VideoLayout:
         num_positions: Rotary positions that the frames take, without text between them.
         times: Of each frame, when the frames of the file that it joins are shown, in seconds;
             ``None`` if the loader does not say.
+        tail: Visual tokens after the last frame, which belong to no frame.
     """
 
     num_frames: int
     grids: Grids
     num_positions: int
     times: tuple[tuple[float, ...], ...] | None = None
+    tail: int = 0

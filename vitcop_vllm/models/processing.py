@@ -106,15 +106,15 @@ def shape_of_row(row: Sequence[int]) -> ImageShape:
 
 
 def video_row(video: VideoShape) -> list[int]:
-    """A video's shape as integers: number of frames, first frame's counts, the row of a frame."""
+    """A video's shape as integers: frames, tail, first frame's counts, the row of a frame."""
     first = video.first or video.frame.counts
-    return [video.num_frames, *_counts_row(first), *shape_row(video.frame)]
+    return [video.num_frames, video.tail, *_counts_row(first), *shape_row(video.frame)]
 
 
 def video_of_row(row: Sequence[int]) -> VideoShape:
     """The shape of a row of :func:`video_row`."""
-    first, frame = _counts_of_row(row[1:6]), shape_of_row(row[6:])
-    return VideoShape(frame, row[0], None if first == frame.counts else first)
+    first, frame = _counts_of_row(row[2:7]), shape_of_row(row[7:])
+    return VideoShape(frame, row[0], None if first == frame.counts else first, row[1])
 
 
 def shape_of_item(item: Any) -> VideoShape | None:
@@ -409,7 +409,9 @@ class PrunedProcessor:
             ]
         if "video" in hashes:
             hashes["video"] = [
-                tag_identifier(mm_hash, video.frame.counts, video.num_frames, video.first)
+                tag_identifier(
+                    mm_hash, video.frame.counts, video.num_frames, video.first, video.tail
+                )
                 for mm_hash, (video, _) in zip(hashes["video"], videos, strict=True)
             ]
         if (request := kwargs.get(EXPLAIN_KEY)) is not None:
@@ -487,16 +489,16 @@ def _shortened(content: Any, items: Sequence[Any]) -> Callable[[int], PromptUpda
         video = shape_of_item(items[i])
         if video is None:
             return update
-        kept = [counts.stages[0] for counts, _ in video.frames]
+        kept = [*(counts.stages[0] for counts, _ in video.frames), video.tail]
         num_patches = video.frame.counts.encoder  # of each frame
         is_visual = [True] * len(update.full)
         if update.is_embed is not None:
             is_visual = update.is_embed(update.full).tolist()
         num_visual = sum(is_visual)
-        if num_visual != num_patches * video.num_frames:
+        if num_visual != num_patches * video.num_frames + video.tail:
             raise MisprocessedImageError(
                 f"it has {num_visual} visual tokens, but {num_patches} were planned for each "
-                f"of {video.num_frames} frames"
+                f"of {video.num_frames} frames, and {video.tail} after them"
             )
         if not any(counts.is_pruned for counts, _ in video.frames):
             return update

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -104,6 +105,11 @@ class PrunedEncoder:
         """
         raise NotImplementedError
 
+    @property
+    def video_tail(self) -> torch.Tensor | None:
+        """(n, H) embeddings after a video's last frame, if the model has any; its layout's tail."""
+        return None
+
     def encode_kept(
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:
@@ -187,7 +193,15 @@ class PrunedEncoder:
         inputs = self.frames_as_images(kwargs)
         changed = self._changed_tokens(inputs, videos) if self.pruning.compare_frames else None
         of_frames = iter(self._embed_in_batches(inputs, frames, self.sink, changed))
-        return [torch.cat([*islice(of_frames, video.num_frames)]) for video in videos]
+        return [self._join_frames([*islice(of_frames, video.num_frames)]) for video in videos]
+
+    def _join_frames(self, frames: list[torch.Tensor]) -> torch.Tensor:
+        """A video's embeddings from those of its frames, with the columns of these."""
+        if self.video_tail is not None:
+            plain = self.video_tail.to(frames[0].dtype)
+            # The columns of a token that belongs to no frame are never read.
+            frames.append(pad(plain, (0, frames[0].shape[1] - plain.shape[1])))
+        return torch.cat(frames)
 
     def _changed_tokens(
         self, inputs: ImageInputs, videos: Sequence[VideoShape]

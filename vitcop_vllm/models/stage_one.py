@@ -37,11 +37,13 @@ class VideoShape(NamedTuple):
         frame: Shape of each frame.
         num_frames: Number of frames, as the encoder computes them.
         first: Counts of the first frame, if they differ from those of the others.
+        tail: Visual tokens after the last frame, which belong to no frame and are never dropped.
     """
 
     frame: ImageShape
     num_frames: int
     first: VisualTokenCounts | None = None
+    tail: int = 0
 
     @property
     def frames(self) -> list[ImageShape]:

@@ -134,7 +134,8 @@ class VideoProcessor(PrunedProcessor):
             layout = self._video_layout(videos, i, processor_kwargs, uuids[i] if uuids else None)
             first, others = self.info.video_counts(layout, processor_kwargs)
             frame = ImageShape(others, layout.grids)
-            shape = VideoShape(frame, layout.num_frames, None if first == others else first)
+            different = None if first == others else first
+            shape = VideoShape(frame, layout.num_frames, different, layout.tail)
             shapes.append((shape, layout.num_positions))
         return shapes
 

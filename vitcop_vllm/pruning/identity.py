@@ -7,6 +7,8 @@ different counts have different keys everywhere.
 
 A video's identifier ends with the counts of a frame and the number of frames that have them, as in
 ``hash@countsx8``. If the first frame has other counts, these come first: ``hash@counts+countsx7``.
+If tokens that belong to no frame follow the last frame, their number ends the identifier:
+``hash@countsx8+1``.
 """
 
 import re
@@ -20,9 +22,10 @@ _SEPARATOR = "@"
 
 _COUNTS = r"([0-9]+(?:\.[0-9]+){4})"
 
-_TAG = re.compile(rf"(?:{_COUNTS}\+)?{_COUNTS}(?:x([0-9]+))?")
+_TAG = re.compile(rf"(?:{_COUNTS}\+)?{_COUNTS}(?:x([0-9]+)(?:\+([0-9]+))?)?")
 """Form of the end of an identifier: counts of a video's first frame, if they differ; counts of an
-image or of each other frame; how many frames have them. See :meth:`VisualTokenCounts.encode`."""
+image or of each other frame; how many frames have them; tokens after the last frame, if there are
+any. See :meth:`VisualTokenCounts.encode`."""
 
 EXPLAIN_KEY = "explain_as"
 """Processor keyword: a unique request id under which selections are recorded."""
@@ -56,6 +59,7 @@ def tag_identifier(
     counts: VisualTokenCounts,
     num_frames: int | None = None,
     first: VisualTokenCounts | None = None,
+    tail: int = 0,
 ) -> str:
     """A hash with counts at the end.
 
@@ -64,12 +68,14 @@ def tag_identifier(
         counts: Of the image, or of each frame of the video.
         num_frames: Number of the video's frames; ``None`` for an image.
         first: Counts of the video's first frame, if they differ from those of the others.
+        tail: Visual tokens after the video's last frame, which belong to no frame.
     """
     if num_frames is None:
         return f"{mm_hash}{_SEPARATOR}{counts.encode()}"
+    after = f"+{tail}" if tail else ""
     if first is None:
-        return f"{mm_hash}{_SEPARATOR}{counts.encode()}x{num_frames}"
-    return f"{mm_hash}{_SEPARATOR}{first.encode()}+{counts.encode()}x{num_frames - 1}"
+        return f"{mm_hash}{_SEPARATOR}{counts.encode()}x{num_frames}{after}"
+    return f"{mm_hash}{_SEPARATOR}{first.encode()}+{counts.encode()}x{num_frames - 1}{after}"
 
 
 def explained_identifier(request: str, number: int, size: tuple[int, int], mm_hash: str) -> str:
@@ -104,6 +110,7 @@ class _Tag(NamedTuple):
     first: str | None
     counts: str
     others: str | None
+    tail: str | None
 
     @property
     def num_frames(self) -> int | None:
@@ -168,14 +175,15 @@ class CountsMismatchError(RuntimeError):
 
 
 def spans_in_prompt(identifier: str, place: Placeholders) -> tuple[VisualSpan, ...]:
-    """Visual tokens of an image, or of each frame of a video, with the identifier's counts.
+    """Visual tokens of an image, or of each part of a video, with the identifier's counts.
 
     An engine also accepts prompts from another processor, whose identifiers do not end with
     counts. Such an image is not pruned. An unpruned image may have text between its visual
     tokens, which its span then includes.
 
     Frames may lie next to each other or have text between them. A run of visual tokens is divided
-    into frames by their counts.
+    into frames by their counts. Tokens after the last frame are a span of their own, which is not
+    pruned.
 
     Raises:
         CountsMismatchError: If the identifier ends with counts, and they are impossible or
@@ -204,11 +212,13 @@ def spans_in_prompt(identifier: str, place: Placeholders) -> tuple[VisualSpan, .
         if counts.is_pruned:
             raise CountsMismatchError(f"{item} is pruned, and has text between its placeholders")
         return (VisualSpan(offset, VisualTokenCounts.unpruned(length)),)
-    spans = _spans_of_frames(runs, num_frames, first, counts)
+    tail = int(tag.tail or 0)
+    spans = _spans_of_frames(runs, num_frames, first, counts, tail)
     if spans is None:
         of_first = "" if tag.first is None else f", {first.stages[0]} of the first"
+        after = f" and {tail} after them" if tail else ""
         raise CountsMismatchError(
-            f"{keeps} of each of {num_frames} frames{of_first}, and has runs of "
+            f"{keeps} of each of {num_frames} frames{of_first}{after}, and has runs of "
             f"{sorted({last + 1 - begin for begin, last in runs})} placeholders in the prompt, "
             f"{num_visual} in all"
         )
@@ -220,23 +230,27 @@ def _spans_of_frames(
     num_frames: int,
     first: VisualTokenCounts,
     others: VisualTokenCounts,
+    tail: int,
 ) -> tuple[VisualSpan, ...] | None:
-    """Spans of a video's frames; ``None`` if its runs of visual tokens are not whole frames.
+    """Spans of a video's frames and tail; ``None`` if its runs of visual tokens are not these.
 
     Args:
         runs: First and last position of each run.
         num_frames: Number of frames.
         first: Counts of the first frame.
         others: Counts of each other frame.
+        tail: Visual tokens after the last frame.
     """
-    of_video = others.encoder * num_frames, first.stages[0] + others.stages[0] * (num_frames - 1)
+    kept = first.stages[0] + others.stages[0] * (num_frames - 1)
+    of_video = others.encoder * num_frames + tail, kept + tail
     if sum(last + 1 - begin for begin, last in runs) != of_video[1]:
         return None
-    frames = chain([first], repeat(others, num_frames - 1))
+    after = [VisualTokenCounts.unpruned(tail)] if tail else []
+    parts = chain([first], repeat(others, num_frames - 1), after)
     spans: list[VisualSpan] = []
     for begin, last in runs:
         while begin <= last:
-            spans.append(VisualSpan(begin, next(frames), of_video))
+            spans.append(VisualSpan(begin, next(parts), of_video))
             begin = spans[-1].end
         if begin != last + 1:
             return None

@@ -211,9 +211,11 @@ def effective_ratio(
 class VisualSpan:
     """Placeholders of an image or a frame in a prompt: ``stages[0]`` tokens from ``offset``.
 
+    Tokens of a video that belong to no frame are a span that is not pruned.
+
     Attributes:
-        video: V and n1, summed over the frames of the video that the frame belongs to; ``None``
-            for an image. vLLM's encoder cache holds a video's frames together.
+        video: V and n1, summed over the spans of the video that the frame belongs to; ``None``
+            for an image. vLLM's encoder cache holds a video's tokens together.
     """
 
     offset: int

@@ -19,6 +19,7 @@ from vitcop_vllm.pruning.identity import (
     frame_names,
     frames_of_identifier,
     plan_request,
+    spans_in_prompt,
 )
 from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan, VisualTokenCounts
 from vitcop_vllm.worker.step import PrunedSpan, SpanGroup, StagedForward, StagedStep
@@ -134,9 +135,13 @@ class StepPlanner:
         """
         features = [*features]
         images: list[str] = []
-        for identifier in (feature.identifier for feature in features):
+        for feature in features:
+            identifier = feature.identifier
             num_frames = frames_of_identifier(identifier)
-            images += [identifier] if num_frames is None else frame_names(identifier, num_frames)
+            names = [identifier] if num_frames is None else frame_names(identifier, num_frames)
+            spans = spans_in_prompt(identifier, feature.mm_position)
+            # Tokens after the last frame of a video are a span without a name.
+            images += [*names, *[""] * (len(spans) - len(names))]
         self.track(name, plan_request(features), prompt_tokens, images)
 
     def track(
