@@ -1,13 +1,19 @@
 """Writes LLaVA-OneVision checkpoints with random weights, for tests and for benches."""
 
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
 from benchmarks.llava_next_checkpoint import LlavaNextShape
 from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, save_random_weights
 from vitcop_vllm.demo.tokenizer import byte_tokenizer
+
+_TEXT_PART = "{% if part['type'] == 'text' %}"
+_VIDEO_PART = "{% if part['type'] == 'video' %}<video>\n{% endif %}"
+
+VIDEO_TOKEN = 260
+"""Id of the placeholder of videos."""
 
 MOST_TILES = 9
 """Larger images are scaled down to about as many tiles."""
@@ -25,11 +31,16 @@ class LlavaOnevisionShape(LlavaNextShape):
             rows, columns = int(rows // ratio), int(columns // ratio)
         return [base, (rows, columns, marks)]
 
+    @property
+    def frame_tokens(self) -> int:
+        """Visual tokens of a frame of a video."""
+        return ceil(self.tile_size // self.patch_size / 2) ** 2
+
 
 TINY = LlavaOnevisionShape(
-    tile_size=56,
+    tile_size=70,
     image_size=224,
-    pinpoints=tuple((56 * rows, 56 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+    pinpoints=tuple((70 * rows, 70 * columns) for rows in range(1, 7) for columns in range(1, 7)),
     vision_hidden=64,
     vision_layers=3,
     vision_heads=2,
@@ -39,7 +50,8 @@ TINY = LlavaOnevisionShape(
     kv_heads=2,
     intermediate=256,
 )
-"""16 visual tokens of a tile and up to 36 tiles, more than nine of which are scaled down."""
+"""25 visual tokens of a tile and up to 36 tiles, more than nine of which are scaled down; 9 visual
+tokens of a video's frame."""
 
 
 SMALL = LlavaOnevisionShape(
@@ -89,7 +101,7 @@ def _save_processor(path: Path, shape: LlavaOnevisionShape, tokenizer: Any) -> N
         video_processor=LlavaOnevisionVideoProcessor(size=side),
         num_image_tokens=(shape.tile_size // shape.patch_size) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE.replace(_TEXT_PART, _VIDEO_PART + _TEXT_PART),
     ).save_pretrained(path)
 
 

@@ -357,8 +357,8 @@ def _refuse_video(part: Mapping[str, object], field: str, takes_videos: bool) ->
         return
     if not takes_videos:
         raise RequestError(
-            "videos are not accepted: send frames as images (Qwen2.5-VL and Qwen3-VL take videos "
-            "on /v1/chat/completions)",
+            "videos are not accepted: send frames as images (Qwen2.5-VL, Qwen3-VL and "
+            "LLaVA-OneVision take videos on /v1/chat/completions)",
             param=field,
         )
     if "video_embeds" in (part.get("type"), *part.keys()):

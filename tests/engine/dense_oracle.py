@@ -100,6 +100,7 @@ class DenseModel(ABC):
         video_token: Id of that of videos, if the model takes videos.
         settings: Settings of pruning, except the selector.
         layer_norm_eps: Of norms with a bias.
+        compares_frames: Whether frames of videos are compared with the frame before.
     """
 
     axes: list[int]
@@ -108,6 +109,7 @@ class DenseModel(ABC):
     num_axes: ClassVar[int]
     settings: ClassVar[PruningSettings] = PruningSettings(decoder_signal="keys")
     layer_norm_eps: ClassVar[float] = 1e-5
+    compares_frames = False
 
     def __init__(
         self,
@@ -138,6 +140,15 @@ class DenseModel(ABC):
         """Counts of an image, or of a frame of a video."""
         layers = self.config.text_config.num_hidden_layers
         return plan_counts(settings, ratio, layers, self.visual_tokens(image))
+
+    def ratio_of_frame(self, ratio: float, num_tokens: int, number: int, num_frames: int) -> float:
+        """Ratio of frame ``number`` of a video, each of ``num_tokens`` before Stage I."""
+        if not self.compares_frames or num_frames == 1 or ratio == 0:
+            return ratio
+        keep = 1 - ratio
+        first = max(keep, min(keep * (1.5 if num_frames == 2 else 2), 1 - 1 / num_tokens))
+        others = (num_frames * keep - first) / (num_frames - 1)
+        return 1 - (others if number else first)
 
     def images(self, spec: RequestSpec) -> list[Any]:
         """What a request's prompt has counts for, in its order: images, and frames of videos."""

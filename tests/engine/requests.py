@@ -38,11 +38,16 @@ IMAGE_MARKS = {
 }
 """Model type -> the text of an image in a prompt."""
 
-VIDEO_MODELS = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Model types that take videos."""
-
 VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
 """The text of a video in a prompt of Qwen-VL."""
+
+VIDEO_MARKS = {
+    "qwen2_5_vl": VIDEO_MARK,
+    "qwen3_vl": VIDEO_MARK,
+    "qwen3_vl_moe": VIDEO_MARK,
+    "llava_onevision": "<video>\n",
+}
+"""Model type, if it takes videos -> the text of a video in a prompt."""
 
 VIDEOS = {
     # Frames, width, height, frames per second of the file, and every how many are sampled.
@@ -51,6 +56,7 @@ VIDEOS = {
     3: (4, 140, 120, 5.0, 1),
     4: (14, 390, 260, 24.0, 12),
     5: (2, 560, 84, 2.0, 1),
+    6: (6, 180, 330, 10.0, 2),
 }
 """Seed -> a video's size."""
 
@@ -125,11 +131,11 @@ class RequestSpec:
         return [(kind, next(seeds[kind])) for kind in order]
 
     def prompt(self, model_type: str = "llava") -> dict[str, Any]:
-        marks = {"i": IMAGE_MARKS[model_type], "v": VIDEO_MARK}
+        marks = {"i": IMAGE_MARKS[model_type], "v": VIDEO_MARKS.get(model_type)}
         prompt: dict[str, Any] = {
             "prompt": self.system
             + "USER: "
-            + "".join(marks[kind] for kind, _ in self.media())
+            + "".join(str(marks[kind]) for kind, _ in self.media())
             + self.text
             + " ASSISTANT:"
         }

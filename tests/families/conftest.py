@@ -11,7 +11,7 @@ import pytest
 from benchmarks.serving import NO_PLUGIN
 from tests.engine.requests import STOCK, Answer, generate_in_process
 from tests.families.family import FAMILIES, Family
-from tests.families.stock import IN_TURN, TOGETHER, VIDEOS, WITH_RATIO
+from tests.families.stock import IN_TURN, TOGETHER, WITH_RATIO, videos_of
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -47,7 +47,7 @@ def stock_of(checkpoint_of: Callable[[Family], Path]) -> Callable[[Family], list
 
     @cache
     def stock_of(family: Family) -> list[Answer]:
-        together, in_turn = TOGETHER, [*IN_TURN, WITH_RATIO, *(VIDEOS if family.frames else ())]
+        together, in_turn = TOGETHER, [*IN_TURN, WITH_RATIO, *videos_of(family)]
         if not family.stock_ignores_ratio:
             together, in_turn = (
                 [replace(spec, ratio=None) for spec in specs] for specs in (together, in_turn)
@@ -83,5 +83,5 @@ def stock_with_ratio(family: Family, stock_of: Callable[[Family], list[Answer]])
 
 @pytest.fixture(scope="session")
 def stock_videos(family: Family, stock_of: Callable[[Family], list[Answer]]) -> list[Answer]:
-    """Answers of the same stock engine to ``VIDEOS``."""
-    return stock_of(family)[-len(VIDEOS) :]
+    """Answers of the same stock engine to ``videos_of`` the family."""
+    return stock_of(family)[-len(videos_of(family)) :]

@@ -70,6 +70,8 @@ class Family:
         frames: (frames, width, height) of a video -> number of frames as the encoder computes
             them, and visual tokens of each; ``None`` if the family takes no videos.
         video_token: Id of the video token.
+        video_tail: Tokens after a video's last frame.
+        stock_joins_videos: Whether stock vLLM takes videos of different lengths in one step.
     """
 
     name: str
@@ -85,6 +87,8 @@ class Family:
     stock_ignores_ratio: bool = True
     frames: Callable[[int, int, int], tuple[int, int]] | None = None
     video_token: int | None = None
+    video_tail: int = 0
+    stock_joins_videos: bool = True
 
     @property
     def options(self) -> dict[str, Any]:
@@ -184,6 +188,10 @@ LLAVA_ONEVISION = Family(
     save=partial(save_random_llava_onevision, shape=llava_onevision_checkpoint.TINY),
     oracle="tests.families.tiled_oracle:DenseLlavaOnevision",
     tokens=llava_onevision_checkpoint.TINY.tokens_of,
+    frames=lambda frames, *size: (frames, llava_onevision_checkpoint.TINY.frame_tokens),
+    video_token=llava_onevision_checkpoint.VIDEO_TOKEN,
+    video_tail=1,
+    stock_joins_videos=False,
 )
 
 

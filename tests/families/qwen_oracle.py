@@ -54,13 +54,9 @@ class DenseQwen(DenseModel):
         path: The checkpoint.
         boundaries: First layer after the shallow and after the deep boundary.
         density_scale: d_c as a share of the root mean square distance between features.
-
-    Attributes:
-        compares_frames: Whether frames of videos are compared with the frame before.
     """
 
     num_axes = 3
-    compares_frames = False
 
     def __init__(
         self, path: Path, boundaries: tuple[int, int], *, density_scale: float = 0.5, **options: Any
@@ -152,13 +148,9 @@ class DenseQwen(DenseModel):
 
     def plan(self, settings: PruningSettings, ratio: float, image: Any) -> VisualTokenCounts:
         frame = self.frame_of(image)
-        if not self.compares_frames or frame.num_frames == 1 or ratio == 0:
-            return super().plan(settings, ratio, image)
-        keep = 1 - ratio
-        most = 1 - 1 / self.visual_tokens(frame)
-        first = max(keep, min(keep * (1.5 if frame.num_frames == 2 else 2), most))
-        others = (frame.num_frames * keep - first) / (frame.num_frames - 1)
-        return super().plan(settings, 1 - (others if frame.number else first), image)
+        tokens = self.visual_tokens(frame)
+        ratio = self.ratio_of_frame(ratio, tokens, frame.number, frame.num_frames)
+        return super().plan(settings, ratio, image)
 
     # The vision tower.
 

@@ -1,6 +1,9 @@
 """Requests sent to stock vLLM, in one child process per family."""
 
+from dataclasses import replace
+
 from tests.engine.requests import RequestSpec
+from tests.families.family import Family
 
 TOGETHER = [
     RequestSpec("What is this?", (1,), 0.0),
@@ -31,6 +34,20 @@ VIDEOS = [
     RequestSpec("And without a ratio?", videos=(4,)),
 ]
 """Requests for families that take videos, sent one after the other."""
+
+VIDEOS_OF_ONE_LENGTH = [
+    replace(spec, videos=videos)
+    for spec, videos in zip(VIDEOS, [(1,), (6, 1), (1, 6), (4,)], strict=True)
+]
+"""The same, with videos of equally many frames in each request."""
+
+
+def videos_of(family: Family) -> list[RequestSpec]:
+    """Requests with videos that stock vLLM can answer."""
+    if family.frames is None:
+        return []
+    return VIDEOS if family.stock_joins_videos else VIDEOS_OF_ONE_LENGTH
+
 
 WITH_RATIO = RequestSpec("Q", (1,), 8 / 9)
 """A request with a ratio, which stock vLLM ignores."""

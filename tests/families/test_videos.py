@@ -4,6 +4,7 @@ All tests also run with ``compare_frames``: the first frame then keeps more toke
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import accumulate, count
 from math import ceil
 
@@ -19,13 +20,15 @@ from tests.engine.scheduling import (
     start,
     tokens_after_preemption,
 )
-from tests.families.family import QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
-from tests.families.stock import VIDEOS
+from tests.families.family import LLAVA_ONEVISION, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, Family
+from tests.families.stock import VIDEOS, videos_of
 from tests.families.test_prefix_caching import blocks_of, generate_with_cache
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 CASES = [
-    (family, compares) for family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE) for compares in (0, 1)
+    (family, compares)
+    for family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, LLAVA_ONEVISION)
+    for compares in (0, 1)
 ]
 
 # Not a fixture `family`: engines of other files' family would stay the fixture `llm`.
@@ -76,7 +79,7 @@ def frame_starts(family: Family, answer: Answer, frames: list[VisualTokenCounts]
     """Prompt positions at which frames begin, of a prompt with one video only."""
     tokens = [i for i, token in enumerate(answer.prompt) if token == family.video_token]
     *starts, end = accumulate(kept(frames), initial=0)
-    assert end == len(tokens)
+    assert end + family.video_tail == len(tokens)
     return [tokens[start] for start in starts]
 
 
@@ -86,7 +89,7 @@ def inside_frames(starts: list[int], frames: list[VisualTokenCounts]) -> set[int
 
 
 def test_ratio_zero_gives_the_answers_of_stock_vllm(family, llm, stock_videos):
-    for spec, expected in zip(VIDEOS, stock_videos, strict=True):
+    for spec, expected in zip(videos_of(family), stock_videos, strict=True):
         (answer,) = generate(llm, [spec])
         assert answer == expected or answer.tokens == expected.tokens
         assert answer.prompt == expected.prompt
@@ -95,8 +98,14 @@ def test_ratio_zero_gives_the_answers_of_stock_vllm(family, llm, stock_videos):
 
 
 def test_the_unpruned_dense_oracle_equals_stock_vllm(family, oracle, stock_videos):
-    for spec, answer in zip(VIDEOS, stock_videos, strict=True):
+    for spec, answer in zip(videos_of(family), stock_videos, strict=True):
         assert_equals_oracle(oracle, at(spec, 0.0), answer)
+
+
+def test_unpruned_videos_of_different_lengths_equal_the_dense_oracle(family, llm, oracle):
+    """Some stock vLLMs cannot encode these together."""
+    spec = at(REQUESTS[1], 0.0)
+    assert_equals_oracle(oracle, spec, generate(llm, [spec])[0])
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -104,6 +113,7 @@ def test_pruned_videos_equal_the_dense_oracle(family, llm, oracle, plan_of, rati
     specs = [at(spec, ratio) for spec in REQUESTS]
     for spec, answer in zip(specs, generate(llm, specs), strict=True):
         num_kept = sum(sum(kept(plan_of(ratio, video))) for video in spec.videos)
+        num_kept += family.video_tail * len(spec.videos)
         assert answer.prompt.count(family.video_token) == num_kept
         assert answer.prompt.count(family.image_token) == family.kept(ratio, *spec.images)
         assert_equals_oracle(oracle, spec, answer)
@@ -126,7 +136,7 @@ def ends_at(family: Family, llm, plan_of: PlanOf, place: int, frame: int) -> Req
     return RequestSpec(**{**vars(spec), "system": "x" * (budget - starts[frame] - place)})
 
 
-@pytest.mark.parametrize("frame", [0, 1, 3])
+@pytest.mark.parametrize("frame", [0, 3, -1])
 @pytest.mark.parametrize("edge", ["ends", "is cut"])
 def test_a_step_may_end_after_any_frame_and_in_none(
     family, llm, oracle, plan_of, monkeypatch, frame, edge
@@ -138,7 +148,7 @@ def test_a_step_may_end_after_any_frame_and_in_none(
     ends = recorded_ends(engine_core(llm).scheduler, monkeypatch)
     (answer,) = generate(llm, [spec])
     starts = frame_starts(family, answer, frames)
-    assert len(starts) == 7
+    assert len(starts) == len(frames) >= 7
     assert ends[0] == starts[frame] + (n1 if edge == "ends" else 0)
     assert not inside_frames(starts, frames) & set(ends)
     assert_equals_oracle(oracle, spec, answer)
@@ -172,8 +182,10 @@ def test_other_ratios_and_other_videos_are_not_reused(family, llm):
 def test_a_hit_may_end_after_any_frame(family, llm, plan_of, segment):
     """In each turn another block is evicted, and with it the hits of all longer prefixes."""
     spec = RequestSpec("Where does the square go?", ratio=0.5, videos=(1,), max_tokens=2)
+    if family is LLAVA_ONEVISION:  # small frames: here a block of each segment ends among them
+        spec = replace(spec, system="x" * 16, videos=(4,))
     (expected,) = generate(llm, [spec])
-    frames = plan_of(0.5, 1)
+    frames = plan_of(0.5, *spec.videos)
     starts = frame_starts(family, expected, frames)
     manager = engine_core(llm).scheduler.kv_cache_manager
     group = next(

@@ -1,6 +1,7 @@
 """LLaVA-NeXT and LLaVA-OneVision with three-stage pruning as one dense forward, float32."""
 
-from math import floor, sqrt
+from dataclasses import dataclass
+from math import ceil, floor, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tests.engine.dense_oracle import DenseLlava, Encoded, Tile
+from tests.engine.requests import RequestSpec, sample_image, sample_video
 from tests.families.qwen_oracle import root_mean_square_distance
 from tests.pruning import oracle
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -85,14 +87,14 @@ class DenseLlavaNext(DenseLlava):
         return len(self.tokens_of(image))
 
     def encode(self, image: Image.Image, counts: VisualTokenCounts) -> Encoded:
-        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
-        tiles = [self.run_tower(tile[None]) for tile in pixels["pixel_values"][0]]
+        pixels = self.pixels_of(image)
+        tiles = [self.run_tower(tile[None]) for tile in pixels]
         tokens = self.tokens_of(image)
         n1 = counts.stages[0]
         saliency = torch.stack(
             [self.average([t.saliency for t in tiles], token) for token in tokens]
         )
-        kept = self.choose_patches(torch.empty(len(tokens)), saliency, pixels["pixel_values"], n1)
+        kept = self.choose_tokens_of(image, tokens, saliency, pixels, n1)
         chosen = [tokens[i] for i in kept]
         labels = []
         if counts.centres:
@@ -111,6 +113,22 @@ class DenseLlavaNext(DenseLlava):
         ]
         return Encoded(torch.stack(embeds), labels, [(i,) for i in range(n1)], n1)
 
+    def choose_tokens_of(
+        self,
+        image: Any,
+        tokens: list[_Token],
+        saliency: torch.Tensor,
+        pixels: torch.Tensor,
+        n1: int,
+    ) -> list[int]:
+        return self.choose_patches(torch.empty(len(tokens)), saliency, pixels[None], n1)
+
+    def pixels_of(self, image: Image.Image) -> torch.Tensor:
+        """(tiles, 3, height, width)."""
+        pixels = self.processor.image_processor(image.convert("RGB"), return_tensors="pt")
+        tiles: torch.Tensor = pixels["pixel_values"][0]
+        return tiles
+
     @staticmethod
     def average(of_tiles: list[torch.Tensor], token: _Token) -> torch.Tensor:
         """The token's average of values of patches; 0 for a row mark."""
@@ -118,6 +136,12 @@ class DenseLlavaNext(DenseLlava):
         for tile, patch, share in token.parts:
             total = total + share * of_tiles[tile][patch]
         return total
+
+
+def corners(token: _Token) -> list[int]:
+    """The patches of a token, those that stand for several of its four corners repeated."""
+    patches = [patch for _, patch, _ in token.parts]
+    return patches * (4 // len(patches))
 
 
 def neighbours(place: int, old: int, new: int) -> list[tuple[int, float]]:
@@ -128,14 +152,99 @@ def neighbours(place: int, old: int, new: int) -> list[tuple[int, float]]:
     return [(low, 1.0)] if share < 1e-9 else [(low, 1 - share), (low + 1, share)]
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A frame of a video.
+
+    Attributes:
+        video: (frames, 3, height, width) pixels of all frames.
+        number: Which of them it is.
+    """
+
+    video: torch.Tensor
+    number: int
+
+
 class DenseLlavaOnevision(DenseLlavaNext):
-    """SigLIP without [CLS], and tiles that are scaled down if they are more than nine."""
+    """SigLIP without [CLS], and tiles that are scaled down if they are more than nine.
+
+    Frames of videos are scaled down to half of their rows and columns. A video ends with the token
+    that ends the rows of images, given by ``None``.
+    """
 
     density_scale = None
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.image_token = self.config.image_token_index
+        self.video_token = self.config.video_token_index
+
+    def images(self, spec: RequestSpec) -> list[Any]:
+        images: list[Any] = []
+        for kind, seed in spec.media():
+            if kind == "i":
+                images.append(sample_image(seed))
+                continue
+            frames, _ = sample_video(seed)
+            pixels = self.processor.video_processor(videos=[frames], return_tensors="pt")
+            video = pixels["pixel_values_videos"][0]
+            images += [*(Frame(video, number) for number in range(len(video))), None]
+        return images
+
+    def tokens_of(self, image: Any) -> list[_Token]:
+        if not isinstance(image, Frame):
+            return super().tokens_of(image)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        new = ceil(side / 2)
+        places = oracle.positions(range(new * new), new, new)
+        tokens = []
+        for token, place in enumerate(places):
+            parts = [
+                (0, row * side + column, row_share * column_share)
+                for row, row_share in neighbours(token // new, side, new)
+                for column, column_share in neighbours(token % new, side, new)
+            ]
+            tokens.append(_Token(parts, place))
+        return tokens
+
+    def pixels_of(self, image: Any) -> torch.Tensor:
+        if not isinstance(image, Frame):
+            return super().pixels_of(image)
+        return image.video[image.number, None]
+
+    def plan(self, settings: PruningSettings, ratio: float, image: Any) -> VisualTokenCounts:
+        if isinstance(image, Frame):
+            tokens = self.visual_tokens(image)
+            ratio = self.ratio_of_frame(ratio, tokens, image.number, len(image.video))
+        return super().plan(settings, ratio, image)
+
+    def choose_tokens_of(self, image, tokens, saliency, pixels, n1):
+        if not self.compares_frames or not isinstance(image, Frame) or not image.number:
+            return super().choose_tokens_of(image, tokens, saliency, pixels, n1)
+        before, now = (
+            [
+                np.concatenate([self.patch(image.video[number], place) for place in corners(token)])
+                for token in tokens
+            ]
+            for number in (image.number - 1, image.number)
+        )
+        changed = oracle.shows_change(before, now)
+        return oracle.largest_of_changed(saliency.tolist(), changed, n1)
+
+    def patch(self, frame: torch.Tensor, place: int) -> np.ndarray:
+        """Pixels of a patch of a frame."""
+        size = self.config.vision_config.patch_size
+        row, column = divmod(place, self.config.vision_config.image_size // size)
+        rows, columns = (slice(size * i, size * (i + 1)) for i in (row, column))
+        return frame[:, rows, columns].flatten().numpy()
+
+    def visual_tokens(self, image: Any) -> int:
+        return 1 if image is None else super().visual_tokens(image)
+
+    def encode(self, image: Any, counts: VisualTokenCounts) -> Encoded:
+        if image is None:
+            return Encoded(self.weights["model.image_newline"][None], [], [(0,)], 1)
+        return super().encode(image, counts)
 
     def scaled(self, rows: int, columns: int) -> tuple[int, int]:
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size

@@ -17,6 +17,7 @@ from tests.families.family import (
     INTERNVL,
     INTERNVL_CHAT,
     LLAVA_NEXT,
+    LLAVA_ONEVISION,
     QWEN2_5_VL,
     QWEN3_VL,
     QWEN3_VL_MOE,
@@ -39,6 +40,7 @@ from vitcop_vllm.pruning.identity import (
     explained_size,
     spans_in_prompt,
 )
+from vitcop_vllm.pruning.plan import VisualTokenCounts
 
 SIZES = [(560, 392), (1400, 700), (60, 2000)]
 
@@ -49,7 +51,7 @@ SIZES = [(560, 392), (1400, 700), (60, 2000)]
 def test_videos_are_taken_by_the_families_whose_pruned_videos_are_tested(
     processor_of: Any, family: Saved
 ) -> None:
-    takes_videos = family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE)
+    takes_videos = family in (QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, LLAVA_ONEVISION)
     limits = processor_of(family, {}).info.allowed_mm_limits
     assert limits.keys() == ({"image", "video"} if takes_videos else {"image"})
 
@@ -175,6 +177,38 @@ def test_the_plan_of_a_video_is_what_the_processor_makes_of_it(
         kept = shape.frame.counts.stages[0]
         assert kept < grid.num_tokens or grid.num_tokens < 4
         assert processed["prompt_token_ids"].count(family.video_token) == t * kept
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2 / 3])
+def test_a_video_of_onevision_has_all_frames_that_are_read_and_one_token_after_them(
+    processor_of: Any, ratio: float
+) -> None:
+    family = LLAVA_ONEVISION
+    assert family.frames is not None
+    processor = processor_of(family, {})
+    for frames, width, height in VIDEO_SIZES:
+        read = video(frames, width, height)
+        items = processor.info.parse_mm_data({"video": [read if ratio else read[0]]})
+        layout = processor._video_layout(items["video"], 0, {}, None)
+        seconds = tuple((7 * number / 24.0,) for number in range(frames))
+        assert layout.times == (seconds if ratio else None)
+        processed = processor(
+            "<video>", mm_items=items, hf_processor_mm_kwargs={"pruning_ratio": ratio}
+        )
+        (made,) = processed["mm_kwargs"]["video"]
+        assert len(made["pixel_values_videos"].data) == frames
+        shape = video_of_row(made[VIDEO_COUNTS_FIELD].data.tolist())
+        (grid,) = shape.frame.grids
+        assert (shape.num_frames, grid.num_tokens) == family.frames(frames, width, height)
+        assert shape.tail == family.video_tail == 1
+        (place,) = processed["mm_placeholders"]["video"]
+        (name,) = processed["mm_hashes"]["video"]
+        *parts, end = spans_in_prompt(name, place)
+        assert [span.counts for span in parts] == [shape.frame.counts] * frames
+        assert end.counts == VisualTokenCounts.unpruned(1)
+        kept = shape.frame.counts.stages[0]
+        assert (kept < grid.num_tokens) == (ratio > 0)
+        assert processed["prompt_token_ids"].count(family.video_token) == frames * kept + 1
 
 
 @pytest.mark.parametrize("family", [QWEN2_5_VL, QWEN3_VL], ids=lambda family: family.name)

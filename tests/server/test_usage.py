@@ -78,6 +78,13 @@ def test_a_video_counts_as_its_frames() -> None:
     assert fields["pruning_ratio"] == MODEL.usage_fields([PRUNED])["pruning_ratio"]
 
 
+def test_tokens_after_a_video_s_frames_are_not_counted() -> None:
+    found = image_identifiers(
+        [{"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3, tail=1)], "image": []}}]
+    )
+    assert image_counts(found) == counts_by_modality(found)["video"] == [PRUNED] * 3
+
+
 def test_a_video_s_first_frame_may_keep_more() -> None:
     first = VisualTokenCounts(576, 51, (288, 253, 51))
     found = image_identifiers(

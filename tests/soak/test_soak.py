@@ -81,7 +81,9 @@ LOADS = {
         blocks=580,
         concurrency=48,
     ),
-    "llava-onevision": Load(LLAVA_ONEVISION, range(201, 213), 210, blocks=410, concurrency=48),
+    "llava-onevision": Load(
+        LLAVA_ONEVISION, range(201, 213), 270, blocks=500, concurrency=48, videos=VIDEOS
+    ),
     "internvl": Load(INTERNVL_CHAT, range(201, 213), 250, blocks=460, concurrency=48),
     "qwen2.5-vl": Load(
         QWEN2_5_VL,

@@ -1,6 +1,8 @@
 """A planner with earlier steps plans the next step as a new planner does."""
 
 from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.worker.steps import ScheduledRequest, build_step
 from vitcop_vllm.engine.attention import DecodeView
+from vitcop_vllm.pruning.identity import frame_names, tag_identifier
 from vitcop_vllm.pruning.plan import RequestPlan, VisualSpan, VisualTokenCounts
 from vitcop_vllm.worker.planner import StepPlanner
 
@@ -138,3 +141,22 @@ def test_images_of_a_step_are_listed_in_row_order(pruned):
     assert step.forward.images == (("b", 6), ("c", 6), ("a", 6))
     (group,) = step.forward.groups
     assert group.images == (1, 2)
+
+
+def test_tokens_after_the_frames_of_a_video_have_no_name_and_move_no_name():
+    counts = VisualTokenCounts(9, 2, (6, 4, 2))
+    planner = StepPlanner(CPU)
+
+    def feature(identifier: str, first: int, last: int) -> Any:
+        place = SimpleNamespace(extract_embeds_range=lambda: [(first, last)])
+        return SimpleNamespace(identifier=identifier, mm_position=place)
+
+    video, image = tag_identifier("v", counts, 2, tail=1), tag_identifier("i", counts)
+    planner.add("r", [feature(video, 1, 13), feature(image, 14, 19)], 21)
+    step = planner.plan_step(["r"], np.array([0]), np.array([21]))
+    assert step is not None
+    assert step.forward is not None
+    names = [*frame_names(video, 2), image]
+    assert step.forward.images == tuple((name, 6) for name in names)
+    (group,) = step.forward.groups
+    assert group.first_rows.tolist() == [[1, 7, 14], [1, 5, 10], [1, 3, 6]]

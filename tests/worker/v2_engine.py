@@ -17,7 +17,7 @@ import pytest
 from tests.engine.comparing import comparing_frames
 from tests.engine.requests import (
     ENGINE_OPTIONS,
-    VIDEO_MODELS,
+    VIDEO_MARKS,
     RequestSpec,
     generate,
     generate_in_turn,
@@ -122,7 +122,7 @@ def collect_results(llm: Any) -> Results:
     """All results of an engine, with either runner."""
     turns = generate_in_turn(llm, TURNS)
     videos: list[list[list[int]]] = [[], []]
-    if model_type(llm) in VIDEO_MODELS:
+    if model_type(llm) in VIDEO_MARKS:
         for compares in (False, True):
             with comparing_frames(llm, compares):
                 videos[compares] = tokens(generate(llm, VIDEOS))
@@ -179,7 +179,7 @@ def main(checkpoint: str, path: str) -> None:
 
     from vitcop_vllm.pruning.kernels import TRITON
 
-    takes_videos = AutoConfig.from_pretrained(checkpoint).model_type in VIDEO_MODELS
+    takes_videos = AutoConfig.from_pretrained(checkpoint).model_type in VIDEO_MARKS
     settings = {"pruning": {"kernels": "triton", "compare_frames": takes_videos}}
     llm = LLM(checkpoint, **ENGINE_OPTIONS, additional_config=settings)
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner

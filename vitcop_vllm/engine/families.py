@@ -164,6 +164,7 @@ FAMILIES: dict[str, Family] = {
         decoders=("qwen2",),
         has_cls=False,
         checks=_LLAVA_ONEVISION_CHECKS,
+        compares_frames=True,
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "Qwen2.5-VL",

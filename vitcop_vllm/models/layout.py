@@ -30,7 +30,8 @@ class VideoLayout:
     Attributes:
         num_frames: Number of frames, as the encoder computes them.
         grids: Grids of the visual tokens of each frame.
-        num_positions: Rotary positions that the frames take, without text between them.
+        num_positions: Rotary positions that the frames take, without text between them; only for
+            models with M-RoPE.
         times: Of each frame, when the frames of the file that it joins are shown, in seconds;
             ``None`` if the loader does not say.
         tail: Visual tokens after the last frame, which belong to no frame.
@@ -38,6 +39,6 @@ class VideoLayout:
 
     num_frames: int
     grids: Grids
-    num_positions: int
+    num_positions: int = 0
     times: tuple[tuple[float, ...], ...] | None = None
     tail: int = 0

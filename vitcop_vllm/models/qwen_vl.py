@@ -32,7 +32,11 @@ from vitcop_vllm.models.packed_tower import (
 from vitcop_vllm.models.processing import shape_of_item, without_pruning_keys
 from vitcop_vllm.models.pruned_encoder import ImageInputs, PrunedEncoder
 from vitcop_vllm.models.stage_one import Groups, ImageShape, VideoShape
-from vitcop_vllm.models.video_processing import VideoProcessingInfo, VideoProcessor
+from vitcop_vllm.models.video_processing import (
+    VideoProcessingInfo,
+    VideoProcessor,
+    times_of_frames,
+)
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import spans_in_prompt
 from vitcop_vllm.pruning.plan import VisualTokenCounts
@@ -94,7 +98,7 @@ class QwenProcessingInfo(VideoProcessingInfo):
         side = self._token_side()
         grid = Grid(height // side, width // side)
         joined = options["temporal_patch_size"]
-        times = _times(described, num_frames, joined)
+        times = times_of_frames(described, num_frames, joined)
         num_frames = cdiv(num_frames, joined)
         num_positions = self._num_positions(num_frames, grid, joined / described.sampled_fps)
         return VideoLayout(num_frames, (grid,), num_positions, times)
@@ -125,24 +129,6 @@ class QwenProcessingInfo(VideoProcessingInfo):
         vision = self._config.vision_config
         side: int = vision.patch_size * vision.spatial_merge_size
         return side
-
-
-def _times(
-    described: VideoMetadata, num_frames: int, joined: int
-) -> tuple[tuple[float, ...], ...] | None:
-    """``VideoLayout.times``.
-
-    Args:
-        described: The loader's description of the video.
-        num_frames: Frames of the file that are read.
-        joined: How many of these the encoder joins into one.
-    """
-    if described.fps is None or described.frames_indices is None:
-        return None
-    times = described.timestamps
-    if len(times) != num_frames:
-        return None
-    return tuple(tuple(times[i : i + joined]) for i in range(0, num_frames, joined))
 
 
 class QwenProcessor(VideoProcessor):

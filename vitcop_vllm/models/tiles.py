@@ -89,7 +89,7 @@ class TokenSources(NamedTuple):
     weights: torch.Tensor
 
 
-class _PackedImage(NamedTuple):
+class TiledImage(NamedTuple):
     """An image's tiles in an encoder run.
 
     Attributes:
@@ -183,8 +183,16 @@ class TiledModel(PrunedModel):
         places = torch.stack((down, right), dim=-1).double()
         mark = torch.full((2,), float(_MARK), dtype=torch.float64)
         merged = self.merge_tiles(places.flatten(1, 2), height, width, mark)
-        is_mark = (merged == _MARK).all(dim=1, keepdim=True)
+        return self._sources_at(merged, tile_columns)
 
+    def _sources_at(self, merged: torch.Tensor, tile_columns: int) -> TokenSources:
+        """The patches of tokens that are at these places, as :meth:`_find_sources` places them.
+
+        Args:
+            merged: (V, 2) row and column of each token; :data:`_MARK` twice for a row mark.
+            tile_columns: Tiles side by side in the image.
+        """
+        is_mark = (merged == _MARK).all(dim=1, keepdim=True)
         low = merged.floor().long()
         share = merged - low
         if not share.any():
@@ -214,7 +222,7 @@ class TiledModel(PrunedModel):
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:
         this: Any = self
-        images, tiles = self._pack(inputs)
+        images, tiles = self.pack_tiles(inputs)
         layer = this.vision_tower.vision_model.encoder.layers[-1]
         of_shape = {
             shape: self._token_patches([images[number] for number in numbers], tiles.device)
@@ -248,21 +256,21 @@ class TiledModel(PrunedModel):
         is_mark = patches[:, :, :1] == _MARK
         return torch.where(is_mark, this.image_newline.to(embeddings.dtype), embeddings)
 
-    def _pack(self, inputs: ImageInputs) -> tuple[list[_PackedImage], torch.Tensor]:
+    def pack_tiles(self, inputs: ImageInputs) -> tuple[list[TiledImage], torch.Tensor]:
         """The images of a run, and their tiles without padding tiles."""
-        images: list[_PackedImage] = []
+        images: list[TiledImage] = []
         tiles: list[torch.Tensor] = []
         first = 0
         sizes = inputs["image_sizes"].tolist()
         for pixels, (height, width) in zip(inputs["pixel_values"], sizes, strict=True):
             sources = self._sources_of(len(pixels), height, width)
             num_tiles = int(sources.patches.max()) // self._side**2 + 1
-            images.append(_PackedImage(first, num_tiles, sources))
+            images.append(TiledImage(first, num_tiles, sources))
             tiles.append(pixels[:num_tiles])
             first += num_tiles
         return images, torch.cat(tiles)
 
-    def _token_patches(self, images: Sequence[_PackedImage], device: torch.device) -> _TokenPatches:
+    def _token_patches(self, images: Sequence[TiledImage], device: torch.device) -> _TokenPatches:
         """Patches of images of one shape, among the patches of all tiles."""
         most = max(image.sources.patches.shape[1] for image in images)
         patches, weights = [], []
@@ -285,7 +293,7 @@ class TiledModel(PrunedModel):
         query: torch.Tensor,
         key: torch.Tensor,
         tiles: torch.Tensor,
-        images: Sequence[_PackedImage],
+        images: Sequence[TiledImage],
         shape: ImageShape,
         numbers: Sequence[int],
     ) -> EncoderView:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature
+from transformers.video_utils import VideoMetadata
 from vllm.inputs import MultiModalHashes
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import (
@@ -41,10 +42,38 @@ _MAX_LAYOUTS = 1024
 """Maximum number of cached layouts of videos sent with a uuid, some 100 bytes each."""
 
 
+def frames_and_metadata(videos: VideoProcessorItems, i: int) -> tuple[Any, Mapping[str, Any]]:
+    """Frames of a video, and the loader's description of it, which is empty if there is none."""
+    item = videos.get(i)
+    if isinstance(item, tuple):
+        return item
+    # vLLM's parser keeps the two apart for models that do not need the description.
+    described = videos.metadata[i] if isinstance(videos.metadata, list) else None
+    return item, described or {}
+
+
 def frame_size(frames: Any) -> ImageSize:
     """Width and height in pixels of a video's frames, as vLLM's loader returns them."""
     size: ImageSize = VideoProcessorItems([frames]).get_frame_size(0)
     return size
+
+
+def times_of_frames(
+    described: VideoMetadata, num_frames: int, joined: int
+) -> tuple[tuple[float, ...], ...] | None:
+    """``VideoLayout.times``.
+
+    Args:
+        described: The loader's description of the video.
+        num_frames: Frames of the file that are read.
+        joined: How many of these the encoder joins into one.
+    """
+    if described.fps is None or described.frames_indices is None:
+        return None
+    times = described.timestamps
+    if len(times) != num_frames:
+        return None
+    return tuple(tuple(times[i : i + joined]) for i in range(0, num_frames, joined))
 
 
 class VideoProcessingInfo(PrunedProcessingInfo):
@@ -147,8 +176,8 @@ class VideoProcessor(PrunedProcessor):
         uuid: str | None,
     ) -> VideoLayout:
         layout: VideoLayout | None = None
-        if (item := videos.get(i)) is not None:
-            frames, metadata = item
+        if videos.get(i) is not None:
+            frames, metadata = frames_and_metadata(videos, i)
             num_frames = len(frames)
             if not num_frames:
                 raise ValueError("the video has no frame that can be read")
@@ -171,7 +200,7 @@ class VideoProcessor(PrunedProcessor):
             return
         first = len(hashes.get("image", ()))
         for i, name in enumerate(hashes["video"]):
-            frames, _ = videos.get(i)
+            frames, _ = frames_and_metadata(videos, i)
             size = frame_size(frames)
             name = explained_identifier(request, first + i, (size.width, size.height), name)
             layout = self._video_layout(videos, i, inputs.hf_processor_mm_kwargs, None)
