@@ -1,10 +1,11 @@
 """The page at ``/ui``: asks a question twice, and shows which visual tokens were kept.
 
-The page is one file of HTML, CSS and JavaScript, with a few sample images. The server reads all
-files once, when it attaches the page, and answers from memory. The samples are scenes for the demo
-model, made by ``make_scene(default_rng([77, seed]), kind="sign")`` with seeds 48, 20, 42 and 52.
-The third is widened, so that the processor crops it. The first two have fewer colours, which makes
-them small.
+The page is one file of HTML, CSS and JavaScript, with a few sample images and a sample video. The
+server reads all files once, when it attaches the page, and answers from memory. The images are
+scenes for the demo model, made by ``make_scene(default_rng([77, seed]), kind="sign")`` with seeds
+48, 20, 42 and 52. The third is widened, so that the processor crops it. The first two have fewer
+colours, which makes them small. ``python -m demo.moving FILE`` makes the video, which the page
+offers for models that take videos.
 """
 
 import base64
@@ -20,6 +21,8 @@ from starlette.routing import Route
 from vitcop_server.errors import error_body
 
 _FOLDER = Path(__file__).parent
+
+_SAMPLE_TYPES = {".png": "image/png", ".webm": "video/webm"}
 
 
 def _inline_sources(html: str, tag: str) -> str:
@@ -42,6 +45,7 @@ def content_security_policy(html: str) -> str:
             f"script-src {_inline_sources(html, 'script')}",
             f"style-src {_inline_sources(html, 'style')}",
             "img-src 'self' data: blob:",
+            "media-src blob:",
             "connect-src 'self'",
             "base-uri 'none'",
             "form-action 'none'",
@@ -79,11 +83,12 @@ def _route(path: str, body: bytes, media_type: str, policy: str) -> Route:
 def _routes() -> Iterator[Route]:
     html = (_FOLDER / "page.html").read_text(encoding="utf-8")
     yield _route("/ui", html.encode(), "text/html", content_security_policy(html))
-    for image in sorted((_FOLDER / "samples").glob("*.png")):
-        policy = "default-src 'none'"
-        yield _route(f"/ui/samples/{image.name}", image.read_bytes(), "image/png", policy)
+    for suffix, media_type in _SAMPLE_TYPES.items():
+        for sample in sorted((_FOLDER / "samples").glob(f"*{suffix}")):
+            policy = "default-src 'none'"
+            yield _route(f"/ui/samples/{sample.name}", sample.read_bytes(), media_type, policy)
 
 
 def attach_page(app: FastAPI) -> None:
-    """Serve the page at ``/ui`` and its sample images under it, unless ``server.page`` is off."""
+    """Serve the page at ``/ui`` and its samples under it, unless ``server.page`` is off."""
     app.router.routes.extend(_routes())

@@ -12,7 +12,7 @@ def video_file(
     frames: int = 12, size: tuple[int, int] = (160, 120), fps: float = 6.0, kind: str = "mp4"
 ) -> bytes:
     """A file in which a square moves; ``size`` is width and height."""
-    codec = {"mp4": "mp4v", "avi": "MJPG"}[kind]
+    codec = {"mp4": "mp4v", "avi": "MJPG", "webm": "VP80"}[kind]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"video.{kind}"
         writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), fps, size)

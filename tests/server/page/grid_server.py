@@ -76,11 +76,11 @@ class Model:
         return self.preview.counts(*size, float(raw_request.headers[RATIO_HEADER])), size
 
 
-def choose(counts: VisualTokenCounts) -> dict[str, Any]:
+def choose(counts: VisualTokenCounts, seed: int = 1) -> dict[str, Any]:
     """A random worker's record: kept tokens, and merged groups of neighbours."""
     if not counts.is_pruned:
         return {}
-    rng = random.Random(1)
+    rng = random.Random(seed)
     n1, n2, n3 = counts.stages
     groups = max(1, min(counts.centres // 2, n2 - 1, (n1 - n2) // 2))
     rows = list(range(n1))

@@ -21,6 +21,8 @@ SAMPLES = {
 }
 """Right answers to the page's sample questions."""
 
+VIDEO_SAMPLE = "shapes.webm"
+
 
 @contextmanager
 def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from tests.server.page.person import SAMPLES
+from tests.server.page.person import SAMPLES, VIDEO_SAMPLE
 from vitcop_server.page import attach_page
 from vitcop_server.settings import ServerSettings
 
@@ -20,6 +20,7 @@ def test_page_and_samples_have_strict_headers(url):
         for path, kind in (
             ("/ui", "text/html; charset=utf-8"),
             ("/ui/samples/plum.png", "image/png"),
+            ("/ui/samples/shapes.webm", "video/webm"),
         ):
             answer = client.get(path)
             assert (answer.status_code, answer.headers["content-type"]) == (200, kind)
@@ -35,7 +36,7 @@ def test_page_and_samples_have_strict_headers(url):
 
 def test_samples_are_small():
     samples = [*FOLDER.iterdir()]
-    assert {sample.name for sample in samples} == set(SAMPLES)
+    assert {sample.name for sample in samples} == {*SAMPLES, VIDEO_SAMPLE}
     assert sum(sample.stat().st_size for sample in samples) < 200_000
 
 
