@@ -3,7 +3,7 @@
 import json
 import random
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -50,21 +50,31 @@ class Model:
 
     async def create_chat_completion(self, request: Any, raw_request: Request) -> Answer:
         (message,) = request.messages
-        url = next(part["image_url"]["url"] for part in message["content"] if "image_url" in part)
-        counts, size = await self.counts(url, raw_request)
-        name = explained_identifier("request", 0, size, tag_identifier("abc", counts))
+        part = next(part for part in message["content"] if part["type"] != "text")
+        name = await self.record(part, raw_request)
         getattr(raw_request.state, EXPLAIN_STATE_KEY).identifiers.append(name)
-        self.records[name] = choose(counts)
         return Answer()
+
+    async def record(self, part: Mapping[str, Any], raw_request: Request) -> str:
+        """Identifier of the image, whose selections are recorded."""
+        counts, size = await self.counts(part["image_url"]["url"], raw_request)
+        name = explained_identifier("request", 0, size, tag_identifier("abc", counts))
+        self.records[name] = choose(counts)
+        return name
 
     async def collective_rpc(self, method: str, args: tuple[list[str]]) -> list[Any]:
         return [{name: self.records.pop(name) for name in args[0]}]
 
-    async def stream(self, url: str, raw_request: Request) -> AsyncGenerator[str, None]:
-        counts, _ = await self.counts(url, raw_request)
+    async def usage(self, part: Mapping[str, Any], raw_request: Request) -> dict[str, Any]:
+        counts, _ = await self.counts(part["image_url"]["url"], raw_request)
+        return self.preview.model.usage_fields([counts])
+
+    async def stream(
+        self, part: Mapping[str, Any], raw_request: Request
+    ) -> AsyncGenerator[str, None]:
         for chunk in (
             {"choices": [{"delta": {"content": "Grid"}}]},
-            {"choices": [], "usage": self.preview.model.usage_fields([counts])},
+            {"choices": [], "usage": await self.usage(part, raw_request)},
         ):
             yield f"data: {json.dumps(chunk)}\n\n"
 
@@ -104,9 +114,15 @@ def grid_app(
     *, has_cls: bool = False, tiled: bool = False, coarse_last: bool = False, **settings: Any
 ) -> FastAPI:
     """An application with page, routes and answers; the encoder may have [CLS], or tiles."""
-    app, model = FastAPI(), Model(**settings)
+    model = Model(**settings)
     info = model.preview.info
     info.reads_cls, info.tiled, info.coarse_last = has_cls, tiled, coarse_last
+    return app_of(model)
+
+
+def app_of(model: Model) -> FastAPI:
+    """An application with page, routes and the answers of ``model``."""
+    app = FastAPI()
     app.include_router(routes.router)
     attach_page(app)
     app.state.pruning_server_settings = ServerSettings(explain=True)
@@ -118,8 +134,8 @@ def grid_app(
 
     @app.post("/v1/chat/completions")
     async def chat(body: dict[str, Any], raw_request: Request) -> StreamingResponse:
-        url = body["messages"][0]["content"][0]["image_url"]["url"]
-        return StreamingResponse(model.stream(url, raw_request), media_type="text/event-stream")
+        part = body["messages"][0]["content"][0]
+        return StreamingResponse(model.stream(part, raw_request), media_type="text/event-stream")
 
     return app
 

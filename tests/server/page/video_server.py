@@ -1,128 +1,106 @@
 """The server of ``grid_server``, whose model also takes videos. It has no weights."""
 
 import base64
-import json
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import cv2
 from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
 
-from tests.server.page.grid_server import choose, grid_app
-from vitcop_server import routes
-from vitcop_server.explain import explain_image
+from tests.server.grids import NUM_LAYERS, GridInfo
+from tests.server.page.grid_server import Model, app_of, choose
 from vitcop_server.preview import Preview
-from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
-from vitcop_vllm.pruning.plan import VisualTokenCounts
-from vitcop_vllm.pruning.settings import RATIO_HEADER
+from vitcop_vllm.models.layout import VideoLayout
+from vitcop_vllm.pruning.grids import count_tokens
+from vitcop_vllm.pruning.identity import explained_identifier, frame_names, tag_identifier
+from vitcop_vllm.pruning.plan import VideoCounts, plan_video
+from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY, PruningSettings
 
 READ_PER_SECOND = 2
-"""Frames that the loader reads of a second, as vLLM's does. The encoder joins two of them."""
+"""Frames of a second that the loader reads, as vLLM's does. The encoder joins two of them."""
 
 
-class Video:
-    """A video of a request, as the loader reads it.
-
-    Attributes:
-        size: Width and height.
-        times: When the frames that are read are shown, in seconds.
+class VideoInfo(GridInfo):
+    """Attributes:
+    explained_layouts: Layouts of videos that are explained, by identifier.
     """
 
-    def __init__(self, url: str) -> None:
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(base64.b64decode(url.partition(",")[2]))
-            file.flush()
-            reader = cv2.VideoCapture(file.name)
-            num_frames = 0
-            while (read := reader.read())[0]:
-                num_frames += 1
-                height, width = read[1].shape[:2]
-        fps = reader.get(cv2.CAP_PROP_FPS)
-        step = round(fps / READ_PER_SECOND)
-        self.size = width, height
-        self.times = [number / fps for number in range(0, num_frames, step)]
+    def __init__(self, settings: PruningSettings) -> None:
+        super().__init__(settings)
+        self.explained_layouts: dict[str, VideoLayout] = {}
+
+    def video_layout(self, num_frames: int, width: int, height: int, *_: Any) -> VideoLayout:
+        return VideoLayout((num_frames + 1) // 2, self.layout(width, height).grids, 0)
+
+    def video_counts(self, layout: VideoLayout, processor_kwargs: Any) -> VideoCounts:
+        ratio, tokens = processor_kwargs[RATIO_KEY], count_tokens(layout.grids)
+        return plan_video(self.settings, ratio, NUM_LAYERS, tokens, layout.num_frames)
 
 
-def counts_of_frames(
-    preview: Preview, size: tuple[int, int], num_read: int, ratio: float
-) -> list[VisualTokenCounts]:
-    """Counts of each frame, as the encoder computes them. The first one keeps more tokens."""
-    ratios = [ratio / 2, *[ratio] * ((num_read + 1) // 2 - 1)]
-    return [preview.counts(*size, of_frame) for of_frame in ratios]
+def read_video(url: str) -> tuple[tuple[int, int], list[float]]:
+    """Width and height, and when the frames that the loader reads are shown, in seconds."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(base64.b64decode(url.partition(",")[2]))
+        file.flush()
+        video = cv2.VideoCapture(file.name)
+        frames = []
+        while (read := video.read())[0]:
+            frames.append(read[1])
+        fps = video.get(cv2.CAP_PROP_FPS)
+    height, width = frames[0].shape[:2]
+    step = round(fps / READ_PER_SECOND)
+    return (width, height), [number / fps for number in range(0, len(frames), step)]
 
 
-def explain_frame(
-    preview: Preview, size: tuple[int, int], counts: VisualTokenCounts, number: int
-) -> dict[str, Any]:
-    name = explained_identifier("request", number, size, tag_identifier("abc", counts))
-    return explain_image(preview, name, choose(counts, seed=number))
+class VideoModel(Model):
+    """Takes images and videos, whose first frame keeps more tokens than the others.
+
+    Attributes:
+        knows_times: Whether explanations say when a frame is shown.
+    """
+
+    def __init__(self, *, knows_times: bool = True) -> None:
+        super().__init__(compare_frames=True)
+        of_images: Preview = self.preview
+        info = VideoInfo(of_images.model.settings)
+        model = replace(of_images.model, takes_videos=True)
+        self.preview = replace(of_images, model=model, info=info)
+        self.knows_times = knows_times
+
+    def video_counts(
+        self, url: str, raw_request: Request
+    ) -> tuple[VideoCounts, VideoLayout, tuple[int, int]]:
+        size, times = read_video(url)
+        info = self.preview.info
+        layout = info.video_layout(len(times), *size)
+        if self.knows_times:
+            layout = replace(
+                layout, times=tuple(tuple(times[at : at + 2]) for at in range(0, len(times), 2))
+            )
+        counts = info.video_counts(layout, {RATIO_KEY: float(raw_request.headers[RATIO_HEADER])})
+        return counts, layout, size
+
+    async def record(self, part: Mapping[str, Any], raw_request: Request) -> str:
+        if part["type"] != "video_url":
+            return await super().record(part, raw_request)
+        (first, others), layout, size = self.video_counts(part["video_url"]["url"], raw_request)
+        tag = tag_identifier("abc", others, layout.num_frames, None if first == others else first)
+        name = explained_identifier("request", 0, size, tag)
+        self.preview.info.explained_layouts[name] = layout
+        for number, frame in enumerate(frame_names(name, layout.num_frames)):
+            self.records[frame] = choose(others if number else first, seed=number)
+        return name
+
+    async def usage(self, part: Mapping[str, Any], raw_request: Request) -> dict[str, Any]:
+        if part["type"] != "video_url":
+            return await super().usage(part, raw_request)
+        (first, others), layout, _ = self.video_counts(part["video_url"]["url"], raw_request)
+        frames = [first, *[others] * (layout.num_frames - 1)]
+        return self.preview.model.usage_fields(frames, num_frames=len(frames))
 
 
-def plan_of(preview: Preview, size: tuple[int, int], num_read: int, ratio: float) -> dict[str, Any]:
-    counts = counts_of_frames(preview, size, num_read, ratio)
-    plan = preview.plan_fields(*size, ratio)
-    stages = [
-        stage | {"tokens": sum(frame.stages[number] for frame in counts)}
-        for number, stage in enumerate(plan["stages"])
-    ]
-    encoder = sum(frame.encoder for frame in counts)
-    return plan | {"frames": len(counts), "encoder_tokens": encoder, "stages": stages}
-
-
-def video_app(*, knows_times: bool = True, **settings: Any) -> FastAPI:
-    """An application whose model takes images and videos."""
-    app, images = FastAPI(), grid_app(**settings)
-    app.state = images.state
-    preview: Preview = app.state.pruning_preview
-
-    def video_of(body: dict[str, Any]) -> Video | None:
-        part = body["messages"][0]["content"][0]
-        return Video(part["video_url"]["url"]) if part["type"] == "video_url" else None
-
-    @app.get("/v1/pruning/config")
-    async def config(raw_request: Request) -> dict[str, Any]:
-        return await routes.config(raw_request) | {"takes_videos": True}
-
-    @app.get("/v1/pruning/plan")
-    async def plan(
-        raw_request: Request,
-        ratio: str,
-        width: int | None = None,
-        height: int | None = None,
-        frames: int | None = None,
-    ) -> Any:
-        if frames is None or width is None or height is None:
-            return await routes.plan(raw_request, ratio, width, height)
-        return plan_of(preview, (width, height), frames, float(ratio))
-
-    @app.post("/v1/pruning/explain")
-    async def explain(body: dict[str, Any], raw_request: Request) -> Any:
-        video = video_of(body)
-        assert video is not None
-        ratio = float(raw_request.headers[RATIO_HEADER])
-        counts = counts_of_frames(preview, video.size, len(video.times), ratio)
-        frames = [
-            explain_frame(preview, video.size, of_frame, number)
-            | {"times": video.times[2 * number :][:2] if knows_times else None}
-            for number, of_frame in enumerate(counts)
-        ]
-        width, height = video.size
-        videos = [{"width": width, "height": height, "frames": frames}]
-        return {"completion": {}, "images": [], "videos": videos}
-
-    @app.post("/v1/chat/completions")
-    async def chat(body: dict[str, Any], raw_request: Request) -> StreamingResponse:
-        video = video_of(body)
-        assert video is not None
-        ratio = float(raw_request.headers[RATIO_HEADER])
-        counts = counts_of_frames(preview, video.size, len(video.times), ratio)
-        usage = preview.model.usage_fields(counts, num_frames=len(counts))
-        events = (
-            f"data: {json.dumps(event)}\n\n"
-            for event in ({"choices": [{"delta": {"content": "Left"}}]}, {"usage": usage})
-        )
-        return StreamingResponse(events, media_type="text/event-stream")
-
-    app.router.routes.extend(images.router.routes)
-    return app
+def video_app(*, knows_times: bool = True) -> FastAPI:
+    """An application with page, routes and answers of a model that takes videos."""
+    return app_of(VideoModel(knows_times=knows_times))
