@@ -2,14 +2,17 @@
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from demo.moving import FPS
+from tests.families.family import QWEN2_5_VL, Family
 from tests.server.page.grid_server import grid_app, serving
 from tests.server.page.person import (
     VIDEO_SAMPLE,
@@ -22,6 +25,7 @@ from tests.server.page.person import (
     upload,
 )
 from tests.server.page.video_server import video_app
+from tests.server.process import TINY_OPTIONS, running_server
 from tests.server.sample_videos import video_file
 from vitcop_server.settings import ServerSettings
 
@@ -328,3 +332,25 @@ def test_forced_colours_mark_the_frame_shown(browser: Browser, video_url: str) -
         )
         assert shadows[0] != "none"
         assert set(shadows[1:]) == {"none"}
+
+
+def test_a_real_model_explains_the_sample(
+    browser: Browser, checkpoint_of: Callable[[Family], Path]
+) -> None:
+    options = (*TINY_OPTIONS, "--server.explain", "true")
+    with (
+        running_server(str(checkpoint_of(QWEN2_5_VL)), *options) as (url, _),
+        video_page(browser, url) as page,
+    ):
+        frames = ask_about_video(page)
+        starts = [frame["times"][0] for frame in frames]
+        assert starts == pytest.approx([*range(FRAMES)], abs=1 / FPS)
+        expect(strip(page)).to_have_count(FRAMES)
+        for step in (1, 2, 3):
+            show(page, step)
+            counts = [frame["stages"][step - 1]["tokens"] for frame in frames]
+            assert [kept_on(strip(page).nth(number)) for number in range(FRAMES)] == counts
+        kept = numbers(facts(page, 1)["Tokens kept"])
+        assert kept == [*map(int, sums(frames)), FRAMES * TOKENS, FRAMES]
+        expect(page.locator("#stops b")).to_have_text([str(FRAMES * TOKENS), *sums(frames)])
+        expect(page.locator("#chart .count")).to_have_text(sums(frames))
