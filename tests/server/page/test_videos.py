@@ -337,7 +337,8 @@ def test_forced_colours_mark_the_frame_shown(browser: Browser, video_url: str) -
 def test_a_real_model_explains_the_sample(
     browser: Browser, checkpoint_of: Callable[[Family], Path]
 ) -> None:
-    options = (*TINY_OPTIONS, "--server.explain", "true")
+    short = ("--override-generation-config", '{"max_new_tokens": 8}')
+    options = (*TINY_OPTIONS, *short, "--server.explain", "true")
     with (
         running_server(str(checkpoint_of(QWEN2_5_VL)), *options) as (url, _),
         video_page(browser, url) as page,
