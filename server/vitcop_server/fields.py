@@ -155,7 +155,7 @@ def refuse_unexplained(messages: object) -> None:
         url = image.get("url") if isinstance(image, Mapping) else image
         if part.get("uuid") is not None and "role" not in part and not url:
             raise RequestError(
-                "an explanation computes the image again: send the image itself with its uuid",
+                "an explanation computes it again: send the image or video itself with its uuid",
                 param="uuid",
             )
 

@@ -133,6 +133,7 @@ def ends_at(family: Family, llm, plan_of: PlanOf, place: int, frame: int) -> Req
     (answer,) = generate(llm, [spec])
     starts = frame_starts(family, answer, plan_of(0.5, 4))
     budget = engine_core(llm).scheduler.max_num_scheduled_tokens
+    assert starts[frame] + place <= budget, "no room for a system text"
     return RequestSpec(**{**vars(spec), "system": "x" * (budget - starts[frame] - place)})
 
 
@@ -143,6 +144,8 @@ def test_a_step_may_end_after_any_frame_and_in_none(
 ):
     """A step that would end inside a frame ends before it."""
     frames = plan_of(0.5, 4)
+    if frame == -1 and sum(kept(frames)) > engine_core(llm).scheduler.max_num_scheduled_tokens:
+        pytest.skip("the video does not fit into one step")
     n1 = frames[frame].stages[0]
     spec = ends_at(family, llm, plan_of, n1 if edge == "ends" else n1 // 2, frame)
     ends = recorded_ends(engine_core(llm).scheduler, monkeypatch)

@@ -114,10 +114,11 @@ def test_embeddings_of_a_video_are_refused(part: dict[str, Any]) -> None:
     assert refused.value.param == "messages"
 
 
-def test_an_explanation_of_a_video_is_refused() -> None:
-    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
-    with pytest.raises(RequestError, match="an explanation is of images"):
-        refuse_unexplained(content(part)["messages"])
+def test_an_explanation_needs_the_video_itself() -> None:
+    part = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}, "uuid": "a"}
+    refuse_unexplained(content(part)["messages"])
+    with pytest.raises(RequestError, match="send the image or video itself"):
+        refuse_unexplained(content({**part, "video_url": None})["messages"])
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,6 @@ def test_an_explanation_needs_the_image_itself(part: dict[str, Any], is_refused:
     if not is_refused:
         refuse_unexplained(messages)
         return
-    with pytest.raises(RequestError, match="send the image itself") as refused:
+    with pytest.raises(RequestError, match="send the image or video itself") as refused:
         refuse_unexplained(messages)
     assert refused.value.param == "uuid"

@@ -179,7 +179,9 @@ def main(checkpoint: str, path: str) -> None:
 
     from vitcop_vllm.pruning.kernels import TRITON
 
-    takes_videos = AutoConfig.from_pretrained(checkpoint).model_type in VIDEO_MARKS
+    takes_videos = (
+        AutoConfig.from_pretrained(checkpoint, trust_remote_code=True).model_type in VIDEO_MARKS
+    )
     settings = {"pruning": {"kernels": "triton", "compare_frames": takes_videos}}
     llm = LLM(checkpoint, **ENGINE_OPTIONS, additional_config=settings)
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
