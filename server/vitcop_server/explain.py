@@ -15,8 +15,7 @@ from vitcop_vllm.pruning.identity import (
     counts_by_frame,
     counts_of_identifier,
     explained_size,
-    frame_names,
-    frames_of_identifier,
+    record_names,
 )
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 
@@ -64,16 +63,10 @@ def explain_video(preview: Preview, identifier: str, records: Records) -> dict[s
             **_selections(preview, of_frame, name, records),
         }
         for number, (of_frame, name) in enumerate(
-            zip(counts, frame_names(identifier, len(counts)), strict=True)
+            zip(counts, record_names(identifier), strict=True)
         )
     ]
     return {"width": width, "height": height, "frames": frames}
-
-
-def record_names(identifier: str) -> list[str]:
-    """Names of the records of an image, or of the frames of a video."""
-    num_frames = frames_of_identifier(identifier)
-    return [identifier] if num_frames is None else frame_names(identifier, num_frames)
 
 
 def _selections(

@@ -16,14 +16,13 @@ from vitcop_server.explain import (
     explain_image,
     explain_video,
     merge_records,
-    record_names,
 )
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
 from vitcop_server.route_rules import EXPLAIN_ROUTE
 from vitcop_server.settings import SERVER_KEY, ServerSettings
-from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier
+from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier, record_names
 from vitcop_vllm.pruning.selectors import selector_of
 
 router = APIRouter()

@@ -98,6 +98,22 @@ def frame_names(identifier: str, num_frames: int) -> list[str]:
     return [f"{identifier}#{number}" for number in range(num_frames)]
 
 
+def record_names(identifier: str) -> list[str]:
+    """Names under which the selections of an image, or of each frame of a video, are recorded."""
+    num_frames = frames_of_identifier(identifier)
+    return [identifier] if num_frames is None else frame_names(identifier, num_frames)
+
+
+def span_names(identifier: str) -> list[str]:
+    """Names of the records of an image's or a video's spans; see :func:`spans_in_prompt`.
+
+    The span of the tokens after a video's last frame has no record, so its name is empty.
+    """
+    tag = _find_tag(identifier)
+    has_tail = tag is not None and tag.tail is not None
+    return [*record_names(identifier), *([""] if has_tail else [])]
+
+
 def explained_size(identifier: str) -> tuple[int, int] | None:
     """Width and height of an image or video that is to be explained; ``None`` for all others."""
     found = _EXPLAINED.match(identifier)

@@ -14,13 +14,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vitcop_vllm.engine.attention import DecodeView, PrefillView
-from vitcop_vllm.pruning.identity import (
-    Feature,
-    frame_names,
-    frames_of_identifier,
-    plan_request,
-    spans_in_prompt,
-)
+from vitcop_vllm.pruning.identity import Feature, plan_request, span_names
 from vitcop_vllm.pruning.plan import NUM_SEGMENTS, RequestPlan, VisualTokenCounts
 from vitcop_vllm.worker.step import PrunedSpan, SpanGroup, StagedForward, StagedStep
 
@@ -134,14 +128,7 @@ class StepPlanner:
             prompt_tokens: Length of its prompt, placeholders included.
         """
         features = [*features]
-        images: list[str] = []
-        for feature in features:
-            identifier = feature.identifier
-            num_frames = frames_of_identifier(identifier)
-            names = [identifier] if num_frames is None else frame_names(identifier, num_frames)
-            spans = spans_in_prompt(identifier, feature.mm_position)
-            # Tokens after the last frame of a video are a span without a name.
-            images += [*names, *[""] * (len(spans) - len(names))]
+        images = [name for feature in features for name in span_names(feature.identifier)]
         self.track(name, plan_request(features), prompt_tokens, images)
 
     def track(
