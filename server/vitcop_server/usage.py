@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Self
 
 from vitcop_vllm.pruning.identity import counts_by_frame, frames_of_identifier
@@ -83,15 +82,6 @@ def image_identifiers(engine_inputs: Iterable[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def image_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
-    """Counts of the images with these identifiers, and of each frame of the videos.
-
-    Raises:
-        RuntimeError: If an identifier has no counts, because another processor made it.
-    """
-    return [*chain.from_iterable(map(counts_by_frame, identifiers))]
-
-
 def counts_by_modality(identifiers: Iterable[str]) -> dict[str, list[VisualTokenCounts]]:
     """Counts of the images with these identifiers, and of each frame of the videos.
 
@@ -99,7 +89,7 @@ def counts_by_modality(identifiers: Iterable[str]) -> dict[str, list[VisualToken
         Counts by ``"image"`` and ``"video"``.
 
     Raises:
-        RuntimeError: See :func:`image_counts`.
+        RuntimeError: If an identifier has no counts, because another processor made it.
     """
     counts: dict[str, list[VisualTokenCounts]] = {"image": [], "video": []}
     for identifier in identifiers:

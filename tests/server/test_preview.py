@@ -14,7 +14,7 @@ from vitcop_server import routes
 from vitcop_server.explain import explain_image
 from vitcop_server.preview import USUAL_SIDE
 from vitcop_server.settings import ServerSettings
-from vitcop_server.usage import image_counts, image_identifiers
+from vitcop_server.usage import counts_by_modality, image_identifiers
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -137,7 +137,7 @@ def test_an_explanation_numbers_cells_row_by_row() -> None:
 def test_usage_sums_images_of_different_sizes() -> None:
     many, few = VisualTokenCounts(2304, 82, (691, 309, 62)), VisualTokenCounts.unpruned(4)
     inputs = [{"mm_hashes": {"image": [tag_identifier("a", many), tag_identifier("b", few)]}}]
-    counts = image_counts(image_identifiers(inputs))
+    counts = counts_by_modality(image_identifiers(inputs))["image"]
     usage = grid_preview().model.usage_fields(counts)
     assert usage["visual_tokens"] == {"encoder": 2308, "stages": [695, 313, 66]}
     boundaries = PruningSettings().boundaries(NUM_LAYERS)

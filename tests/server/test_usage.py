@@ -1,6 +1,8 @@
 """Token counts of processed prompts, and their fields in usage."""
 
 import json
+from collections.abc import Iterable
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,6 @@ from vitcop_server.usage import (
     PrunedModel,
     counts_by_modality,
     extend_event,
-    image_counts,
     image_identifiers,
 )
 from vitcop_vllm.pruning.identity import tag_identifier
@@ -19,6 +20,10 @@ from vitcop_vllm.pruning.settings import PruningSettings
 
 MODEL = PrunedModel(PruningSettings(), num_layers=32)
 PRUNED = VisualTokenCounts(576, 20, (172, 83, 17))
+
+
+def all_counts(identifiers: Iterable[str]) -> list[VisualTokenCounts]:
+    return [*chain.from_iterable(counts_by_modality(identifiers).values())]
 
 
 def names(*counts: VisualTokenCounts) -> list[str]:
@@ -34,7 +39,7 @@ def test_counts_come_from_the_tags() -> None:
     inputs = [engine_input(PRUNED, VisualTokenCounts.unpruned(9)), engine_input(PRUNED)]
     found = image_identifiers(inputs)
     assert found == [*names(PRUNED, VisualTokenCounts.unpruned(9)), *names(PRUNED)]
-    assert image_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
+    assert all_counts(found) == [PRUNED, VisualTokenCounts.unpruned(9), PRUNED]
 
 
 def test_text_has_no_images() -> None:
@@ -43,7 +48,7 @@ def test_text_has_no_images() -> None:
 
 def test_an_untagged_image_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="without visual token counts"):
-        image_counts(["abc"])
+        counts_by_modality(["abc"])
 
 
 def test_fields_of_one_image() -> None:
@@ -67,9 +72,9 @@ def test_a_video_counts_as_its_frames() -> None:
         {"mm_hashes": {"video": [tag_identifier("w", PRUNED, 1)]}},
     ]
     found = image_identifiers(inputs)
-    assert image_counts(found) == [PRUNED] * 5
+    assert all_counts(found) == [PRUNED] * 5
     assert counts_by_modality(found) == {"image": [PRUNED], "video": [PRUNED] * 4}
-    fields = MODEL.usage_fields(image_counts(found), len(counts_by_modality(found)["video"]))
+    fields = MODEL.usage_fields(all_counts(found), len(counts_by_modality(found)["video"]))
     assert fields["visual_tokens"] == {
         "encoder": 5 * 576,
         "stages": [5 * 172, 5 * 83, 5 * 17],
@@ -82,7 +87,7 @@ def test_tokens_after_a_video_s_frames_are_not_counted() -> None:
     found = image_identifiers(
         [{"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3, tail=1)], "image": []}}]
     )
-    assert image_counts(found) == counts_by_modality(found)["video"] == [PRUNED] * 3
+    assert all_counts(found) == counts_by_modality(found)["video"] == [PRUNED] * 3
 
 
 def test_a_video_s_first_frame_may_keep_more() -> None:
@@ -90,8 +95,8 @@ def test_a_video_s_first_frame_may_keep_more() -> None:
     found = image_identifiers(
         [{"mm_hashes": {"video": [tag_identifier("v", PRUNED, 3, first)], "image": names(PRUNED)}}]
     )
-    assert image_counts(found) == [PRUNED, first, PRUNED, PRUNED]
-    fields = MODEL.usage_fields(image_counts(found), len(counts_by_modality(found)["video"]))
+    assert all_counts(found) == [PRUNED, first, PRUNED, PRUNED]
+    fields = MODEL.usage_fields(all_counts(found), len(counts_by_modality(found)["video"]))
     assert fields["visual_tokens"] == {
         "encoder": 4 * 576,
         "stages": [288 + 3 * 172, 253 + 3 * 83, 51 + 3 * 17],
