@@ -40,7 +40,7 @@ def moving_square(generator: torch.Generator) -> torch.Tensor:
 
 
 def compared_videos(selector: SelectorName, n1: int) -> tuple[list[VideoShape], dict[str, Any]]:
-    """Two such videos, the second of a still picture."""
+    """Two such videos, the second of a still image."""
     centres = 2 if selector == "vitcop" else 0
     first = VisualTokenCounts(ROWS * COLUMNS, centres, (10, 6, 2))
     others = VisualTokenCounts(ROWS * COLUMNS, centres, (n1, 3, 1))

@@ -92,10 +92,10 @@ def show(page: Page, step: int) -> None:
     page.get_by_role("slider", name="Stage shown").fill(str(step))
 
 
-def kept_on(picture: Locator) -> int:
+def kept_on(thumbnail: Locator) -> int:
     """Number of kept parts that a frame of the strip shows; merged tokens are drawn smaller."""
     script = "(paths) => paths.map((path) => path.getAttribute('d').split('z').length - 1)"
-    return sum(picture.locator(".kept").evaluate_all(script))
+    return sum(thumbnail.locator(".kept").evaluate_all(script))
 
 
 def test_the_strip_shows_the_tokens_that_each_frame_keeps(page: Page) -> None:
@@ -136,12 +136,12 @@ def test_the_frame_shown_has_its_tokens_drawn_over_the_video(page: Page) -> None
         assert page.locator("#cells path").evaluate_all(PATHS) == shapes
 
 
-def test_pictures_of_the_strip_are_frames_of_the_video(page: Page) -> None:
+def test_thumbnails_of_the_strip_are_frames_of_the_video(page: Page) -> None:
     """The sample's colours: its star comes in after the first frame, its square after that."""
     ask_about_video(page)
-    script = """(picture, [x, y]) => {
+    script = """(image, [x, y]) => {
       const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-      context.drawImage(picture, -Math.round(picture.width * x), -Math.round(picture.height * y));
+      context.drawImage(image, -Math.round(image.width * x), -Math.round(image.height * y));
       return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
     }"""
     star, square = (90 / 336, 80 / 336), (180 / 336, 280 / 336)
