@@ -145,7 +145,7 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     measured: dict[EngineName, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds.number):
         results = rounds.in_turn(serve, *engines)
-        for name in (*rounds.selectors, *(name for name in engines if name == EVS)):
+        for name in (name for name in ideals if name != STOCK):
             figures = {
                 "stock_most": results[STOCK]["max_running"],
                 "stock_vs_ideal": results[STOCK]["max_running"] / ideals[STOCK],
