@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import unfold
-from transformers.video_utils import VideoMetadata
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
 from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionDummyInputsBuilder,
@@ -54,12 +53,7 @@ class PrunedLlavaOnevisionProcessingInfo(
     ) -> VideoLayout:
         """Frames of any size are scaled to one tile, all that are read."""
         side = isqrt(self._get_num_frame_tokens(image_width=width, image_height=height))
-        described = VideoMetadata(
-            metadata.get("total_num_frames", num_frames),
-            fps=metadata.get("fps"),
-            frames_indices=metadata.get("frames_indices"),
-        )
-        times = times_of_frames(described, num_frames, 1)
+        times = times_of_frames(metadata.get("fps"), metadata.get("frames_indices"), num_frames)
         return VideoLayout(num_frames, (Grid(side, side),), times=times, tail=1)
 
     def get_mm_max_tokens_per_item(

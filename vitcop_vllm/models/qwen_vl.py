@@ -98,7 +98,7 @@ class QwenProcessingInfo(VideoProcessingInfo):
         side = self._token_side()
         grid = Grid(height // side, width // side)
         joined = options["temporal_patch_size"]
-        times = times_of_frames(described, num_frames, joined)
+        times = times_of_frames(described.fps, described.frames_indices, num_frames, joined)
         num_frames = cdiv(num_frames, joined)
         num_positions = self._num_positions(num_frames, grid, joined / described.sampled_fps)
         return VideoLayout(num_frames, (grid,), num_positions, times)

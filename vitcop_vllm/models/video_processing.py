@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature
-from transformers.video_utils import VideoMetadata
 from vllm.inputs import MultiModalHashes
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import (
@@ -59,20 +58,19 @@ def frame_size(frames: Any) -> ImageSize:
 
 
 def times_of_frames(
-    described: VideoMetadata, num_frames: int, joined: int
+    fps: float | None, indices: Sequence[int] | None, num_frames: int, joined: int = 1
 ) -> tuple[tuple[float, ...], ...] | None:
     """``VideoLayout.times``.
 
     Args:
-        described: The loader's description of the video.
-        num_frames: Frames of the file that are read.
+        fps: Frames of the file in a second, if the loader knows.
+        indices: Which frames of the file are read, if the loader says so.
+        num_frames: How many are read.
         joined: How many of these the encoder joins into one.
     """
-    if described.fps is None or described.frames_indices is None:
+    if not fps or indices is None or len(indices) != num_frames:
         return None
-    times = described.timestamps
-    if len(times) != num_frames:
-        return None
+    times = [index / fps for index in indices]
     return tuple(tuple(times[i : i + joined]) for i in range(0, num_frames, joined))
 
 
