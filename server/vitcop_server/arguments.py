@@ -11,6 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from yaml import YAMLError
 
 from vitcop_server.compat import make_arg_parser, validate_parsed_serve_args
+from vitcop_server.elastic import check_elastic
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
 from vitcop_vllm.pruning.plan import why_uncacheable
@@ -119,7 +120,11 @@ def parse(
     _refuse_other_servers(parser, args, environ)
     try:
         settings = _write_settings(args, CONFIG_KEY, PruningSettings)
-        _write_settings(args, SERVER_KEY, ServerSettings)
+        server = _write_settings(args, SERVER_KEY, ServerSettings)
+        if server.elastic is not None and not args.headless:
+            # With several engines, vLLM's default is as many API servers.
+            api_servers = args.api_server_count or args.data_parallel_size
+            check_elastic(server.elastic, settings, args, api_servers)
     except ValueError as error:
         parser.error(str(error))
     # Later, the operator's flag cannot be distinguished from vLLM's default, which is to cache.

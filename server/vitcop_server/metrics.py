@@ -2,13 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from vitcop_vllm.pruning.plan import STAGES, VisualTokenCounts
 
 _BOUNDS = (0.5, 0.7, 0.8, 0.9, 1.0)
 
 REQUESTS = Counter("vitcop_requests", "Accepted requests, by pruning ratio.", ["ratio"])
+DEFAULT_RATIO = Gauge(
+    "vitcop_default_ratio",
+    "Pruning ratio of a request that names none and arrives now.",
+    multiprocess_mode="mostrecent",
+)
+RAISED = Counter(
+    "vitcop_requests_raised",
+    "Accepted requests with images that name no ratio and got more than pruning.default_ratio.",
+)
 TOKENS_KEPT = Counter(
     "vitcop_visual_tokens_kept",
     "Visual tokens of prompts that a Stage keeps, by Stage: I, II or III, and by modality: image "
@@ -47,14 +56,19 @@ def ratio_bucket(ratio: float, has_images: bool) -> str:
     return f"{lower:g}-{upper:g}"
 
 
-def count_request(ratio: float, counts: Mapping[str, Sequence[VisualTokenCounts]]) -> None:
+def count_request(
+    ratio: float, counts: Mapping[str, Sequence[VisualTokenCounts]], is_raised: bool
+) -> None:
     """Count a request after vLLM has rendered its prompt.
 
     Args:
         ratio: Its pruning ratio.
+        is_raised: Whether load has raised the ratio above the operator's default.
         counts: Counts of its images, and of the frames of its videos, by modality.
     """
-    REQUESTS.labels(ratio_bucket(ratio, any(counts.values()))).inc()
+    has_images = any(counts.values())
+    REQUESTS.labels(ratio_bucket(ratio, has_images)).inc()
+    RAISED.inc(is_raised and has_images)
     for modality, images in counts.items():
         ITEMS.labels(modality).inc(len(images))
         encoder = sum(image.encoder for image in images)

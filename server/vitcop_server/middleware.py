@@ -12,7 +12,14 @@ from vitcop_server.errors import RequestError
 from vitcop_server.fields import refuse_processor_fields, refuse_unsafe_body
 from vitcop_server.metrics import RATIO_ERRORS
 from vitcop_server.ratio import ratio_text
-from vitcop_server.route_rules import MODEL_KEY, RouteRules, route_path, rules_of
+from vitcop_server.route_rules import (
+    MAX_HEADER,
+    MODEL_KEY,
+    RATIO_PLACES,
+    RouteRules,
+    route_path,
+    rules_of,
+)
 from vitcop_server.settings import server_settings_of
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
@@ -73,7 +80,7 @@ class PruningMiddleware:
             _refuse_features(route_path(scope), body)
             refuse_unsafe_body(body, server_settings_of(scope["app"]), rules)
         except RequestError as error:
-            RATIO_ERRORS.inc(error.param in (RATIO_HEADER, RATIO_KEY, MODEL_KEY))
+            RATIO_ERRORS.inc(error.param in RATIO_PLACES)
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
             return
         has_other_ratio = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
@@ -92,6 +99,7 @@ def _refuse_misplaced_ratios(
 ) -> None:
     for place, name, is_present in (
         (RATIO_HEADER, RATIO_HEADER, RATIO_HEADER in headers),
+        (MAX_HEADER, MAX_HEADER, MAX_HEADER in headers),
         (RATIO_KEY, RATIO_KEY, body.get(RATIO_KEY) is not None),
         (MODEL_KEY, f"the ratio in model {body.get(MODEL_KEY)!r}", ratio_of_name is not None),
     ):

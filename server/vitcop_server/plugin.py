@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from vitcop_server import readiness, routes
 from vitcop_server.aliases import AliasedModels
 from vitcop_server.cors import expose_headers
+from vitcop_server.default_ratio import default_ratio_of
 from vitcop_server.errors import answer_deep_nesting, use_openai_errors
 from vitcop_server.exit_status import exit_nonzero_when_dead
 from vitcop_server.image_cache import keep_caches_equal
@@ -89,12 +90,15 @@ class PruningEndpointPlugin:
         limits = engine_client.renderer.mm_processor.info.allowed_mm_limits
         model = replace(model, takes_videos=limits.get("video", 0) > 0)
         AliasedModels.adopt(state.openai_serving_models, model.settings, settings.aliases)
+        preview = preview_of(engine_client, model)
+        default_ratio = default_ratio_of(engine_client, preview, settings.elastic, args)
         is_traced = bool(vllm_config.observability_config.otlp_traces_endpoint)
         for name, pruned_serving in _HANDLERS.items():
             stock = getattr(state, name)
-            setattr(state, name, pruned_serving.adopt(stock, model, is_traced))
+            setattr(state, name, pruned_serving.adopt(stock, model, default_ratio, is_traced))
         state.pruning_server_settings = settings
-        state.pruning_preview = preview_of(engine_client, model)
+        state.pruning_preview = preview
+        state.pruning_default_ratio = default_ratio
         keep_caches_equal(engine_client)
         exit_nonzero_when_dead(engine_client)
         note_shutdown(engine_client, state)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.renderers.online_renderer import OnlineRenderer
 
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.fields import refuse_stray_placeholders
 from vitcop_server.usage import image_identifiers
 
@@ -36,17 +37,21 @@ class ImageRenderer(OnlineRenderer):
 
     Attributes:
         prompt_field: The body field that the handler renders; errors name it.
+        default_ratio: Counts the requests that are rendered now.
     """
 
     prompt_field: str
+    default_ratio: DefaultRatio
 
     async def preprocess_chat(self, *args: Any, **kwargs: Any) -> Any:
-        conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)
+        with self.default_ratio.rendering():
+            conversation, engine_inputs = await super().preprocess_chat(*args, **kwargs)
         self._record(engine_inputs)
         return conversation, engine_inputs
 
     async def preprocess_completion(self, *args: Any, **kwargs: Any) -> Any:
-        engine_inputs = await super().preprocess_completion(*args, **kwargs)
+        with self.default_ratio.rendering():
+            engine_inputs = await super().preprocess_completion(*args, **kwargs)
         self._record(engine_inputs)
         return engine_inputs
 

@@ -10,9 +10,13 @@ from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 MODEL_KEY = "model"
 """Body field whose value may carry a ratio: see :mod:`vitcop_server.aliases`."""
 
+MAX_HEADER = "X-Pruning-Max"
+"""Request header with the largest ratio that the request may get."""
+
 EXPLAIN_ROUTE = "/v1/pruning/explain"
 
-_ANYWHERE = frozenset({RATIO_HEADER, RATIO_KEY, MODEL_KEY})
+RATIO_PLACES = frozenset({RATIO_HEADER, MAX_HEADER, RATIO_KEY, MODEL_KEY})
+"""Headers and body fields with a ratio, or with a limit of it."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,9 @@ class RouteRules:
     """How one POST route handles a pruning ratio. The defaults are for unknown routes.
 
     Attributes:
-        ratio_places: Where the route accepts a ratio: header, body field, or the model's name. A
-            ratio in any other place is refused, because vLLM would ignore it.
+        ratio_places: Where the route accepts a ratio: header, body field, or the model's name; and
+            the header with the largest ratio. In any other place either is refused, because vLLM
+            would ignore it.
         is_body_read: Whether our middleware reads the body before vLLM does. The handlers of chats
             and completions check their requests themselves: their bodies hold large images, and
             parsing those twice would be slow.
@@ -47,14 +52,17 @@ class RouteRules:
         return f"send header {RATIO_HEADER} or body field {RATIO_KEY}"
 
 
-CHAT_RULES = RouteRules(_ANYWHERE, is_body_read=False)
+CHAT_RULES = RouteRules(RATIO_PLACES, is_body_read=False)
 
 _UNKNOWN = RouteRules()
 _UNKNOWN_ANTHROPIC = RouteRules(is_anthropic=True)
 # Anthropic's protocol allows no additional body fields.
-_MESSAGES = replace(_UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, MODEL_KEY}))
-# Text or tokens only: there is nothing to prune, so an alias means the model itself.
-_TEXT = RouteRules(frozenset({MODEL_KEY}))
+_MESSAGES = replace(
+    _UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, MAX_HEADER, MODEL_KEY})
+)
+# Text or tokens only: there is nothing to prune, so an alias means the model itself, and any limit
+# is kept.
+_TEXT = RouteRules(frozenset({MAX_HEADER, MODEL_KEY}))
 _NOT_INFERENCE = RouteRules(is_inference=False)
 
 ROUTES = {
@@ -62,10 +70,10 @@ ROUTES = {
     "/v1/chat/completions/batch": CHAT_RULES,
     "/v1/completions": CHAT_RULES,
     EXPLAIN_ROUTE: CHAT_RULES,
-    "/v1/responses": RouteRules(_ANYWHERE),
+    "/v1/responses": RouteRules(RATIO_PLACES),
     # vLLM's SageMaker layer replaces the model by the adapter that a header names.
-    "/invocations": RouteRules(_ANYWHERE, is_model_dropped=True),
-    "/tokenize": RouteRules(_ANYWHERE),
+    "/invocations": RouteRules(RATIO_PLACES, is_model_dropped=True),
+    "/tokenize": RouteRules(RATIO_PLACES),
     "/v1/messages": _MESSAGES,
     "/v1/messages/count_tokens": _MESSAGES,
     "/detokenize": _TEXT,

@@ -20,7 +20,8 @@ from vitcop_server.explain import (
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
-from vitcop_server.route_rules import EXPLAIN_ROUTE
+from vitcop_server.ratio import accepted_ratio
+from vitcop_server.route_rules import EXPLAIN_ROUTE, MAX_HEADER
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier, record_names
 from vitcop_vllm.pruning.selectors import selector_of
@@ -55,6 +56,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
         "model": preview.model.names[0],
         "settings": preview.model.settings.model_dump(mode="json"),
         SERVER_KEY: server.model_dump(mode="json"),
+        "default_ratio": state.pruning_default_ratio.now(),
         "stages": selector_of(preview.model.settings.selector).stages,
         "takes_videos": preview.model.takes_videos,
         "num_layers": preview.model.num_layers,
@@ -82,8 +84,13 @@ async def plan(
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        chosen = (
-            settings.default_ratio if ratio is None else settings.parse_ratio(ratio, name="ratio")
+        chosen, _ = accepted_ratio(
+            settings,
+            (),
+            None,
+            None if ratio is None else settings.parse_ratio(ratio, name="ratio"),
+            default=raw_request.app.state.pruning_default_ratio.now(),
+            max_values=raw_request.headers.getlist(MAX_HEADER),
         )
         if (width is None) != (height is None):
             raise RequestError("send both width and height, or neither", param="width")

@@ -32,6 +32,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
     PROCESSOR_FIELDS,
@@ -43,6 +44,7 @@ from vitcop_server.fields import (
 from vitcop_server.limits import refuse_many_conversations
 from vitcop_server.metrics import count_request
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
+from vitcop_server.ratio import AcceptedRatio
 from vitcop_server.ratio_serving import RatioServing
 from vitcop_server.rendering import ImageRenderer, record_images
 from vitcop_server.settings import ServerSettings, server_settings_of
@@ -68,9 +70,16 @@ class _PrunedServing(RatioServing):
     renderer_type = ImageRenderer
 
     @classmethod
-    def adopt(cls, serving: object, pruned_model: PrunedModel, is_traced: bool = False) -> Self:
-        handler = super().adopt(serving, pruned_model, is_traced)
+    def adopt(
+        cls,
+        serving: object,
+        pruned_model: PrunedModel,
+        default_ratio: DefaultRatio,
+        is_traced: bool = False,
+    ) -> Self:
+        handler = super().adopt(serving, pruned_model, default_ratio, is_traced)
         handler.online_renderer.prompt_field = cls.prompt_field
+        handler.online_renderer.default_ratio = default_ratio
         return handler
 
     async def _create_pruned(
@@ -79,7 +88,7 @@ class _PrunedServing(RatioServing):
         """vLLM's answer to ``request`` at its ratio, with the pruning fields in ``usage``."""
         start_ns = time.time_ns()
         try:
-            ratio = self._apply_ratio(request, raw_request)
+            ratio, is_named = self._apply_ratio(request, raw_request)
         except RequestError as error:
             return self.refusal(error)
         with record_images() as identifiers:
@@ -87,7 +96,8 @@ class _PrunedServing(RatioServing):
         if isinstance(answer, ErrorResponse):
             return answer
         counts = counts_by_modality(identifiers)
-        count_request(ratio, counts)
+        is_raised = not is_named and ratio > self.pruned_model.settings.default_ratio
+        count_request(ratio, counts, is_raised)
         images = [*chain.from_iterable(counts.values())]
         fields = self.pruned_model.usage_fields(images, len(counts["video"]))
         if raw_request is not None:
@@ -100,17 +110,17 @@ class _PrunedServing(RatioServing):
         extend_usage(answer.usage, fields)
         return answer
 
-    def _apply_ratio(self, request: Any, raw_request: Request | None) -> float:
+    def _apply_ratio(self, request: Any, raw_request: Request | None) -> AcceptedRatio:
         """Validate the ratio and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
-        ratio = self.accept_ratio(request, raw_request)
+        accepted = self.accept_ratio(request, raw_request)
         self._refuse_fields(request, server_settings_of(getattr(raw_request, "app", None)))
-        request.mm_processor_kwargs = {RATIO_KEY: ratio}
+        request.mm_processor_kwargs = {RATIO_KEY: accepted.ratio}
         pending = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if pending is not None:
             refuse_unexplained(request.messages)
             request.mm_processor_kwargs[EXPLAIN_KEY] = pending.request_id
-        return ratio
+        return accepted
 
     def _refuse_fields(self, request: Any, settings: ServerSettings) -> None:
         refuse_unsafe_fields(request, settings, self.pruned_model.takes_videos)
@@ -167,7 +177,7 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
         self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
     ) -> Any:
         try:
-            ratio = self.accept_ratio(request, raw_request)
+            ratio = self.accept_ratio(request, raw_request).ratio
         except RequestError as error:
             return self.refusal(error)
         request = _CountTokensRequest.model_construct(

@@ -1,9 +1,9 @@
 """Settings of the server, beside vLLM's flags."""
 
 from argparse import Namespace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from vitcop_vllm.pruning.settings import Frozen, Positive, Ratio, format_validation_error
 
@@ -11,6 +11,28 @@ SERVER_KEY = "server"
 """Name of the settings, in a YAML file and in ``--additional-config``."""
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+
+
+class ElasticSettings(Frozen):
+    """A default ratio that follows load: see :class:`vitcop_server.elastic.ElasticRatio`.
+
+    Attributes:
+        to: The highest default ratio.
+        waiting: Numbers of waiting requests: up to the first the ratio is ``default_ratio``, from
+            the second on it is ``to``.
+        fall_seconds: Time that the load must be lower before the ratio falls by one level.
+    """
+
+    to: Annotated[Ratio, Field(gt=0.0)]
+    waiting: tuple[Annotated[int, Field(ge=0, strict=True)], Count]
+    fall_seconds: Positive = 5.0
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        low, high = self.waiting
+        if low >= high:
+            raise ValueError(f"waiting must be two ascending numbers; got [{low}, {high}]")
+        return self
 
 
 class ServerSettings(Frozen):
@@ -22,6 +44,7 @@ class ServerSettings(Frozen):
         page: Whether ``/ui`` is served.
         explain: Whether ``POST /v1/pruning/explain`` is served, which returns the visual tokens
             that each stage keeps. Such a request misses all caches and costs a call to the workers.
+        elastic: Raises the ratio of requests that name none while others wait.
         image_ids: Whether clients may set an image's ``uuid``. It is a key of caches that all
             clients share: a client that knows it gets answers about that image.
         max_body_bytes: Maximum size of a request body.
@@ -37,6 +60,7 @@ class ServerSettings(Frozen):
     aliases: tuple[Ratio, ...] = ()
     page: bool = True
     explain: bool = False
+    elastic: ElasticSettings | None = None
     image_ids: bool = False
     max_body_bytes: Count = 64 * 2**20
     max_image_pixels: Count = 25_000_000

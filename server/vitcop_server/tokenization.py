@@ -16,7 +16,7 @@ class PrunedTokenization(RatioServing, ServingTokenization):
 
     async def create_tokenize(self, request: TokenizeRequest, raw_request: Request) -> Any:
         try:
-            ratio = self.accept_ratio(request, raw_request)
+            ratio = self.accept_ratio(request, raw_request).ratio
         except RequestError as error:
             return self.refusal(error)
         if isinstance(request, TokenizeChatRequest):

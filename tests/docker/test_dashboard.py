@@ -27,6 +27,8 @@ def test_dashboard_shows_every_metric_of_the_plugin() -> None:
     shown = {re.sub("_(total|bucket)$", "", name) for name in NAMES if name.startswith("vitcop_")}
     assert shown == {
         "vitcop_requests",
+        "vitcop_requests_raised",
+        "vitcop_default_ratio",
         "vitcop_images",
         "vitcop_visual_tokens_kept",
         "vitcop_visual_tokens_dropped",

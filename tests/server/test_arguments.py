@@ -7,6 +7,8 @@ import pytest
 
 from vitcop_server.arguments import make_parser, parse
 
+ELASTIC = ("--server.elastic", '{"to": 0.889, "waiting": [4, 32]}')
+
 
 def parse_argv(*argv: str, environ: dict[str, str] | None = None) -> Namespace:
     return parse(make_parser(), argv, environ or {})
@@ -72,6 +74,11 @@ def test_additional_config_is_kept() -> None:
         (["--max-mode-len", "9", "--prot=1"], "(did you mean --max-model-len, --port?)"),
         (["--server.explian", "true"], "Did you mean 'explain'"),
         (["--server.max_aspect_ratio", "0.5"], "server.max_aspect_ratio: Input should be"),
+        (["--server.elastic.to", "0.889"], "server.elastic.waiting: Field required"),
+        ([*ELASTIC, "--pruning.default_ratio", "0.9"], "server.elastic.to 0.889 must be above"),
+        ([*ELASTIC, "--api-server-count", "2"], "set --api-server-count 1"),
+        ([*ELASTIC, "--data-parallel-size", "2"], "would be 2,"),
+        ([*ELASTIC, "--max-num-queued-reqs", "32"], "--max-num-queued-reqs 32 refuses requests"),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -81,6 +88,11 @@ def test_bad_arguments_are_refused(
         parse_argv("m", *argv)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_default_that_follows_load_is_accepted() -> None:
+    args = parse_argv("m", *ELASTIC, "--data-parallel-size", "2", "--api-server-count", "1")
+    assert args.additional_config["server"] == {"elastic": {"to": 0.889, "waiting": [4, 32]}}
 
 
 @pytest.mark.parametrize(

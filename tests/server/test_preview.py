@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from tests.server.grids import NUM_LAYERS, GridInfo, grid_preview
 from vitcop_server import routes
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.explain import explain_image
 from vitcop_server.preview import USUAL_SIDE
 from vitcop_server.settings import ServerSettings
@@ -26,6 +27,7 @@ def client() -> TestClient:
     app.include_router(routes.router)
     app.state.pruning_server_settings = ServerSettings()
     app.state.pruning_preview = grid_preview()
+    app.state.pruning_default_ratio = DefaultRatio(0.0)
     return TestClient(app)
 
 

@@ -28,7 +28,9 @@ SETTINGS = PruningSettings(default_ratio=0.25)
     ],
 )
 def test_valid_ratios_are_accepted(headers: list[str], body: object, ratio: float) -> None:
-    assert accepted_ratio(SETTINGS, headers, body) == ratio
+    accepted = accepted_ratio(SETTINGS, headers, body)
+    assert accepted.ratio == ratio
+    assert accepted.is_named == (headers != [] or body is not None)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +77,42 @@ def test_one_bad_value_is_refused_beside_a_good_one() -> None:
         accepted_ratio(SETTINGS, ["0.5"], 2)
 
 
+@pytest.mark.parametrize(
+    ("default", "largest", "ratio"),
+    [
+        (None, "0.1", 0.1),
+        (None, "0.25", 0.25),
+        (None, "0.99", 0.25),
+        (0.75, "1", 0.75),
+        (0.75, "0.5", 0.5),
+        (0.75, "0", 0.0),
+    ],
+)
+def test_the_default_is_lowered_to_the_client_s_maximum(
+    default: float | None, largest: str, ratio: float
+) -> None:
+    accepted = accepted_ratio(SETTINGS, [], None, default=default, max_values=[largest])
+    assert accepted == (ratio, False)
+
+
+def test_load_does_not_change_a_named_ratio() -> None:
+    for headers, body, alias in ((["0.5"], None, None), ([], 0.5, None), ([], None, 0.5)):
+        accepted = accepted_ratio(SETTINGS, headers, body, alias, default=0.75, max_values=["0.5"])
+        assert accepted == (0.5, True)
+        with pytest.raises(RequestError, match=r"asks for ratio 0\.5.*X-Pruning-Max.* 0\.4") as no:
+            accepted_ratio(SETTINGS, headers, body, alias, max_values=["0.4"])
+        assert no.value.param == "X-Pruning-Max"
+
+
+@pytest.mark.parametrize("values", [[""], ["x"], ["-0.1"], ["1.1"], ["1e-1"], ["0.5", "0.5"]])
+def test_a_bad_maximum_is_refused(values: list[str]) -> None:
+    with pytest.raises(RequestError, match=r"X-Pruning-Max must be .* 0 to 1\b") as refusal:
+        accepted_ratio(SETTINGS, [], None, max_values=values)
+    assert refusal.value.param == "X-Pruning-Max"
+
+
 def test_minus_zero_prints_as_zero() -> None:
-    assert ratio_text(accepted_ratio(SETTINGS, [], -0.0)) == "0.0"
+    assert ratio_text(accepted_ratio(SETTINGS, [], -0.0).ratio) == "0.0"
 
 
 @given(st.floats(min_value=1e-15, max_value=0.95))

@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 from vllm.renderers.online_renderer import OnlineRenderer
 
 from tests.server.handlers import bare_handler
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.middleware import PruningMiddleware
 from vitcop_server.serving import PrunedChat, PrunedCompletion
 from vitcop_server.usage import PrunedModel
@@ -93,15 +94,18 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Stock:
 @pytest.fixture
 def client(stock: Stock) -> Iterator[TestClient]:
     model = PrunedModel(PruningSettings(default_ratio=0.25), num_layers=32)
+    default = DefaultRatio(model.settings.default_ratio)
     app = FastAPI()
     chat_router.attach_router(app)
     completion_router.attach_router(app)
     init_exception_handler(app)
     app.add_middleware(PruningMiddleware)
     app.state.args = SimpleNamespace(log_error_stack=False)
-    app.state.openai_serving_chat = PrunedChat.adopt(bare_handler(OpenAIServingChat), model)
+    app.state.openai_serving_chat = PrunedChat.adopt(
+        bare_handler(OpenAIServingChat), model, default
+    )
     app.state.openai_serving_completion = PrunedCompletion.adopt(
-        bare_handler(OpenAIServingCompletion), model
+        bare_handler(OpenAIServingCompletion), model, default
     )
     with TestClient(app) as client:
         yield client
@@ -214,7 +218,7 @@ def test_an_error_of_the_processor_is_a_400(client: TestClient, route: str) -> N
 def test_adopting_does_not_change_the_original() -> None:
     original = bare_handler(OpenAIServingChat)
     original.response_role = "assistant"
-    adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32))
+    adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32), DefaultRatio(0.0))
     assert type(original) is OpenAIServingChat
     assert isinstance(adopted, OpenAIServingChat)
     assert adopted.response_role == "assistant"

@@ -260,6 +260,11 @@ class PrunedProcessingInfo:
         layers: int = self._config.get_text_config().num_hidden_layers
         return layers
 
+    @property
+    def span_limit(self) -> int:
+        """Most tokens of a pruned image: a step computes all of it."""
+        return span_limit_of(self._config)
+
     def check_admissible(
         self, images: Sequence[ImageShape], videos: Sequence[tuple[VideoShape, int]] = ()
     ) -> None:
@@ -273,7 +278,7 @@ class PrunedProcessingInfo:
             ValueError: If a pruned image or frame does not fit into one step, or if the prompt's
                 positions could exceed the rotary table.
         """
-        limit = span_limit_of(self._config)
+        limit = self.span_limit
         spans = [("an image", shape) for shape in images]
         spans += [("a frame", frame) for video, _ in videos for frame in {*video.frames}]
         for one, (counts, _) in spans:

@@ -205,18 +205,22 @@ class PruningSettings(Frozen):
             )
         return shallow, deep
 
-    def parse_ratio(self, value: object, *, name: str = RATIO_KEY) -> float:
+    def parse_ratio(
+        self, value: object, *, name: str = RATIO_KEY, largest: float | None = None
+    ) -> float:
         """Validate a ratio that a request sent.
 
         Args:
             value: A JSON number, or a header's text (plain decimal, no exponent).
             name: Name of the value in the error message.
+            largest: Replaces ``max_pruning_ratio``.
 
         Raises:
-            ValueError: If ``value`` is not a decimal number in [0, ``max_pruning_ratio``].
+            ValueError: If ``value`` is not a decimal number in [0, ``largest``].
         """
+        largest = self.max_pruning_ratio if largest is None else largest
         expected = (
-            f"{name} must be a decimal number from 0 to {self.max_pruning_ratio:g}: "
+            f"{name} must be a decimal number from 0 to {largest:g}: "
             "the share of visual tokens removed, averaged over the decoder's layers"
         )
         shown = _quote(value)
@@ -229,6 +233,6 @@ class PruningSettings(Frozen):
             ratio = float(value) if abs(value) <= 1 else math.nan
         else:
             raise ValueError(f"{expected}; got {shown}")
-        if not 0.0 <= ratio <= self.max_pruning_ratio:
+        if not 0.0 <= ratio <= largest:
             raise ValueError(f"{expected}; got {shown}")
         return abs(ratio)  # -0.0 is 0

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 
 from tests.server.grids import grid_preview
 from vitcop_server import routes
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.frame import image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.page import attach_page
@@ -127,6 +128,7 @@ def app_of(model: Model) -> FastAPI:
     attach_page(app)
     app.state.pruning_server_settings = ServerSettings(explain=True)
     app.state.pruning_preview = model.preview
+    app.state.pruning_default_ratio = DefaultRatio(0.0)
     app.state.openai_serving_chat = app.state.engine_client = model
     app.state.vllm_config = SimpleNamespace(
         model_config=MEDIA, cache_config=SimpleNamespace(enable_prefix_caching=True)

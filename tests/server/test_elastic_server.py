@@ -1,0 +1,191 @@
+"""A running server whose default ratio follows load.
+
+The engine is paused while requests are sent, so that the number of waiting requests is known.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.clients import CHAT, metrics
+from tests.server.process import TINY_OPTIONS, running_server
+from tests.server.sample_images import chat_body, image_message
+
+pytestmark = pytest.mark.slow
+
+RATIO, MAX = "X-Pruning-Ratio", "X-Pruning-Max"
+ELASTIC = {"to": 0.889, "waiting": [1, 5], "fall_seconds": 0.5}
+RATIOS = (0.0, 0.222, 0.445, 0.667, 0.889)
+HELLO = [{"role": "user", "content": "Hi"}]
+ROUND_OFF = 0.02
+"""Counts of visual tokens are integers."""
+
+
+@pytest.fixture(scope="module")
+def http(checkpoint: Path) -> Iterator[httpx.Client]:
+    options = ("--max-num-seqs", "1", "--server", json.dumps({"elastic": ELASTIC}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")  # has the routes /pause and /resume
+        with (
+            running_server(str(checkpoint), *TINY_OPTIONS, *options) as (url, _),
+            httpx.Client(base_url=url, timeout=60) as client,
+        ):
+            yield client
+
+
+@pytest.fixture(scope="module")
+def model(http: httpx.Client) -> str:
+    name: str = http.get("/v1/pruning/config").json()["model"]
+    return name
+
+
+def default_ratio(http: httpx.Client) -> float:
+    ratio: float = http.get("/v1/pruning/config").json()["default_ratio"]
+    return ratio
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def pause(http: httpx.Client, path: str) -> None:
+    answer = http.post(path, params={"mode": "keep"})
+    assert answer.status_code == 200, answer.text
+
+
+class Queue:
+    """Streamed answers that wait for the paused engine."""
+
+    def __init__(self, http: httpx.Client, model: str) -> None:
+        self._http, self._model = http, model
+        self._open = ExitStack()
+        self.streams: list[httpx.Response] = []
+
+    def send(self, seed: int, headers: dict[str, str] | None = None, **fields: Any) -> str:
+        """Send a request, and return the ratio in the answer's header."""
+        options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
+        body = chat_body(self._model, seed, **options) | fields
+        stream = self._http.stream("POST", CHAT, json=body, headers=headers)
+        self.streams.append(self._open.enter_context(stream))
+        assert self.streams[-1].status_code == 200, self.streams[-1].read()
+        return self.streams[-1].headers[RATIO]
+
+    def usages(self) -> list[dict[str, Any]]:
+        """The usage of each answer, once all are complete."""
+        texts = [stream.read().decode() for stream in self.streams]
+        self._open.close()
+        return [json.loads(text.split("data: ")[-2])["usage"] for text in texts]
+
+
+def test_the_default_follows_the_queue(http: httpx.Client, model: str) -> None:
+    before = metrics(http)
+    pause(http, "/pause")
+    queue = Queue(http, model)
+    given = []
+    for number, ratio in enumerate((*RATIOS, RATIOS[-1]), start=1):
+        given.append(queue.send(number))
+        # The engine's process gets the request after the answer has begun.
+        wait_until(lambda ratio=ratio: default_ratio(http) == ratio)  # type: ignore[misc]
+    assert given == ["0.0", "0.0", "0.222", "0.445", "0.667", "0.889"]
+
+    # Requests that name a ratio get it, and no request gets more than its own maximum.
+    assert queue.send(11, {RATIO: "0.3"}) == "0.3"
+    assert queue.send(12, pruning_ratio=0.3) == "0.3"
+    assert queue.send(13, model=f"{model}@0.3") == "0.3"
+    assert queue.send(14, {MAX: "0.5"}) == "0.5"
+    assert queue.send(15, {MAX: "0.99"}) == "0.889"
+    assert queue.send(16, {MAX: "0.3", RATIO: "0.3"}) == "0.3"
+    named = [0.3, 0.3, 0.3, 0.5, 0.889, 0.3]
+
+    pause(http, "/resume")
+    usages = queue.usages()
+    ratios = [*map(float, given), *named]
+    assert [usage["pruning_ratio"] for usage in usages] == pytest.approx(ratios, abs=ROUND_OFF)
+    # Of those that name no ratio, six got more than the operator's default.
+    raised = "vitcop_requests_raised_total"
+    assert metrics(http)[raised] - before.get(raised, 0.0) == 6
+
+    wait_until(lambda: metrics(http)["vitcop_default_ratio"] == 0)
+    calm = Queue(http, model)
+    assert calm.send(21) == "0.0"
+    assert calm.usages()[0]["pruning_ratio"] == 0
+
+
+def test_all_routes_show_the_same_default(http: httpx.Client, model: str) -> None:
+    pause(http, "/pause")
+    queue = Queue(http, model)
+    for number in range(1, 6):
+        queue.send(number)
+    wait_until(lambda: default_ratio(http) == 0.889)
+    image = {"model": model, "messages": [image_message(1)]}
+    source = {"type": "base64", "media_type": "image/png"}
+    url = image["messages"][0]["content"][0]["image_url"]["url"]  # type: ignore[index]
+    source["data"] = url.partition(",")[2]
+    counted = {
+        "model": model,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "source": source},
+                    {"type": "text", "text": "What is this?"},
+                ],
+            }
+        ],
+    }
+    try:
+        for headers, ratio in (({}, "0.889"), ({MAX: "0.5"}, "0.5")):
+            plan = http.get("/v1/pruning/plan", headers=headers).json()
+            assert plan["pruning_ratio"] == float(ratio)
+            for path, prompt, count in (
+                ("/tokenize", image, "count"),
+                ("/v1/messages/count_tokens", counted, "input_tokens"),
+            ):
+                answer = http.post(path, json=prompt, headers=headers)
+                named = http.post(path, json=prompt, headers={RATIO: ratio})
+                assert answer.headers[RATIO] == ratio
+                assert answer.json()[count] == named.json()[count]
+            for path, fields in (
+                ("/v1/responses", {"input": "Hi", "max_output_tokens": 1}),
+                ("/v1/messages", {"messages": HELLO, "max_tokens": 1}),
+                ("/v1/completions", {"prompt": "Hi", "max_tokens": 1}),
+            ):
+                body: dict[str, Any] = {"model": model, "stream": True, **fields}
+                with http.stream("POST", path, json=body, headers=headers) as stream:
+                    assert stream.status_code == 200, stream.read()
+                    assert stream.headers[RATIO] == ratio
+    finally:
+        pause(http, "/resume")
+        queue.usages()
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({MAX: "much"}, "header X-Pruning-Max must be a decimal number from 0 to 1"),
+        ({MAX: "0.5", RATIO: "0.6"}, "asks for ratio 0.6, and its header X-Pruning-Max allows 0.5"),
+    ],
+)
+def test_a_bad_maximum_is_refused_in_the_route_s_format(
+    http: httpx.Client, model: str, headers: dict[str, str], words: str
+) -> None:
+    body = {"model": model, "max_tokens": 1, "messages": HELLO}
+    for path in (CHAT, "/v1/messages"):
+        answer = http.post(path, json=body, headers=headers)
+        assert answer.status_code == 400
+        assert ("type" in answer.json()) == (path == "/v1/messages")
+        assert words in answer.json()["error"]["message"]
+        # vLLM's Anthropic handler drops the parameter.
+        assert answer.json()["error"]["param"] == (MAX if path == CHAT else None)
+    # This route would ignore it.
+    answer = http.post("/v1/chat/completions/render", json=body, headers=headers)
+    assert "is not supported on this route" in answer.json()["error"]["message"]
