@@ -5,7 +5,8 @@ take turns; figures are medians over rounds. Each scenario's module defines its 
 *ideal*: prefill, images and long_text in prefill.py, decode, turns and capacity in scenarios.py,
 load in load.py, cold_start in cold_start.py. Scenarios video_* have a video in each prompt, and
 stock vLLM with its own pruning of videos beside. Prefix caching is on, as is vLLM's default; only
-second turns repeat an image or a video.
+second turns repeat an image or a video. Scenario elastic, in elastic.py, has our server alone, and
+runs only if it is named.
 
 The last line of standard output is a JSON document, as docs/results/ holds them.
 """
@@ -41,6 +42,7 @@ from benchmarks.bench_options import (
 )
 from benchmarks.cold_start import measure_cold_start
 from benchmarks.conditions import WrongDeviceError, machine, resolve_device
+from benchmarks.elastic import elastic_options, measure_elastic
 from benchmarks.engines import STOCK, EngineDiedError, EngineProcess, running_engines
 from benchmarks.goals import check_goals
 from benchmarks.load import measure_load
@@ -49,7 +51,7 @@ from benchmarks.rounds import Rounds, Row
 from benchmarks.serving import ServerError
 from benchmarks.shapes import SHAPES, describe
 from benchmarks.tables import print_document
-from benchmarks.traffic import both_servers
+from benchmarks.traffic import both_servers, server_of
 from vitcop_server.bench import RequestsFailedError
 
 Case = Mapping[str, Any]
@@ -94,7 +96,7 @@ def measure(
         EngineDiedError: If an engine's process died; ``measured`` holds the earlier rows, also
             after the next two.
         ServerError: If a server did not start.
-        RequestsFailedError: If a request of the load failed.
+        RequestsFailedError: If a request over HTTP failed.
     """
     shape = SHAPES[arguments.shape]
     in_engines = [name for name in arguments.scenarios if name in ENGINE_SCENARIOS]
@@ -122,6 +124,13 @@ def measure(
                 answer_tokens=arguments.chat_tokens,
                 clients=arguments.clients,
                 rates=arguments.rates,
+            )
+    if "elastic" in arguments.scenarios:
+        clients = max(arguments.clients)
+        config = {"model": str(checkpoint), **options, **elastic_options(clients)}
+        with server_of(config) as ours:
+            measured["elastic"] = measure_elastic(
+                ours, rounds=long_rounds, answer_tokens=arguments.chat_tokens, clients=clients
             )
     if "cold_start" in arguments.scenarios:
         start = partial(EngineProcess, checkpoint, options)

@@ -30,7 +30,10 @@ ENGINE_SCENARIOS = (
 )
 """Scenarios in which the engines run side by side."""
 
-SCENARIOS = (*ENGINE_SCENARIOS, "load", "cold_start")
+ON_REQUEST = "elastic"
+"""The scenario that runs only if it is named."""
+
+SCENARIOS = (*ENGINE_SCENARIOS, "load", "cold_start", ON_REQUEST)
 
 VIDEO = (16, 336)
 """Frames of a video, as the encoder computes them, and their height and width in pixels."""
@@ -75,7 +78,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     numbers: dict[str, Any] = {"type": _numbers(int), "metavar": "N,N"}
     add("--device", choices=("cpu", "gpu"), help="default: the installed vLLM's")
     add("--shape", choices=SHAPES, help="default: demo on a CPU, llava-1.5-7b on a GPU")
-    names = f"any of {', '.join(SCENARIOS)}; default: all that the shape supports"
+    names = (
+        f"any of {', '.join(SCENARIOS)}; default: all that the shape supports, without {ON_REQUEST}"
+    )
     add("--scenarios", nargs="+", choices=SCENARIOS, metavar="S", help=names)
     add(
         "--rounds",
@@ -116,7 +121,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         parser.error(f"{arguments.shape} supports only {', '.join(known)}, not {min(unknown)}")
     if any_size and arguments.peers:
         parser.error(f"--peers is measured with LLaVA-1.5's shapes only, not {arguments.shape}")
-    arguments.scenarios = [name for name in known if name in (arguments.scenarios or known)]
+    arguments.scenarios = [
+        name for name in known if name in (arguments.scenarios or set(known) - {ON_REQUEST})
+    ]
     arguments.batches = arguments.batches or ((1,) if any_size else (1, 4, 16))
     if arguments.plot is not None and not arguments.plot.parent.is_dir():
         parser.error(f"--plot: there is no folder {arguments.plot.parent}")

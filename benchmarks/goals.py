@@ -37,6 +37,7 @@ GOALS: tuple[tuple[str, str, float, str, str, Row], ...] = (
     ("mixed_throughput", ">=", 4.0, "load", "throughput", _BUSIEST),
     ("mixed_ttft_p99", "<", 1.0, "load", "ttft_p99", _BUSIEST),
     ("busy_throughput", ">=", 1.0, "load", "throughput", {"rate": None}),
+    ("elastic_refused", "<=", 0.0, "elastic", "refused", {"ratio": "elastic"}),
     ("video_prefill_vs_ideal", ">=", 1.0, "video_prefill", "vs_ideal", {"ratio": _PRUNED}),
     (
         *("same_tokens_of_videos_at_0", ">=", 1.0, "video_decode", "same_tokens"),

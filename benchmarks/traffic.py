@@ -10,7 +10,7 @@ import json
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.engines import OURS, STOCK
 from benchmarks.measured_engine import Result
 from benchmarks.serving import running_server
 from vitcop_server.bench import check_answered
+from vitcop_server.settings import SERVER_KEY
 from vitcop_vllm.demo.checkpoint import resolve
 from vitcop_vllm.pruning.settings import CONFIG_KEY, RATIO_KEY
 
@@ -102,6 +102,7 @@ def serve(
     *,
     ratios: Sequence[float] | None = None,
     text_tokens: int | None = None,
+    may_fail: bool = False,
 ) -> Result:
     """Results of vLLM's serving benchmark.
 
@@ -111,9 +112,10 @@ def serve(
         seed: Seed of images, text, lengths and arrivals.
         ratios: Pruning ratios, assigned to the requests in turn; None for stock vLLM.
         text_tokens: Replace the image by so many tokens of text.
+        may_fail: Accept failed requests; ``failed`` of the results is their number.
 
     Raises:
-        RequestsFailedError: If a request failed.
+        RequestsFailedError: If a request failed that may not.
     """
     from vllm.benchmarks.serve import TaskType, benchmark
     from vllm.tokenizers import cached_get_tokenizer
@@ -149,7 +151,8 @@ def serve(
                 ready_check_timeout_sec=0,
             )
         )
-    check_answered(result)
+    if not may_fail:
+        check_answered(result)
     return result
 
 
@@ -157,26 +160,34 @@ def serve(
 def both_servers(
     config: Mapping[str, Any], tokenizer: str | None = None
 ) -> Iterator[tuple[Endpoint, Endpoint]]:
-    """Stock vLLM's server and ours, with the same options.
+    """Stock vLLM's server and ours, with the same options; see :func:`server_of`."""
+    options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, SERVER_KEY)}
+    keys = {key.replace("_", "-") for key in config}
+    share = () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & keys else HALF_A_GPU
+    with (
+        server_of(options, tokenizer, *share, stock=True) as stock,
+        server_of(config, tokenizer, *share) as ours,
+    ):
+        yield stock, ours
+
+
+@contextmanager
+def server_of(
+    config: Mapping[str, Any], tokenizer: str | None = None, *flags: str, stock: bool = False
+) -> Iterator[Endpoint]:
+    """A running server.
 
     Args:
-        config: Options of a configuration file; our own sections are not sent to stock vLLM.
+        config: Options of a configuration file.
         tokenizer: Folder or repository of the tokenizer; default: the model's.
+        *flags: Flags that override ``config``.
+        stock: Start stock vLLM's server.
     """
     config = {key.replace("_", "-"): value for key, value in config.items()}
-    options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, "server")}
-    options["model"] = str(resolve(str(config["model"])))
-    share = (
-        () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & config.keys() else HALF_A_GPU
-    )
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
-
-        def start(name: str, content: Mapping[str, Any]) -> Endpoint:
-            path = Path(scratch) / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(dict(content)))
-            server = running_server("--config", str(path), *share, stock=name == STOCK)
-            url, _ = servers.enter_context(server)
-            model = options.get("served-model-name", options["model"])
-            return Endpoint(url, model, tokenizer or options["model"])
-
-        yield start(STOCK, options), start(OURS, {**config, "model": options["model"]})
+    config["model"] = str(resolve(str(config["model"])))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "server.yaml"
+        path.write_text(yaml.safe_dump(config))
+        with running_server("--config", str(path), *flags, stock=stock) as (url, _):
+            model = config.get("served-model-name", config["model"])
+            yield Endpoint(url, model, tokenizer or config["model"])

@@ -20,6 +20,7 @@ from vitcop_server.bench import RequestsFailedError
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 
 IMAGE_SCENARIOS = [name for name in SCENARIOS if name not in VIDEO_SCENARIOS]
+BY_DEFAULT = [name for name in IMAGE_SCENARIOS if name != "elastic"]
 
 
 def test_another_device_is_refused_before_an_engine_starts(capsys):
@@ -57,6 +58,17 @@ def fakes(monkeypatch):
         assert rounds <= 3
         return [dict(LOAD[0], clients=number) for number in clients] + LOAD
 
+    @contextmanager
+    def server(config):
+        assert config["server"]["elastic"]["waiting"] == [4, config["max_num_seqs"]]
+        yield "ours"
+
+    def measure_elastic(ours, *, rounds, answer_tokens, clients):
+        assert (ours, answer_tokens, clients) == ("ours", 16, 32)
+        return [{"clients": clients, "ratio": "elastic", "refused": 0}]
+
+    monkeypatch.setattr(bench, "server_of", server)
+    monkeypatch.setattr(bench, "measure_elastic", measure_elastic)
     monkeypatch.setattr(bench, "both_servers", servers)
     monkeypatch.setattr(bench, "measure_load", measure_load)
 
@@ -69,7 +81,7 @@ def test_the_last_line_is_the_document_of_all_scenarios(peers, capsys, tmp_path)
     assert bench.main([*argv, "--plot", str(plot), *(["--peers"] if peers else [])]) == 0
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
-    assert list(document) == ["conditions", *IMAGE_SCENARIOS, "goals"]
+    assert list(document) == ["conditions", *BY_DEFAULT, "goals"]
     conditions = document["conditions"]
     assert conditions["engines"].keys() == ({STOCK, OURS, PEER} if peers else {STOCK, OURS})
     for name in ("vllm", "torch", "processor", "device_name"):
@@ -80,13 +92,12 @@ def test_the_last_line_is_the_document_of_all_scenarios(peers, capsys, tmp_path)
     not_measured = {"gpu_prefill_speed_up_at_8/9", "same_tokens_at_0", "prefill_speed_at_0"}
     assert (
         document["goals"].keys()
-        == {name for name, _, _, scenario, *_ in GOALS if scenario not in VIDEO_SCENARIOS}
-        - not_measured
+        == {name for name, _, _, scenario, *_ in GOALS if scenario in BY_DEFAULT} - not_measured
     )
     assert document["goals"]["throughput_at_0"]["met"]
     rows = document["prefill"]
     assert len(rows) == 2 * len(prefill.RATIOS) * (1 + peers)
-    for title in IMAGE_SCENARIOS:
+    for title in BY_DEFAULT:
         assert title in out
     assert ("vs peer" in out) is peers
     assert plot.stat().st_size > 10_000

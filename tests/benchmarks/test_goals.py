@@ -79,6 +79,7 @@ def test_figures_meet_or_miss_their_limits():
             "capacity": [{"ratio": "0", "vs_ideal": 0.5}, {"ratio": "8/9", "vs_ideal": 0.95}],
             "load": [*CLIENTS[2:3], {**LOAD[1], "throughput": 4.0, "ttft_p99": 1.0}],
             "cold_start": [{"ready_seconds_over_stock": 1.0}],
+            "elastic": [{"ratio": "0", "refused": 9}, {"ratio": "elastic", "refused": 1}],
             "prefill": [
                 PREFILL[2] | {"speed_up": 5.0},
                 PREFILL[2] | {"ratio": "0", "speed_up": 0.97},
@@ -103,6 +104,7 @@ def test_figures_meet_or_miss_their_limits():
         "mixed_throughput": True,
         "mixed_ttft_p99": False,
         "busy_throughput": True,
+        "elastic_refused": False,
         "video_prefill_vs_ideal": True,
         "same_tokens_of_videos_at_0": True,
         "second_turn_ttft_of_videos": True,

@@ -1,0 +1,158 @@
+"""An open load of twice what the server carries unpruned, answered in three ways.
+
+First ``clients`` clients send their next request once the last is answered, at ratio 0: the
+server's throughput. Then requests arrive as a Poisson process, at :data:`OVERLOAD` times that
+throughput: all at ratio 0, all at 8/9, and without a ratio, so that ``server.elastic`` chooses.
+
+``refused``: requests that the server refused, in all rounds, because its queue was full: with 503,
+or with an error in a stream that had begun. The queue holds :data:`QUEUE` waiting requests for each
+one that runs. ``mean_ratio``: the share of visual tokens
+that the server dropped, averaged over its answers and the decoder's layers. Times to first tokens
+are those of the answered requests.
+"""
+
+import json
+import re
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from itertools import count
+from typing import Any, TypeAlias
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks.measured_engine import Result
+from benchmarks.rounds import Row, Turns, summary
+from benchmarks.traffic import Endpoint, Traffic, serve
+from vitcop_server.bench import check_answered
+from vitcop_vllm.pruning.plan import STAGES
+
+OVERLOAD = 2.0
+REQUESTS_PER_CLIENT = 8
+QUEUE = 2
+
+ELASTIC = "elastic"
+RATIOS: dict[str, Sequence[float] | None] = {"0": (0.0,), "8/9": (8 / 9,), ELASTIC: None}
+"""Ratios of the requests of a case; None: they name none."""
+
+Counters: TypeAlias = Counter[tuple[str, str]]
+"""Counters of a server, by name and Stage."""
+
+REFUSED = ("vllm:admission_rejections", "")
+
+_LINE = re.compile(
+    r"(vitcop_visual_tokens_(?:kept|dropped)|vllm:admission_rejections)_total\{"
+    r'(?:.*stage="(\w+)")?.*\} (\S+)'
+)
+
+
+def elastic_options(clients: int) -> dict[str, Any]:
+    """Options of a server that runs ``clients`` requests at once; others wait."""
+    return {
+        "max_num_seqs": clients,
+        "max_num_queued_reqs": (1 + QUEUE) * clients,
+        "server": {"elastic": {"to": 0.889, "waiting": [clients // 8, clients]}},
+    }
+
+
+def measure_elastic(
+    server: Endpoint, *, rounds: int, answer_tokens: int, clients: int
+) -> list[Row]:
+    """A row for each of :data:`RATIOS`, of medians over rounds.
+
+    Args:
+        server: A server with :func:`elastic_options`.
+        rounds: Number of rounds.
+        answer_tokens: Mean length of an answer.
+        clients: Number of requests that the server runs at once.
+    """
+    turns, seeds = Turns(), count()
+    serve(server, Traffic(8, answer_tokens, 4), next(seeds), ratios=(0.0, 8 / 9))  # warm-up
+    closed = Traffic(3 * clients, answer_tokens, clients)
+    carried = serve(server, closed, next(seeds), ratios=(0.0,))["request_throughput"]
+    arrivals = OVERLOAD * carried
+    traffic = Traffic(REQUESTS_PER_CLIENT * clients, answer_tokens, rate=arrivals)
+    measured = []
+    for _ in tqdm(range(rounds), desc=ELASTIC):
+        seed = next(seeds)
+        runs = {name: partial(_serve, server, traffic, seed, RATIOS[name]) for name in RATIOS}
+        measured.append(turns.run(runs))
+    conditions = {
+        "clients": clients,
+        "requests": traffic.requests,
+        "unpruned_requests_per_second": carried,
+        "arrivals_per_second": arrivals,
+    }
+    return [
+        conditions
+        | {"ratio": name}
+        | summary(
+            [results[name] for results in measured], "mean_ratio", "ttft_p50_ms", "ttft_p99_ms"
+        )
+        | {"refused": sum(results[name]["refused"] for results in measured)}
+        for name in RATIOS
+    ]
+
+
+def _serve(server: Endpoint, traffic: Traffic, seed: int, ratios: Sequence[float] | None) -> Result:
+    _wait_until_calm(server)
+    before = _counters(server)
+    result = serve(server, traffic, seed, ratios=ratios, may_fail=True)
+    counted = _counters(server) - before
+    if result["failed"] != counted[REFUSED]:
+        check_answered(result)
+    return {
+        "refused": result["failed"],
+        "mean_ratio": mean_ratio(_get(server, "/v1/pruning/config"), counted),
+        "requests_per_second": result["request_throughput"],
+        "ttft_p50_ms": result["median_ttft_ms"],
+        "ttft_p99_ms": result["p99_ttft_ms"],
+    }
+
+
+def _wait_until_calm(server: Endpoint) -> None:
+    """Wait until the default ratio is the operator's: the run before may have raised it."""
+    while True:
+        config = _get(server, "/v1/pruning/config")
+        if config["default_ratio"] == config["settings"]["default_ratio"]:
+            return
+        time.sleep(1.0)
+
+
+def mean_ratio(config: Row, counted: Counters) -> float:
+    """The mean ratio of some requests.
+
+    Args:
+        config: The answer of ``/v1/pruning/config``.
+        counted: What the requests added to the server's counters.
+    """
+    first = config["first_layers"]
+    segments = [*zip(STAGES, first, [*first[1:], config["num_layers"]], strict=True)]
+    dropped, kept = (
+        sum(
+            counted[f"vitcop_visual_tokens_{fate}", s] * (end - begin) for s, begin, end in segments
+        )
+        for fate in ("dropped", "kept")
+    )
+    return dropped / (dropped + kept)
+
+
+def counters_in(metrics: str) -> Counters:
+    """Our figures' counters in the text of ``/metrics``."""
+    counters: Counters = Counter()
+    for name, stage, number in _LINE.findall(metrics):
+        counters[name, stage] += int(float(number))
+    return counters
+
+
+def _counters(server: Endpoint) -> Counters:
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        return counters_in(answer.read().decode())
+
+
+def _get(server: Endpoint, path: str) -> Row:
+    with urllib.request.urlopen(f"{server.url}{path}") as answer:
+        row: Row = json.load(answer)
+    return row
