@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitcop_server.usage import PrunedModel
+from vitcop_vllm.pruning.amount import Amount
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
 from vitcop_vllm.pruning.selectors import selector_of
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -49,14 +49,14 @@ class Preview:
         size = self.info.get_image_size_with_most_features()
         return min(size.width, USUAL_SIDE), min(size.height, USUAL_SIDE)
 
-    def counts(self, width: int, height: int, ratio: float) -> VisualTokenCounts:
-        """Counts of visual tokens for an image's size in pixels, at an accepted ratio.
+    def counts(self, width: int, height: int, amount: Amount) -> VisualTokenCounts:
+        """Counts of visual tokens for an image's size in pixels, of which ``amount`` is dropped.
 
         Raises:
             ValueError: If the model does not accept an image of this size.
         """
         tokens = self.info.layout(width, height).num_tokens
-        counts: VisualTokenCounts = self.info.counts(tokens, {RATIO_KEY: ratio})
+        counts: VisualTokenCounts = self.info.counts(tokens, amount)
         return counts
 
     def image_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class Preview:
             for a, b, tokens in zip(first, last, counts.stages, strict=True)
         ]
 
-    def plan_fields(self, width: int, height: int, ratio: float) -> dict[str, Any]:
+    def plan_fields(self, width: int, height: int, amount: Amount) -> dict[str, Any]:
         """The answer of ``/v1/pruning/plan``.
 
         ``decoder_speed_up`` covers the image's tokens only, and assumes a cost proportional to
@@ -108,28 +108,28 @@ class Preview:
         Raises:
             ValueError: If the model does not accept an image of this size.
         """
-        counts = self.counts(width, height, ratio)
+        counts = self.counts(width, height, amount)
         return {
-            "pruning_ratio": ratio,
+            "pruning_ratio": amount.ratio(counts.encoder, None),
             **self.image_fields(width, height, counts),
             **self._savings(self.stage_fields(counts), counts.encoder),
         }
 
     def video_plan_fields(
-        self, width: int, height: int, num_frames: int, ratio: float
+        self, width: int, height: int, num_frames: int, amount: Amount
     ) -> dict[str, Any]:
         """The answer of ``/v1/pruning/plan`` for a video; tokens are summed over its frames.
 
         Args:
             width, height: Size of the frames in pixels.
             num_frames: Frames that vLLM's loader reads.
-            ratio: An accepted ratio.
+            amount: What is dropped of each frame.
 
         Raises:
             ValueError: If the model does not accept such a video.
         """
         layout = self.info.video_layout(num_frames, width, height, _description(num_frames), {})
-        first, others = self.info.video_counts(layout, {RATIO_KEY: ratio})
+        first, others = self.info.video_counts(layout, amount)
         frames = [first, *[others] * (layout.num_frames - 1)]
         boundaries = self.model.settings.boundaries(self.model.num_layers)
         encoder = sum(counts.encoder for counts in frames)
@@ -138,7 +138,7 @@ class Preview:
             for number, stage in enumerate(self.stage_fields(first))
         ]
         return {
-            "pruning_ratio": ratio,
+            "pruning_ratio": amount.ratio(others.encoder, None),
             **self.frame_fields(width, height, layout.grids, others),
             "frames": layout.num_frames,
             "effective_ratio": effective_ratio(frames, boundaries, self.model.num_layers),

@@ -7,9 +7,10 @@ from typing import Any
 from vitcop_server.preview import Preview
 from vitcop_server.usage import PrunedModel
 from vitcop_vllm.models.layout import ImageLayout
+from vitcop_vllm.pruning.amount import Amount
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
-from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+from vitcop_vllm.pruning.settings import PruningSettings
 
 NUM_LAYERS = 28
 UNIT = 28
@@ -41,8 +42,9 @@ class GridInfo:
             return ImageLayout(grids[::-1] if self.coarse_last else grids, box)
         return ImageLayout((Grid(rows, columns),), box)
 
-    def counts(self, num_tokens: int, processor_kwargs: Any) -> VisualTokenCounts:
-        return plan_counts(self.settings, processor_kwargs[RATIO_KEY], NUM_LAYERS, num_tokens)
+    def counts(self, num_tokens: int, amount: Amount) -> VisualTokenCounts:
+        ratio = amount.ratio(num_tokens, None)
+        return plan_counts(self.settings, ratio, NUM_LAYERS, num_tokens)
 
     def get_image_size_with_most_features(self) -> Any:
         return SimpleNamespace(width=128 * UNIT, height=128 * UNIT)

@@ -16,6 +16,7 @@ from vitcop_server.explain import explain_image
 from vitcop_server.preview import USUAL_SIDE
 from vitcop_server.settings import ServerSettings
 from vitcop_server.usage import counts_by_modality, image_identifiers
+from vitcop_vllm.pruning.amount import FixedRatio
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
@@ -51,7 +52,7 @@ def test_a_plan_has_the_grid_of_its_image_size(
     assert plan["grids"] == [{"rows": rows, "columns": columns, "row_marks": False}]
     assert plan["box"] == [0, 0, width, height]
     assert plan["encoder_tokens"] == rows * columns
-    counts = GridInfo().counts(rows * columns, {"pruning_ratio": ratio})
+    counts = GridInfo().counts(rows * columns, FixedRatio(ratio))
     assert tuple(stage["tokens"] for stage in plan["stages"]) == counts.stages
     usage = grid_preview().model.usage_fields([counts])
     assert plan["effective_ratio"] == usage["pruning_ratio"]
@@ -101,7 +102,7 @@ def test_a_plan_names_the_saliency_of_stage_i(
 ) -> None:
     preview = grid_preview(selector=selector)
     preview.info.reads_cls = has_cls
-    assert preview.plan_fields(280, 140, 0.3)["saliency_source"] == source
+    assert preview.plan_fields(280, 140, FixedRatio(0.3))["saliency_source"] == source
 
 
 def kept(stage: dict[str, Any], total: int) -> list[int]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
+from vitcop_vllm.pruning.amount import AMOUNT_KEYS
 from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.selectors import selector_of
-from vitcop_vllm.pruning.settings import RATIO_KEY, PruningSettings
+from vitcop_vllm.pruning.settings import PruningSettings
 
 V2_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 BREAKABLE_VARIABLE = "VLLM_USE_BREAKABLE_CUDAGRAPH"
@@ -223,9 +224,9 @@ ENGINE_CHECKS = (
         lambda start: start.vllm.parallel_config.worker_cls != "auto",
     ),
     Check(
-        f"{RATIO_KEY} in --mm-processor-kwargs is not read",
+        f"{' and '.join(AMOUNT_KEYS[:2])} in --mm-processor-kwargs are not read",
         "set default_ratio instead",
-        lambda start: RATIO_KEY in (start.multimodal.mm_processor_kwargs or {}),
+        lambda start: {*AMOUNT_KEYS} & {*(start.multimodal.mm_processor_kwargs or {})},
     ),
 )
 """What no pruned model can run with."""

@@ -27,6 +27,7 @@ from vitcop_vllm.engine.checks import (
     find_obstacles,
 )
 from vitcop_vllm.engine.families import FAMILIES
+from vitcop_vllm.pruning.amount import default_amount
 from vitcop_vllm.pruning.plan import why_uncacheable
 from vitcop_vllm.pruning.settings import CONFIG_KEY, PruningSettings, format_validation_error
 from vitcop_vllm.pruning.signals import DEFAULT_SIGNAL, DEFAULT_SIGNAL_OF_NORMALISED_KEYS
@@ -127,12 +128,12 @@ class PrunedModelConfig(VerifyAndUpdateConfig):
         _pass_settings_on(vllm_config, settings, start_up.span_limit)
         _choose_model_runner(vllm_config)
         logger.info(
-            "Visual token pruning: selector %s%s; %s; ratio %g by default, at most %g; "
+            "Visual token pruning: selector %s%s; %s; ratio %s by default, at most %g; "
             "%s positions; prefix caching %s.",
             settings.selector,
             ", frames of videos compared" if settings.compare_frames else "",
             _describe_segments(start_up),
-            settings.default_ratio,
+            default_amount(settings),
             settings.max_pruning_ratio,
             settings.positions,
             "on" if vllm_config.cache_config.enable_prefix_caching else "off",

@@ -12,10 +12,12 @@ class ImageLayout:
     Attributes:
         grids: Grids of the visual tokens. Each covers ``box``.
         box: Left, top, right, bottom of the part that the encoder sees, in pixels of the image.
+        dense_share: See ``detail.dense_share``; ``None`` if nothing needs it.
     """
 
     grids: Grids
     box: tuple[float, float, float, float]
+    dense_share: float | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -35,6 +37,7 @@ class VideoLayout:
         times: Of each frame, when the frames of the file that it joins are shown, in seconds;
             ``None`` if the loader does not say.
         tail: Visual tokens after the last frame, which belong to no frame.
+        dense_share: See ``detail.dense_share_of_frames``; ``None`` if nothing needs it.
     """
 
     num_frames: int
@@ -42,3 +45,4 @@ class VideoLayout:
     num_positions: int = 0
     times: tuple[tuple[float, ...], ...] | None = None
     tail: int = 0
+    dense_share: float | None = None

@@ -36,7 +36,9 @@ from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
 from vitcop_vllm.models.layout import ImageLayout, VideoLayout
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
-from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.amount import AMOUNT_KEYS, Amount, amount_of
+from vitcop_vllm.pruning.detail import dense_share
+from vitcop_vllm.pruning.grids import Grid, largest_grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
     MOST_EXPLAINED,
@@ -128,7 +130,8 @@ def shape_of_item(item: Any) -> VideoShape | None:
 
 def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
     """The processor keywords for Hugging Face's processor, without those of this plugin."""
-    return {k: v for k, v in processor_kwargs.items() if k not in (RATIO_KEY, EXPLAIN_KEY)}
+    ours = (*AMOUNT_KEYS, EXPLAIN_KEY)
+    return {k: v for k, v in processor_kwargs.items() if k not in ours}
 
 
 def refuse_pruned_embeddings(what: str, processor_kwargs: Mapping[str, object]) -> None:
@@ -141,10 +144,10 @@ def refuse_pruned_embeddings(what: str, processor_kwargs: Mapping[str, object]) 
     Raises:
         ValueError: If the ratio is above 0.
     """
-    if processor_kwargs.get(RATIO_KEY):
+    if any(processor_kwargs.get(key) for key in AMOUNT_KEYS):
         raise ValueError(
             f"{what} embeddings cannot be pruned, because Stage I needs the encoder's "
-            f"attention; send the {what} itself or leave {RATIO_KEY} out"
+            f"attention; send the {what} itself, or set {RATIO_KEY} to 0"
         )
 
 
@@ -234,25 +237,17 @@ class PrunedProcessingInfo:
         return {"image": this.get_max_image_tokens()}
 
     def counts(
-        self, num_image_tokens: int, processor_kwargs: Mapping[str, object]
+        self, num_image_tokens: int, amount: Amount, dense_share: float | None = None
     ) -> VisualTokenCounts:
-        """Visual token counts of one image, by the ratio in a request's processor keywords.
+        """Visual token counts of one image.
 
-        Raises:
-            ValueError: If the ratio is invalid.
+        Args:
+            num_image_tokens: V, its visual tokens without pruning.
+            amount: What its request asks for.
+            dense_share: Its ``ImageLayout.dense_share``.
         """
-        ratio = self._ratio(processor_kwargs)
+        ratio = amount.ratio(num_image_tokens, dense_share)
         return plan_counts(self.settings, ratio, self._num_layers, num_image_tokens)
-
-    def _ratio(self, processor_kwargs: Mapping[str, object]) -> float:
-        """The ratio in a request's processor keywords, or the default.
-
-        Raises:
-            ValueError: If it is invalid.
-        """
-        if RATIO_KEY in processor_kwargs:
-            return self.settings.parse_ratio(processor_kwargs[RATIO_KEY])
-        return self.settings.default_ratio
 
     @property
     def _num_layers(self) -> int:
@@ -341,9 +336,10 @@ class PrunedProcessor:
             return [self._embedded_shape(images, i) for i in range(images.get_count())]
         assert isinstance(images, ImageProcessorItems)
         shapes = []
+        amount = amount_of(self.info.settings, processor_kwargs)
         for i in range(images.get_count()):
             layout = self._layout(images, i, processor_kwargs, uuids[i] if uuids else None)
-            counts = self.info.counts(layout.num_tokens, processor_kwargs)
+            counts = self.info.counts(layout.num_tokens, amount, layout.dense_share)
             shapes.append(ImageShape(counts, layout.grids))
         return shapes
 
@@ -367,6 +363,9 @@ class PrunedProcessor:
         if images.get(i) is not None:
             size = images.get_image_size(i)
             layout = self.info.layout(size.width, size.height, processor_kwargs)
+            if uuid is not None or amount_of(self.info.settings, processor_kwargs).needs_detail:
+                share = dense_share(images.get(i), largest_grid(layout.grids))
+                layout = replace(layout, dense_share=share)
         return layout_by_uuid("image", self._layouts, uuid, layout)
 
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:

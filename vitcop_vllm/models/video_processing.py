@@ -6,6 +6,7 @@ depends on the prompt up to its end, so a prefix hit after any frame is exact.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +34,9 @@ from vitcop_vllm.models.processing import (
     video_row,
 )
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
-from vitcop_vllm.pruning.grids import count_tokens
+from vitcop_vllm.pruning.amount import Amount, amount_of
+from vitcop_vllm.pruning.detail import dense_share_of_frames
+from vitcop_vllm.pruning.grids import count_tokens, largest_grid
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_identifier
 from vitcop_vllm.pruning.plan import VideoCounts, plan_video
 
@@ -102,21 +105,11 @@ class VideoProcessingInfo(PrunedProcessingInfo):
         """
         raise NotImplementedError
 
-    def video_counts(
-        self, layout: VideoLayout, processor_kwargs: Mapping[str, object]
-    ) -> VideoCounts:
-        """Visual token counts of a video, by the ratio in a request's processor keywords.
-
-        Raises:
-            ValueError: If the ratio is invalid.
-        """
-        return plan_video(
-            self.settings,
-            self._ratio(processor_kwargs),
-            self._num_layers,
-            count_tokens(layout.grids),
-            layout.num_frames,
-        )
+    def video_counts(self, layout: VideoLayout, amount: Amount) -> VideoCounts:
+        """Visual token counts of a video, whose request asks for ``amount``."""
+        num_tokens = count_tokens(layout.grids)
+        ratio = amount.ratio(num_tokens, layout.dense_share)
+        return plan_video(self.settings, ratio, self._num_layers, num_tokens, layout.num_frames)
 
     def get_mm_max_tokens_per_item(
         self, seq_len: int, mm_counts: Mapping[str, int]
@@ -157,9 +150,10 @@ class VideoProcessor(PrunedProcessor):
             return [(self._embedded_video(videos, i), 0) for i in range(videos.get_count())]
         assert isinstance(videos, VideoProcessorItems)
         shapes = []
+        amount = amount_of(self.info.settings, processor_kwargs)
         for i in range(videos.get_count()):
             layout = self._video_layout(videos, i, processor_kwargs, uuids[i] if uuids else None)
-            first, others = self.info.video_counts(layout, processor_kwargs)
+            first, others = self.info.video_counts(layout, amount)
             frame = ImageShape(others, layout.grids)
             different = None if first == others else first
             shape = VideoShape(frame, layout.num_frames, different, layout.tail)
@@ -183,6 +177,9 @@ class VideoProcessor(PrunedProcessor):
             layout = self.info.video_layout(
                 num_frames, size.width, size.height, metadata, processor_kwargs
             )
+            if uuid is not None or amount_of(self.info.settings, processor_kwargs).needs_detail:
+                share = dense_share_of_frames(frames, largest_grid(layout.grids))
+                layout = replace(layout, dense_share=share)
         return layout_by_uuid("video", self._video_layouts, uuid, layout)
 
     def _embedded_video(self, videos: Any, i: int) -> VideoShape:

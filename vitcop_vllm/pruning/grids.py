@@ -28,6 +28,11 @@ Grids = tuple[Grid, ...]
 """Grids of an image, in the order of its tokens. Each grid covers the whole image."""
 
 
+def largest_grid(grids: Grids) -> Grid:
+    """The grid with the most tokens for parts of the image: the finest view of it."""
+    return max(grids, key=lambda grid: grid.rows * grid.columns)
+
+
 def count_tokens(grids: Iterable[Grid]) -> int:
     """V, number of visual tokens."""
     return sum(grid.num_tokens for grid in grids)

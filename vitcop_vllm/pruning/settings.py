@@ -21,6 +21,9 @@ RATIO_KEY = "pruning_ratio"
 RATIO_HEADER = "X-Pruning-Ratio"
 """Request header that sets the ratio, and response header that reports the accepted ratio."""
 
+AUTO = "auto"
+"""In place of a ratio: a ratio for each image, by its detail; see ``amount``."""
+
 CONFIG_KEY = "pruning"
 """Name of the settings, in a YAML file, in ``--additional-config`` and in ``hf_config``."""
 
@@ -62,7 +65,7 @@ def format_validation_error(error: ValidationError, section: str = CONFIG_KEY) -
     )
 
 
-def _quote(value: object) -> str:
+def quote(value: object) -> str:
     """A client's value for an error message, shortened. Accepts any value."""
     try:
         return reprlib.repr(value)
@@ -112,6 +115,24 @@ PUBLISHED_ROWS = (
 """ViTCoP's settings for LLaVA-1.5-7B (arXiv 2601.17818)."""
 
 
+class AutoBounds(Frozen):
+    """The two ratios that ``auto`` chooses from.
+
+    Attributes:
+        min: For images with fine detail, such as text.
+        max: For images without.
+    """
+
+    min: Ratio = 7 / 9
+    max: Ratio = 11 / 12
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} must not be above max {self.max}")
+        return self
+
+
 class PruningSettings(Frozen):
     """Settings of the method, and limits on requests.
 
@@ -150,7 +171,8 @@ class PruningSettings(Frozen):
             launches a few kernels per image, where ``torch`` launches some hundred; for images
             of more than 1024 tokens it uses ``torch``. ``auto`` is ``torch`` until the Triton
             kernels have been tested on GPUs.
-        default_ratio: Pruning ratio of a request that sets none, in [0, 1).
+        default_ratio: Pruning ratio of a request that sets none, in [0, 1), or ``auto``.
+        auto: Ratios that ``auto`` chooses from.
         max_pruning_ratio: Largest pruning ratio that a request may set, in [0, 1).
     """
 
@@ -166,7 +188,8 @@ class PruningSettings(Frozen):
     positions: Literal["original", "reference"] = "original"
     compare_frames: Annotated[bool, Field(strict=True)] = False
     kernels: KernelsName = "auto"
-    default_ratio: Ratio = 0.0
+    default_ratio: Ratio | Literal["auto"] = 0.0
+    auto: AutoBounds = AutoBounds()
     max_pruning_ratio: Ratio = 0.95
 
     @model_validator(mode="after")
@@ -174,11 +197,14 @@ class PruningSettings(Frozen):
         keeps = [row.keep for row in self.fractions]
         if keeps != sorted(set(keeps)):
             raise ValueError(f"keep must be strictly ascending in fractions; got {keeps}")
-        if self.default_ratio > self.max_pruning_ratio:
-            raise ValueError(
-                f"default_ratio {self.default_ratio} must not be above "
-                f"max_pruning_ratio {self.max_pruning_ratio}"
-            )
+        limited = {"auto.max": self.auto.max} if "auto" in self.model_fields_set else {}
+        if not isinstance(self.default_ratio, str):
+            limited["default_ratio"] = self.default_ratio
+        for name, ratio in limited.items():
+            if ratio > self.max_pruning_ratio:
+                raise ValueError(
+                    f"{name} {ratio} must not be above max_pruning_ratio {self.max_pruning_ratio}"
+                )
         shallow, deep = self.shallow_boundary, self.deep_boundary
         if shallow is not None and deep is not None and shallow >= deep:
             raise ValueError(f"shallow_boundary {shallow} must be below deep_boundary {deep}")
@@ -223,7 +249,7 @@ class PruningSettings(Frozen):
             f"{name} must be a decimal number from 0 to {largest:g}: "
             "the share of visual tokens removed, averaged over the decoder's layers"
         )
-        shown = _quote(value)
+        shown = quote(value)
         if isinstance(value, str):
             if not _DECIMAL.fullmatch(value.strip(" \t")):
                 raise ValueError(f"{expected}; got {shown}")

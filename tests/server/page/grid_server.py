@@ -19,6 +19,7 @@ from vitcop_server.frame import image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.page import attach_page
 from vitcop_server.settings import ServerSettings
+from vitcop_vllm.pruning.amount import FixedRatio
 from vitcop_vllm.pruning.identity import explained_identifier, tag_identifier
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import RATIO_HEADER
@@ -84,7 +85,9 @@ class Model:
     ) -> tuple[VisualTokenCounts, tuple[int, int]]:
         image = await image_fields(url, MEDIA)
         size = image["width"], image["height"]
-        return self.preview.counts(*size, float(raw_request.headers[RATIO_HEADER])), size
+        return self.preview.counts(
+            *size, FixedRatio(float(raw_request.headers[RATIO_HEADER]))
+        ), size
 
 
 def choose(counts: VisualTokenCounts, seed: int = 1) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from tests.server.grids import NUM_LAYERS, GridInfo
 from tests.server.page.grid_server import Model, app_of, choose
 from vitcop_server.preview import Preview
 from vitcop_vllm.models.layout import VideoLayout
+from vitcop_vllm.pruning.amount import Amount, FixedRatio
 from vitcop_vllm.pruning.grids import count_tokens
 from vitcop_vllm.pruning.identity import explained_identifier, frame_names, tag_identifier
 from vitcop_vllm.pruning.plan import VideoCounts, plan_video
-from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY, PruningSettings
+from vitcop_vllm.pruning.settings import RATIO_HEADER, PruningSettings
 
 READ_PER_SECOND = 2
 """Frames of a second that the loader reads, as vLLM's does. The encoder joins two of them."""
@@ -34,8 +35,9 @@ class VideoInfo(GridInfo):
     def video_layout(self, num_frames: int, width: int, height: int, *_: Any) -> VideoLayout:
         return VideoLayout((num_frames + 1) // 2, self.layout(width, height).grids, 0)
 
-    def video_counts(self, layout: VideoLayout, processor_kwargs: Any) -> VideoCounts:
-        ratio, tokens = processor_kwargs[RATIO_KEY], count_tokens(layout.grids)
+    def video_counts(self, layout: VideoLayout, amount: Amount) -> VideoCounts:
+        tokens = count_tokens(layout.grids)
+        ratio = amount.ratio(tokens, None)
         return plan_video(self.settings, ratio, NUM_LAYERS, tokens, layout.num_frames)
 
 
@@ -79,7 +81,7 @@ class VideoModel(Model):
             layout = replace(
                 layout, times=tuple(tuple(times[at : at + 2]) for at in range(0, len(times), 2))
             )
-        counts = info.video_counts(layout, {RATIO_KEY: float(raw_request.headers[RATIO_HEADER])})
+        counts = info.video_counts(layout, FixedRatio(float(raw_request.headers[RATIO_HEADER])))
         return counts, layout, size
 
     async def record(self, part: Mapping[str, Any], raw_request: Request) -> str:
