@@ -6,9 +6,9 @@ from typing import Any, Self
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 from vitcop_server.errors import RequestError
-from vitcop_server.ratio import ratio_text
 from vitcop_server.route_rules import MODEL_KEY
 from vitcop_vllm.adoption import adopt
+from vitcop_vllm.pruning.amount import Amount, parse_amount
 from vitcop_vllm.pruning.settings import PruningSettings
 
 _SEPARATOR = "@"
@@ -16,8 +16,8 @@ _SEPARATOR = "@"
 
 def split_alias(
     name: str | None, served: Sequence[str], settings: PruningSettings
-) -> tuple[str | None, float | None]:
-    """Split a model name into the name of the served model and the ratio.
+) -> tuple[str | None, Amount | None]:
+    """Split a model name into the name of the served model and the ratio, or ``auto``.
 
     Served names and unknown names are returned unchanged.
 
@@ -30,7 +30,7 @@ def split_alias(
     if not separator or base not in served:
         return name, None
     try:
-        return base, settings.parse_ratio(ratio, name=f"the ratio in model {name!r}")
+        return base, parse_amount(settings, ratio, name=f"the ratio in model {name!r}")
     except ValueError as error:
         raise RequestError(str(error), param=MODEL_KEY) from error
 
@@ -42,10 +42,12 @@ class AliasedModels(OpenAIServingModels):
     """
 
     settings: PruningSettings
-    aliases: tuple[float, ...]
+    aliases: tuple[float | str, ...]
 
     @classmethod
-    def adopt(cls, models: object, settings: PruningSettings, aliases: tuple[float, ...]) -> Self:
+    def adopt(
+        cls, models: object, settings: PruningSettings, aliases: tuple[float | str, ...]
+    ) -> Self:
         """Turn ``models``, which vLLM built, into an instance of this class.
 
         Args:
@@ -58,7 +60,7 @@ class AliasedModels(OpenAIServingModels):
         listing.aliases = aliases
         return listing
 
-    def split(self, name: str | None) -> tuple[str | None, float | None]:
+    def split(self, name: str | None) -> tuple[str | None, Amount | None]:
         """See :func:`split_alias`."""
         served = [model.name for model in self.base_model_paths]
         return split_alias(name, served, self.settings)
@@ -70,15 +72,17 @@ class AliasedModels(OpenAIServingModels):
     async def show_available_models(self) -> Any:
         listed = await super().show_available_models()
         listed.data += [
-            card.model_copy(update={"id": f"{card.id}{_SEPARATOR}{ratio_text(ratio)}"})
+            card.model_copy(
+                update={"id": f"{card.id}{_SEPARATOR}{parse_amount(self.settings, ratio)}"}
+            )
             for card in listed.data
             for ratio in self.aliases
         ]
         return listed
 
 
-def ratio_in_name(app: Any, name: object) -> float | None:
-    """The ratio in a model's name, if the name has one and a running ``app`` serves the model.
+def ratio_in_name(app: Any, name: object) -> Amount | None:
+    """The ratio or ``auto`` in a model's name, if it has one and ``app`` serves the model.
 
     Raises:
         RequestError: If the ratio is out of range.

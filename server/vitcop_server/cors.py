@@ -5,9 +5,10 @@ from argparse import Namespace
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vitcop_vllm.pruning.amount import BUDGET_HEADER
 from vitcop_vllm.pruning.settings import RATIO_HEADER
 
-EXPOSED_HEADERS = (RATIO_HEADER, "X-Request-Id", "Retry-After")
+EXPOSED_HEADERS = (RATIO_HEADER, BUDGET_HEADER, "X-Request-Id", "Retry-After")
 
 
 def expose_headers(args: Namespace) -> None:

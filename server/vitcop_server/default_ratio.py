@@ -9,22 +9,29 @@ from typing import Any
 
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
-from vitcop_server.elastic import ElasticRatio, check_elastic
+from vitcop_server.elastic import ElasticRatio, check_elastic, least_ratio
 from vitcop_server.metrics import DEFAULT_RATIO
 from vitcop_server.preview import Preview
 from vitcop_server.settings import ElasticSettings
+from vitcop_vllm.pruning.amount import FixedRatio, default_amount
+from vitcop_vllm.pruning.settings import PruningSettings
 
 
 class DefaultRatio:
-    """The operator's default ratio, which never changes."""
+    """What requests get that ask for nothing. Load does not change it.
 
-    def __init__(self, ratio: float) -> None:
-        self._ratio = ratio
-        DEFAULT_RATIO.set(ratio)
+    Attributes:
+        amount: The operator's default.
+    """
 
-    def now(self) -> float:
-        """The ratio of a request that names none and arrives now."""
-        return self._ratio
+    def __init__(self, settings: PruningSettings) -> None:
+        self.amount = default_amount(settings)
+        self._ratio = least_ratio(settings)
+        DEFAULT_RATIO.set(self._ratio)
+
+    def least(self) -> float:
+        """The ratio to which load raises a request that arrives now; 0 if it raises none."""
+        return 0.0
 
     @contextmanager
     def rendering(self) -> Iterator[None]:
@@ -43,16 +50,18 @@ class ElasticDefault(DefaultRatio, AggregateStatLoggerBase):
     vLLM calls this object, one of its loggers, with the statistics of each step.
     """
 
-    def __init__(self, default: float, settings: ElasticSettings, engine_client: Any) -> None:
-        super().__init__(default)
-        self._elastic = ElasticRatio(default, settings)
+    def __init__(
+        self, pruning: PruningSettings, settings: ElasticSettings, engine_client: Any
+    ) -> None:
+        super().__init__(pruning)
+        self._elastic = ElasticRatio(self._ratio, settings)
         self._fall_seconds = settings.fall_seconds
         self._engine_client = engine_client
         self._num_rendering = 0
         self._num_running: dict[int, int] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def now(self) -> float:
+    def least(self) -> float:
         ratio = self._elastic.update(self.num_waiting, time.monotonic())
         if ratio != self._ratio:
             self._ratio = ratio
@@ -61,11 +70,11 @@ class ElasticDefault(DefaultRatio, AggregateStatLoggerBase):
             # Otherwise an idle server would show its last ratio until the next request.
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._fall_seconds, self._fall)
-        return ratio
+        return ratio if self._elastic.level else 0.0
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """All ratios that :meth:`now` may return, ascending."""
+        """The default ratio, and all to which :meth:`least` may raise it, ascending."""
         return self._elastic.ratios
 
     @property
@@ -92,14 +101,14 @@ class ElasticDefault(DefaultRatio, AggregateStatLoggerBase):
         """Note an engine's running requests after a step; vLLM calls this."""
         if scheduler_stats is not None:
             self._num_running[engine_idx] = scheduler_stats.num_running_reqs
-            self.now()
+            self.least()
 
     def log_engine_initialized(self) -> None:
         """Do nothing: vLLM requires the method."""
 
     def _fall(self) -> None:
         self._timer = None
-        self.now()
+        self.least()
 
 
 def default_ratio_of(
@@ -112,10 +121,10 @@ def default_ratio_of(
     """
     pruning = preview.model.settings
     if settings is None:
-        return DefaultRatio(pruning.default_ratio)
+        return DefaultRatio(pruning)
     # In one process, vLLM replaces the number by None.
     check_elastic(settings, pruning, args, args.api_server_count or 1)
-    elastic = ElasticDefault(pruning.default_ratio, settings, engine_client)
+    elastic = ElasticDefault(pruning, settings, engine_client)
     _check_steps(preview, elastic)
     engine_client.logger_manager.stat_loggers.append(elastic)
     return elastic
@@ -129,7 +138,7 @@ def _check_steps(preview: Preview, elastic: ElasticDefault) -> None:
     """
     size = preview.info.get_image_size_with_most_features()
     ratio = elastic.ratios[1]
-    tokens = preview.counts(size.width, size.height, ratio).stages[0]
+    tokens = preview.counts(size.width, size.height, FixedRatio(ratio)).stages[0]
     limit = preview.info.span_limit
     if tokens > limit:
         raise ValueError(

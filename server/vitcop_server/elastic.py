@@ -3,6 +3,7 @@
 from argparse import Namespace
 
 from vitcop_server.settings import ElasticSettings
+from vitcop_vllm.pruning.amount import AutoRatio, default_amount
 from vitcop_vllm.pruning.settings import PruningSettings
 
 LEVELS = 4
@@ -18,6 +19,12 @@ def ratios_of(default: float, to: float) -> tuple[float, ...]:
     steps = [default + (to - default) * level / LEVELS for level in range(1, LEVELS)]
     # Three digits are short in headers. Close to its neighbours a step may equal one of them.
     return (default, *(min(max(round(step, 3), default), to) for step in steps), to)
+
+
+def least_ratio(pruning: PruningSettings) -> float:
+    """The operator's default ratio, or the lower one of ``auto``."""
+    amount = default_amount(pruning)
+    return amount.least if isinstance(amount, AutoRatio) else amount.ratio(1, None)
 
 
 class ElasticRatio:
@@ -76,10 +83,11 @@ def check_elastic(
     """
     _, high = elastic.waiting
     queue = args.max_num_queued_reqs
-    if not pruning.default_ratio < elastic.to <= pruning.max_pruning_ratio:
+    default = least_ratio(pruning)
+    if not default < elastic.to <= pruning.max_pruning_ratio:
         raise ValueError(
-            f"server.elastic.to {elastic.to} must be above pruning.default_ratio "
-            f"{pruning.default_ratio} and not above pruning.max_pruning_ratio "
+            f"server.elastic.to {elastic.to} must be above the default ratio "
+            f"{default} and not above pruning.max_pruning_ratio "
             f"{pruning.max_pruning_ratio}"
         )
     if api_servers > 1:

@@ -10,6 +10,7 @@ from vllm.renderers.chat_utils import has_non_text_content
 from vitcop_server.errors import RequestError
 from vitcop_server.route_rules import CHAT_RULES, RouteRules
 from vitcop_server.settings import ServerSettings
+from vitcop_vllm.pruning.amount import BUDGET_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 PROCESSOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs")
@@ -322,9 +323,9 @@ def _refuse_unreadable_items(items: object) -> None:
 def _refuse_engine_arguments(arguments: object, rules: RouteRules) -> None:
     if not isinstance(arguments, Mapping):
         return
-    if RATIO_KEY in arguments:
+    for key in {RATIO_KEY, BUDGET_KEY} & {*arguments}:
         raise RequestError(
-            f"{RATIO_KEY} is not accepted in vllm_xargs: {rules.advice}", param="vllm_xargs"
+            f"{key} is not accepted in vllm_xargs: {rules.advice}", param="vllm_xargs"
         )
     if unsafe := _ENGINE_ARGUMENTS & arguments.keys():
         raise RequestError(f"{min(unsafe)} is not accepted in vllm_xargs", param="vllm_xargs")

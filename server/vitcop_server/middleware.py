@@ -11,7 +11,6 @@ from vitcop_server.aliases import ratio_in_name
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import refuse_processor_fields, refuse_unsafe_body
 from vitcop_server.metrics import RATIO_ERRORS
-from vitcop_server.ratio import ratio_text
 from vitcop_server.route_rules import (
     MAX_HEADER,
     MODEL_KEY,
@@ -21,10 +20,11 @@ from vitcop_server.route_rules import (
     rules_of,
 )
 from vitcop_server.settings import server_settings_of
+from vitcop_vllm.pruning.amount import BUDGET_HEADER, BUDGET_KEY, Amount
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
-STATE_KEY = "pruning_ratio"
-"""Key of the accepted ratio in a request's state; its handler sets it."""
+STATE_KEY = "pruning_amount"
+"""Key of the accepted :class:`Amount` in a request's state; its handler sets it."""
 
 EXPLAIN_STATE_KEY = "pruning_explained"
 """Key of an explanation's state in a request's state; only ``/v1/pruning/explain`` sets it."""
@@ -55,9 +55,9 @@ class PruningMiddleware:
 
         async def send_with_ratio(message: Message) -> None:
             if message["type"] == "http.response.start" and 200 <= message["status"] < 300:
-                ratio = state.get(STATE_KEY)
-                if ratio is not None:
-                    MutableHeaders(scope=message)[RATIO_HEADER] = ratio_text(ratio)
+                amount = state.get(STATE_KEY)
+                if amount is not None:
+                    MutableHeaders(scope=message)[amount.header] = str(amount)
             await send(message)
 
         if rules.is_body_read:
@@ -83,9 +83,11 @@ class PruningMiddleware:
             RATIO_ERRORS.inc(error.param in RATIO_PLACES)
             await JSONResponse(error.body(), status_code=400)(scope, receive, send)
             return
-        has_other_ratio = RATIO_HEADER in headers or body.get(RATIO_KEY) is not None
+        has_other_ratio = any(name in headers for name in (RATIO_HEADER, BUDGET_HEADER)) or any(
+            body.get(key) is not None for key in (RATIO_KEY, BUDGET_KEY)
+        )
         if rules.is_model_dropped and ratio is not None and not has_other_ratio:
-            header = (RATIO_HEADER.lower().encode(), ratio_text(ratio).encode())
+            header = (RATIO_HEADER.lower().encode(), str(ratio).encode())
             scope = {**scope, "headers": [*scope["headers"], header]}
 
         async def replay() -> Message:
@@ -95,11 +97,13 @@ class PruningMiddleware:
 
 
 def _refuse_misplaced_ratios(
-    rules: RouteRules, headers: Headers, body: Mapping[str, object], ratio_of_name: float | None
+    rules: RouteRules, headers: Headers, body: Mapping[str, object], ratio_of_name: Amount | None
 ) -> None:
     for place, name, is_present in (
         (RATIO_HEADER, RATIO_HEADER, RATIO_HEADER in headers),
+        (BUDGET_HEADER, BUDGET_HEADER, BUDGET_HEADER in headers),
         (MAX_HEADER, MAX_HEADER, MAX_HEADER in headers),
+        (BUDGET_KEY, BUDGET_KEY, body.get(BUDGET_KEY) is not None),
         (RATIO_KEY, RATIO_KEY, body.get(RATIO_KEY) is not None),
         (MODEL_KEY, f"the ratio in model {body.get(MODEL_KEY)!r}", ratio_of_name is not None),
     ):

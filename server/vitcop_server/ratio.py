@@ -1,110 +1,155 @@
-"""The pruning ratio of one request: from the header, the body, or the operator's default."""
+"""How much of its images one request drops: from headers, body, model name, or the default."""
 
-from collections.abc import Sequence
-from decimal import Decimal
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 from vitcop_server.errors import RequestError
 from vitcop_server.route_rules import MAX_HEADER
+from vitcop_vllm.pruning.amount import (
+    BUDGET_HEADER,
+    BUDGET_KEY,
+    Amount,
+    AutoRatio,
+    FixedRatio,
+    TokenBudget,
+    parse_amount,
+    parse_budget,
+    ratio_text,
+)
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY, PruningSettings
 
+T = TypeVar("T")
 
-class AcceptedRatio(NamedTuple):
-    """The ratio of a request.
+
+class Asked(NamedTuple):
+    """What a request says about its ratio, unchecked.
 
     Attributes:
-        ratio: The ratio.
-        is_named: Whether the request names it; otherwise it is the default of that moment.
+        ratio_headers: Every ``X-Pruning-Ratio`` header, in order.
+        ratio_field: The body's ``pruning_ratio``; JSON ``null`` is the same as no field.
+        alias: The amount in the model's name; headers and body override it.
+        budget_headers: Every ``X-Pruning-Budget`` header.
+        budget_field: The body's ``pruning_budget``.
+        max_headers: Every ``X-Pruning-Max`` header.
     """
 
-    ratio: float
-    is_named: bool = False
+    ratio_headers: Sequence[str] = ()
+    ratio_field: object = None
+    alias: Amount | None = None
+    budget_headers: Sequence[str] = ()
+    budget_field: object = None
+    max_headers: Sequence[str] = ()
 
 
-def accepted_ratio(
-    settings: PruningSettings,
-    header_values: Sequence[str],
-    body_value: object,
-    alias: float | None = None,
-    *,
-    default: float | None = None,
-    max_values: Sequence[str] = (),
-) -> AcceptedRatio:
-    """The ratio of a request, or the default if the request names none.
+class Accepted(NamedTuple):
+    """What a request gets.
+
+    Attributes:
+        amount: How much of its images is dropped.
+        is_raised: Whether load has raised it.
+    """
+
+    amount: Amount
+    is_raised: bool = False
+
+
+def accept(
+    settings: PruningSettings, asked: Asked, default: Amount, least: float = 0.0
+) -> Accepted:
+    """What a request gets, or the default if it asks for nothing.
 
     Args:
-        settings: The operator's settings: default and largest ratio.
-        header_values: Every ``X-Pruning-Ratio`` header of the request, in order.
-        body_value: The body's ``pruning_ratio``; JSON ``null`` is the same as no field.
-        alias: The ratio in the model's name; header and body override it.
-        default: Replaces the operator's default.
-        max_values: Every ``X-Pruning-Max`` header. The default is lowered to it.
+        settings: The operator's settings, with the largest ratio.
+        asked: What the request says.
+        default: The operator's default.
+        least: Load raises the default, and the ratios of ``auto``, to this ratio. ``X-Pruning-Max``
+            limits it.
 
     Raises:
-        RequestError: If a value is not a ratio in range, if a header is repeated, if header and
-            body differ, or if the request names a ratio above its own maximum.
+        RequestError: If a value is invalid, if a header is repeated, if header and body differ, if
+            there are a ratio and a budget, or if the request names a ratio above its own maximum.
     """
-    named = _named_ratio(settings, header_values, body_value)
-    if named is None:
-        named = alias
+    named = _named(settings, asked)
     largest = 1.0
-    if max_values:
-        largest = _header_ratio(settings, max_values, MAX_HEADER, largest)
-    if named is None:
-        return AcceptedRatio(min(settings.default_ratio if default is None else default, largest))
-    if named > largest:
-        raise RequestError(
-            f"the request asks for ratio {ratio_text(named)}, and its header {MAX_HEADER} allows "
-            f"{ratio_text(largest)} at most: leave out the header, or ask for less",
-            param=MAX_HEADER,
+    if asked.max_headers:
+        largest = _header(
+            asked.max_headers,
+            MAX_HEADER,
+            lambda value, name: settings.parse_ratio(value, name=name, largest=1.0),
         )
-    return AcceptedRatio(named, is_named=True)
+    if isinstance(named, FixedRatio):
+        if named.value > largest:
+            raise RequestError(
+                f"the request asks for ratio {named}, and its header {MAX_HEADER} allows "
+                f"{ratio_text(largest)} at most: leave out the header, or ask for less",
+                param=MAX_HEADER,
+            )
+        return Accepted(named)
+    if isinstance(named, TokenBudget):
+        return Accepted(named.within(largest))
+    amount = _limited(named or default, 0.0, largest)
+    raised = _limited(named or default, least, largest)
+    return Accepted(raised, raised != amount)
 
 
-def _named_ratio(
-    settings: PruningSettings, header_values: Sequence[str], body_value: object
-) -> float | None:
-    from_header = from_body = None
-    if header_values:
-        from_header = _header_ratio(settings, header_values, RATIO_HEADER)
-    if body_value is not None:
-        from_body = _parse(settings, body_value, RATIO_KEY)
+def _limited(amount: Amount, least: float, most: float) -> Amount:
+    """A default, or ``auto``, with a ratio of ``least`` to ``most``; ``most`` wins."""
+    if isinstance(amount, AutoRatio):
+        return amount.within(least, most)
+    assert isinstance(amount, FixedRatio)
+    return FixedRatio(min(max(amount.value, least), most))
+
+
+def _named(settings: PruningSettings, asked: Asked) -> Amount | None:
+    ratio = _from_either(
+        (asked.ratio_headers, RATIO_HEADER),
+        (asked.ratio_field, RATIO_KEY),
+        lambda value, name: parse_amount(settings, value, name=name),
+    )
+    budget = _from_either(
+        (asked.budget_headers, BUDGET_HEADER),
+        (asked.budget_field, BUDGET_KEY),
+        lambda value, name: parse_budget(settings, value, name=name),
+    )
+    if ratio is not None and budget is not None:
+        raise RequestError(
+            f"the request has a ratio, {ratio}, and a budget, {budget}: send one of them",
+            param=BUDGET_KEY,
+        )
+    return ratio or budget or asked.alias
+
+
+def _from_either(
+    headers: tuple[Sequence[str], str],
+    field: tuple[object, str],
+    parse: Callable[[object, str], T],
+) -> T | None:
+    """The value of a header or of a body field, each given with its name."""
+    (values, header), (value, key) = headers, field
+    from_header = _header(values, header, parse) if values else None
+    from_body = None if value is None else _parse(value, key, key, parse)
     if from_header is None:
         return from_body
     if from_body is not None and from_body != from_header:
         raise RequestError(
-            f"header {RATIO_HEADER} is {ratio_text(from_header)} but the body's {RATIO_KEY} is "
-            f"{ratio_text(from_body)}: send one of them, or the same "
-            "ratio in both",
-            param=RATIO_KEY,
+            f"header {header} is {from_header} but the body's {key} is {from_body}: send one of "
+            "them, or the same in both",
+            param=key,
         )
     return from_header
 
 
-def ratio_text(ratio: float) -> str:
-    """The shortest decimal that reads back as ``ratio``, never with an exponent."""
-    return format(Decimal(repr(ratio)), "f")
-
-
-def _header_ratio(
-    settings: PruningSettings, values: Sequence[str], name: str, largest: float | None = None
-) -> float:
+def _header(values: Sequence[str], header: str, parse: Callable[[object, str], T]) -> T:
     if len(values) > 1:
-        largest = settings.max_pruning_ratio if largest is None else largest
         raise RequestError(
-            f"header {name} must be sent once, with a decimal number from 0 to {largest:g}; it was "
-            f"sent {len(values)} times",
-            param=name,
+            f"header {header} must be sent once; it was sent {len(values)} times", param=header
         )
-    # Proxies join repeated headers with commas. A comma is never part of a ratio, so this fails.
-    return _parse(settings, values[0], name, largest)
+    # Proxies join repeated headers with commas. A comma is never part of a value, so this fails.
+    return _parse(values[0], f"header {header}", header, parse)
 
 
-def _parse(
-    settings: PruningSettings, value: object, param: str, largest: float | None = None
-) -> float:
-    name = param if param == RATIO_KEY else f"header {param}"
+def _parse(value: object, name: str, param: str, parse: Callable[[object, str], T]) -> T:
     try:
-        return settings.parse_ratio(value, name=name, largest=largest)
+        return parse(value, name)
     except ValueError as error:
         raise RequestError(str(error), param=param) from error

@@ -13,10 +13,11 @@ from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.errors import RequestError
 from vitcop_server.metrics import RATIO_ERRORS
 from vitcop_server.middleware import STATE_KEY
-from vitcop_server.ratio import AcceptedRatio, accepted_ratio
+from vitcop_server.ratio import Accepted, Asked, accept
 from vitcop_server.route_rules import MAX_HEADER, RATIO_PLACES
 from vitcop_server.usage import PrunedModel
 from vitcop_vllm.adoption import adopt_copy
+from vitcop_vllm.pruning.amount import BUDGET_HEADER, BUDGET_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 
@@ -57,26 +58,28 @@ class RatioServing:
         renderer.trust_request_mm_kwargs = True
         return handler
 
-    def accept_ratio(self, request: Any, raw_request: Request | None) -> AcceptedRatio:
-        """The ratio of a request, from header, field, alias or default. The answer repeats it.
+    def accept(self, request: Any, raw_request: Request | None) -> Accepted:
+        """How much of a request's images is dropped. The answer's header repeats it.
 
         An alias in ``request.model`` becomes the name of the model.
 
         Raises:
-            RequestError: If a ratio is out of range, or if the request contradicts itself.
+            RequestError: If a value is invalid, or if the request contradicts itself.
         """
         request.model, alias = self.models.split(request.model)
         headers = Headers() if raw_request is None else raw_request.headers
-        accepted = accepted_ratio(
-            self.pruned_model.settings,
+        asked = Asked(
             headers.getlist(RATIO_HEADER),
             getattr(request, RATIO_KEY, None),
             alias,
-            default=self.default_ratio.now(),
-            max_values=headers.getlist(MAX_HEADER),
+            headers.getlist(BUDGET_HEADER),
+            getattr(request, BUDGET_KEY, None),
+            headers.getlist(MAX_HEADER),
         )
+        default = self.default_ratio
+        accepted = accept(self.pruned_model.settings, asked, default.amount, default.least())
         if raw_request is not None:
-            setattr(raw_request.state, STATE_KEY, accepted.ratio)
+            setattr(raw_request.state, STATE_KEY, accepted.amount)
         return accepted
 
     def refusal(self, error: RequestError) -> ErrorResponse:

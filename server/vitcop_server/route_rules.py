@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from starlette.types import Scope
 
+from vitcop_vllm.pruning.amount import BUDGET_HEADER, BUDGET_KEY
 from vitcop_vllm.pruning.settings import RATIO_HEADER, RATIO_KEY
 
 MODEL_KEY = "model"
@@ -15,8 +16,10 @@ MAX_HEADER = "X-Pruning-Max"
 
 EXPLAIN_ROUTE = "/v1/pruning/explain"
 
-RATIO_PLACES = frozenset({RATIO_HEADER, MAX_HEADER, RATIO_KEY, MODEL_KEY})
-"""Headers and body fields with a ratio, or with a limit of it."""
+RATIO_PLACES = frozenset(
+    {RATIO_HEADER, BUDGET_HEADER, MAX_HEADER, RATIO_KEY, BUDGET_KEY, MODEL_KEY}
+)
+"""Headers and body fields with a ratio or a budget, or with a limit of it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ _UNKNOWN = RouteRules()
 _UNKNOWN_ANTHROPIC = RouteRules(is_anthropic=True)
 # Anthropic's protocol allows no additional body fields.
 _MESSAGES = replace(
-    _UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, MAX_HEADER, MODEL_KEY})
+    _UNKNOWN_ANTHROPIC, ratio_places=frozenset({RATIO_HEADER, BUDGET_HEADER, MAX_HEADER, MODEL_KEY})
 )
 # Text or tokens only: there is nothing to prune, so an alias means the model itself, and any limit
 # is kept.

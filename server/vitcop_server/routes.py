@@ -10,6 +10,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 
+from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.errors import RequestError, error_body
 from vitcop_server.explain import (
     LostSelectionsError,
@@ -20,11 +21,12 @@ from vitcop_server.explain import (
 from vitcop_server.frame import ImageRequest, image_fields
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
-from vitcop_server.ratio import accepted_ratio
+from vitcop_server.ratio import Asked, accept
 from vitcop_server.route_rules import EXPLAIN_ROUTE, MAX_HEADER
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier, record_names
 from vitcop_vllm.pruning.selectors import selector_of
+from vitcop_vllm.pruning.settings import AUTO
 
 router = APIRouter()
 
@@ -56,7 +58,7 @@ async def config(raw_request: Request) -> dict[str, Any]:
         "model": preview.model.names[0],
         "settings": preview.model.settings.model_dump(mode="json"),
         SERVER_KEY: server.model_dump(mode="json"),
-        "default_ratio": state.pruning_default_ratio.now(),
+        "default_ratio": _default_ratio(state.pruning_default_ratio),
         "stages": selector_of(preview.model.settings.selector).stages,
         "takes_videos": preview.model.takes_videos,
         "num_layers": preview.model.num_layers,
@@ -65,11 +67,18 @@ async def config(raw_request: Request) -> dict[str, Any]:
     }
 
 
+def _default_ratio(default: DefaultRatio) -> float | str:
+    """The ratio of a request that asks for nothing and arrives now, or ``auto``."""
+    amount = default.amount
+    return AUTO if amount.needs_detail else max(amount.ratio(1, None), default.least())
+
+
 @router.head("/v1/pruning/plan", include_in_schema=False)
 @router.get("/v1/pruning/plan")
 async def plan(
     raw_request: Request,
     ratio: Annotated[str | None, Query(description="Pruning ratio; the default if absent.")] = None,
+    budget: Annotated[str | None, Query(description="In place of a ratio: visual tokens.")] = None,
     width: Side | None = None,
     height: Side | None = None,
     frames: Frames | None = None,
@@ -84,14 +93,18 @@ async def plan(
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        chosen, _ = accepted_ratio(
-            settings,
-            (),
-            None,
-            None if ratio is None else settings.parse_ratio(ratio, name="ratio"),
-            default=raw_request.app.state.pruning_default_ratio.now(),
-            max_values=raw_request.headers.getlist(MAX_HEADER),
+        asked = Asked(
+            ratio_field=ratio,
+            budget_field=budget,
+            max_headers=raw_request.headers.getlist(MAX_HEADER),
         )
+        default: DefaultRatio = raw_request.app.state.pruning_default_ratio
+        chosen, _ = accept(settings, asked, default.amount, default.least())
+        if chosen.needs_detail:
+            raise RequestError(
+                f"auto depends on the image: name a ratio or a budget, or use {EXPLAIN_ROUTE}",
+                param="ratio",
+            )
         if (width is None) != (height is None):
             raise RequestError("send both width and height, or neither", param="width")
         if frames is not None and not preview.model.takes_videos:

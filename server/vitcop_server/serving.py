@@ -44,7 +44,7 @@ from vitcop_server.fields import (
 from vitcop_server.limits import refuse_many_conversations
 from vitcop_server.metrics import count_request
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
-from vitcop_server.ratio import AcceptedRatio
+from vitcop_server.ratio import Accepted
 from vitcop_server.ratio_serving import RatioServing
 from vitcop_server.rendering import ImageRenderer, record_images
 from vitcop_server.settings import ServerSettings, server_settings_of
@@ -55,8 +55,8 @@ from vitcop_server.usage import (
     extend_event,
     extend_usage,
 )
+from vitcop_vllm.pruning.amount import FixedRatio
 from vitcop_vllm.pruning.identity import EXPLAIN_KEY
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 
 class _PrunedServing(RatioServing):
@@ -88,7 +88,7 @@ class _PrunedServing(RatioServing):
         """vLLM's answer to ``request`` at its ratio, with the pruning fields in ``usage``."""
         start_ns = time.time_ns()
         try:
-            ratio, is_named = self._apply_ratio(request, raw_request)
+            amount, is_raised = self._apply(request, raw_request)
         except RequestError as error:
             return self.refusal(error)
         with record_images() as identifiers:
@@ -96,26 +96,27 @@ class _PrunedServing(RatioServing):
         if isinstance(answer, ErrorResponse):
             return answer
         counts = counts_by_modality(identifiers)
-        is_raised = not is_named and ratio > self.pruned_model.settings.default_ratio
-        count_request(ratio, counts, is_raised)
         images = [*chain.from_iterable(counts.values())]
         fields = self.pruned_model.usage_fields(images, len(counts["video"]))
+        effective = fields["pruning_ratio"] or 0.0
+        ratio = amount.value if isinstance(amount, FixedRatio) else effective
+        count_request(ratio, counts, is_raised)
         if raw_request is not None:
             if (pending := getattr(raw_request.state, EXPLAIN_STATE_KEY, None)) is not None:
                 pending.identifiers += identifiers
             if self.is_traced:
-                trace_pruning(raw_request, request.request_id, start_ns, ratio, fields)
+                trace_pruning(raw_request, request.request_id, start_ns, amount, fields)
         if isinstance(answer, AsyncGenerator):
             return self._extend_stream(answer, fields)
         extend_usage(answer.usage, fields)
         return answer
 
-    def _apply_ratio(self, request: Any, raw_request: Request | None) -> AcceptedRatio:
-        """Validate the ratio and write it where vLLM passes it to our processor."""
+    def _apply(self, request: Any, raw_request: Request | None) -> Accepted:
+        """Validate how much is dropped, and write it where vLLM passes it to our processor."""
         refuse_processor_fields({name: getattr(request, name, None) for name in PROCESSOR_FIELDS})
-        accepted = self.accept_ratio(request, raw_request)
+        accepted = self.accept(request, raw_request)
         self._refuse_fields(request, server_settings_of(getattr(raw_request, "app", None)))
-        request.mm_processor_kwargs = {RATIO_KEY: accepted.ratio}
+        request.mm_processor_kwargs = accepted.amount.processor_kwargs()
         pending = getattr(getattr(raw_request, "state", None), EXPLAIN_STATE_KEY, None)
         if pending is not None:
             refuse_unexplained(request.messages)
@@ -177,11 +178,11 @@ class PrunedMessages(PrunedChat, AnthropicServingMessages):
         self, request: AnthropicCountTokensRequest, raw_request: Request | None = None
     ) -> Any:
         try:
-            ratio = self.accept_ratio(request, raw_request).ratio
+            amount = self.accept(request, raw_request).amount
         except RequestError as error:
             return self.refusal(error)
         request = _CountTokensRequest.model_construct(
-            **dict(request), mm_processor_kwargs={RATIO_KEY: ratio}
+            **dict(request), mm_processor_kwargs=amount.processor_kwargs()
         )
         return await super().count_tokens(request, raw_request)
 

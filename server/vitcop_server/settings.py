@@ -1,7 +1,7 @@
 """Settings of the server, beside vLLM's flags."""
 
 from argparse import Namespace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -39,8 +39,8 @@ class ServerSettings(Frozen):
     """Limits on requests, and routes beside vLLM's.
 
     Attributes:
-        aliases: Ratios for which ``/v1/models`` lists ``NAME@RATIO``, for tools that choose a
-            model but send no headers. Such a name works with any ratio, listed or not.
+        aliases: Ratios, or ``auto``, for which ``/v1/models`` lists ``NAME@RATIO``, for tools that
+            choose a model but send no headers. Such a name works with any ratio, listed or not.
         page: Whether ``/ui`` is served.
         explain: Whether ``POST /v1/pruning/explain`` is served, which returns the visual tokens
             that each stage keeps. Such a request misses all caches and costs a call to the workers.
@@ -57,7 +57,7 @@ class ServerSettings(Frozen):
             of a video. They take 3 bytes each in memory.
     """
 
-    aliases: tuple[Ratio, ...] = ()
+    aliases: tuple[Ratio | Literal["auto"], ...] = ()
     page: bool = True
     explain: bool = False
     elastic: ElasticSettings | None = None

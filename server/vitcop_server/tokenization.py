@@ -8,7 +8,6 @@ from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 
 from vitcop_server.errors import RequestError
 from vitcop_server.ratio_serving import RatioServing
-from vitcop_vllm.pruning.settings import RATIO_KEY
 
 
 class PrunedTokenization(RatioServing, ServingTokenization):
@@ -16,9 +15,9 @@ class PrunedTokenization(RatioServing, ServingTokenization):
 
     async def create_tokenize(self, request: TokenizeRequest, raw_request: Request) -> Any:
         try:
-            ratio = self.accept_ratio(request, raw_request).ratio
+            amount = self.accept(request, raw_request).amount
         except RequestError as error:
             return self.refusal(error)
         if isinstance(request, TokenizeChatRequest):
-            request.mm_processor_kwargs = {RATIO_KEY: ratio}
+            request.mm_processor_kwargs = amount.processor_kwargs()
         return await super().create_tokenize(request, raw_request)

@@ -13,7 +13,7 @@ from vitcop_vllm.pruning.identity import counts_by_frame
 from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.settings import PruningSettings
 
-AUTO = {"pruning_ratio": "auto", "pruning_auto_bounds": (0.5, 0.95)}
+AUTO = {"pruning_ratio": "auto", "pruning_bounds": (0.5, 0.95)}
 BLANK = Image.new("RGB", (336, 336), "white")
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from vitcop_server.aliases import split_alias
 from vitcop_server.errors import RequestError
+from vitcop_vllm.pruning.amount import FixedRatio, auto_of
 from vitcop_vllm.pruning.settings import PruningSettings
 
 SETTINGS = PruningSettings(max_pruning_ratio=0.9)
@@ -16,14 +17,15 @@ SETTINGS = PruningSettings(max_pruning_ratio=0.9)
     [
         ("m", ("m", None)),
         (None, (None, None)),
-        ("m@0.889", ("m", 0.889)),
-        ("m@0", ("m", 0.0)),
-        ("a@b@.5", ("a@b", 0.5)),
+        ("m@0.889", ("m", FixedRatio(0.889))),
+        ("m@0", ("m", FixedRatio(0.0))),
+        ("a@b@.5", ("a@b", FixedRatio(0.5))),
         ("a@b", ("a@b", None)),
         ("a@0.5", ("a@0.5", None)),  # vLLM refuses the unknown model
         ("other@0.5", ("other@0.5", None)),
         ("other", ("other", None)),
         ("m@0.3", ("m@0.3", None)),
+        ("m@auto", ("m", auto_of(SETTINGS))),
     ],
 )
 def test_names_are_split(name: str | None, expected: Any) -> None:

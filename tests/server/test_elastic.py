@@ -16,6 +16,7 @@ from vitcop_server.default_ratio import ElasticDefault, default_ratio_of
 from vitcop_server.elastic import LEVELS, ElasticRatio, check_elastic, ratios_of
 from vitcop_server.metrics import DEFAULT_RATIO
 from vitcop_server.settings import ElasticSettings
+from vitcop_vllm.pruning.amount import FixedRatio
 from vitcop_vllm.pruning.settings import PruningSettings
 
 SETTINGS = ElasticSettings(to=0.889, waiting=(4, 32), fall_seconds=5.0)
@@ -106,14 +107,14 @@ def running(number: int) -> Any:
 def test_requests_wait_until_an_engine_runs_them() -> None:
     async def check() -> None:
         engine = Engine()
-        default = ElasticDefault(0.0, SETTINGS, engine)
+        default = ElasticDefault(PruningSettings(), SETTINGS, engine)
         engine.unfinished = 6
         default.record(running(1), None, engine_idx=0)
         default.record(running(2), None, engine_idx=1)
         assert default.num_waiting == 3
         with default.rendering(), default.rendering():
             assert default.num_waiting == 5
-            assert default.now() == 0.222
+            assert default.least() == 0.222
         assert default.num_waiting == 3
         default.record(None, None, engine_idx=1)
         assert default.num_waiting == 3
@@ -124,7 +125,7 @@ def test_requests_wait_until_an_engine_runs_them() -> None:
 
 
 def test_a_request_that_is_not_rendered_does_not_wait() -> None:
-    default = ElasticDefault(0.0, SETTINGS, Engine())
+    default = ElasticDefault(PruningSettings(), SETTINGS, Engine())
     with pytest.raises(ValueError, match="bad image"), default.rendering():
         raise ValueError("bad image")
     assert default.num_waiting == 0
@@ -145,7 +146,7 @@ def test_the_gauge_falls_on_an_idle_server(monkeypatch: pytest.MonkeyPatch) -> N
 
         monkeypatch.setattr(loop, "call_later", call_later)
         engine = Engine()
-        default = ElasticDefault(0.0, SETTINGS, engine)
+        default = ElasticDefault(PruningSettings(), SETTINGS, engine)
         engine.unfinished = 32
         default.record(running(0), None)
         engine.unfinished = 0
@@ -190,7 +191,13 @@ ARGS = {
 @pytest.mark.parametrize(
     ("pruning", "args", "api_servers", "message"),
     [
-        ({"default_ratio": 0.889}, {}, 1, r"to 0\.889 must be above pruning\.default_ratio 0\.889"),
+        ({"default_ratio": 0.889}, {}, 1, r"to 0\.889 must be above the default ratio 0\.889"),
+        (
+            {"default_ratio": "auto", "auto": {"min": 0.9}},
+            {},
+            1,
+            r"to 0\.889 must be above the default ratio 0\.9",
+        ),
         ({"max_pruning_ratio": 0.8}, {}, 1, r"not above pruning\.max_pruning_ratio 0\.8"),
         ({}, {}, 2, "would be 2,.*set --api-server-count 1"),
         ({}, {"enable_elastic_ep": True}, 1, "leave out --enable-elastic-ep"),
@@ -219,7 +226,7 @@ def test_a_step_must_hold_the_largest_image(limit: int, fits: bool) -> None:
         default = default_ratio_of(engine, preview, SETTINGS, args)
         assert loggers == [default]
     else:
-        tokens = preview.counts(3584, 3584, 0.222).stages[0]
+        tokens = preview.counts(3584, 3584, FixedRatio(0.222)).stages[0]
         with pytest.raises(ValueError, match=f"--max-num-batched-tokens {tokens} or more"):
             default_ratio_of(engine, preview, SETTINGS, args)
-    assert default_ratio_of(engine, preview, None, args).now() == 0.0
+    assert default_ratio_of(engine, preview, None, args).least() == 0.0

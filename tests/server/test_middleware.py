@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 from starlette.responses import JSONResponse, StreamingResponse
 
 from vitcop_server.middleware import STATE_KEY, PruningMiddleware
+from vitcop_vllm.pruning.amount import FixedRatio
 
 HEADER = "X-Pruning-Ratio"
 OTHER = "/v1/embeddings"
@@ -21,12 +22,12 @@ def client() -> Iterator[TestClient]:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> StreamingResponse:
-        setattr(request.state, STATE_KEY, 1e-05)
+        setattr(request.state, STATE_KEY, FixedRatio(1e-05))
         return StreamingResponse(iter(["a", "b"]))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> JSONResponse:
-        setattr(request.state, STATE_KEY, 0.5)
+        setattr(request.state, STATE_KEY, FixedRatio(0.5))
         return JSONResponse({}, status_code=404)
 
     @app.api_route("/{path:path}", methods=["GET", "POST"])

@@ -28,7 +28,7 @@ def client() -> TestClient:
     app.include_router(routes.router)
     app.state.pruning_server_settings = ServerSettings()
     app.state.pruning_preview = grid_preview()
-    app.state.pruning_default_ratio = DefaultRatio(0.0)
+    app.state.pruning_default_ratio = DefaultRatio(PruningSettings())
     return TestClient(app)
 
 

@@ -94,7 +94,7 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Stock:
 @pytest.fixture
 def client(stock: Stock) -> Iterator[TestClient]:
     model = PrunedModel(PruningSettings(default_ratio=0.25), num_layers=32)
-    default = DefaultRatio(model.settings.default_ratio)
+    default = DefaultRatio(model.settings)
     app = FastAPI()
     chat_router.attach_router(app)
     completion_router.attach_router(app)
@@ -218,7 +218,9 @@ def test_an_error_of_the_processor_is_a_400(client: TestClient, route: str) -> N
 def test_adopting_does_not_change_the_original() -> None:
     original = bare_handler(OpenAIServingChat)
     original.response_role = "assistant"
-    adopted = PrunedChat.adopt(original, PrunedModel(PruningSettings(), 32), DefaultRatio(0.0))
+    adopted = PrunedChat.adopt(
+        original, PrunedModel(PruningSettings(), 32), DefaultRatio(PruningSettings())
+    )
     assert type(original) is OpenAIServingChat
     assert isinstance(adopted, OpenAIServingChat)
     assert adopted.response_role == "assistant"

@@ -5,11 +5,11 @@ and two ways to ask for the same counts share all caches.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Protocol
 
-from vitcop_vllm.pruning.settings import AUTO, RATIO_KEY, PruningSettings, quote
+from vitcop_vllm.pruning.settings import AUTO, RATIO_HEADER, RATIO_KEY, PruningSettings, quote
 
 BUDGET_KEY = "pruning_budget"
 """Name of a request's budget, in the request body and in the processor keywords."""
@@ -17,10 +17,11 @@ BUDGET_KEY = "pruning_budget"
 BUDGET_HEADER = "X-Pruning-Budget"
 """Request header that sets the budget, and response header that repeats it."""
 
-AUTO_BOUNDS_KEY = "pruning_auto_bounds"
-"""Processor keyword: bounds of ``auto`` for this request, in place of the operator's."""
+BOUNDS_KEY = "pruning_bounds"
+"""Processor keyword: least and largest ratio of this request, in place of the operator's, unless it
+names a ratio."""
 
-AMOUNT_KEYS = (RATIO_KEY, BUDGET_KEY, AUTO_BOUNDS_KEY)
+AMOUNT_KEYS = (RATIO_KEY, BUDGET_KEY, BOUNDS_KEY)
 """Processor keywords of an amount."""
 
 FINE_SHARE = 0.003
@@ -33,7 +34,11 @@ def ratio_text(ratio: float) -> str:
 
 
 class Amount(Protocol):
-    """How much of its images a request drops. Its text is the value of its request header."""
+    """How much of its images a request drops. Its text is the value of its header."""
+
+    @property
+    def header(self) -> str:
+        """Name of the header that asks for it."""
 
     @property
     def needs_detail(self) -> bool:
@@ -56,6 +61,7 @@ class FixedRatio:
     """The same ratio for all images."""
 
     value: float
+    header = RATIO_HEADER
     needs_detail = False
 
     def __str__(self) -> str:
@@ -79,6 +85,7 @@ class TokenBudget:
 
     tokens: int
     most: float
+    header = BUDGET_HEADER
     needs_detail = False
 
     def __str__(self) -> str:
@@ -88,7 +95,11 @@ class TokenBudget:
         return min(max(0.0, 1.0 - self.tokens / num_tokens), self.most)
 
     def processor_kwargs(self) -> dict[str, object]:
-        return {BUDGET_KEY: self.tokens}
+        return {BUDGET_KEY: self.tokens, BOUNDS_KEY: (0.0, self.most)}
+
+    def within(self, most: float) -> "TokenBudget":
+        """With the largest ratio lowered to ``most``."""
+        return replace(self, most=min(self.most, most))
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,7 @@ class AutoRatio:
 
     least: float
     most: float
+    header = RATIO_HEADER
     needs_detail = True
 
     def __str__(self) -> str:
@@ -114,7 +126,7 @@ class AutoRatio:
         return self.least if dense_share >= FINE_SHARE else self.most
 
     def processor_kwargs(self) -> dict[str, object]:
-        return {RATIO_KEY: AUTO, AUTO_BOUNDS_KEY: (self.least, self.most)}
+        return {RATIO_KEY: AUTO, BOUNDS_KEY: (self.least, self.most)}
 
     def within(self, least: float, most: float) -> "AutoRatio":
         """With both ratios raised to ``least`` and lowered to ``most``; ``most`` wins."""
@@ -176,15 +188,22 @@ def amount_of(settings: PruningSettings, processor_kwargs: Mapping[str, object])
     Raises:
         ValueError: If it is invalid.
     """
+    bounds = processor_kwargs.get(BOUNDS_KEY)
+    if BUDGET_KEY in processor_kwargs and RATIO_KEY in processor_kwargs:
+        raise ValueError(f"send {RATIO_KEY} or {BUDGET_KEY}, not both")
     if BUDGET_KEY in processor_kwargs:
-        if RATIO_KEY in processor_kwargs:
-            raise ValueError(f"send {RATIO_KEY} or {BUDGET_KEY}, not both")
-        return parse_budget(settings, processor_kwargs[BUDGET_KEY])
+        budget = parse_budget(settings, processor_kwargs[BUDGET_KEY])
+        return budget if bounds is None else budget.within(_parse_bounds(settings, bounds)[1])
     if RATIO_KEY not in processor_kwargs:
         return default_amount(settings)
     amount = parse_amount(settings, processor_kwargs[RATIO_KEY])
-    bounds = processor_kwargs.get(AUTO_BOUNDS_KEY)
-    if isinstance(amount, AutoRatio) and isinstance(bounds, (tuple, list)):
-        least, most = (settings.parse_ratio(bound, name=AUTO_BOUNDS_KEY) for bound in bounds)
-        return AutoRatio(least, most)
+    if isinstance(amount, AutoRatio) and bounds is not None:
+        return AutoRatio(*_parse_bounds(settings, bounds))
     return amount
+
+
+def _parse_bounds(settings: PruningSettings, bounds: object) -> tuple[float, float]:
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{BOUNDS_KEY} must be two ratios; got {quote(bounds)}")
+    least, most = (settings.parse_ratio(bound, name=BOUNDS_KEY) for bound in bounds)
+    return least, most

@@ -131,7 +131,7 @@ def app_of(model: Model) -> FastAPI:
     attach_page(app)
     app.state.pruning_server_settings = ServerSettings(explain=True)
     app.state.pruning_preview = model.preview
-    app.state.pruning_default_ratio = DefaultRatio(0.0)
+    app.state.pruning_default_ratio = DefaultRatio(model.preview.model.settings)
     app.state.openai_serving_chat = app.state.engine_client = model
     app.state.vllm_config = SimpleNamespace(
         model_config=MEDIA, cache_config=SimpleNamespace(enable_prefix_caching=True)
