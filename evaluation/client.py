@@ -1,14 +1,12 @@
 """Asks a server the questions of a conversation, with OpenAI's client."""
 
-import base64
-import mimetypes
-from pathlib import Path
 from typing import Any
 
 import openai
 from openai.types.chat import ChatCompletion
 
 from evaluation.exam import Example
+from vitcop_server.calibrate.folder import data_url
 
 
 def converse(
@@ -37,9 +35,3 @@ def converse(
 
 def text_of(answer: ChatCompletion) -> str:
     return answer.choices[0].message.content or ""
-
-
-def data_url(image: Path) -> str:
-    """An image file as a data URL."""
-    kind = mimetypes.guess_type(image)[0] or "image/png"
-    return f"data:{kind};base64,{base64.b64encode(image.read_bytes()).decode()}"

@@ -26,9 +26,10 @@ from benchmarks.serving import ServerError, running_server, server_arguments
 from benchmarks.tables import print_document
 from demo.questions import exam
 from evaluation.client import converse
-from evaluation.exam import ExamError, Example, read_exam, write_exam
+from evaluation.exam import Example, read_exam, write_exam
 from evaluation.report import Cell, tables
 from evaluation.scoring import SCORERS
+from vitcop_server.calibrate.folder import FolderError
 from vitcop_vllm.pruning.settings import RATIO_HEADER, SELECTOR_NAMES, SelectorName
 
 
@@ -120,7 +121,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     """Measured cells, and an error for each selector whose server or request failed.
 
     Raises:
-        ExamError: If the exam has a bad line.
+        FolderError: If the exam has a bad line.
         OSError: If there is no exam.
     """
     cells: list[Cell] = []
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         cells, failures = evaluate(arguments)
-    except (ExamError, OSError) as error:
+    except (FolderError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if cells:

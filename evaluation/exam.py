@@ -15,39 +15,22 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from demo import questions
-
-METADATA = "metadata.jsonl"
-
-
-class ExamError(ValueError):
-    """A bad exam."""
+from vitcop_server.calibrate import folder as imagefolder
+from vitcop_server.calibrate.folder import METADATA, FolderError, read_metadata
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class Turn(_Line):
+class Turn(imagefolder.Turn):
     """One question, and its accepted answers."""
 
-    question: str = Field(min_length=1)
     answers: tuple[str, ...] = Field(min_length=1)
 
 
-class Example(_Line):
-    """A conversation.
+class Example(imagefolder.Line):
+    """A conversation; its family gets an accuracy of its own."""
 
-    Attributes:
-        images: Paths of the images, all shown with the first question.
-        family: Kind of question; each family gets its own accuracy.
-        turns: Questions, asked one after the other.
-    """
-
-    images: tuple[Path, ...] = Field(alias="images_file_names", min_length=1)
     family: str
     turns: tuple[Turn, ...] = Field(min_length=1)
 
@@ -56,30 +39,17 @@ def read_exam(folder: Path) -> list[Example]:
     """The examples of a folder.
 
     Raises:
-        ExamError: If the exam is empty, or has a bad line.
+        FolderError: If the exam is empty, or has a bad line.
         OSError: If the exam is missing.
     """
-    file = folder / METADATA
-    examples = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            example = Example.model_validate_json(line)
-            images = tuple(folder / name for name in example.images)
-            for image in images:
-                Image.open(image).close()  # reads only the header
-        except (ValidationError, OSError) as error:
-            raise ExamError(f"{file}:{number}: {error}") from None
-        examples.append(example.model_copy(update={"images": images}))
-    if not examples:
-        raise ExamError(f"{file} is empty")
-    return examples
+    return read_metadata(folder, Example)
 
 
 def write_exam(folder: Path, examples: Iterable[questions.Example]) -> None:
     """Write generated examples into a new or an empty folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ExamError(f"{folder} is not empty")
+        raise FolderError(f"{folder} is not empty")
     with (folder / METADATA).open("w") as file:
         for number, example in enumerate(examples):
             names = [f"{number}-{place}.png" for place in range(len(example.images))]
@@ -98,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         write_exam(arguments.folder, questions.exam(arguments.per_family, arguments.seed))
-    except ExamError as error:
+    except FolderError as error:
         parser.error(str(error))
 
 

@@ -100,6 +100,8 @@ SERVERS = (
 WITHOUT_SERVER = tuple(
     f"server/{name}.py"
     for name in (
+        *("calibrate/test_agreement", "calibrate/test_bounds", "calibrate/test_calibrate"),
+        *("calibrate/test_folder", "calibrate/test_search", "calibrate/test_state"),
         *("page/test_grids", "test_arguments", "test_data_urls", "test_error_shape"),
         *("test_fields", "test_formats", "test_image_cache", "test_media", "test_middleware"),
         *("test_pixels", "test_preview", "test_serving", "test_usage"),

@@ -46,6 +46,7 @@ def test_entry_points_name_the_command_and_the_plugins(wheel: ZipFile) -> None:
     assert {group: dict(found[group]) for group in found.sections()} == {
         "console_scripts": {
             "vitcop-bench": "vitcop_server.bench:main",
+            "vitcop-calibrate": "vitcop_server.calibrate.command:main",
             "vitcop-serve": "vitcop_server.launcher:main",
         },
         "vllm.general_plugins": {"vitcop": "vitcop_vllm.plugin:register"},

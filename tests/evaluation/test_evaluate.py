@@ -11,9 +11,10 @@ import pytest
 
 from evaluation.client import converse, text_of
 from evaluation.evaluate import main, parse_arguments
-from evaluation.exam import METADATA, Example, Turn
+from evaluation.exam import Example, Turn
 from evaluation.scoring import normalise
 from tests.engine.requests import sample_image
+from vitcop_server.calibrate.folder import METADATA
 from vitcop_vllm.demo.checkpoint import TINY
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings

@@ -11,8 +11,8 @@ from PIL import Image
 
 from demo import questions
 from evaluation import exam
-from evaluation.client import data_url
-from evaluation.exam import METADATA, ExamError, Example, Turn, read_exam, write_exam
+from evaluation.exam import Example, Turn, read_exam, write_exam
+from vitcop_server.calibrate.folder import METADATA, FolderError, data_url
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_conversations_with_several_images_are_read(folder):
 )
 def test_a_fault_names_its_line(folder, line, fault):
     write(folder, GOOD, line)
-    with pytest.raises(ExamError, match=rf"(?s)^\S*{re.escape(METADATA)}:2: .*{fault}"):
+    with pytest.raises(FolderError, match=rf"(?s)^\S*{re.escape(METADATA)}:2: .*{fault}"):
         read_exam(folder)
 
 
@@ -70,7 +70,7 @@ def test_a_missing_or_empty_exam_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_exam(tmp_path)
     (tmp_path / METADATA).touch()
-    with pytest.raises(ExamError, match="empty"):
+    with pytest.raises(FolderError, match="empty"):
         read_exam(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_a_written_exam_reads_back_unchanged(tmp_path):
         ("Q2", ("A2",)),
     ]
     assert [Image.open(path).tobytes() for path in example.images] == [image.tobytes()] * 2
-    with pytest.raises(ExamError, match="not empty"):
+    with pytest.raises(FolderError, match="not empty"):
         write_exam(tmp_path / "new", [])
 
 

@@ -1,0 +1,1 @@
+"""``vitcop-calibrate``; see ``command``."""
