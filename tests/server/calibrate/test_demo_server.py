@@ -20,17 +20,20 @@ from vitcop_vllm.pruning.settings import RATIO_HEADER
 
 pytestmark = pytest.mark.slow
 
-GRID = [0.5, 0.888889, 0.92, 0.944444]
+GRID = [0.5, 0.85, 0.888889, 0.92]
 
-FAMILIES = {"colour", "count", "text"}
+BREAKING = [29, 43, 28, 44, 23, 0]
+"""Conversations of the exam of seed 0 that break at 0.5, at 8/9, and at higher ratios."""
+
+KEEP = 0.8
+"""Of six images, one may break."""
 
 
 @pytest.fixture(scope="module")
 def exam(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two images of three kinds of question, of which some break at high ratios."""
     folder = tmp_path_factory.mktemp("exam") / "images"
-    examples = [one for one in questions.exam(2, seed=5) if one.family in FAMILIES]
-    write_exam(folder, examples)
+    examples = [*questions.exam(6, seed=0)]
+    write_exam(folder, [examples[number] for number in BREAKING])
     return folder
 
 
@@ -56,17 +59,16 @@ def test_the_ratio_found_is_that_of_a_scan(
         ratio: sum(a == b for a, b in zip(given, answers[0.0], strict=True))
         for ratio, given in answers.items()
     }
-    assert agreeing[GRID[-1]] < len(conversations), "choose a seed of which an image breaks"
-    expected = 0.0
-    for ratio in GRID:
-        if agreeing[ratio] < len(conversations):
-            break
-        expected = ratio
+    least = KEEP * len(conversations)
+    passing = [ratio for ratio in GRID if agreeing[ratio] >= least]
+    assert 0 < len(passing) < len(GRID), "choose other conversations"
+    assert passing == GRID[: len(passing)], "choose other conversations"
     flags = ["--ratios", *map(str, GRID), "--max-tokens", "16", "--measures", "exact"]
+    flags += ["--keep", str(KEEP)]
     argv = [str(exam), "--url", demo_url + "/v1", "--state", str(tmp_path / "state"), *flags]
     assert main(argv) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])["calibrate"]
-    assert document["observed_ratio"] == expected
+    assert document["observed_ratio"] == passing[-1]
     assert document["repeated"] == {"asked": len(conversations), "changed": 0}
     total = document["groups"][0]["agreement"]
     assert {float(ratio): counts["agreeing"] for ratio, counts in total.items()} == {
@@ -82,7 +84,7 @@ def test_scores_are_the_probabilities_that_the_model_generates_by(
     """The first token's, which is found among the most likely first tokens of an answer."""
     server = calibrate_server.Server(demo_url + "/v1", max_tokens=16)
     ratio = GRID[-1]
-    for one in read_folder(exam, {})[:4]:
+    for one in read_folder(exam, {})[:2]:
         (messages,) = messages_of(one)
         reply = server.ask(messages, 0.0)
         baseline = server.score_baseline(messages, reply)
