@@ -312,15 +312,16 @@ EXAM_SEED = 2**40
 """First seed of exams; training uses seeds below it."""
 
 
-def exam(per_family: int, seed: int = 0) -> list[Example]:
+def exam(per_family: int, seed: int = 0, families: Sequence[str] = EXAMINED) -> list[Example]:
     """A fixed set of questions that training does not use.
 
     Args:
         per_family: Conversations per family.
         seed: Each seed gives another exam.
+        families: Families to ask; their conversations do not depend on the other families.
     """
     examples = []
-    for family in EXAMINED:
+    for family in families:
         for i in range(per_family):
             rng = np.random.default_rng([EXAM_SEED + seed, FAMILIES.index(family), i])
             scenes, turns = compose(family, rng)

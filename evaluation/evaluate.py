@@ -24,7 +24,7 @@ from benchmarks.conditions import machine
 from benchmarks.plots import plot_accuracy
 from benchmarks.serving import ServerError, running_server, server_arguments
 from benchmarks.tables import print_document
-from demo.questions import exam
+from demo.questions import EXAMINED, exam
 from evaluation.client import converse
 from evaluation.exam import Example, read_exam, write_exam
 from evaluation.report import Cell, tables
@@ -42,6 +42,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="exam folder, in place of the demo exam")
     add("--per-family", type=int, default=100, help="conversations per family of the demo exam")
+    add(
+        "--families",
+        nargs="+",
+        choices=EXAMINED,
+        default=EXAMINED,
+        metavar="KIND",
+        help="families of the demo exam",
+    )
     add("--seed", type=int, default=0, help="seed of the demo exam")
     add("--scorer", choices=SCORERS, default="exact", help="rule for right answers")
     add(
@@ -128,7 +136,9 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     failures = []
     with TemporaryDirectory() as scratch:
         if arguments.data is None:
-            write_exam(Path(scratch), exam(arguments.per_family, arguments.seed))
+            write_exam(
+                Path(scratch), exam(arguments.per_family, arguments.seed, arguments.families)
+            )
         examples = read_exam(arguments.data or Path(scratch))
         for selector in [None] if arguments.url else arguments.selectors:
             try:

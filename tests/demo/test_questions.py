@@ -91,6 +91,12 @@ def test_a_seed_fixes_an_exam_and_every_examined_family_occurs():
     assert all(len(e.images) == 2 for e in first if e.family == "two pictures")
 
 
+def test_a_family_alone_has_the_conversations_of_the_whole_exam():
+    whole = [example.turns for example in exam(2, seed=3) if example.family in ("text", "count")]
+    some = [example.turns for example in exam(2, seed=3, families=("count", "text"))]
+    assert some == whole
+
+
 @pytest.mark.parametrize(
     ("family", "answers"),
     [("existence", {"yes", "no"}), ("relation", {"left", "right", "above", "below"})],
