@@ -341,6 +341,11 @@ class DenseModel(ABC):
         if self.selector == "dart":
             states = self.norm("model.language_model.norm", x[visual])
             return oracle.least_duplicated(last_layer.keys[visual].numpy(), states.numpy(), count)
+        if self.selector == "contrast":
+            query, keys = last_layer.query[visual].numpy(), last_layer.keys[visual].numpy()
+            scale = last_layer.query.shape[-1] ** -0.5
+            scores = oracle.image_attention_scores(query, keys, scale)
+            return oracle.smallest(scores.tolist(), count)
         assert self.selector in ("vitcop", "key_norm")
         return oracle.smallest(self.scores(last_layer, span).tolist(), count)
 
@@ -437,6 +442,10 @@ class DenseLlava(DenseModel):
                 return oracle.even_grid(side, side, n1)
             case "divprune":
                 return oracle.max_min_diversity(self.project(features).numpy(), n1)
+            case "contrast":
+                return oracle.contrasting(
+                    self.project(features).numpy(), saliency.tolist(), side, side, n1
+                )
         assert self.selector in ("vitcop", "cls", "received")
         return oracle.largest(saliency.tolist(), n1)
 

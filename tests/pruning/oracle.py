@@ -200,8 +200,8 @@ def random_subset(pixels, patches, count):
     return smallest([scatter(seed ^ scatter(patch)) for patch in range(patches)], count)
 
 
-def even_grid(height, width, count):
-    """Patches with the smallest thresholds of a Bayer matrix (ordered dithering)."""
+def thresholds(height, width):
+    """Thresholds of a Bayer matrix (ordered dithering), patch by patch."""
     matrix = [[0]]
     while len(matrix) < max(height, width):
         matrix = [
@@ -209,9 +209,37 @@ def even_grid(height, width, count):
             for adds in ((0, 2), (3, 1))
             for row in matrix
         ]
-    return smallest(
-        [matrix[row][column] for row in range(height) for column in range(width)], count
-    )
+    return [matrix[row][column] for row in range(height) for column in range(width)]
+
+
+def even_grid(height, width, count):
+    """Patches with the smallest thresholds."""
+    return smallest(thresholds(height, width), count)
+
+
+def variance_between(high, low):
+    """What Otsu's method makes largest, for two groups of values."""
+    if not len(high) or not len(low):
+        return 0.0
+    return len(high) * len(low) * (np.mean(high) - np.mean(low)) ** 2
+
+
+def contrasting(embeddings, saliency, height, width, count):
+    """(V, H) embeddings, V floats -> tokens that stand out, and an even grid of the others."""
+    unit = [row / np.linalg.norm(row) for row in np.asarray(embeddings, dtype=np.float64)]
+    mean = np.mean(unit, axis=0)
+    contrast = np.array([1 - float(row @ mean) for row in unit])
+    saliency = np.asarray(saliency, dtype=np.float64)
+    parts = [x / x.std() if x.std() else x for x in (contrast, saliency)]
+    score = parts[0] + parts[1]
+    falling = sorted(range(len(unit)), key=lambda i: (-score[i], i))
+    values = [score[i] for i in falling]
+    numbers = range(1, len(values) + 1)
+    split = max(numbers, key=lambda n: variance_between(values[:n], values[n:]))
+    high = falling[:split]
+    even = thresholds(height, width)
+    others = sorted((i for i in falling if i not in high), key=lambda i: (even[i], i))
+    return sorted((high + others)[:count])
 
 
 def cosine(a, b):

@@ -33,7 +33,9 @@ def reachable(chosen: PruningSettings, ratio: float, num_layers: int) -> float:
 
 
 def test_an_unknown_selector_is_refused_with_the_known_names():
-    with pytest.raises(ValidationError, match="no selector is called 'none'; choose cls, dart"):
+    with pytest.raises(
+        ValidationError, match="no selector is called 'none'; choose cls, contrast, dart"
+    ):
         PruningSettings.model_validate({"selector": "none"})
 
 
@@ -81,6 +83,12 @@ def test_only_fastv_reads_the_question():
         ("fastv", 8 / 9, 0, (576, 30, 30)),
         # (32/3 - 2) / 30 * 576 = 166.4
         ("dart", 2 / 3, 0, (576, 166, 166)),
+        # (32/9) / (22 + 2) * 576 = 85.3
+        ("contrast", 8 / 9, 0, (85, 85, 17)),
+        # (32/3) / 24 * 576 = 256
+        ("contrast", 2 / 3, 0, (256, 256, 51)),
+        # 24 / 24 * 576 is all; (28.8 - 22) / 10 * 576 = 391.7
+        ("contrast", 0.1, 0, (576, 576, 392)),
         ("fastv", 0.9375, 0, (576, 1, 1)),
         ("key_norm", 0.9375, 0, (576, 1, 1)),
     ],

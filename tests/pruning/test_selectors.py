@@ -123,6 +123,11 @@ def expected_patches(name: str, view: EncoderView, i: int, count: int) -> list[i
             return oracle.even_grid(height, width, count)
         case "divprune":
             return oracle.max_min_diversity(view.embed()[i].numpy(), count)
+        case "contrast":
+            attention = oracle.saliency(
+                view.queries()[i, 0].numpy(), view.keys[i].numpy(), view.scale
+            )
+            return oracle.contrasting(view.embed()[i].numpy(), attention, height, width, count)
     queries, keys = view.queries()[i].numpy(), view.keys[i].numpy()
     if name == "received":
         each = [oracle.saliency(query, keys, view.scale) for query in queries]
@@ -251,7 +256,8 @@ def test_other_rows_of_the_step_do_not_change_a_score(signal):
 @pytest.mark.parametrize("name", AT_DEEP)
 @pytest.mark.parametrize("count", [1, 8, 30])
 def test_tokens_at_the_deep_boundary_are_those_of_smallest_scores(name, count):
-    view = step(seed=count)
+    own = SELECTORS[name].ranks_by_signal
+    view = step(seed=count, signal="keys" if own else "image_attention")
     wanted = [expected_tokens("key_norm", view, i, count) for i in range(3)]
     assert chosen_tokens(name, 2, view, count).tolist() == wanted
 
@@ -347,7 +353,7 @@ def test_half_precision_is_computed_in_float32():
         keys=half.keys.float(),
         embed=lambda: embeddings.float(),
     )
-    for name in ("cls", "received", "divprune"):
+    for name in ("cls", "received", "divprune", "contrast"):
         a, b = (SELECTORS[name].select_in_encoder(v, 12)[0] for v in (half, wide))
         assert torch.equal(a, b)
     tokens = step()
@@ -429,6 +435,53 @@ def test_lengths_are_no_diversity():
         for embed in (view.embed, lambda: scaled)
     )
     assert torch.equal(a, b)
+
+
+def two_kinds(num_high: int) -> EncoderView:
+    """Images of 8 x 8 tokens, all alike but for the last ``num_high``."""
+    embeddings = torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(1))
+    embeddings *= 0.05
+    embeddings[:, :, 0] += 1.0
+    embeddings[:, -num_high:, 1] += 3.0
+    view = images(batch=2, grid=(8, 8))
+    return replace(view, embed=lambda: embeddings, keys=torch.zeros_like(view.keys))
+
+
+@pytest.mark.parametrize("num_high", [5, 15])
+def test_tokens_that_stand_out_are_kept_and_the_others_are_an_even_grid(num_high):
+    high = list(range(64 - num_high, 64))
+    rest = [patch for patch in oracle.even_grid(8, 8, 64) if patch not in high]
+    rest.sort(key=oracle.thresholds(8, 8).__getitem__)
+    for count in (num_high, 20, 33):
+        kept = SELECTORS["contrast"].select_in_encoder(two_kinds(num_high), count)[0]
+        assert kept.tolist() == 2 * [sorted(high + rest[: count - num_high])]
+
+
+def test_attention_makes_tokens_stand_out_too():
+    view = two_kinds(15)
+    alike = torch.ones(2, 64, 16)
+    keys = torch.zeros_like(view.keys)
+    keys[:, [8, 31]] = 9.0 * view.queries()[:, :1]  # of patches 7 and 30: [CLS] comes first
+    seen = replace(view, embed=lambda: alike, keys=keys)
+    kept = SELECTORS["contrast"].select_in_encoder(seen, 2)[0]
+    assert kept.tolist() == [[7, 30], [7, 30]]
+
+
+def test_without_cls_the_attention_of_all_tokens_counts():
+    view = replace(images(), reads_cls=False)
+    queries, keys = view.queries()[0].numpy(), view.keys[0].numpy()
+    each = [oracle.saliency(query, keys, view.scale) for query in queries]
+    wanted = oracle.contrasting(view.embed()[0].numpy(), np.mean(each, axis=0), 5, 7, 9)
+    assert SELECTORS["contrast"].select_in_encoder(view, 9)[0][0].tolist() == wanted
+    assert wanted != expected_patches("contrast", images(), 0, 9)
+
+
+def test_few_tokens_that_stand_out_are_those_that_do_most():
+    view = two_kinds(15)
+    embeddings = view.embed().clone()
+    embeddings[:, [50, 60], 1] += 3.0
+    kept = SELECTORS["contrast"].select_in_encoder(replace(view, embed=lambda: embeddings), 2)[0]
+    assert kept.tolist() == [[50, 60], [50, 60]]
 
 
 def test_attention_is_of_the_prompt_s_last_token_alone():

@@ -1,6 +1,7 @@
 """What every pruned model does in the encoder; a family adds its tower."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -35,6 +36,7 @@ from vitcop_vllm.models.tensor_parallel import concat_over_ranks, mean_over_rank
 from vitcop_vllm.pruning.frames import changed_tokens
 from vitcop_vllm.pruning.grids import Grids
 from vitcop_vllm.pruning.kernel_set import kernel_set
+from vitcop_vllm.pruning.plan import VisualTokenCounts
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.views import EncoderView
 from vitcop_vllm.worker.explain import PatchSelection, SelectionSink
@@ -332,7 +334,11 @@ class PrunedEncoder:
         self, inputs: ImageInputs, groups: Groups, keep: Any
     ) -> Mapping[ImageShape, torch.Tensor]:
         """For selectors that read embeddings: encode all, then select."""
-        whole = self._embed_whole(inputs)
+        views: dict[ImageShape, EncoderView] = {}
+        if self.selector.reads_layer:
+            whole = self._embed_with_views(inputs, groups, views)
+        else:
+            whole = list(self._embed_whole(inputs))
         of_shape = {
             shape: torch.stack([whole[number] for number in numbers])
             for shape, numbers in groups.items()
@@ -342,11 +348,35 @@ class PrunedEncoder:
             order = self.prompt_order(shape.grids, of_shape[shape].device)
             if order is not None:
                 of_shape[shape] = of_shape[shape][:, order]
+            if shape in views:
+                return replace(views[shape], embed=lambda: of_shape[shape])
             return EncoderView.of_embeddings(of_shape[shape], shape.grids, self.kernels, order)
 
         for shape, kept in keep(view_of).items():
             of_shape[shape] = gather_rows(of_shape[shape], kept.index)
         return of_shape
+
+    def _embed_with_views(
+        self, inputs: ImageInputs, groups: Groups, views: dict[ImageShape, EncoderView]
+    ) -> list[torch.Tensor]:
+        """Each image's embeddings, as if none were pruned; adds the layer's views to ``views``."""
+        shapes = {number: shape for shape, numbers in groups.items() for number in numbers}
+        plain = group_by_shape(
+            [
+                shape._replace(counts=VisualTokenCounts.unpruned(shape.counts.encoder))
+                for _, shape in sorted(shapes.items())
+            ]
+        )
+
+        def keep_all(view_of: ViewOf) -> Kept:
+            views.update({shape: view_of(shape, numbers) for shape, numbers in groups.items()})
+            return {}
+
+        whole = [torch.empty(0)] * len(shapes)
+        for shape, embedded in self.encode_kept(inputs, plain, keep_all).items():
+            for number, embedding in zip(plain[shape], embedded, strict=True):
+                whole[number] = embedding
+        return whole
 
     # The decoder gets the embeddings.
 

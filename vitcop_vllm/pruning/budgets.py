@@ -67,6 +67,18 @@ def encoder_alone(settings: PruningSettings, inputs: BudgetInputs) -> Budget:
     return Budget(0, (n, n, n))
 
 
+def deep_boundary_alone(settings: PruningSettings, inputs: BudgetInputs) -> Budget:
+    """n1 = n2, and n3 = n2 / 5, with ViTCoP's share of Stage III; without clusters."""
+    v, layers, deep = inputs.encoder_tokens, inputs.num_layers, inputs.deep
+    n = round(layers * inputs.keep / (deep + (layers - deep) / 5) * v)
+    n3 = round(n / 5)
+    if n > v:
+        n = v
+        n3 = round((layers * inputs.keep - deep) / (layers - deep) * v)
+    n = max(n, 1)
+    return Budget(0, (n, n, min(max(n3, 1), n)))
+
+
 def shallow_boundary_alone(settings: PruningSettings, inputs: BudgetInputs) -> Budget:
     """n1 = V, n2 = n3 = round((L r - S) / (L - S) V)."""
     v, layers, shallow = inputs.encoder_tokens, inputs.num_layers, inputs.shallow

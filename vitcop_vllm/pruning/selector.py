@@ -47,6 +47,8 @@ class Selector:
             is valid for one prompt only: no prefix is cached, and a step computes a whole prompt.
         reads_embeddings: Whether ``encoder`` reads the tokens as the decoder gets them, and so
             runs after the encoder.
+        reads_layer: Whether an ``encoder`` that reads embeddings reads the encoder's last layer
+            too, such as the attention of [CLS].
         reads_hidden: Boundaries, 1 for shallow and 2 for deep, whose function reads or changes
             the residual stream. At other boundaries tokens are dropped before the MLP of the
             layer before, because its keys are known by then.
@@ -61,6 +63,7 @@ class Selector:
     ranks_by_signal: bool = False
     reads_question: bool = False
     reads_embeddings: bool = False
+    reads_layer: bool = False
     reads_hidden: tuple[int, ...] = ()
 
     @property

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vitcop_vllm.pruning.grids import Grid
+    from vitcop_vllm.pruning.grids import Grid, Grids
     from vitcop_vllm.pruning.views import EncoderView
 
 
@@ -21,11 +21,16 @@ def even_grid(view: EncoderView, count: int) -> Tensor:
     With any count, two aligned squares of 2^k tokens a side differ by at most one kept token. Of
     several grids, each keeps the same share. Row marks come last in their grid's order.
     """
-    import torch
-
-    ranks = torch.cat([_ranks(grid, view.pixels.device) for grid in view.grids])
+    ranks = even_ranks(view.grids, view.pixels.device)
     index = ranks.argsort(stable=True)[:count].sort().values
     return index.expand(view.pixels.shape[0], -1)
+
+
+def even_ranks(grids: Grids, device: torch.device) -> Tensor:
+    """(V,) float64 place of each token in the order of its grid, in [0, 1)."""
+    import torch
+
+    return torch.cat([_ranks(grid, device) for grid in grids])
 
 
 def _ranks(grid: Grid, device: torch.device) -> Tensor:
