@@ -16,7 +16,7 @@ from vitcop_vllm.pruning.kernel_set import KernelSet
 from vitcop_vllm.pruning.saliency import attention_received, cls_saliency
 from vitcop_vllm.pruning.selection import mean_key_norm
 from vitcop_vllm.pruning.selector import SaliencySource
-from vitcop_vllm.pruning.signals import Signal
+from vitcop_vllm.pruning.signals import SIGNALS, Signal
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,10 @@ class BoundaryView:
     def scores(self) -> Tensor:
         """(G, n) float32 scores of the tokens, not negative; a smaller score is more salient."""
         return self.signal.score(self)
+
+    def image_attention(self) -> Tensor:
+        """(G, n) float32 scores by attention from the image's end, whatever the signal."""
+        return SIGNALS["image_attention"].score(self)
 
     def mean_norm(self, keys: Tensor) -> Tensor:
         """(G, n) float32 L2 norms of (G, n, kv_heads, D) keys, averaged over all heads first."""

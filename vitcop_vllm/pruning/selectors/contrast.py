@@ -65,9 +65,7 @@ def best_split(falling: Tensor) -> Tensor:
 
 def most_attended(view: BoundaryView, count: int) -> Tensor:
     """Stage III: tokens that receive most attention from the last tokens of their image."""
-    from vitcop_vllm.pruning.signals import SIGNALS
-
-    return view.kernels.select_stage_three(SIGNALS["image_attention"].score(view), count)
+    return view.kernels.select_stage_three(view.image_attention(), count)
 
 
 SELECTOR = Selector(
