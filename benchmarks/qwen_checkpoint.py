@@ -248,6 +248,7 @@ def save_processor(
     tokenizer: Any,
     patch: int,
     pixel_limits: dict[str, int],
+    chat_template: str = CHAT_TEMPLATE,
 ) -> None:
     """Write the files of a Qwen-VL's ``processor``, a class of transformers.
 
@@ -257,6 +258,7 @@ def save_processor(
         tokenizer: The model's tokenizer.
         patch: Pixels along a side of a patch.
         pixel_limits: As ``QwenVLShape.pixel_limits``.
+        chat_template: The model's prompts.
     """
     from transformers import Qwen2VLImageProcessor
 
@@ -265,7 +267,7 @@ def save_processor(
         image_processor=Qwen2VLImageProcessor(**sizes),
         tokenizer=tokenizer,
         video_processor=video_processor(**sizes),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     ).save_pretrained(path)
 
 

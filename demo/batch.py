@@ -17,7 +17,7 @@ class BatchShape:
     """Sizes of a batch.
 
     Attributes:
-        side: Height and width of an image in pixels.
+        side: Height and width of an image in pixels, or of a square with about its area.
         images: Number of images.
         text: Tokens of a sequence for questions and answers; 0 makes a batch without sequences.
         dropped: Fractions of visual tokens to drop; each batch draws one.
@@ -41,9 +41,10 @@ class Sequences:
     """Conversations about a batch's N images: S sequences of T tokens.
 
     Attributes:
-        kept: (N, n) int64, ascending: patches whose tokens the decoder sees.
-        ids, labels, positions, segments: (S, T) int64. A token sees segment 0 and its own
-            segment. Segment -1 is padding.
+        kept: (N, n) int64, ascending: visual tokens that the decoder sees.
+        ids, labels, segments: (S, T) int64. A token sees segment 0 and its own segment.
+            Segment -1 is padding.
+        positions: (D, S, T) int64, D positions of a token.
         families: (S, T) int64: for tokens of an answer, the question's index in
             :data:`questions.FAMILIES`; -1 elsewhere.
         looks: (K, 3) int64: sequence, token index, attention head. The head of a prompt's last
@@ -69,11 +70,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """N images of G x G patches, G = side / 14, with their training targets.
+    """N images of V visual tokens, with their training targets.
 
     Attributes:
-        pixels: (N, side, side, 3) uint8.
-        targets: Name -> (N, G*G) uint8, see :func:`~demo.drawing.patch_targets`.
+        pixels: (N, height, width, 3) uint8.
+        targets: Name -> (N, V, patches of a visual token) uint8, see
+            :func:`~demo.drawing.patch_targets`.
         content: (N, CONTENT) float32, see :func:`~demo.dataset.content`.
         sequences: ``None`` in a batch of images without questions.
     """

@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from demo import questions
 from demo.batch import IGNORED, SUBJECT_HEAD, Batch, BatchShape, Sequences
 from demo.drawing import TARGETS, draw, patch_targets, patches_of
+from demo.form import Form, Frame, Ints
 from demo.questions import Turn
 from demo.scenes import make_scene
 from demo.world import (
     ALPHABET,
     COLOUR_NAMES,
-    PATCH,
     SHAPES,
     Letter,
     Rng,
@@ -45,11 +46,11 @@ WEIGHTS = {
 
 
 class Encoder:
-    """Conversations as token ids, in the form of the chat template."""
+    """Conversations as token ids, in the form of the chat template of a form's model."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.image = tokenizer.convert_tokens_to_ids("<image>")
+    def __init__(self, tokenizer: Any, form: Form) -> None:
+        self.tokenizer, self.form = tokenizer, form
+        self.image = tokenizer.convert_tokens_to_ids(form.image)
         self._cache: dict[str, list[int]] = {}
 
     def ids(self, text: str) -> list[int]:
@@ -63,8 +64,9 @@ class Encoder:
     def prefix(self, tokens: Sequence[int]) -> list[int]:
         """Token ids of a sequence's beginning, with ``tokens[i]`` placeholders for image i."""
         ids = list(self.ids("<s>USER: "))
+        before, after = map(self.ids, self.form.around)
         for count in tokens:
-            ids += [self.image] * count + self.ids("\n")
+            ids += before + [self.image] * count + after
         return ids
 
     def conversation(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
@@ -135,13 +137,15 @@ def _comparisons(pair: Sequence[Scene], rng: Rng) -> Iterator[Conversation]:
 class _Sequence:
     """A row of :class:`Sequences`: images, then conversations while they fit."""
 
-    def __init__(self, prefix: list[int], length: int) -> None:
-        self.length, self.begin = length, len(prefix)
+    def __init__(self, prefix: list[int], positions: Ints, length: int) -> None:
+        self.length = length
         self.ids = list(prefix)
-        self.labels = [IGNORED] * self.begin
-        self.positions = list(range(self.begin))
-        self.segments = [0] * self.begin
-        self.families = [-1] * self.begin
+        self.labels = [IGNORED] * len(prefix)
+        self.positions = positions[:, :-1]
+        self.begin = positions[:, -1:]
+        """Position of the first token after the prefix."""
+        self.segments = [0] * len(prefix)
+        self.families = [-1] * len(prefix)
         self.prompts: list[tuple[int, Turn]] = []
         """Index of each prompt's last token, and its turn."""
         self._number = 0
@@ -156,18 +160,18 @@ class _Sequence:
         self.prompts += zip((len(self.ids) + ends).tolist(), turns, strict=True)
         self.ids += ids
         self.labels += labels
-        self.positions += range(self.begin, self.begin + len(ids))
+        places = self.begin + np.arange(len(ids))
+        self.positions = np.concatenate((self.positions, places), axis=1)
         self.segments += [self._number] * len(ids)
         self.families += [-1 if label == IGNORED else family for label in labels]
 
     def padded(self) -> tuple[list[int], ...]:
-        """Ids, labels, positions, segments and families, each padded to ``length``."""
+        """Ids, labels, segments and families, each padded to ``length``."""
         return tuple(
             row + [filler] * (self.length - len(row))
             for row, filler in (
                 (self.ids, 0),
                 (self.labels, IGNORED),
-                (self.positions, 0),
                 (self.segments, -1),
                 (self.families, -1),
             )
@@ -179,47 +183,59 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
     rng = np.random.default_rng(list(seed))
     per_sequence = 2 if rng.random() < shape.pair_share else 1
     sequences = shape.images // per_sequence
+    frame = encoder.form.frame(shape.side, rng)
     groups = []
     for _ in range(sequences):
         roll = rng.random()
         kind = "odd" if roll < 0.25 else "sign" if roll < 0.45 else None
         kinds = [kind] if per_sequence == 1 else [None, None]
-        groups.append([make_scene(rng, shape.side, k) for k in kinds])
+        groups.append([make_scene(rng, frame.size, k) for k in kinds])
     shown = [scene for group in groups for scene in group]
-    pixels = torch.from_numpy(np.stack([np.asarray(draw(scene)) for scene in shown]))
-    grids = [patch_targets(scene) for scene in shown]
+    pixels = torch.from_numpy(np.stack([_resized(draw(scene), frame) for scene in shown]))
+    grids = [patch_targets(scene, frame.cells) for scene in shown]
     return Batch(
         pixels=pixels,
         targets={
-            name: torch.from_numpy(np.stack([grid[name].reshape(-1) for grid in grids]))
+            name: torch.from_numpy(np.stack([frame.by_token(grid[name]) for grid in grids]))
             for name in TARGETS
         },
         content=torch.from_numpy(np.stack([content(scene) for scene in shown])),
-        sequences=_make_sequences(shape, encoder, groups, rng) if shape.text else None,
+        sequences=_make_sequences(shape, encoder, frame, groups, rng) if shape.text else None,
     )
 
 
+def _resized(image: Image.Image, frame: Frame) -> np.ndarray:
+    if image.size != frame.pixels:
+        image = image.resize(frame.pixels, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
 def _make_sequences(
-    shape: BatchShape, encoder: Encoder, groups: Sequence[Sequence[Scene]], rng: Rng
+    shape: BatchShape,
+    encoder: Encoder,
+    frame: Frame,
+    groups: Sequence[Sequence[Scene]],
+    rng: Rng,
 ) -> Sequences:
     """A sequence about the images of each group; all groups have the same size."""
     per_sequence = len(groups[0])
-    patches = (shape.side // PATCH) ** 2
-    keep = round(patches * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
-    draws = rng.random((len(groups) * per_sequence, patches))
+    keep = round(frame.tokens * (1 - shape.dropped[int(rng.integers(len(shape.dropped)))]))
+    draws = rng.random((len(groups) * per_sequence, frame.tokens))
     if shape.background_first:
-        every = np.arange(patches)[None]
+        every = np.arange(frame.tokens)[None]
         scenes = [scene for group in groups for scene in group]
-        draws += np.stack([~_shows(scene.shown, [scene], every) for scene in scenes])
+        draws += np.stack([~_shows(scene.shown, [scene], every, frame) for scene in scenes])
     order = np.argsort(draws, axis=1)
     kept = np.sort(order[:, :keep], axis=1)
     place = np.take_along_axis(np.argsort(order, axis=1), kept, axis=1)
     prefix = encoder.prefix([keep] * per_sequence)
     # Round up, so that there are few lengths: a kernel is compiled for each.
     length = -(-(len(prefix) + shape.text // per_sequence) // 32) * 32
-    rows, looks, looked = [], [], []
+    rows, positions, looks, looked = [], [], [], []
     for number, group in enumerate(groups):
-        sequence = _Sequence(prefix, length)
+        kept_of_group = kept[number * per_sequence : (number + 1) * per_sequence]
+        places = encoder.form.positions(prefix, encoder.image, kept_of_group, frame)
+        sequence = _Sequence(prefix, places, length)
         added = set()
         for family, turns in (
             _conversations_about(group[0], rng) if per_sequence == 1 else _comparisons(group, rng)
@@ -229,16 +245,17 @@ def _make_sequences(
                 added.add(turns)
                 sequence.add(turns, ids, labels, questions.FAMILIES.index(family))
         rows.append(sequence.padded())
-        kept_of_group = kept[number * per_sequence : (number + 1) * per_sequence]
+        filler = length - sequence.positions.shape[1]
+        positions.append(np.pad(sequence.positions, ((0, 0), (0, filler))))
         for end, turn in sequence.prompts:
             wanted = [(end, head, shown) for head, shown in enumerate(turn.looks)]
             wanted += [(end + i, SUBJECT_HEAD, (shown,)) for i, shown in encoder.subjects(turn)]
             for token, head, shown in wanted:
-                where = _shows(shown, group, kept_of_group)
+                where = _shows(shown, group, kept_of_group, frame)
                 if where.any():
                     looks.append((number, token, head))
                     looked.append(where)
-    columns = ("ids", "labels", "positions", "segments", "families")
+    columns = ("ids", "labels", "segments", "families")
     tensors = dict(zip(columns, map(torch.tensor, zip(*rows, strict=True)), strict=True))
     is_image = tensors["ids"] == encoder.image
     deep = torch.ones(is_image.shape, dtype=torch.bool)
@@ -246,6 +263,7 @@ def _make_sequences(
     return Sequences(
         kept=torch.from_numpy(kept),
         **tensors,
+        positions=torch.from_numpy(np.stack(positions, axis=1)),
         looks=torch.tensor(looks).reshape(-1, 3),
         looked=torch.from_numpy(np.array(looked, dtype=bool).reshape(-1, keep * per_sequence)),
         deep=deep,
@@ -253,18 +271,17 @@ def _make_sequences(
 
 
 def _shows(
-    shown: Sequence[Shown], group: Sequence[Scene], kept: npt.NDArray[np.int64]
+    shown: Sequence[Shown], group: Sequence[Scene], kept: Ints, frame: Frame
 ) -> npt.NDArray[np.bool_]:
     """(kept visual tokens of the group,) bool: tokens that show one of ``shown``."""
     found = []
-    for scene, patches in zip(group, kept, strict=True):
-        cells = scene.side // PATCH
-        grid = np.zeros((cells, cells), dtype=bool)
+    for scene, tokens in zip(group, kept, strict=True):
+        grid = np.zeros((frame.cells.rows, frame.cells.columns), dtype=bool)
         for part in shown:
             whole = part.sign if isinstance(part, Letter) else part
             if any(whole is item for item in scene.shown):
-                grid |= patches_of(part, cells)
-        found.append(grid.reshape(-1)[patches])
+                grid |= patches_of(part, frame.cells)
+        found.append(frame.by_token(grid)[tokens].any(axis=1))
     return np.concatenate(found)
 
 
@@ -272,9 +289,9 @@ class Batches(IterableDataset[Batch]):
     """Batches ``first`` to ``end - 1`` of a phase, made by worker processes."""
 
     def __init__(
-        self, shape: BatchShape, tokenizer: Any, seed: int, phase: int, first: int, end: int
+        self, shape: BatchShape, encoder: Encoder, seed: int, phase: int, first: int, end: int
     ) -> None:
-        self.shape, self.encoder = shape, Encoder(tokenizer)
+        self.shape, self.encoder = shape, encoder
         self.seed, self.phase, self.first, self.end = seed, phase, first, end
 
     def __iter__(self) -> Iterator[Batch]:

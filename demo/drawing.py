@@ -1,6 +1,7 @@
 """Draws images of scenes, and gives the targets of their patches."""
 
 import math
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from demo.world import (
     Scene,
     Shown,
     Sign,
+    Size,
     Thing,
 )
 
@@ -180,27 +182,27 @@ def _photo(name: str) -> Image.Image:
     return photo
 
 
-def _paint_ground(side: int, ground: str, rng: Rng) -> Image.Image:
+def _paint_ground(size: Size, ground: str, rng: Rng) -> Image.Image:
     tint = rng.integers(60, 215, 3)
     # Muted, so that the ground's colours differ from the colours of things.
     tint = (0.45 * tint + 0.55 * tint.mean()).astype(int)
     if ground == "plain":
-        return Image.new("RGB", (side, side), tuple(int(c) for c in tint))
+        return Image.new("RGB", size, tuple(int(c) for c in tint))
     if ground == "gradient":
-        ramp = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize((side, side))
+        ramp = Image.linear_gradient("L").rotate(90 * int(rng.integers(4))).resize(size)
         ends = np.clip(tint + np.array([[-50], [50]]), 0, 255)
         pixels = np.asarray(ramp, dtype=np.float32)[..., None] / 255
         return Image.fromarray((ends[0] + pixels * (ends[1] - ends[0])).astype(np.uint8))
     if ground == "noise":
-        cells = int(rng.integers(side // 24, side // 6))
+        cells = int(rng.integers(min(size) // 24, min(size) // 6))
         coarse = rng.normal(0, 28, (cells, cells, 1)) + rng.normal(0, 8, (cells, cells, 3))
         noise = Image.fromarray(np.clip(tint + coarse, 0, 255).astype(np.uint8))
-        return noise.resize((side, side), Image.Resampling.BICUBIC)
+        return noise.resize(size, Image.Resampling.BICUBIC)
     photo = _photo(ground)
-    crop = int(rng.integers(min(side * 3 // 4, min(photo.size)), min(photo.size) + 1))
+    crop = int(rng.integers(min(min(size) * 3 // 4, min(photo.size)), min(photo.size) + 1))
     left = int(rng.integers(photo.width - crop + 1))
     top = int(rng.integers(photo.height - crop + 1))
-    piece = photo.crop((left, top, left + crop, top + crop)).resize((side, side))
+    piece = photo.crop((left, top, left + crop, top + crop)).resize(size)
     pixels = np.asarray(piece, dtype=np.float32)
     grey = pixels.mean(axis=2, keepdims=True)
     colour = 0.4 if ground in PHOTOS else 0.0
@@ -211,9 +213,9 @@ def _paint_ground(side: int, ground: str, rng: Rng) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The image, (side, side) RGB."""
+    """The image, (height, width) RGB."""
     rng = np.random.default_rng(scene.seed)
-    image = _paint_ground(scene.side, scene.ground, rng)
+    image = _paint_ground(scene.size, scene.ground, rng)
     for thing in scene.things:
         _paint_thing(image, thing, rng)
     if scene.sign is not None:
@@ -221,24 +223,44 @@ def draw(scene: Scene) -> Image.Image:
     return image
 
 
-def _patches_in(box: tuple[float, float, float, float], cells: int) -> Mask:
+@dataclass(frozen=True)
+class Cells:
+    """A grid of patches over an image of ``size`` pixels."""
+
+    size: Size
+    rows: int
+    columns: int
+
+    def centres(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Coordinates of the patches' centres: x of each column, y of each row."""
+        width, height = self.size
+        x = (np.arange(self.columns) + 0.5) * width / self.columns
+        return x, (np.arange(self.rows) + 0.5) * height / self.rows
+
+
+def own_cells(size: Size) -> Cells:
+    """The patches of an image that is not resized."""
+    return Cells(size, size[1] // PATCH, size[0] // PATCH)
+
+
+def _patches_in(box: tuple[float, float, float, float], cells: Cells) -> Mask:
     left, top, right, bottom = box
-    centres = (np.arange(cells) + 0.5) * PATCH
-    rows = (centres >= top) & (centres <= bottom)
-    columns = (centres >= left) & (centres <= right)
+    x, y = cells.centres()
+    rows = (y >= top) & (y <= bottom)
+    columns = (x >= left) & (x <= right)
     inside: Mask = rows[:, None] & columns[None, :]
     return inside
 
 
-def patches_of(shown: Shown, cells: int) -> Mask:
-    """(cells, cells) bool: patches that show a thing, a sign or a letter."""
+def patches_of(shown: Shown, cells: Cells) -> Mask:
+    """(rows, columns) bool: patches that show a thing, a sign or a letter."""
     if isinstance(shown, Letter):
         return _patches_in(letter_boxes(shown.sign)[shown.index][1], cells)
     if isinstance(shown, Sign):
         boxes = [_patches_in(box, cells) for _, box in letter_boxes(shown)]
         return np.logical_or.reduce(boxes)
-    centres = (np.arange(cells) + 0.5) * PATCH
-    distance = (centres[None, :] - shown.x) ** 2 + (centres[:, None] - shown.y) ** 2
+    x, y = cells.centres()
+    distance = (x[None, :] - shown.x) ** 2 + (y[:, None] - shown.y) ** 2
     near: Mask = distance <= (0.85 * shown.radius) ** 2
     return near
 
@@ -259,26 +281,34 @@ TARGETS = {
 """Target of a patch -> number of classes; class 0 means that the patch shows nothing."""
 
 
-def patch_targets(scene: Scene) -> dict[str, Grid]:
-    """Target -> (G, G) classes of :data:`TARGETS`, with G = side / 14.
+def patch_targets(scene: Scene, cells: Cells | None = None) -> dict[str, Grid]:
+    """Target -> (rows, columns) classes of :data:`TARGETS`.
 
     ``middle`` marks the patch with a thing's centre. ``place`` is a letter's number in its sign.
     ``row`` and ``column`` count twelfths of the image, in patches that show something.
+
+    Args:
+        scene: Content of the image.
+        cells: The patches; by default those of an image that is not resized.
     """
-    cells = scene.side // PATCH
-    grids = {name: np.zeros((cells, cells), dtype=np.uint8) for name in TARGETS}
+    cells = cells or own_cells(scene.size)
+    shape = (cells.rows, cells.columns)
+    width, height = scene.size
+    grids = {name: np.zeros(shape, dtype=np.uint8) for name in TARGETS}
     for thing in scene.things:
         inside = patches_of(thing, cells)
         grids["shape"][inside] = SHAPES.index(thing.shape) + 1
         grids["colour"][inside] = COLOUR_NAMES.index(thing.colour) + 1
         grids["size"][inside] = list(RADII).index(thing.size) + 1
-        grids["middle"][int(thing.y // PATCH), int(thing.x // PATCH)] = 1
+        middle = int(thing.y * cells.rows // height), int(thing.x * cells.columns // width)
+        grids["middle"][middle] = 1
     if scene.sign is not None:
         for i, (letter, box) in enumerate(letter_boxes(scene.sign)):
             inside = _patches_in(box, cells)
             grids["letter"][inside] = ALPHABET.index(letter) + 1
             grids["place"][inside] = i + 1
-    row, column = np.indices((cells, cells)) * _PARTS // cells + 1
+    row, column = np.indices(shape) * _PARTS
+    row, column = row // cells.rows + 1, column // cells.columns + 1
     shown = (grids["shape"] > 0) | (grids["letter"] > 0)
     # Background has no row and no column, so attention to background adds no wrong values.
     grids["row"][shown], grids["column"][shown] = row[shown], column[shown]

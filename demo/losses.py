@@ -1,4 +1,4 @@
-"""Losses of the vision tower, of the answers, and of the watched layer's attention."""
+"""Losses of the vision tower, of the answers, and of the watched layer."""
 
 from typing import Any
 
@@ -9,45 +9,73 @@ from torch import Tensor, nn
 from demo.batch import IGNORED, SUBJECT_HEAD, Batch, Sequences
 from demo.dataset import CONTENT
 from demo.drawing import TARGETS
+from demo.form import Form, Seen
 from demo.questions import FAMILIES
-from vitcop_vllm.demo.checkpoint import FEATURE_LAYER
 
 
-class Heads(nn.Module):
-    """Classification heads that train the vision tower; not part of the model.
+class PatchHead(nn.Module):
+    """Finds targets of the patches of a visual token.
 
-    Patches predict what they show and where they are. [CLS], of the feature layer and of the
-    last layer, predicts the image's content; without this loss its attention is not trained.
+    Args:
+        width: Width of a visual token.
+        names: Some of :data:`TARGETS`.
+        patches: Patches of a visual token.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, names: tuple[str, ...], patches: int) -> None:
         super().__init__()
+        self.classes = {name: TARGETS[name] for name in names}
+        self.size = (patches, sum(self.classes.values()))
         self.norm = nn.LayerNorm(width)
-        self.patches = nn.Linear(width, sum(TARGETS.values()))
-        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.contents = nn.ModuleList([nn.Linear(width, CONTENT), nn.Linear(width, CONTENT)])
+        self.linear = nn.Linear(width, patches * self.size[1])
 
-    def forward(self, states: tuple[Tensor, ...], batch: Batch) -> dict[str, Tensor]:
+    def forward(self, tokens: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses by name, for (N, V, width) tokens and (N, V, patches) targets."""
         losses = {}
-        patches = self.norm(states[FEATURE_LAYER][:, 1:])
-        logits = self.patches(patches).float()
-        start = 0
-        for name, classes in TARGETS.items():
-            target = batch.targets[name].long().flatten()
-            loss = F.cross_entropy(
-                logits[..., start : start + classes].flatten(0, 1), target, reduction="none"
-            )
+        logits = self.linear(self.norm(tokens)).float().unflatten(-1, self.size)
+        parts = logits.split([*self.classes.values()], dim=-1)
+        for name, part in zip(self.classes, parts, strict=True):
+            target = targets[name].long().flatten()
+            loss = F.cross_entropy(part.flatten(0, -2), target, reduction="none")
             shown = target > 0
             # Few patches show something; their mean loss weighs as much as that of all patches.
             losses[name] = 0.5 * loss.mean() + 0.5 * (loss * shown).sum() / shown.sum().clamp_min(1)
-            start += classes
-        weight = torch.full((CONTENT,), 6.0, device=logits.device)
-        for i, state in enumerate((states[FEATURE_LAYER], states[-1])):
-            guess = self.contents[i](self.norms[i](state[:, 0])).float()
+        return losses
+
+
+class Heads(nn.Module):
+    """Classification heads for training; not part of the model.
+
+    From the tower's visual tokens a head finds what their patches show. From [CLS], if the tower
+    has it, heads find the image's content; without this loss its attention is not trained. From
+    the decoder's visual tokens a head finds their places, if the tower does not know them.
+    """
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        patches, width = form.merge**2, form.tower_width
+        self.patches = PatchHead(width, form.tower_targets, patches)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(form.num_summaries))
+        self.contents = nn.ModuleList(nn.Linear(width, CONTENT) for _ in self.norms)
+        if form.decoder_targets:
+            self.places = PatchHead(form.width, form.decoder_targets, patches)
+
+    def forward(self, seen: Seen, batch: Batch) -> dict[str, Tensor]:
+        """Losses of the vision tower."""
+        losses = self.patches(seen.tokens, batch.targets)
+        weight = torch.full((CONTENT,), 6.0, device=seen.tokens.device)
+        for i, summary in enumerate(seen.summaries):
+            guess = self.contents[i](self.norms[i](summary)).float()
             losses[f"cls{i}"] = F.binary_cross_entropy_with_logits(
                 guess, batch.content, pos_weight=weight
             )
         return losses
+
+
+def of_kept(values: Tensor, kept: Tensor) -> Tensor:
+    """(N, n, ...) of (N, V, ...): the values of kept visual tokens."""
+    index = kept[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, index)
 
 
 def _mask(segments: Tensor, deep: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,25 +94,26 @@ def _mask(segments: Tensor, deep: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def answer_loss(
-    model: Any, features: Tensor, sequences: Sequences, image: int
+    form: Form, model: Any, tokens: Tensor, sequences: Sequences, image: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy of the answers' tokens, and the fraction of right answers by family.
 
     Args:
-        model: The whole LLaVA.
-        features: (N, V, width), from the vision tower.
+        form: Form of the model.
+        model: The whole model.
+        tokens: (N, V, width), from the vision tower.
         sequences: Conversations about the images.
         image: Id of the placeholder token.
     """
-    inner = model.model
-    kept = sequences.kept[..., None].expand(-1, -1, features.shape[-1])
-    visual = inner.multi_modal_projector(features.gather(1, kept))
-    embeds = inner.language_model.embed_tokens(sequences.ids)
+    language_model = model.model.language_model
+    visual = form.embed(model, of_kept(tokens, sequences.kept))
+    embeds = language_model.embed_tokens(sequences.ids)
     embeds = embeds.masked_scatter((sequences.ids == image)[..., None], visual)
-    hidden = inner.language_model(
+    positions = sequences.positions
+    hidden = language_model(
         inputs_embeds=embeds,
         attention_mask=_mask(sequences.segments, sequences.deep, embeds.dtype),
-        position_ids=sequences.positions,
+        position_ids=positions if len(positions) > 1 else positions[0],
         use_cache=False,
     ).last_hidden_state
     in_answer = sequences.labels[:, 1:] != IGNORED

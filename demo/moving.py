@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from demo.drawing import draw
-from demo.world import SIDE, Scene, Thing
+from demo.world import SIDE, SQUARE, Scene, Thing
 
 SECONDS = 6
 FPS = 8
@@ -32,7 +32,7 @@ def scene_at(second: float) -> Scene:
         share = np.clip((second - start) / (end - start), 0, 1)
         x, y = (float(a + share * (b - a)) for a, b in zip(first, last, strict=True))
         things.append(Thing(shape, colour, "big", x, y, radius=34.0, angle=0.0))
-    return Scene(SIDE, tuple(things), sign=None, ground="gradient", seed=1)
+    return Scene(SQUARE, tuple(things), sign=None, ground="gradient", seed=1)
 
 
 def frames() -> Iterator[Image.Image]:

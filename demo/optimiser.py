@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from demo.form import Form
 from demo.losses import Heads
 
 MATRIX_RATE = 2e-3
@@ -15,7 +16,7 @@ OTHER_RATE = 2e-3
 class Optimiser:
     """Muon for the layers' matrices, AdamW for all other weights, both on float32 masters."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, form: Form, modules: list[nn.Module]) -> None:
         self.weights: list[Tensor] = []
         self.masters: list[Tensor] = []
         matrices: dict[bool, list[nn.Parameter]] = {True: [], False: []}
@@ -25,8 +26,8 @@ class Optimiser:
                 master = nn.Parameter(weight.detach().float().clone())
                 self.weights.append(weight)
                 self.masters.append(master)
-                inside = ".layers." in name or "projector" in name
-                tower = isinstance(module, Heads) or ".vision_tower." in name
+                inside = any(part in name for part in form.matrices)
+                tower = isinstance(module, Heads) or form.tower in name
                 (matrices if inside and weight.dim() == 2 else others)[tower].append(master)
 
         def groups(by_tower: dict[bool, list[nn.Parameter]]) -> list[dict[str, Any]]:

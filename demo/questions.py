@@ -9,18 +9,19 @@ import numpy as np
 from PIL import Image
 
 from demo.drawing import draw
-from demo.scenes import choice, make_scene
+from demo.scenes import choice, make_scene, random_size
 from demo.world import (
     COLOUR_NAMES,
     COLUMNS,
     ROWS,
     SHAPES,
-    SIDE,
+    SQUARE,
     Letter,
     Rng,
     Scene,
     Shown,
     Sign,
+    Size,
     Thing,
 )
 
@@ -57,11 +58,12 @@ def _plural(shape: str) -> str:
     return "crosses" if shape == "cross" else f"{shape}s"
 
 
-def _place(thing: Thing, side: int) -> str | None:
+def _place(thing: Thing, size: Size) -> str | None:
     """The ninth of the image with a thing's centre; ``None`` near the border of two ninths."""
     names = []
-    for value, labels in ((thing.y, ROWS), (thing.x, COLUMNS)):
-        part = 3 * value / side
+    width, height = size
+    for value, extent, labels in ((thing.y, height, ROWS), (thing.x, width, COLUMNS)):
+        part = 3 * value / extent
         if min(abs(part - 1), abs(part - 2)) < 0.2:
             return None
         names.append(labels[min(int(part), 2)])
@@ -122,7 +124,7 @@ def ask_size(scene: Scene, rng: Rng) -> Turn | None:
 
 def ask_position(scene: Scene, rng: Rng) -> Turn | None:
     found = _identified(scene.things, rng)
-    place = _place(found[0], scene.side) if found else None
+    place = _place(found[0], scene.size) if found else None
     if found is None or place is None:
         return None
     wording = choice(rng, ("Where is the {}?", "In which part of the picture is the {}?"))
@@ -234,7 +236,7 @@ def ask_follow_up(scene: Scene, rng: Rng) -> tuple[Turn, ...] | None:
         return None
     thing = choice(rng, candidates)
     first = Turn(f"What shape is the {thing.colour} object?", thing.shape, ((thing,),))
-    place = _place(thing, scene.side)
+    place = _place(thing, scene.size)
     if place is None or rng.random() < 0.5:
         return first, Turn("Is it small or big?", thing.size, ((thing,),))
     return first, _about(thing, "Where is it?", place)
@@ -288,17 +290,17 @@ description wrong, so their accuracy says little."""
 _KIND = {"odd one out": "odd", "text": "sign"}
 
 
-def compose(family: str, rng: Rng, side: int = SIDE) -> tuple[list[Scene], tuple[Turn, ...]]:
+def compose(family: str, rng: Rng, size: Size = SQUARE) -> tuple[list[Scene], tuple[Turn, ...]]:
     """Scenes, and a conversation of the family about them."""
     while True:
         if family == "two pictures":
-            pair = [make_scene(rng, side), make_scene(rng, side)]
+            pair = [make_scene(rng, size), make_scene(rng, size)]
             turn = ask_comparison(pair, rng)
             if turn is not None:
                 return pair, (turn,)
             continue
         kind = _KIND.get(family) if rng.random() < 0.9 else None
-        scene = make_scene(rng, side, kind)
+        scene = make_scene(rng, size, kind)
         if family == "dialogue":
             turns = ask_follow_up(scene, rng)
         else:
@@ -312,19 +314,23 @@ EXAM_SEED = 2**40
 """First seed of exams; training uses seeds below it."""
 
 
-def exam(per_family: int, seed: int = 0, families: Sequence[str] = EXAMINED) -> list[Example]:
+def exam(
+    per_family: int, seed: int = 0, families: Sequence[str] = EXAMINED, *, varied: bool = False
+) -> list[Example]:
     """A fixed set of questions that training does not use.
 
     Args:
         per_family: Conversations per family.
         seed: Each seed gives another exam.
         families: Families to ask; their conversations do not depend on the other families.
+        varied: Give images different widths and heights; by default all are square.
     """
     examples = []
     for family in families:
         for i in range(per_family):
             rng = np.random.default_rng([EXAM_SEED + seed, FAMILIES.index(family), i])
-            scenes, turns = compose(family, rng)
+            size = random_size(rng) if varied else SQUARE
+            scenes, turns = compose(family, rng, size)
             examples.append(Example(family, tuple(draw(s) for s in scenes), turns))
     return examples
 

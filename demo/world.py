@@ -14,7 +14,13 @@ PATCH = DEMO.patch_size
 """Height and width of the vision tower's patches in pixels."""
 
 SIDE = DEMO.image_size
-"""Height and width of an exam's image in pixels. Things have the same size on smaller images."""
+"""Height and width of a square exam's image in pixels. Things have the same size on smaller
+images."""
+
+Size = tuple[int, int]
+"""Width and height of an image in pixels."""
+
+SQUARE: Size = (SIDE, SIDE)
 
 COLOURS = {
     "red": (214, 40, 40),
@@ -115,7 +121,7 @@ Shown = Thing | Sign | Letter
 class Scene:
     """The content of an image. ``ground`` names the background; ``seed`` fixes drawing details."""
 
-    side: int
+    size: Size
     things: tuple[Thing, ...]
     sign: Sign | None
     ground: str

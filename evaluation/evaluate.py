@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="families of the demo exam",
     )
     add("--seed", type=int, default=0, help="seed of the demo exam")
+    add("--varied-sizes", action="store_true", help="images that are not square")
     add("--scorer", choices=SCORERS, default="exact", help="rule for right answers")
     add(
         "--ratios",
@@ -136,9 +137,13 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     failures = []
     with TemporaryDirectory() as scratch:
         if arguments.data is None:
-            write_exam(
-                Path(scratch), exam(arguments.per_family, arguments.seed, arguments.families)
+            made = exam(
+                arguments.per_family,
+                arguments.seed,
+                arguments.families,
+                varied=arguments.varied_sizes,
             )
+            write_exam(Path(scratch), made)
         examples = read_exam(arguments.data or Path(scratch))
         for selector in [None] if arguments.url else arguments.selectors:
             try:

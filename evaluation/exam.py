@@ -65,9 +65,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a new or an empty folder")
     parser.add_argument("--per-family", type=int, default=100, help="conversations per family")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--varied-sizes", action="store_true", help="images that are not square")
     arguments = parser.parse_args()
     try:
-        write_exam(arguments.folder, questions.exam(arguments.per_family, arguments.seed))
+        made = questions.exam(arguments.per_family, arguments.seed, varied=arguments.varied_sizes)
+        write_exam(arguments.folder, made)
     except FolderError as error:
         parser.error(str(error))
 

@@ -10,6 +10,7 @@ import torch
 
 from demo.batch import IGNORED, SUBJECT_HEAD, BatchShape
 from demo.dataset import Encoder, make_batch
+from demo.llava_form import LlavaForm
 from demo.questions import FAMILIES, Turn, corpus
 from demo.world import ALPHABET, COLOUR_NAMES, RADII, SHAPES
 from vitcop_vllm.demo.checkpoint import DEMO, save_config
@@ -48,7 +49,7 @@ def templated(processor: Any, images: int, turns: tuple[Turn, ...]) -> list[int]
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("turns", [TURNS[:1], TURNS[1:2], TURNS[:2], TURNS])
 def test_sequences_equal_the_chat_template(processor, images, turns):
-    encoder = Encoder(processor.tokenizer)
+    encoder = Encoder(processor.tokenizer, LlavaForm())
     ids, labels = encoder.conversation(turns)
     answer = encoder.ids(f" {turns[-1].answer}</s>")
     assert ids[-len(answer) :] == labels[-len(answer) :] == answer
@@ -60,14 +61,14 @@ def test_sequences_equal_the_chat_template(processor, images, turns):
 
 @pytest.mark.parametrize("pair_share", [0.0, 1.0])
 def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor, pair_share):
-    encoder = Encoder(processor.tokenizer)
+    encoder = Encoder(processor.tokenizer, LlavaForm())
     shape = BatchShape(112, 4, 120, (0.25,), pair_share)
     batch = make_batch(shape, encoder, (0, 1, 2))
     sequences = batch.sequences
     assert sequences is not None
     per_sequence = 2 if pair_share else 1
     assert batch.pixels.shape == (4, 112, 112, 3)
-    assert all(target.shape == (4, 64) for target in batch.targets.values())
+    assert all(target.shape == (4, 64, 1) for target in batch.targets.values())
     assert sequences.kept.shape == (4, 48)
     assert bool((sequences.kept.diff(dim=1) > 0).all())
     assert len(sequences.ids) == 4 // per_sequence
@@ -77,7 +78,7 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
     for ids, labels, positions, segments, families in zip(
         sequences.ids,
         sequences.labels,
-        sequences.positions,
+        sequences.positions[0],
         sequences.segments,
         sequences.families,
         strict=True,
@@ -100,10 +101,10 @@ def test_a_batch_holds_whole_conversations_about_the_patches_it_keeps(processor,
 
 def test_background_first_drops_background_before_other_patches(processor):
     batch = make_batch(
-        BatchShape(168, 8, 120, (0.7,), 0.0, True), Encoder(processor.tokenizer), (1,)
+        BatchShape(168, 8, 120, (0.7,), 0.0, True), Encoder(processor.tokenizer, LlavaForm()), (1,)
     )
     assert batch.sequences is not None
-    shown = (batch.targets["shape"] > 0) | (batch.targets["letter"] > 0)
+    shown = ((batch.targets["shape"] > 0) | (batch.targets["letter"] > 0)).any(dim=-1)
     kept = torch.zeros_like(shown).scatter_(1, batch.sequences.kept, True)
     keeps_all_shown = (kept & shown == shown).all(dim=1)
     keeps_only_shown = (kept & shown == kept).all(dim=1)
@@ -120,7 +121,7 @@ NAMES = {"colour": COLOUR_NAMES, "shape": SHAPES, "size": tuple(RADII), "letter"
 
 def looks_of(tokenizer: Any, in_answers: bool) -> Iterator[Look]:
     """Looks of answers' tokens (head :data:`SUBJECT_HEAD`) or of prompts' last tokens."""
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, LlavaForm())
     for seed in range(4):
         batch = make_batch(BatchShape(168, 6, 300, (0.25,)), encoder, (0, 3, seed))
         sequences = batch.sequences
@@ -136,7 +137,9 @@ def looks_of(tokenizer: Any, in_answers: bool) -> Iterator[Look]:
             answer = tokenizer.decode(sequences.ids[row, token + 1 :]).split("</s>")[0]
             patches = sequences.kept[row][looked]
             shown = {
-                kind: {names[i - 1] for i in batch.targets[kind][row][patches].tolist() if i}
+                kind: {
+                    names[i - 1] for i in batch.targets[kind][row][patches].flatten().tolist() if i
+                }
                 for kind, names in NAMES.items()
             }
             prompt = sequences.labels[row, token] == IGNORED

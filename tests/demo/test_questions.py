@@ -8,7 +8,7 @@ from numpy.random import default_rng
 from PIL import Image
 
 from demo.questions import EXAMINED, SINGLE, compose, exam
-from demo.world import SIDE, Scene, Thing
+from demo.world import SIDE, SQUARE, Scene, Thing
 
 
 def thing(shape: str, colour: str, x: float, y: float, size: str = "small") -> Thing:
@@ -26,7 +26,7 @@ def questions_about(scene: Scene, family: str, tries: int = 60) -> dict[str, str
 
 
 SCENE = Scene(
-    SIDE,
+    SQUARE,
     (
         thing("star", "red", 50, 50),
         thing("star", "blue", 280, 60, "big"),

@@ -6,7 +6,7 @@ from numpy.random import default_rng
 
 from demo.drawing import draw, patch_targets, sign_box
 from demo.scenes import make_scene
-from demo.world import ALPHABET, COLOURS, PATCH, SIDE, Scene, Thing
+from demo.world import ALPHABET, COLOURS, PATCH, SIDE, SQUARE, Scene, Thing
 
 
 def test_the_odd_one_out_differs_from_the_others_and_the_others_are_equal():
@@ -18,10 +18,10 @@ def test_the_odd_one_out_differs_from_the_others_and_the_others_are_equal():
         assert scene.odd.name not in others
 
 
-@pytest.mark.parametrize("side", [168, SIDE])
-def test_things_do_not_overlap_and_lie_inside_the_image(side):
+@pytest.mark.parametrize("size", [(168, 168), SQUARE, (448, 252)])
+def test_things_do_not_overlap_and_lie_inside_the_image(size):
     for i in range(60):
-        scene = make_scene(default_rng((4, i)), side)
+        scene = make_scene(default_rng((4, i)), size)
         boxes = [
             (t.x - t.radius, t.y - t.radius, t.x + t.radius, t.y + t.radius) for t in scene.things
         ]
@@ -29,7 +29,8 @@ def test_things_do_not_overlap_and_lie_inside_the_image(side):
             boxes.append(sign_box(scene.sign))
         for j, (left, top, right, bottom) in enumerate(boxes):
             assert min(left, top) >= 0
-            assert max(right, bottom) <= side
+            assert right <= size[0]
+            assert bottom <= size[1]
             for a, b, c, d in boxes[:j]:
                 assert right < a or left > c or bottom < b or top > d
 
@@ -40,7 +41,7 @@ def test_a_scene_is_drawn_as_described():
         Thing("square", "blue", "big", 280, 60, 35, 10),
         Thing("ring", "white", "small", 170, 290, 20, 0),
     )
-    image = np.asarray(draw(Scene(SIDE, things, None, "plain", seed=1)), dtype=int)
+    image = np.asarray(draw(Scene(SQUARE, things, None, "plain", seed=1)), dtype=int)
     for thing in things:
         # A ring's centre is empty, so look at its band.
         x = thing.x + (0.7 * thing.radius if thing.shape == "ring" else 0)
@@ -51,7 +52,7 @@ def test_a_scene_is_drawn_as_described():
 def test_letter_targets_mark_patches_where_the_sign_is_drawn():
     for i in range(30):
         scene = make_scene(default_rng((5, i)), kind="sign")
-        bare = Scene(scene.side, scene.things, None, scene.ground, scene.seed)
+        bare = Scene(scene.size, scene.things, None, scene.ground, scene.seed)
         changed = (np.asarray(draw(scene)) != np.asarray(draw(bare))).any(axis=2)
         grid = patch_targets(scene)["letter"] > 0
         assert scene.sign is not None

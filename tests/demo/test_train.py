@@ -6,22 +6,48 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.qwen_checkpoint import QwenShape
 from demo.batch import BatchShape
+from demo.form import Form
+from demo.llava_form import LlavaForm
+from demo.phases import Phase
 from demo.questions import FAMILIES
-from demo.train import Phase, Run
+from demo.qwen_form import QwenForm
+from demo.train import Run
 from vitcop_vllm.demo.checkpoint import LlavaShape
 
-SHAPE = LlavaShape(
-    image_size=168,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=1,
-    hidden=32,
-    layers=3,  # one per stage
-    heads=2,
-    kv_heads=2,
-    intermediate=64,
-)
+FORMS: dict[str, Form] = {
+    "llava": LlavaForm(
+        LlavaShape(
+            image_size=168,
+            vision_hidden=32,
+            vision_layers=2,
+            vision_heads=1,
+            hidden=32,
+            layers=3,  # one per stage
+            heads=2,
+            kv_heads=2,
+            intermediate=64,
+        )
+    ),
+    "qwen": QwenForm(
+        QwenShape(
+            max_visual_tokens=64,
+            vision_hidden=32,
+            vision_layers=2,
+            vision_heads=1,
+            vision_intermediate=64,
+            window=2,
+            full_attention=(1,),
+            hidden=32,
+            layers=3,
+            heads=2,
+            kv_heads=2,
+            intermediate=64,
+        ),
+        warm_start=None,
+    ),
+}
 PHASES = (
     Phase("patches", 3, BatchShape(112, 4), (1.0, 1.0), (1.0, 1.0)),
     Phase("answers", 4, BatchShape(168, 4, 100, (0.0, 0.5), 0.5), (1.0, 0.1), (0.5, 0.1)),
@@ -37,19 +63,24 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.fixture(scope="module", params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("whole"), shape=SHAPE)
+def whole(form, tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("whole"), form=form)
     run.train(PHASES, workers=0, save_every=1e9)
     return run
 
 
 @pytest.mark.slow
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(whole, tmp_path: Path):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(form, whole, tmp_path: Path):
     class StoppedError(Exception):
         pass
 
-    run = Run(tmp_path, shape=SHAPE)
+    run = Run(tmp_path, form=form)
     step = run.optimiser.step
 
     def stop_in_second_phase(share: float, tower_share: float) -> None:
@@ -61,7 +92,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(whole, tmp_
     with pytest.raises(StoppedError):
         run.train(PHASES, workers=0, save_every=0.0)  # saves after every step
 
-    again = Run(tmp_path, shape=SHAPE)
+    again = Run(tmp_path, form=form)
     again.load()
     assert (again.phase, again.step) == (1, 2)
     again.train(PHASES, workers=1, save_every=1e9)
@@ -70,15 +101,15 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(whole, tmp_
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
 
 
-def test_training_changes_every_weight_that_answers_depend_on(whole, tmp_path: Path):
-    fresh = weights(Run(tmp_path, shape=SHAPE))
+def test_training_changes_every_weight_that_answers_depend_on(form, whole, tmp_path: Path):
+    fresh = weights(Run(tmp_path, form=form))
     same = [name for name, weight in weights(whole).items() if torch.equal(weight, fresh[name])]
     # LLaVA reads the layer before the last and does not use [CLS]'s final norm.
     assert same == [name for name in same if "post_layernorm" in name]
 
 
-def test_the_log_holds_losses_and_accuracy_by_family(tmp_path: Path):
-    run = Run(tmp_path, shape=SHAPE)
+def test_the_log_holds_losses_and_accuracy_by_family(form, tmp_path: Path):
+    run = Run(tmp_path, form=form)
     run.train(
         (Phase("answers", 20, BatchShape(112, 2, 100), (1.0, 1.0), (1.0, 1.0)),),
         workers=0,
