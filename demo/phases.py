@@ -56,7 +56,7 @@ LLAVA_PHASES = (
 WARMUP = 60  # steps
 
 QWEN_PHASES = (
-    Phase("patches", 900, BatchShape(168, 32), (1.0, 1.0), (1.0, 0.3)),
+    Phase("patches", 500, BatchShape(168, 32), (1.0, 1.0), (1.0, 0.3)),
     Phase("answers", 900, BatchShape(168, 24, 190, DROPPED, 0.14), (0.6, 0.4), (0.4, 0.25)),
     Phase("full size", 900, BatchShape(336, 12, 190, DROPPED, 0.14), (0.4, 0.3), (0.3, 0.2)),
     Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.3, 0.01), (0.3, 0.01)),
