@@ -1,7 +1,7 @@
 """``python -m demo.train``: trains the demo model from a seed, on a laptop's CPU.
 
-First the vision tower learns what each patch shows. Then the whole model learns to answer, on
-images of 12 x 12 patches and at last of 24 x 24 patches, the size that a server uses.
+First the vision tower learns what each patch shows. Then the whole model learns to answer, on small
+images and at last on images of the exam's size. ``--form`` chooses what kind of model to train.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Run:
         # ``attention_losses`` trains the attention of this layer.
         self.watched = layers[form.layers // 4]
         self.watched.self_attn.is_watched = True
-        self.watched.register_forward_pre_hook(self._keep_states)
+        if form.decoder_targets:
+            self.watched.register_forward_pre_hook(self._keep_states)
         _, deep = PruningSettings().boundaries(form.layers)
         for layer in layers[deep:]:
             layer.self_attn.is_deep = True
