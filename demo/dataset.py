@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from demo import questions
 from demo.batch import IGNORED, SUBJECT_HEAD, Batch, BatchShape, Sequences
-from demo.drawing import TARGETS, draw, patch_targets, patches_of
+from demo.drawing import TARGETS, draw, patches_of
 from demo.form import Form, Frame, Ints
 from demo.questions import Turn
 from demo.scenes import make_scene
@@ -192,7 +192,7 @@ def make_batch(shape: BatchShape, encoder: Encoder, seed: Sequence[int]) -> Batc
         groups.append([make_scene(rng, frame.size, k) for k in kinds])
     shown = [scene for group in groups for scene in group]
     pixels = torch.from_numpy(np.stack([_resized(draw(scene), frame) for scene in shown]))
-    grids = [patch_targets(scene, frame.cells) for scene in shown]
+    grids = [encoder.form.targets(scene, frame) for scene in shown]
     return Batch(
         pixels=pixels,
         targets={

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from demo.drawing import Cells
-from demo.world import Rng, Size
+from demo.drawing import Cells, Grid, patch_targets
+from demo.world import Rng, Scene, Size
 
 Ints = npt.NDArray[np.int64]
 
@@ -105,6 +105,10 @@ class Form(ABC):
     @abstractmethod
     def frame(self, side: int, rng: Rng) -> Frame:
         """Sizes for a batch's images with about the area of a square of ``side`` pixels."""
+
+    def targets(self, scene: Scene, frame: Frame) -> dict[str, Grid]:
+        """Target -> classes of the patches, as :func:`~demo.drawing.patch_targets`."""
+        return patch_targets(scene, frame.cells)
 
     @abstractmethod
     def positions(self, ids: Sequence[int], image: int, kept: Ints, frame: Frame) -> Ints:

@@ -21,11 +21,11 @@ from benchmarks.qwen_checkpoint import (
     token_ids,
 )
 from demo.attention import ATTENTION, WINDOWS
-from demo.drawing import TARGETS
+from demo.drawing import TARGETS, Grid
 from demo.form import Form, Frame, Ints, Seen
 from demo.llava_form import normalised
 from demo.scenes import random_size
-from demo.world import Rng
+from demo.world import Rng, Scene
 from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, DEMO, DEMO_MODEL
 from vitcop_vllm.demo.tokenizer import VOCABULARY
 
@@ -97,6 +97,17 @@ class QwenForm(Form):
         zoom = float(rng.uniform(0.75, 1.35)) / self.shape.token_side
         rows, columns = max(2, round(height * zoom)), max(2, round(width * zoom))
         return Frame((width, height), rows, columns, MERGE, self.shape.patch)
+
+    def targets(self, scene: Scene, frame: Frame) -> dict[str, Grid]:
+        """Rows and columns count from the top left, in steps of three patches.
+
+        Visual tokens do not see the tokens after them, so they cannot know the image's size.
+        """
+        grids = super().targets(scene, frame)
+        shown = grids["row"] > 0
+        for name, place in zip(PLACES, np.indices(shown.shape), strict=True):
+            grids[name][shown] = np.minimum(place[shown] // 3 + 1, TARGETS[name] - 1)
+        return grids
 
     def positions(self, ids: Sequence[int], image: int, kept: Ints, frame: Frame) -> Ints:
         places = []
