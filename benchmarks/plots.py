@@ -146,8 +146,9 @@ def plot_accuracy(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Columns with figures of a ratio, such as "8/9"."""
-    return list(dict.fromkeys(name for row in rows for name in row if f"{name}_spread" in row))
+    """Columns with figures of a ratio, such as "8/9"; not of ``auto``, which has no place."""
+    names = (name for row in rows for name in row if f"{name}_spread" in row and name != "auto")
+    return list(dict.fromkeys(names))
 
 
 def _accuracy_curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:

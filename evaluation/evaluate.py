@@ -27,7 +27,7 @@ from benchmarks.tables import print_document
 from demo.questions import EXAMINED, exam
 from evaluation.client import converse
 from evaluation.exam import Example, read_exam, write_exam
-from evaluation.report import Cell, tables
+from evaluation.report import AUTO, Cell, is_zero, tables
 from evaluation.scoring import SCORERS
 from vitcop_server.calibrate.folder import FolderError
 from vitcop_vllm.pruning.settings import RATIO_HEADER, SELECTOR_NAMES, SelectorName
@@ -59,7 +59,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=_ratio,
         default=["0", "1/3", "2/3", "7/9", "8/9", "17/18"],
         metavar="R",
-        help="fractions or decimals; with 0, the others are compared with it",
+        help="fractions, decimals or auto; with 0, the others are compared with it",
     )
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", help="a running server, such as http://host:8000/v1")
@@ -80,11 +80,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _ratio(text: str) -> str:
     try:
-        if 0 <= Fraction(text) < 1:
+        if text == AUTO or 0 <= Fraction(text) < 1:
             return text
     except (ValueError, ZeroDivisionError):
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no fraction or decimal number from 0 to below 1")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a fraction or decimal number from 0 to below 1 nor {AUTO}"
+    )
 
 
 def measure(
@@ -109,9 +111,10 @@ def measure(
         client = stack.enter_context(openai.OpenAI(base_url=url, api_key=api_key))
         model = arguments.model or client.models.list().data[0].id
         for ratio in arguments.ratios:
-            if Fraction(ratio) == 0 and any(cell.is_baseline for cell in cells):
+            if is_zero(ratio) and any(cell.is_baseline for cell in cells):
                 continue  # Unpruned answers are the same with every selector.
-            header = {RATIO_HEADER: f"{float(Fraction(ratio)):.9f}"}
+            value = ratio if ratio == AUTO else f"{float(Fraction(ratio)):.9f}"
+            header = {RATIO_HEADER: value}
             asked = client.with_options(default_headers=header)
             answers = thread_map(
                 partial(converse, asked, model, arguments.max_tokens),

@@ -20,6 +20,15 @@ from evaluation.scoring import Scorer
 
 Row = dict[str, Any]
 
+AUTO = "auto"
+"""In place of a ratio: the server chooses one for each image."""
+
+
+def is_zero(ratio: str) -> bool:
+    """Whether a ratio as requested, such as "8/9" or "auto", is 0."""
+    return ratio != AUTO and Fraction(ratio) == 0
+
+
 MEAN = "mean of families"
 """Family of the row with the unweighted mean."""
 
@@ -30,7 +39,7 @@ class Cell:
 
     Attributes:
         selector: Its name, or the model's if the server was running already.
-        ratio: As requested, such as "8/9".
+        ratio: As requested, such as "8/9" or "auto".
         scores: Family -> the share of right turns of each example, in the exam's order. Turns of an
             example are about the same image, so an example counts once.
         pruned: Share of visual tokens removed, averaged over layers. Like ``stages``, the mean of
@@ -74,7 +83,7 @@ class Cell:
 
     @property
     def is_baseline(self) -> bool:
-        return Fraction(self.ratio) == 0
+        return is_zero(self.ratio)
 
     def accuracies(self) -> dict[str, Estimate]:
         """Accuracy in each family."""

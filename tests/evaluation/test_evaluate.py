@@ -86,7 +86,7 @@ def evaluate(server_url: str, exam: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.slow
 def test_every_ratio_is_measured_on_a_real_server(evaluate, tmp_path):
     png = tmp_path / "out.png"
-    run = evaluate("--ratios", "0", "1/2", "8/9", "--plot", str(png))
+    run = evaluate("--ratios", "0", "1/2", "8/9", "auto", "--plot", str(png))
     assert run.status == 0, run.err
     [answers] = run.document["answers"]
     assert answers["0"] == 100
@@ -108,6 +108,8 @@ def test_every_ratio_is_measured_on_a_real_server(evaluate, tmp_path):
             [images * n for n in counts.stages], abs=0.1
         )
         assert tokens[ratio]["pruned"] == pytest.approx(1 - average / TINY.visual_tokens, abs=1e-4)
+
+    assert 7 / 9 - 0.01 < tokens["auto"]["pruned"] < 11 / 12 + 0.01
 
     assert png.read_bytes().startswith(b"\x89PNG")
     assert f"--plot {png}" in run.document["conditions"]["command"]
