@@ -1,11 +1,17 @@
 """Settings of the server, beside vLLM's flags."""
 
 from argparse import Namespace
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from vitcop_vllm.pruning.settings import Frozen, Positive, Ratio, format_validation_error
+from vitcop_vllm.pruning.settings import (
+    Frozen,
+    Positive,
+    Ratio,
+    RatioOrAuto,
+    format_validation_error,
+)
 
 SERVER_KEY = "server"
 """Name of the settings, in a YAML file and in ``--additional-config``."""
@@ -57,7 +63,7 @@ class ServerSettings(Frozen):
             of a video. They take 3 bytes each in memory.
     """
 
-    aliases: tuple[Ratio | Literal["auto"], ...] = ()
+    aliases: tuple[RatioOrAuto, ...] = ()
     page: bool = True
     explain: bool = False
     elastic: ElasticSettings | None = None

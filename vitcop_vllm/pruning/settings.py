@@ -13,7 +13,16 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 RATIO_KEY = "pruning_ratio"
 """Name of a request's ratio, in the request body and in the processor keywords."""
@@ -52,13 +61,20 @@ SignalName = Literal["keys", "raw_keys", "values", "image_attention"]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0, strict=True)]
 Positive = Annotated[float, Field(gt=0.0, strict=True)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0, strict=True)]
+RatioOrAuto = Annotated[
+    Annotated[Ratio, Tag("")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: AUTO if value == AUTO else ""),
+]
+"""Errors are those of a ratio, with its name only: :func:`format_validation_error` leaves out the
+empty tag."""
+
 Layer = Annotated[int, Field(ge=1, strict=True)]
 
 
 def format_validation_error(error: ValidationError, section: str = CONFIG_KEY) -> str:
     """One line that names each invalid setting with its section, and says what is wrong."""
     return "; ".join(
-        ".".join(map(str, (section, *detail["loc"])))
+        ".".join(str(part) for part in (section, *detail["loc"]) if part != "")
         + ": "
         + detail["msg"].removeprefix("Value error, ")
         for detail in error.errors()
@@ -188,7 +204,7 @@ class PruningSettings(Frozen):
     positions: Literal["original", "reference"] = "original"
     compare_frames: Annotated[bool, Field(strict=True)] = False
     kernels: KernelsName = "auto"
-    default_ratio: Ratio | Literal["auto"] = 0.0
+    default_ratio: RatioOrAuto = 0.0
     auto: AutoBounds = AutoBounds()
     max_pruning_ratio: Ratio = 0.95
 
