@@ -82,7 +82,7 @@ def test_imports_point_one_way(module, path):
 def test_the_pruning_package_does_not_import_vllm(module, path):
     roots = {name.split(".")[0] for name in imports(path, at_run_time_only=False)}
     assert "vllm" not in roots
-    if module.endswith(("settings", "budgets", "selector", "plan", "identity")):
+    if module.endswith(("settings", "amount", "budgets", "selector", "plan", "identity")):
         assert "torch" not in {name.split(".")[0] for name in imports(path)}
 
 
@@ -101,7 +101,8 @@ def test_only_the_kernels_import_triton():
 
 def test_what_the_server_sees_loads_without_torch():
     loads = (
-        "import sys, vitcop_vllm.adoption, vitcop_vllm.pruning.identity;"
+        "import sys, vitcop_vllm.adoption;"
+        "import vitcop_vllm.pruning.amount, vitcop_vllm.pruning.identity;"
         "sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", loads], cwd=ROOT, check=True)
@@ -115,6 +116,7 @@ def test_the_server_imports_only_the_pure_modules(module, path):
             assert name in {
                 "vitcop_vllm",
                 "vitcop_vllm.adoption",
+                "vitcop_vllm.pruning.amount",
                 "vitcop_vllm.pruning.settings",
                 "vitcop_vllm.pruning.selectors",
                 "vitcop_vllm.pruning.plan",

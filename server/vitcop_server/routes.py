@@ -24,6 +24,7 @@ from vitcop_server.preview import Preview
 from vitcop_server.ratio import Asked, accept
 from vitcop_server.route_rules import EXPLAIN_ROUTE, MAX_HEADER
 from vitcop_server.settings import SERVER_KEY, ServerSettings
+from vitcop_vllm.pruning.amount import Amount, parse_amount, parse_budget
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier, record_names
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import AUTO
@@ -93,11 +94,14 @@ async def plan(
     preview: Preview = raw_request.app.state.pruning_preview
     settings = preview.model.settings
     try:
-        asked = Asked(
-            ratio_field=ratio,
-            budget_field=budget,
-            max_headers=raw_request.headers.getlist(MAX_HEADER),
-        )
+        named: Amount | None = None
+        if ratio is not None and budget is not None:
+            raise RequestError("send ratio or budget, not both", param="budget")
+        if ratio is not None:
+            named = parse_amount(settings, ratio, name="ratio")
+        if budget is not None:
+            named = parse_budget(settings, budget, name="budget")
+        asked = Asked(alias=named, max_headers=raw_request.headers.getlist(MAX_HEADER))
         default: DefaultRatio = raw_request.app.state.pruning_default_ratio
         chosen, _ = accept(settings, asked, default.amount, default.least())
         if chosen.needs_detail:
@@ -110,7 +114,8 @@ async def plan(
         if frames is not None and not preview.model.takes_videos:
             raise RequestError("this model takes no videos: leave out frames", param="frames")
     except ValueError as error:
-        param = error.param if isinstance(error, RequestError) else "ratio"
+        misread = "ratio" if budget is None else "budget"
+        param = error.param if isinstance(error, RequestError) else misread
         return JSONResponse(error_body(str(error), "BadRequestError", 400, param), 400)
     what = "an image" if frames is None else f"a video of {frames} frames"
     if width is None or height is None:

@@ -113,7 +113,7 @@ READING = {"additional_config": {"pruning": {"selector": "fastv", "max_pruning_r
         ({"additional_config": {"pruning": [1]}}, "mapping"),
         (
             {"additional_config": {"pruning": {"selector": "fast"}}},
-            "selector: no selector is called 'fast'; choose cls, dart",
+            "selector: no selector is called 'fast'; choose cls, contrast, dart",
         ),
         (
             {"additional_config": {"pruning": {"selector": "cls", "encoder_signal": "cls"}}},

@@ -32,6 +32,7 @@ from vitcop_vllm.models.processing import (
     shape_of_row,
     video_of_row,
 )
+from vitcop_vllm.pruning.amount import FixedRatio
 from vitcop_vllm.pruning.grids import Grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
@@ -235,7 +236,7 @@ def test_if_frames_are_compared_the_first_keeps_more(
         assert tokens == sum(counts.stages[0] for counts in frames)
         kept = [counts.stages[0] for counts in frames]
         assert len(frames) == 1 or min(kept) == kept[-1] < kept[0]
-        image = processor.info.counts(frames[0].encoder, {"pruning_ratio": 2 / 3})
+        image = processor.info.counts(frames[0].encoder, FixedRatio(2 / 3))
         assert len(frames) > 1 or frames == [image]
 
     limit = (kept[0] + kept[1]) // 2

@@ -37,6 +37,11 @@ def test_settings_survive_a_round_trip():
     assert PruningSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
+def test_a_low_maximum_survives_a_round_trip():
+    settings = PruningSettings(max_pruning_ratio=0.5)
+    assert PruningSettings(**settings.model_dump()) == settings
+
+
 def test_the_error_for_an_unknown_key_lists_all_keys_and_suggests_the_nearest():
     with pytest.raises(ValidationError) as caught:
         PruningSettings.model_validate({"defualt_ratio": 0.5})

@@ -76,6 +76,8 @@ def test_a_plan_without_a_size_is_for_the_model_s_size(http: httpx.Client) -> No
     [
         ({"ratio": "2"}, "ratio"),
         ({"ratio": ""}, "ratio"),
+        ({"budget": "0"}, "budget"),
+        ({"budget": "64", "ratio": "0.5"}, "budget"),
         ({"width": "64"}, "width"),
         ({"width": "0", "height": "1"}, "query.width"),
         ({"width": "a", "height": "1"}, "query.width"),

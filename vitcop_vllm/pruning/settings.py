@@ -213,7 +213,8 @@ class PruningSettings(Frozen):
         keeps = [row.keep for row in self.fractions]
         if keeps != sorted(set(keeps)):
             raise ValueError(f"keep must be strictly ascending in fractions; got {keeps}")
-        limited = {"auto.max": self.auto.max} if "auto" in self.model_fields_set else {}
+        # The default bounds are not the operator's: max_pruning_ratio limits them.
+        limited = {"auto.max": self.auto.max} if self.auto != AutoBounds() else {}
         if not isinstance(self.default_ratio, str):
             limited["default_ratio"] = self.default_ratio
         for name, ratio in limited.items():
