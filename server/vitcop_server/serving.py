@@ -32,7 +32,6 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from vitcop_server.default_ratio import DefaultRatio
 from vitcop_server.errors import RequestError
 from vitcop_server.fields import (
     PROCESSOR_FIELDS,
@@ -50,7 +49,6 @@ from vitcop_server.rendering import ImageRenderer, record_images
 from vitcop_server.settings import ServerSettings, server_settings_of
 from vitcop_server.tracing import trace_pruning
 from vitcop_server.usage import (
-    PrunedModel,
     counts_by_modality,
     extend_event,
     extend_usage,
@@ -70,16 +68,10 @@ class _PrunedServing(RatioServing):
     renderer_type = ImageRenderer
 
     @classmethod
-    def adopt(
-        cls,
-        serving: object,
-        pruned_model: PrunedModel,
-        default_ratio: DefaultRatio,
-        is_traced: bool = False,
-    ) -> Self:
-        handler = super().adopt(serving, pruned_model, default_ratio, is_traced)
+    def adopt(cls, *args: Any, **kwargs: Any) -> Self:
+        handler = super().adopt(*args, **kwargs)
         handler.online_renderer.prompt_field = cls.prompt_field
-        handler.online_renderer.default_ratio = default_ratio
+        handler.online_renderer.default_ratio = handler.default_ratio
         return handler
 
     async def _create_pruned(

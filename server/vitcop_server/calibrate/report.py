@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vitcop_server.calibrate.bounds import trials_needed
+from vitcop_server.calibrate.bounds import lower_bound, trials_needed
 from vitcop_server.calibrate.groups import Goal, Result
 from vitcop_server.calibrate.measurement import Measurement, Refused
 from vitcop_vllm.pruning.settings import PUBLISHED_ROWS
@@ -212,7 +212,7 @@ class Report:
         lines = [f"No ratio is proven to keep {keep}."]
         needed = self.goal.images_needed
         if num_images < needed:
-            most = _percent(trials_best(num_images, self.goal))
+            most = _percent(lower_bound(num_images, num_images, self.goal.confidence))
             lines.append(
                 f"These images are too few: {num_images} can prove at most {most}, if all agree. "
                 f"{keep} needs {needed} images that all agree"
@@ -297,11 +297,6 @@ class Report:
                 f"{first.conversation.name}: {first.message}"
             )
         return "\n".join(notes)
-
-
-def trials_best(trials: int, goal: Goal) -> float:
-    """The largest share that so many images can prove."""
-    return float((1 - goal.confidence) ** (1 / trials))
 
 
 def print_report(report: Report) -> None:
