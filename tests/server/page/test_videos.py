@@ -171,13 +171,16 @@ def test_keys_step_through_frames_and_play(page: Page, place: str) -> None:
     page.keyboard.press("ArrowLeft")
     if place != "#frame":
         expect(strip(page).nth(4)).to_be_focused()
+    for _ in range(4):
+        page.keyboard.press("ArrowLeft")
+    assert current(page) == 1
     page.keyboard.press("Space")
     expect(page.get_by_role("button", name="Pause")).to_be_visible()
-    expect(page.locator("#time")).to_have_text(re.compile(r"^(4\.[2-9]|5)"))
+    expect(page.locator("#time")).to_have_text(re.compile(r"^(0\.[2-9]|[1-6])"))
     page.keyboard.press("Space")
     expect(page.get_by_role("button", name="Play")).to_be_visible()
     assert video_is(page, "paused")
-    assert video_is(page, "currentTime") > 4.2
+    assert video_is(page, "currentTime") >= 0.15  # the page shows it rounded
 
 
 def test_the_slider_keeps_its_arrow_keys(page: Page) -> None:
@@ -198,7 +201,7 @@ def test_the_frame_shown_follows_playback(page: Page) -> None:
     page.get_by_role("button", name="Play").click()
     expect(strip(page).nth(1)).to_have_attribute("aria-current", "true")
     page.get_by_role("button", name="Pause").click()
-    assert 1 <= video_is(page, "currentTime") < 2.5
+    assert video_is(page, "currentTime") >= 1
     assert current(page) == int(video_is(page, "currentTime")) + 1
 
 
