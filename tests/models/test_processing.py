@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
+from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from benchmarks import internvl_checkpoint, llava_next_checkpoint
 from benchmarks.qwen_checkpoint import TINY
@@ -190,7 +191,7 @@ def test_a_video_of_onevision_has_all_frames_that_are_read_and_one_token_after_t
     for frames, width, height in VIDEO_SIZES:
         read = video(frames, width, height)
         items = processor.info.parse_mm_data({"video": [read if ratio else read[0]]})
-        layout = processor._video_layout(items["video"], 0, {}, None)
+        layout = processor._plan(ProcessorInputs([], items)).videos[0].layout
         seconds = tuple((7 * number / 24.0,) for number in range(frames))
         assert layout.times == (seconds if ratio else None)
         processed = processor(

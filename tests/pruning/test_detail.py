@@ -1,38 +1,17 @@
-"""Text is found on plain grounds and on photographs; objects and photographs without text are not.
-
-Images are scikit-image's photographs, and text in the fonts of the demo's world.
-"""
+"""Text is found on plain grounds and on photographs; objects and noise are not."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from skimage import data
+from PIL import Image, ImageDraw
 
+from tests.pruning.photographs import PHOTOS, photo, write
 from vitcop_vllm.pruning.detail import dense_share, dense_share_of_frames
 from vitcop_vllm.pruning.grids import Grid
 
 GRID = Grid(24, 24)
-PHOTOS = ("astronaut", "coffee", "cat", "rocket", "camera")
-LINES = ["Invoice 4711 of 3 May", "2 lamps 40.50", "1 table 99.00", "Total 139.50"]
-
-
-def photo(name: str) -> Image.Image:
-    return Image.fromarray(getattr(data, name)()).convert("RGB").resize((672, 672))
-
-
-def write(image: Image.Image, lines: int) -> Image.Image:
-    """Black text with a white rim, which stands out from any ground."""
-    written = image.copy()
-    font = ImageFont.load_default(size=28)
-    for number in range(lines):
-        place = (30, 30 + 40 * number)
-        text = LINES[number % len(LINES)]
-        draw = ImageDraw.Draw(written)
-        draw.text(place, text, "black", font, stroke_width=2, stroke_fill="white")
-    return written
 
 
 @pytest.mark.parametrize("name", PHOTOS)

@@ -1,6 +1,9 @@
 """Grids of an image's or a video's visual tokens, and the part of the image that they cover."""
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+from vllm.utils.cache import LRUCache
 
 from vitcop_vllm.pruning.grids import Grids, count_tokens
 
@@ -46,3 +49,33 @@ class VideoLayout:
     times: tuple[tuple[float, ...], ...] | None = None
     tail: int = 0
     dense_share: float | None = None
+
+
+Layout = TypeVar("Layout", ImageLayout, VideoLayout)
+
+
+def layout_by_uuid(
+    what: str, known: LRUCache[str, Layout], uuid: str | None, layout: Layout | None
+) -> Layout:
+    """The layout of an image or video, which the client may send again by its uuid only.
+
+    vLLM caches the processed item under an identifier that ends with counts, and the counts
+    follow from the layout.
+
+    Args:
+        what: ``image`` or ``video``.
+        known: Layouts by uuid; ``layout`` is added.
+        uuid: The client's name of it, if any.
+        layout: Its layout; ``None`` if it was sent without its data.
+
+    Raises:
+        ValueError: If it was sent without its data, and its uuid is not known.
+    """
+    if layout is not None:
+        if uuid is not None:
+            known[uuid] = layout
+        return layout
+    earlier = known.get(uuid) if uuid is not None else None
+    if earlier is None:
+        raise ValueError(f"the {what} with uuid {uuid!r} is not cached: send its data again")
+    return earlier

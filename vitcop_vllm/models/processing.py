@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 from http import HTTPStatus
 from itertools import accumulate, chain, compress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import BatchFeature
@@ -33,8 +33,9 @@ from vllm.utils.cache import LRUCache
 from vitcop_vllm.engine.config import pruning_settings_of, span_limit_of
 from vitcop_vllm.engine.families import FAMILIES
 from vitcop_vllm.engine.metrics import COUNTS_MISMATCHES
-from vitcop_vllm.models.layout import ImageLayout, VideoLayout
+from vitcop_vllm.models.layout import ImageLayout, layout_by_uuid
 from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
+from vitcop_vllm.models.planned import PLANNED_KEY, PlannedItems, PlannedVideo, planned_items
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.amount import AMOUNT_KEYS, Amount, amount_of
 from vitcop_vllm.pruning.detail import dense_share
@@ -57,8 +58,6 @@ COUNTS_FIELD = "visual_token_counts"
 
 VIDEO_COUNTS_FIELD = "video_token_counts"
 """Field of a processed video with its frames' counts and grids; see :func:`video_row`."""
-
-Layout = TypeVar("Layout", ImageLayout, VideoLayout)
 
 _MAX_LAYOUTS = 8192
 """Maximum number of cached layouts of images sent with a uuid, some 100 bytes each."""
@@ -130,7 +129,7 @@ def shape_of_item(item: Any) -> VideoShape | None:
 
 def without_pruning_keys(processor_kwargs: Mapping[str, object]) -> dict[str, object]:
     """The processor keywords for Hugging Face's processor, without those of this plugin."""
-    ours = (*AMOUNT_KEYS, EXPLAIN_KEY)
+    ours = (*AMOUNT_KEYS, EXPLAIN_KEY, PLANNED_KEY)
     return {k: v for k, v in processor_kwargs.items() if k not in ours}
 
 
@@ -149,33 +148,6 @@ def refuse_pruned_embeddings(what: str, processor_kwargs: Mapping[str, object]) 
             f"{what} embeddings cannot be pruned, because Stage I needs the encoder's "
             f"attention; send the {what} itself, or set {RATIO_KEY} to 0"
         )
-
-
-def layout_by_uuid(
-    what: str, known: LRUCache[str, Layout], uuid: str | None, layout: Layout | None
-) -> Layout:
-    """The layout of an image or video, which the client may send again by its uuid only.
-
-    vLLM caches the processed item under an identifier that ends with counts, and the counts
-    follow from the layout.
-
-    Args:
-        what: ``image`` or ``video``.
-        known: Layouts by uuid; ``layout`` is added.
-        uuid: The client's name of it, if any.
-        layout: Its layout; ``None`` if it was sent without its data.
-
-    Raises:
-        ValueError: If it was sent without its data, and its uuid is not known.
-    """
-    if layout is not None:
-        if uuid is not None:
-            known[uuid] = layout
-        return layout
-    earlier = known.get(uuid) if uuid is not None else None
-    if earlier is None:
-        raise ValueError(f"the {what} with uuid {uuid!r} is not cached: send its data again")
-    return earlier
 
 
 class PrunedProcessingInfo:
@@ -260,22 +232,16 @@ class PrunedProcessingInfo:
         """Most tokens of a pruned image: a step computes all of it."""
         return span_limit_of(self._config)
 
-    def check_admissible(
-        self, images: Sequence[ImageShape], videos: Sequence[tuple[VideoShape, int]] = ()
-    ) -> None:
+    def check_admissible(self, planned: PlannedItems) -> None:
         """Refuse images and videos that the engine cannot compute.
-
-        Args:
-            images: Shapes of the request's images.
-            videos: Shapes of its videos, each with ``VideoLayout.num_positions``.
 
         Raises:
             ValueError: If a pruned image or frame does not fit into one step, or if the prompt's
                 positions could exceed the rotary table.
         """
         limit = self.span_limit
-        spans = [("an image", shape) for shape in images]
-        spans += [("a frame", frame) for video, _ in videos for frame in {*video.frames}]
+        spans = [("an image", shape) for shape in planned.images]
+        spans += [("a frame", frame) for video, _ in planned.videos for frame in {*video.frames}]
         for one, (counts, _) in spans:
             if counts.is_pruned and counts.stages[0] > limit:
                 raise ValueError(
@@ -288,11 +254,12 @@ class PrunedProcessingInfo:
             return
         places = [
             MRoPEImage(0, counts.stages[0], grid.rows, grid.columns, False)
-            for counts, grids in images
+            for counts, grids in planned.images
             for grid in grids
         ]
-        for video, num_positions in videos:
-            places.append(MRoPEImage(0, video.num_kept, 0, 0, False, advance=num_positions))
+        for video, layout in planned.videos:
+            advance = layout.num_positions
+            places.append(MRoPEImage(0, video.num_kept, 0, 0, False, advance=advance))
         beyond = positions_beyond_tokens(places)
         this: Any = self
         table = self.position_slack * self._config.get_text_config().max_position_embeddings
@@ -322,34 +289,35 @@ class PrunedProcessor:
         """
         return LRUCache(_MAX_LAYOUTS)
 
-    def _shapes(
-        self,
-        mm_items: MultiModalDataItems,
-        processor_kwargs: Mapping[str, object],
-        uuids: Sequence[str | None] | None = None,
-    ) -> list[ImageShape]:
-        images = mm_items.get("image")
+    def _plan(self, inputs: ProcessorInputs) -> PlannedItems:
+        """Counts of a request's images and videos.
+
+        Raises:
+            ValueError: If the request cannot be computed.
+        """
+        amount = amount_of(self.info.settings, inputs.hf_processor_mm_kwargs)
+        planned = PlannedItems(self._images(inputs, amount), self._videos(inputs, amount))
+        self.info.check_admissible(planned)
+        return planned
+
+    def _images(self, inputs: ProcessorInputs, amount: Amount) -> list[ImageShape]:
+        images = inputs.mm_data_items.get("image")
         if images is None:
             return []
+        kwargs = inputs.hf_processor_mm_kwargs
         if isinstance(images, (EmbeddingItems, DictEmbeddingItems)):
-            refuse_pruned_embeddings("image", processor_kwargs)
+            refuse_pruned_embeddings("image", kwargs)
             return [self._embedded_shape(images, i) for i in range(images.get_count())]
         assert isinstance(images, ImageProcessorItems)
+        uuids = (inputs.mm_uuid_items or {}).get("image")
         shapes = []
-        amount = amount_of(self.info.settings, processor_kwargs)
         for i in range(images.get_count()):
-            layout = self._layout(images, i, processor_kwargs, uuids[i] if uuids else None)
+            layout = self._layout(images, i, kwargs, amount, uuids[i] if uuids else None)
             counts = self.info.counts(layout.num_tokens, amount, layout.dense_share)
             shapes.append(ImageShape(counts, layout.grids))
         return shapes
 
-    def _videos(
-        self,
-        mm_items: MultiModalDataItems,
-        processor_kwargs: Mapping[str, object],
-        uuids: Sequence[str | None] | None = None,
-    ) -> list[tuple[VideoShape, int]]:
-        """Shapes of the videos, each with ``VideoLayout.num_positions``."""
+    def _videos(self, inputs: ProcessorInputs, amount: Amount) -> list[PlannedVideo]:
         return []
 
     def _layout(
@@ -357,13 +325,14 @@ class PrunedProcessor:
         images: ImageProcessorItems,
         i: int,
         processor_kwargs: Mapping[str, object],
+        amount: Amount,
         uuid: str | None,
     ) -> ImageLayout:
         layout: ImageLayout | None = None
         if images.get(i) is not None:
             size = images.get_image_size(i)
             layout = self.info.layout(size.width, size.height, processor_kwargs)
-            if uuid is not None or amount_of(self.info.settings, processor_kwargs).needs_detail:
+            if uuid is not None or amount.needs_detail:
                 share = dense_share(images.get(i), largest_grid(layout.grids))
                 layout = replace(layout, dense_share=share)
         return layout_by_uuid("image", self._layouts, uuid, layout)
@@ -373,14 +342,17 @@ class PrunedProcessor:
         num_tokens = images.get_feature_size(i)
         return ImageShape(VisualTokenCounts.unpruned(num_tokens), (Grid(1, num_tokens),))
 
-    def apply(self, *args: Any, **kwargs: Any) -> MultiModalInput:
+    def apply(self, inputs: ProcessorInputs, *args: Any, **kwargs: Any) -> MultiModalInput:
         """vLLM's processed prompt.
 
         Raises:
+            ValueError: If the request cannot be computed.
             MisprocessedImageError: If an identifier contradicts its placeholders.
                 An error here fails one request. An error in the engine would fail all requests.
         """
-        processed: MultiModalInput = super().apply(*args, **kwargs)  # type: ignore[misc]
+        ours = {**inputs.hf_processor_mm_kwargs, PLANNED_KEY: self._plan(inputs)}
+        planned = replace(inputs, hf_processor_mm_kwargs=ours)
+        processed: MultiModalInput = super().apply(planned, *args, **kwargs)  # type: ignore[misc]
         try:
             for modality, names in processed["mm_hashes"].items():
                 places = processed["mm_placeholders"].get(modality, ())
@@ -399,10 +371,7 @@ class PrunedProcessor:
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         kwargs = inputs.hf_processor_mm_kwargs
-        uuids = inputs.mm_uuid_items or {}
-        shapes = self._shapes(inputs.mm_data_items, kwargs, uuids.get("image"))
-        videos = self._videos(inputs.mm_data_items, kwargs, uuids.get("video"))
-        self.info.check_admissible(shapes, videos)
+        shapes, videos = planned_items(kwargs)
         # Hash without the ratio: it would separate images of equal counts. The counts are appended.
         plain = replace(inputs, hf_processor_mm_kwargs=without_pruning_keys(kwargs))
         hashes: MultiModalHashes = super()._get_mm_hashes(plain)  # type: ignore[misc]
@@ -428,6 +397,16 @@ class PrunedProcessor:
             self._name_explained(str(request), inputs, hashes)
         return hashes
 
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, Sequence[bool]]
+    ) -> Mapping[str, object]:
+        kwargs = inputs.hf_processor_mm_kwargs
+        plain = replace(inputs, hf_processor_mm_kwargs=without_pruning_keys(kwargs))
+        missing: Mapping[str, object] = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            plain, mm_is_cached
+        )
+        return {**missing, PLANNED_KEY: planned_items(kwargs).missing(mm_is_cached)}
+
     def _name_explained(
         self, request: str, inputs: ProcessorInputs, hashes: MultiModalHashes
     ) -> None:
@@ -445,7 +424,7 @@ class PrunedProcessor:
         plain = without_pruning_keys(hf_kwargs)
         processed: BatchFeature = super()._apply_hf_processor_main(mm_items, plain)  # type: ignore[misc]
         if self.pixels_field in processed:
-            shapes = self._shapes(mm_items, hf_kwargs)
+            shapes = planned_items(hf_kwargs).images
             processed[COUNTS_FIELD] = torch.tensor([shape_row(shape) for shape in shapes])
         return processed
 

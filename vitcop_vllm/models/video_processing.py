@@ -24,17 +24,17 @@ from vllm.multimodal.parse import (
 from vllm.multimodal.processing.inputs import ProcessorInputs
 from vllm.utils.cache import LRUCache
 
-from vitcop_vllm.models.layout import VideoLayout
+from vitcop_vllm.models.layout import VideoLayout, layout_by_uuid
+from vitcop_vllm.models.planned import PlannedVideo, planned_items
 from vitcop_vllm.models.processing import (
     VIDEO_COUNTS_FIELD,
     PrunedProcessingInfo,
     PrunedProcessor,
-    layout_by_uuid,
     refuse_pruned_embeddings,
     video_row,
 )
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
-from vitcop_vllm.pruning.amount import Amount, amount_of
+from vitcop_vllm.pruning.amount import Amount
 from vitcop_vllm.pruning.detail import dense_share_of_frames
 from vitcop_vllm.pruning.grids import count_tokens, largest_grid
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, explained_identifier
@@ -136,35 +136,36 @@ class VideoProcessor(PrunedProcessor):
         """Layouts of videos that were sent with a uuid, by uuid."""
         return LRUCache(_MAX_LAYOUTS)
 
-    def _videos(
-        self,
-        mm_items: MultiModalDataItems,
-        processor_kwargs: Mapping[str, object],
-        uuids: Sequence[str | None] | None = None,
-    ) -> list[tuple[VideoShape, int]]:
-        videos = mm_items.get("video")
+    def _videos(self, inputs: ProcessorInputs, amount: Amount) -> list[PlannedVideo]:
+        videos = inputs.mm_data_items.get("video")
         if videos is None:
             return []
+        kwargs = inputs.hf_processor_mm_kwargs
         if isinstance(videos, (EmbeddingItems, DictEmbeddingItems)):
-            refuse_pruned_embeddings("video", processor_kwargs)
-            return [(self._embedded_video(videos, i), 0) for i in range(videos.get_count())]
+            refuse_pruned_embeddings("video", kwargs)
+            whole = [self._embedded_video(videos, i) for i in range(videos.get_count())]
+            return [
+                PlannedVideo(shape, VideoLayout(shape.num_frames, shape.frame.grids))
+                for shape in whole
+            ]
         assert isinstance(videos, VideoProcessorItems)
-        shapes = []
-        amount = amount_of(self.info.settings, processor_kwargs)
+        uuids = (inputs.mm_uuid_items or {}).get("video")
+        planned = []
         for i in range(videos.get_count()):
-            layout = self._video_layout(videos, i, processor_kwargs, uuids[i] if uuids else None)
+            layout = self._video_layout(videos, i, kwargs, amount, uuids[i] if uuids else None)
             first, others = self.info.video_counts(layout, amount)
             frame = ImageShape(others, layout.grids)
             different = None if first == others else first
             shape = VideoShape(frame, layout.num_frames, different, layout.tail)
-            shapes.append((shape, layout.num_positions))
-        return shapes
+            planned.append(PlannedVideo(shape, layout))
+        return planned
 
     def _video_layout(
         self,
         videos: VideoProcessorItems,
         i: int,
         processor_kwargs: Mapping[str, object],
+        amount: Amount,
         uuid: str | None,
     ) -> VideoLayout:
         layout: VideoLayout | None = None
@@ -177,7 +178,7 @@ class VideoProcessor(PrunedProcessor):
             layout = self.info.video_layout(
                 num_frames, size.width, size.height, metadata, processor_kwargs
             )
-            if uuid is not None or amount_of(self.info.settings, processor_kwargs).needs_detail:
+            if uuid is not None or amount.needs_detail:
                 share = dense_share_of_frames(frames, largest_grid(layout.grids))
                 layout = replace(layout, dense_share=share)
         return layout_by_uuid("video", self._video_layouts, uuid, layout)
@@ -193,13 +194,13 @@ class VideoProcessor(PrunedProcessor):
         videos = inputs.mm_data_items.get("video")
         if not isinstance(videos, VideoProcessorItems):
             return
-        first = len(hashes.get("image", ()))
+        planned = planned_items(inputs.hf_processor_mm_kwargs)
+        first = len(planned.images)
         for i, name in enumerate(hashes["video"]):
             frames, _ = frames_and_metadata(videos, i)
             size = frame_size(frames)
             name = explained_identifier(request, first + i, (size.width, size.height), name)
-            layout = self._video_layout(videos, i, inputs.hf_processor_mm_kwargs, None)
-            self.info.explained_layouts[name] = layout
+            self.info.explained_layouts[name] = planned.videos[i].layout
             hashes["video"][i] = name
 
     def _apply_hf_processor_main(
@@ -207,8 +208,8 @@ class VideoProcessor(PrunedProcessor):
     ) -> BatchFeature:
         processed = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         if self.video_pixels_field in processed:
-            videos = self._videos(mm_items, hf_kwargs)
-            rows = torch.tensor([video_row(video) for video, _ in videos])
+            videos = planned_items(hf_kwargs).videos
+            rows = torch.tensor([video_row(video.shape) for video in videos])
             processed[VIDEO_COUNTS_FIELD] = rows
         return processed
 
