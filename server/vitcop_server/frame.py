@@ -4,10 +4,8 @@ Browsers decode some files differently: they ignore the orientation of a WebP fi
 animations and cannot show TIFF.
 """
 
-import asyncio
 import base64
 from io import BytesIO
-from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
@@ -31,8 +29,8 @@ class ImageRequest(BaseModel):
     image_url: str
 
 
-async def image_fields(url: str, model_config: ModelConfig) -> dict[str, Any]:
-    """The answer of ``/v1/pruning/image``: size in pixels, and the frame as a data URL.
+async def load_image(url: str, model_config: ModelConfig) -> Image.Image:
+    """The frame of an image file that the model sees.
 
     Args:
         url: URL of the image; the media connector of chat requests loads it.
@@ -49,14 +47,12 @@ async def image_fields(url: str, model_config: ModelConfig) -> dict[str, Any]:
         allowed_media_domains=model_config.allowed_media_domains,
     )
     loaded = await connector.fetch_image_async(url)
-    image = loaded.media if isinstance(loaded, MediaWithBytes) else loaded
-    width, height = image.size
-    frame = await asyncio.to_thread(_data_url, image)
-    return {"width": width, "height": height, "frame": frame}
+    image: Image.Image = loaded.media if isinstance(loaded, MediaWithBytes) else loaded
+    return image
 
 
-def _data_url(image: Image.Image) -> str:
-    """A JPEG of ``image``, which this function may scale down in place."""
+def frame_url(image: Image.Image) -> str:
+    """A JPEG of ``image`` as a data URL; scales ``image`` down in place if it is large."""
     image.thumbnail((MAX_FRAME_SIDE, MAX_FRAME_SIDE))
     file = BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=95, subsampling=0)

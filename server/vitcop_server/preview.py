@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL.Image import Image
+
 from vitcop_server.usage import PrunedModel
 from vitcop_vllm.pruning.amount import Amount
 from vitcop_vllm.pruning.plan import VisualTokenCounts, effective_ratio
@@ -58,6 +60,12 @@ class Preview:
         tokens = self.info.layout(width, height).num_tokens
         counts: VisualTokenCounts = self.info.counts(tokens, amount)
         return counts
+
+    def ratio_of_image(self, image: Image, amount: Amount) -> float:
+        """Pruning ratio of an image whose request asks for ``amount``."""
+        layout = self.info.detailed_layout(image, *image.size)
+        ratio: float = amount.ratio(layout.num_tokens, layout.dense_share)
+        return ratio
 
     def image_fields(self, width: int, height: int, counts: VisualTokenCounts) -> dict[str, Any]:
         """Fields of an answer about one image: its crop, its grid and its counts."""

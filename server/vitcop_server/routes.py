@@ -1,5 +1,6 @@
 """``/v1/pruning/*``: settings in force, plans, decoded images, and explanations of images."""
 
+import asyncio
 import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -18,18 +19,20 @@ from vitcop_server.explain import (
     explain_video,
     merge_records,
 )
-from vitcop_server.frame import ImageRequest, image_fields
+from vitcop_server.frame import ImageRequest, frame_url, load_image
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.preview import Preview
 from vitcop_server.ratio import Asked, accept
 from vitcop_server.route_rules import EXPLAIN_ROUTE, MAX_HEADER
 from vitcop_server.settings import SERVER_KEY, ServerSettings
-from vitcop_vllm.pruning.amount import Amount, parse_amount, parse_budget
+from vitcop_vllm.pruning.amount import Amount, auto_of, parse_amount, parse_budget
 from vitcop_vllm.pruning.identity import MOST_EXPLAINED, frames_of_identifier, record_names
 from vitcop_vllm.pruning.selectors import selector_of
 from vitcop_vllm.pruning.settings import AUTO
 
 router = APIRouter()
+
+IMAGE_ROUTE = "/v1/pruning/image"
 
 Side = Annotated[int, Query(ge=1, le=2**20, description="Pixels.")]
 Frames = Annotated[int, Query(ge=1, le=2**16, description="Of a video, as the loader reads them.")]
@@ -106,7 +109,8 @@ async def plan(
         chosen, _ = accept(settings, asked, default.amount, default.least())
         if chosen.needs_detail:
             raise RequestError(
-                f"auto depends on the image: name a ratio or a budget, or use {EXPLAIN_ROUTE}",
+                f"auto depends on the image: name a ratio or a budget; {IMAGE_ROUTE} says which "
+                "ratio auto chooses for an image",
                 param="ratio",
             )
         if (width is None) != (height is None):
@@ -125,14 +129,33 @@ async def plan(
             return preview.video_plan_fields(width, height, frames, chosen)
         return preview.plan_fields(width, height, chosen)
     except ValueError as error:
-        message = f"the model does not accept {what} of {width} x {height} pixels: {error}"
-        return JSONResponse(error_body(message, "BadRequestError", 400, "width"), 400)
+        return _refused_size(what, width, height, error, "width")
 
 
-@router.post("/v1/pruning/image", dependencies=[Depends(validate_json_request)])
-async def image(request: ImageRequest, raw_request: Request) -> dict[str, Any]:
-    """Width and height of an image in pixels, and the frame that the model sees."""
-    return await image_fields(request.image_url, raw_request.app.state.vllm_config.model_config)
+def _refused_size(
+    what: str, width: int, height: int, error: ValueError, param: str
+) -> JSONResponse:
+    message = f"the model does not accept {what} of {width} x {height} pixels: {error}"
+    return JSONResponse(error_body(message, "BadRequestError", 400, param), 400)
+
+
+@router.post(IMAGE_ROUTE, dependencies=[Depends(validate_json_request)])
+async def image(request: ImageRequest, raw_request: Request) -> Any:
+    """Width and height of an image in pixels, the frame that the model sees, and auto's ratio."""
+    state = raw_request.app.state
+    preview: Preview = state.pruning_preview
+    default: DefaultRatio = state.pruning_default_ratio
+    settings = preview.model.settings
+    auto, _ = accept(settings, Asked(alias=auto_of(settings)), default.amount, default.least())
+    image = await load_image(request.image_url, state.vllm_config.model_config)
+
+    width, height = image.size
+    try:
+        ratio = await asyncio.to_thread(preview.ratio_of_image, image, auto)
+    except ValueError as error:
+        return _refused_size("an image", width, height, error, "image_url")
+    frame = await asyncio.to_thread(frame_url, image)
+    return {"width": width, "height": height, "auto_ratio": ratio, "frame": frame}
 
 
 @router.post(EXPLAIN_ROUTE, dependencies=[Depends(validate_json_request)])

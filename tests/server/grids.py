@@ -1,14 +1,18 @@
 """A model with a visual token per 28 x 28 pixels, without a server or weights."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+
+from PIL.Image import Image
 
 from vitcop_server.preview import Preview
 from vitcop_server.usage import PrunedModel
 from vitcop_vllm.models.layout import ImageLayout
 from vitcop_vllm.pruning.amount import Amount
-from vitcop_vllm.pruning.grids import Grid
+from vitcop_vllm.pruning.detail import dense_share
+from vitcop_vllm.pruning.grids import Grid, largest_grid
 from vitcop_vllm.pruning.plan import VisualTokenCounts, plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -41,6 +45,10 @@ class GridInfo:
             grids = Grid(3, 3), Grid(rows, columns, row_marks=True)
             return ImageLayout(grids[::-1] if self.coarse_last else grids, box)
         return ImageLayout((Grid(rows, columns),), box)
+
+    def detailed_layout(self, image: Image, width: int, height: int) -> ImageLayout:
+        layout = self.layout(width, height)
+        return replace(layout, dense_share=dense_share(image, largest_grid(layout.grids)))
 
     def counts(self, num_tokens: int, amount: Amount) -> VisualTokenCounts:
         ratio = amount.ratio(num_tokens, None)

@@ -152,6 +152,18 @@ def test_a_plan_takes_a_budget_and_explains_that_auto_needs_the_image(http: http
     assert "auto depends on the image" in refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("part", [PLAIN, PAGE], ids=["plain", "page"])
+def test_the_ratio_that_auto_chooses_for_an_image_is_known_before_a_question(
+    http: httpx.Client, model: str, part: dict[str, Any]
+) -> None:
+    image = http.post("/v1/pruning/image", json={"image_url": part["image_url"]["url"]}).json()
+    size = {"width": image["width"], "height": image["height"]}
+    plan = http.get("/v1/pruning/plan", params={"ratio": image["auto_ratio"], **size}).json()
+    usage = ask(http, model, part, headers={RATIO: "auto"}).json()["usage"]
+    assert usage["pruning_ratio"] == plan["effective_ratio"]
+    assert usage["visual_tokens"]["stages"] == [stage["tokens"] for stage in plan["stages"]]
+
+
 def test_a_route_without_amounts_refuses_a_budget(http: httpx.Client, model: str) -> None:
     answer = http.post("/detokenize", json={"model": model, "tokens": [1]}, headers={BUDGET: "24"})
     assert answer.status_code == 400

@@ -38,7 +38,7 @@ from vitcop_vllm.models.mrope import MRoPEImage, positions_beyond_tokens
 from vitcop_vllm.models.planned import PLANNED_KEY, PlannedItems, PlannedVideo, planned_items
 from vitcop_vllm.models.stage_one import ImageShape, VideoShape
 from vitcop_vllm.pruning.amount import AMOUNT_KEYS, Amount, amount_of
-from vitcop_vllm.pruning.detail import dense_share
+from vitcop_vllm.pruning.detail import Picture, dense_share
 from vitcop_vllm.pruning.grids import Grid, largest_grid
 from vitcop_vllm.pruning.identity import (
     EXPLAIN_KEY,
@@ -172,6 +172,17 @@ class PrunedProcessingInfo:
             processor_kwargs: The request's processor keywords.
         """
         raise NotImplementedError
+
+    def detailed_layout(
+        self,
+        image: Picture,
+        width: int,
+        height: int,
+        processor_kwargs: Mapping[str, object] | None = None,
+    ) -> ImageLayout:
+        """:meth:`layout` of an image, with its share of dense patches."""
+        layout = self.layout(width, height, processor_kwargs)
+        return replace(layout, dense_share=dense_share(image, largest_grid(layout.grids)))
 
     def dummy_size(self, max_tokens: int) -> tuple[int, int] | None:
         """Width and height of a dummy image with at most ``max_tokens`` visual tokens.
@@ -331,10 +342,10 @@ class PrunedProcessor:
         layout: ImageLayout | None = None
         if images.get(i) is not None:
             size = images.get_image_size(i)
-            layout = self.info.layout(size.width, size.height, processor_kwargs)
             if uuid is not None or amount.needs_detail:
-                share = dense_share(images.get(i), largest_grid(layout.grids))
-                layout = replace(layout, dense_share=share)
+                layout = self.info.detailed_layout(images.get(i), *size, processor_kwargs)
+            else:
+                layout = self.info.layout(*size, processor_kwargs)
         return layout_by_uuid("image", self._layouts, uuid, layout)
 
     def _embedded_shape(self, images: Any, i: int) -> ImageShape:

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from tests.server.grids import grid_preview
 from vitcop_server import routes
 from vitcop_server.default_ratio import DefaultRatio
-from vitcop_server.frame import image_fields
+from vitcop_server.frame import load_image
 from vitcop_server.middleware import EXPLAIN_STATE_KEY
 from vitcop_server.page import attach_page
 from vitcop_server.settings import ServerSettings
@@ -83,8 +83,7 @@ class Model:
     async def counts(
         self, url: str, raw_request: Request
     ) -> tuple[VisualTokenCounts, tuple[int, int]]:
-        image = await image_fields(url, MEDIA)
-        size = image["width"], image["height"]
+        size = (await load_image(url, MEDIA)).size
         return self.preview.counts(
             *size, FixedRatio(float(raw_request.headers[RATIO_HEADER]))
         ), size

@@ -1,21 +1,26 @@
 """Answers with and without pruning, and the visual tokens that each stage kept."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from playwright.sync_api import Request, expect
 
+from tests.pruning.photographs import photo
+from tests.server.page.grid_server import grid_app, serving
 from tests.server.page.person import (
     SAMPLES,
     answers,
     ask,
     choose,
     drawn,
+    encoded,
     facts,
     hold,
     numbers,
     opened,
+    upload,
 )
 
 pytestmark = pytest.mark.slow
@@ -251,3 +256,66 @@ def test_a_phone_needs_no_horizontal_scrolling(browser, url, scheme):
             page.locator("#frame").press("ArrowRight")
         colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (sum(numbers(colour)) < 3 * 128) == (scheme == "dark")
+
+
+def test_auto_chooses_a_ratio_for_each_image(page):
+    """Its plan, its facts and the tokens drawn are those of the ratio that the server chose."""
+    auto = page.get_by_role("button", name="auto", exact=True)
+    expect(auto).to_have_attribute("aria-pressed", "false")
+    auto.click()
+    expect(auto).to_have_attribute("aria-pressed", "true")
+    expect(page.locator("#pruned-title")).to_have_text("Ratio auto")
+    shown: list[list[int]] = []
+    for ratio in ("0.7778", "0.9167"):
+        if shown:  # The sample has a sign, this photograph has no text.
+            upload(page, "coffee", "image/png", encoded(photo("coffee")))
+            expect(page.locator("#image")).to_have_attribute("alt", "coffee")
+            page.get_by_role("textbox", name="Question").fill("What does the sign say?")
+        expect(page.locator("#plan h2")).to_contain_text(f"at ratio {ratio}, chosen by auto")
+        expect(page.get_by_role("spinbutton", name="Ratio")).to_have_value(ratio)
+        planned = page.locator("#stops b").all_inner_texts()
+        with page.expect_request(lambda sent: sent.headers.get("x-pruning-ratio") == "auto"):
+            ask(page)
+        told = facts(page, 1)
+        *counts, encoder = numbers(told["Tokens kept"])
+        assert [str(count) for count in (encoder, *counts)] == planned
+        removed = float(told["Removed"].split("\u00a0")[0]) / 100
+        assert removed == pytest.approx(float(ratio), abs=0.002)
+        assert told["Removed"].endswith("%, chosen by auto")
+        assert "auto" not in facts(page, 0)["Removed"]
+        expect(page.locator("#stops b")).to_have_text(planned)
+        page.locator("#frame").focus()
+        for count in counts:
+            page.keyboard.press("ArrowRight")
+            assert len(drawn(page, ".kept")) == count
+        page.get_by_role("slider", name="Stage shown").fill("0")
+        shown.append(counts)
+    assert all(sign > plain for sign, plain in zip(*shown, strict=True))
+
+
+def test_a_ratio_takes_the_place_of_auto(page):
+    auto, ratio = page.get_by_role("button", name="auto"), page.get_by_role("spinbutton")
+    auto.click()
+    expect(ratio).to_have_value("0.7778")
+    ratio.fill("")  # An incomplete number changes nothing.
+    expect(auto).to_have_attribute("aria-pressed", "true")
+    ratio.fill("0.5")
+    expect(auto).to_have_attribute("aria-pressed", "false")
+    expect(page.locator("#pruned-title")).to_have_text("Ratio 0.5")
+    expect(page.locator("#plan h2")).to_have_text(re.compile("at ratio 0.5$"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio"),
+    [
+        ({"max_pruning_ratio": 0.5}, None),
+        ({"auto": {"min": 0.5, "max": 0.5}, "default_ratio": "auto"}, "0.5"),
+        ({"default_ratio": "auto"}, "auto"),
+    ],
+)
+def test_auto_is_offered_if_it_has_a_choice(browser, settings, ratio):
+    with serving(grid_app(**settings)) as url, opened(browser, url) as page:
+        expect(page.locator("#stops li")).to_have_count(4)
+        expect(page.get_by_role("button", name="auto")).to_have_count(int(ratio == "auto"))
+        if ratio is not None:
+            expect(page.locator("#pruned-title")).to_have_text(f"Ratio {ratio}")

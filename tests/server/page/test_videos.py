@@ -358,3 +358,11 @@ def test_a_real_model_explains_the_sample(
         assert kept == [*map(int, sums(frames)), FRAMES * TOKENS, FRAMES]
         expect(page.locator("#stops b")).to_have_text([str(FRAMES * TOKENS), *sums(frames)])
         expect(page.locator("#chart .count")).to_have_text(sums(frames))
+        page.get_by_role("button", name="auto").click()
+        expect(page.locator("#plan")).to_be_hidden()  # Only the answer tells its ratio.
+        expect(page.locator("#caption")).to_contain_text("auto chooses the ratio")
+        frames = ask_about_video(page)
+        assert facts(page, 1)["Removed"].endswith("chosen by auto")
+        kept = numbers(facts(page, 1)["Tokens kept"])
+        assert kept == [*map(int, sums(frames)), FRAMES * TOKENS, FRAMES]
+        expect(page.locator("#stops b")).to_have_text([str(FRAMES * TOKENS), *sums(frames)])
