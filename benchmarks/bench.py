@@ -13,7 +13,6 @@ The last line of standard output is a JSON document, as docs/results/ holds them
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,10 +37,9 @@ from benchmarks.bench_options import (
     engine_options,
     fill_defaults,
     parse_arguments,
-    write_checkpoint,
 )
 from benchmarks.cold_start import measure_cold_start
-from benchmarks.conditions import WrongDeviceError, machine, resolve_device
+from benchmarks.conditions import WrongDeviceError, command, machine, resolve_device
 from benchmarks.elastic import elastic_options, measure_elastic
 from benchmarks.engines import STOCK, EngineDiedError, EngineProcess, running_engines
 from benchmarks.goals import check_goals
@@ -49,7 +47,7 @@ from benchmarks.load import measure_load
 from benchmarks.plots import plot_speed
 from benchmarks.rounds import Rounds, Row
 from benchmarks.serving import ServerError
-from benchmarks.shapes import SHAPES, describe
+from benchmarks.shapes import SHAPES, describe, write_checkpoint
 from benchmarks.tables import print_document
 from benchmarks.traffic import both_servers, server_of
 from vitcop_server.bench import RequestsFailedError
@@ -61,26 +59,24 @@ def engine_cases(
     name: str, arguments: argparse.Namespace
 ) -> tuple[Callable[..., list[Row]], Sequence[Case]]:
     """The function that measures a scenario, and its arguments for each case."""
-    is_video = name in VIDEO_SCENARIOS
-    kind = name.removeprefix("video_")
-    if kind == "decode":
-        return scenarios.measure_decode, [
-            {"ratio": ratio, "running": running, "tokens": arguments.tokens}
-            for ratio, running in product(
-                scenarios.DECODE_RATIOS, VIDEO_BATCHES if is_video else arguments.running
-            )
-        ]
-    if kind == "turns":
-        return scenarios.measure_turns, [{"ratio": ratio} for ratio in scenarios.TURN_RATIOS]
-    if kind == "capacity":
-        return scenarios.measure_capacity, [{"ratio": r} for r in scenarios.CAPACITY_RATIOS]
-    cases = {
-        "prefill": prefill.prefill_cases(SHAPES[arguments.shape], arguments.batches),
-        "images": prefill.IMAGE_CASES,
-        "long_text": prefill.LONG_TEXT_CASES,
-        "video_prefill": prefill.VIDEO_CASES,
+    batches = VIDEO_BATCHES if name in VIDEO_SCENARIOS else arguments.running
+    decode = [
+        {"ratio": ratio, "running": running, "tokens": arguments.tokens}
+        for ratio, running in product(scenarios.DECODE_RATIOS, batches)
+    ]
+    cases: dict[str, tuple[Callable[..., list[Row]], Sequence[Case]]] = {
+        "prefill": (
+            prefill.measure_prefill,
+            prefill.prefill_cases(SHAPES[arguments.shape], arguments.batches),
+        ),
+        "images": (prefill.measure_prefill, prefill.IMAGE_CASES),
+        "long_text": (prefill.measure_prefill, prefill.LONG_TEXT_CASES),
+        "video_prefill": (prefill.measure_prefill, prefill.VIDEO_CASES),
+        "decode": (scenarios.measure_decode, decode),
+        "turns": (scenarios.measure_turns, [{"ratio": r} for r in scenarios.TURN_RATIOS]),
+        "capacity": (scenarios.measure_capacity, [{"ratio": r} for r in scenarios.CAPACITY_RATIOS]),
     }
-    return prefill.measure_prefill, cases[name]
+    return cases.get(name) or cases[name.removeprefix("video_")]
 
 
 def measure(
@@ -158,13 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (WrongDeviceError, TooLittleMemoryError) as error:
         print(error, file=sys.stderr)
         return 2
+    names = "device", "shape", "load_format", "compile", "rounds", "chat_tokens"
     conditions = {
-        "command": f'make bench ARGS="{shlex.join(sys.argv[1:] if argv is None else argv)}"',
+        "command": command("make bench", argv),
         **machine(),
         "model": describe(shape),
         "device_name": current_platform.get_device_name(),
-        **{name: getattr(arguments, name) for name in ("device", "shape", "load_format")},
-        **{name: getattr(arguments, name) for name in ("compile", "rounds", "chat_tokens")},
+        **{name: getattr(arguments, name) for name in names},
         "options": options,
         "engines": measured.pop("engines", {}),
     }

@@ -3,31 +3,24 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from benchmarks import load, prefill
+from benchmarks.checkpoint import AnySizeShape
 from benchmarks.conditions import Device
 from benchmarks.engines import EVS, OURS, PEER, STOCK, EngineName
-from benchmarks.shapes import (
-    PUBLISHED,
-    SHAPES,
-    AnySizeShape,
-    Shape,
-    boundaries,
-    family_of,
-    save_checkpoint,
-)
+from benchmarks.shapes import PUBLISHED, SHAPES, Shape, boundaries, family_of
 from vitcop_vllm.pruning.settings import CONFIG_KEY
 
 VIDEO_SCENARIOS = ("video_prefill", "video_decode", "video_turns", "video_capacity")
 """The scenarios after the prefix, with a video in each prompt."""
 
-ENGINE_SCENARIOS = (
-    *("prefill", "images", "long_text", "decode", "turns", "capacity"),
-    *VIDEO_SCENARIOS,
-)
+IMAGE_SCENARIOS = ("prefill", "images", "long_text", "decode", "turns", "capacity")
+
+ENGINE_SCENARIOS = (*IMAGE_SCENARIOS, *VIDEO_SCENARIOS)
 """Scenarios in which the engines run side by side."""
 
 ON_REQUEST = "elastic"
@@ -75,43 +68,31 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    numbers: dict[str, Any] = {"type": _numbers(int), "metavar": "N,N"}
+    numbers: dict[str, Any] = {"type": partial(_numbers, int), "metavar": "N,N"}
     add("--device", choices=("cpu", "gpu"), help="default: the installed vLLM's")
     add("--shape", choices=SHAPES, help="default: demo on a CPU, llava-1.5-7b on a GPU")
-    names = (
-        f"any of {', '.join(SCENARIOS)}; default: all that the shape supports, without {ON_REQUEST}"
-    )
+    names = f"of {', '.join(SCENARIOS)}; default: all of the shape's, without {ON_REQUEST}"
     add("--scenarios", nargs="+", choices=SCENARIOS, metavar="S", help=names)
-    add(
-        "--rounds",
-        type=_number,
-        default=7,
-        help=f"default 7; at most {LONG_ROUNDS} in long scenarios",
-    )
-    add(
-        "--batches",
-        **numbers,
-        help="batch sizes of prefill; default 1,4,16, or 1 for images of any size",
-    )
+    rounds = f"default 7; at most {LONG_ROUNDS} in long scenarios"
+    add("--rounds", type=_number, default=7, help=rounds)
+    add("--batches", **numbers, help="of prefill; default 1,4,16, or 1 for images of any size")
     add("--running", **numbers, default=(1, 32), help="batch sizes of decode")
     add("--tokens", type=_number, default=32, help="answer length in decode")
-    add("--rates", type=_numbers(float), default=load.RATES, help="load over stock's throughput")
+    add(
+        "--rates",
+        type=partial(_numbers, float),
+        default=load.RATES,
+        help="load over stock's throughput",
+    )
     add("--clients", **numbers, default=load.CLIENTS, help="concurrent requests under load")
     add("--chat-tokens", type=_number, help="mean answer under load; 16 on CPU, 128 on GPU")
-    add(
-        "--peers",
-        action="store_true",
-        help=f"also measure {PEER}, which prunes only in the encoder",
-    )
+    add("--peers", action="store_true", help=f"also {PEER}, which prunes only in the encoder")
     compile_help = "use torch.compile and CUDA graphs; default: on a GPU"
     add("--compile", action=argparse.BooleanOptionalAction, help=compile_help)
     load_help = "seeded random weights, or vLLM's dummy weights; dummy for published shapes"
     add("--load-format", choices=("random", "dummy"), help=load_help)
-    add(
-        "--dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="default: float32 on CPU, bfloat16 on GPU",
-    )
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, help="default: float32 on CPU, bfloat16 on GPU")
     add("--kv-cache-gib", type=_number, help="KV cache of each engine; on a GPU the free memory")
     add("--plot", type=Path, metavar="FILE.png", help="plot speed over ratio")
     arguments = parser.parse_args(argv)
@@ -134,19 +115,22 @@ def _scenarios(name: str | None) -> tuple[str, ...]:
     """Scenarios of a shape; ``None`` is the default shape."""
     shape = SHAPES.get(name or "demo")
     if not isinstance(shape, AnySizeShape):
-        return tuple(name for name in SCENARIOS if name not in VIDEO_SCENARIOS)
+        return (*IMAGE_SCENARIOS, "load", "cold_start", ON_REQUEST)
     return ("prefill", *(VIDEO_SCENARIOS if family_of(shape).video_marker else ()))
 
 
 def _number(text: str, kind: type = int) -> Any:
-    number = kind(text)
+    try:
+        number = kind(text)
+    except ValueError:
+        number = 0
     if number <= 0:
-        raise argparse.ArgumentTypeError("must be above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
 
 
-def _numbers(kind: type) -> Any:
-    return lambda text: tuple(_number(part, kind) for part in text.split(","))
+def _numbers(kind: type, text: str) -> tuple[Any, ...]:
+    return tuple(_number(part, kind) for part in text.split(","))
 
 
 def fill_defaults(arguments: argparse.Namespace, device: Device) -> None:
@@ -181,6 +165,8 @@ def _concurrent_requests(arguments: argparse.Namespace, shape: Shape) -> dict[st
     prompt = shape.visual_tokens + TEXT_MARGIN
     requests = {
         "prefill": (max(arguments.batches), prompt),
+        "images": (1, prompt + (max(prefill.IMAGES) - 1) * shape.visual_tokens),
+        "long_text": (1, prompt + max(prefill.TEXT_TOKENS)),
         "decode": (max(arguments.running), prompt + arguments.tokens),
         "load": (max(arguments.clients), prompt + 2 * arguments.chat_tokens),
         "video_prefill": (1, _video_prompt(shape, VIDEO)),
@@ -204,20 +190,17 @@ def engine_options(arguments: argparse.Namespace, shape: Shape) -> dict[str, Any
 
     A step has room for all concurrent prompts: the bench times kernels, not queues.
     """
-    concurrent = _concurrent_requests(arguments, shape)
-    images = max(prefill.IMAGES) if "images" in arguments.scenarios else 1
-    text = max(prefill.TEXT_TOKENS) if "long_text" in arguments.scenarios else 0
-    prompt = max(images * shape.visual_tokens, shape.visual_tokens + text) + TEXT_MARGIN
     has_video = bool(set(arguments.scenarios) & set(VIDEO_SCENARIOS))
     num_seqs = VIDEO_NUM_SEQS if has_video else MAX_NUM_SEQS
-    longest = max(4096, prompt, *(tokens for _, tokens in concurrent.values()))
+    images = max(prefill.IMAGES) if "images" in arguments.scenarios else 1
+    concurrent = _concurrent_requests(arguments, shape).values()
+    prompt = shape.visual_tokens + TEXT_MARGIN
+    longest = max(4096, prompt, *(tokens for _, tokens in concurrent))
     options: dict[str, Any] = {
         "dtype": arguments.dtype,
         "max_model_len": longest,
-        "max_num_batched_tokens": max(
-            [longest, *(n * tokens for n, tokens in concurrent.values())]
-        ),
-        "max_num_seqs": max([num_seqs, *(number for number, _ in concurrent.values())]),
+        "max_num_batched_tokens": max([longest, *(n * tokens for n, tokens in concurrent)]),
+        "max_num_seqs": max([num_seqs, *(number for number, _ in concurrent)]),
         "enforce_eager": not arguments.compile,
         "limit_mm_per_prompt": {"image": images, **({"video": 1} if has_video else {})},
     }
@@ -254,10 +237,3 @@ def check_kv_memory(
                 f"for {room}: raise --kv-cache-gib, lower --batches, --running or --clients, or "
                 "run this scenario without --peers"
             )
-
-
-def write_checkpoint(path: Path, shape: Shape, options: dict[str, Any]) -> None:
-    """Write a random checkpoint of ``shape`` for prompts of up to ``max_model_len`` tokens."""
-    shape = replace(shape, max_positions=max(shape.max_positions, options["max_model_len"]))
-    weights = options.get("load_format") != "dummy"
-    save_checkpoint(path, shape, options["dtype"], weights=weights)

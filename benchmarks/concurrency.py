@@ -2,32 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
 
+@dataclass
 class Concurrency:
-    """Requests that ran at once; a request that is preempted later does not count.
+    """Requests that ran at once.
 
     Attributes:
+        steps: Running requests of each step. A request that is preempted later does not count.
         preemptions: Number of preemptions.
     """
 
-    def __init__(self) -> None:
-        self.preemptions = 0
-        self._steps: list[set[str]] = []
-
-    def step(self, running: set[str]) -> None:
-        self._steps.append(running)
-
-    def preempt(self, request_id: str) -> None:
-        self.preemptions += 1
-        for running in self._steps:
-            running.discard(request_id)
+    steps: list[set[str]] = field(default_factory=list)
+    preemptions: int = 0
 
     @property
     def max_running(self) -> int:
-        return max(map(len, self._steps), default=0)
+        return max(map(len, self.steps), default=0)
 
 
 @contextmanager
@@ -43,11 +37,13 @@ def observe(scheduler: Any) -> Iterator[Concurrency]:
     def observed_schedule(*args: Any, **kwargs: Any) -> Any:
         scheduled = schedule(*args, **kwargs)
         running = (r for r in scheduler.running if r.num_computed_tokens >= r.num_prompt_tokens)
-        concurrency.step({request.request_id for request in running})
+        concurrency.steps.append({request.request_id for request in running})
         return scheduled
 
     def observed_preempt(request: Any, *args: Any, **kwargs: Any) -> Any:
-        concurrency.preempt(request.request_id)
+        concurrency.preemptions += 1
+        for running in concurrency.steps:
+            running.discard(request.request_id)
         return preempt(request, *args, **kwargs)
 
     with patch.multiple(scheduler, schedule=observed_schedule, _preempt_request=observed_preempt):

@@ -2,6 +2,9 @@
 
 import os
 import platform
+import shlex
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +50,11 @@ def processor_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def command(program: str, argv: Sequence[str] | None) -> str:
+    """The command that measures again; ``argv`` is by default this process's."""
+    return f'{program} ARGS="{shlex.join(sys.argv[1:] if argv is None else argv)}"'
 
 
 def machine() -> dict[str, Any]:

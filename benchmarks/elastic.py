@@ -12,15 +12,15 @@ are those of the answered requests.
 """
 
 import json
-import re
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
 
+from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.measured_engine import Result
@@ -40,12 +40,8 @@ RATIOS: dict[str, Sequence[float] | None] = {"0": (0.0,), "8/9": (8 / 9,), ELAST
 Counters: TypeAlias = Counter[tuple[str, str]]
 """Counters of a server, by name and Stage."""
 
-REFUSED = ("vllm:admission_rejections", "")
-
-_LINE = re.compile(
-    r"(vitcop_visual_tokens_(?:kept|dropped)|vllm:admission_rejections)_total\{"
-    r'(?:.*stage="(\w+)")?.*\} (\S+)'
-)
+REFUSED = ("vllm:admission_rejections_total", "")
+_TOKENS = "vitcop_visual_tokens_{}_total"
 
 
 def elastic_options(clients: int) -> dict[str, Any]:
@@ -69,15 +65,16 @@ def measure_elastic(
         clients: Number of requests that the server runs at once.
     """
     turns, seeds = Turns(), count()
-    serve(server, Traffic(8, answer_tokens, 4), next(seeds), ratios=(0.0, 8 / 9))  # warm-up
-    closed = Traffic(3 * clients, answer_tokens, clients)
-    carried = serve(server, closed, next(seeds), ratios=(0.0,))["request_throughput"]
+    serve(server, Traffic(8, answer_tokens, 4, ratios=(0.0, 8 / 9)), next(seeds))  # warm-up
+    closed = Traffic(3 * clients, answer_tokens, clients, ratios=(0.0,))
+    carried = serve(server, closed, next(seeds))["request_throughput"]
     arrivals = OVERLOAD * carried
     traffic = Traffic(REQUESTS_PER_CLIENT * clients, answer_tokens, rate=arrivals)
     measured = []
     for _ in tqdm(range(rounds), desc=ELASTIC):
         seed = next(seeds)
-        runs = {name: partial(_serve, server, traffic, seed, RATIOS[name]) for name in RATIOS}
+        cases = {name: replace(traffic, ratios=ratios) for name, ratios in RATIOS.items()}
+        runs = {name: partial(_serve, server, case, seed) for name, case in cases.items()}
         measured.append(turns.run(runs))
     conditions = {
         "clients": clients,
@@ -96,16 +93,16 @@ def measure_elastic(
     ]
 
 
-def _serve(server: Endpoint, traffic: Traffic, seed: int, ratios: Sequence[float] | None) -> Result:
+def _serve(server: Endpoint, traffic: Traffic, seed: int) -> Result:
     _wait_until_calm(server)
     before = _counters(server)
-    result = serve(server, traffic, seed, ratios=ratios, may_fail=True)
+    result = serve(server, traffic, seed, may_fail=True)
     counted = _counters(server) - before
     if result["failed"] != counted[REFUSED]:
         check_answered(result)
     return {
         "refused": result["failed"],
-        "mean_ratio": mean_ratio(_get(server, "/v1/pruning/config"), counted),
+        "mean_ratio": mean_ratio(_config(server), counted),
         "requests_per_second": result["request_throughput"],
         "ttft_p50_ms": result["median_ttft_ms"],
         "ttft_p99_ms": result["p99_ttft_ms"],
@@ -115,7 +112,7 @@ def _serve(server: Endpoint, traffic: Traffic, seed: int, ratios: Sequence[float
 def _wait_until_calm(server: Endpoint) -> None:
     """Wait until the default ratio is the operator's: the run before may have raised it."""
     while True:
-        config = _get(server, "/v1/pruning/config")
+        config = _config(server)
         if config["default_ratio"] == config["settings"]["default_ratio"]:
             return
         time.sleep(1.0)
@@ -131,28 +128,26 @@ def mean_ratio(config: Row, counted: Counters) -> float:
     first = config["first_layers"]
     segments = [*zip(STAGES, first, [*first[1:], config["num_layers"]], strict=True)]
     dropped, kept = (
-        sum(
-            counted[f"vitcop_visual_tokens_{fate}", s] * (end - begin) for s, begin, end in segments
-        )
+        sum(counted[_TOKENS.format(fate), stage] * (end - begin) for stage, begin, end in segments)
         for fate in ("dropped", "kept")
     )
     return dropped / (dropped + kept)
 
 
 def counters_in(metrics: str) -> Counters:
-    """Our figures' counters in the text of ``/metrics``."""
+    """Counters in the text of ``/metrics``, summed over their other labels."""
     counters: Counters = Counter()
-    for name, stage, number in _LINE.findall(metrics):
-        counters[name, stage] += int(float(number))
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                counters[sample.name, sample.labels.get("stage", "")] += int(sample.value)
     return counters
 
 
 def _counters(server: Endpoint) -> Counters:
-    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
-        return counters_in(answer.read().decode())
+    return counters_in(server.get("/metrics").decode())
 
 
-def _get(server: Endpoint, path: str) -> Row:
-    with urllib.request.urlopen(f"{server.url}{path}") as answer:
-        row: Row = json.load(answer)
-    return row
+def _config(server: Endpoint) -> Row:
+    config: Row = json.loads(server.get("/v1/pruning/config"))
+    return config

@@ -13,6 +13,7 @@ ideal is that of the clients, limited by the arrival of the last request.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import count
@@ -24,6 +25,7 @@ from benchmarks.engines import STOCK
 from benchmarks.measured_engine import Result
 from benchmarks.rounds import Row, Turns, summary
 from benchmarks.traffic import Endpoint, Traffic, serve
+from vitcop_server.bench import FIGURES
 
 MIXED = "mixed"
 MIXED_RATIOS = (7 / 9, 8 / 9, 17 / 18, 17 / 18)
@@ -66,7 +68,7 @@ def measure_load(
     turns, seeds = Turns(), count()
     rows: list[Row] = []
     warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
-    serve(ours, warm_up, next(seeds), ratios=ratios_of(ratios[-1]))
+    serve(ours, replace(warm_up, ratios=ratios_of(ratios[-1])), next(seeds))
     serve(stock, warm_up, next(seeds))
     for number, rate in (*((n, None) for n in clients), *((max(clients), r) for r in rates)):
         traffic = Traffic(REQUESTS_PER_CLIENT * number, answer_tokens, number)
@@ -82,18 +84,18 @@ def measure_load(
         for _ in tqdm(range(rounds), desc=f"load, {number} clients, rate {rate}"):
             seed = next(seeds)
             runs = {
-                name: partial(serve, ours, traffic, seed, ratios=ratios_of(name)) for name in ratios
+                name: partial(serve, ours, replace(traffic, ratios=ratios_of(name)), seed)
+                for name in ratios
             }
             runs[STOCK] = partial(serve, stock, traffic, seed)
             results = turns.run(runs)
-            figures = {name: _figures("ours", results[name]) for name in ratios}
             base = results[STOCK]
             if rate is None:
                 ideals = _ideals(ours, stock, traffic, seed, base["duration"], ratios)
             limit = base["duration"] * traffic.rate / traffic.requests
-            for name, row in figures.items():
-                row |= _compared(row, base, results[name], min(ideals[name], limit))
-            measured.append(figures)
+            measured.append(
+                {name: _compared(results[name], base, min(ideals[name], limit)) for name in ratios}
+            )
         rows += [
             conditions | {"ratio": name} | summary([row[name] for row in measured], *_SPREADS)
             for name in ratios
@@ -114,7 +116,7 @@ def _ideals(
     kept = {name: round(fmean(tokens for _, tokens in plan)) for name, plan in plans.items()}
     visual = plans[ratios[0]][0][0]
     text = {
-        tokens: serve(stock, traffic, seed, text_tokens=tokens)["duration"]
+        tokens: serve(stock, replace(traffic, text_tokens=tokens), seed)["duration"]
         for tokens in {visual, *kept.values()}
     }
     encoder = max(0.0, seconds - text[visual])
@@ -124,21 +126,14 @@ def _ideals(
     }
 
 
-def _compared(ours: Row, base: Result, result: Result, ideal: float) -> Row:
-    stock = _figures("stock", base)
-    throughput = base["duration"] / result["duration"]
-    ttft = {
-        figure: ours[f"ours_{figure}_ms"] / stock[f"stock_{figure}_ms"]
-        for figure in ("ttft_p50", "ttft_p99")
-    }
-    speed = {"throughput": throughput, "ideal": ideal, "vs_ideal": throughput / ideal}
-    return stock | speed | ttft
-
-
-def _figures(side: str, result: Result) -> Row:
+def _compared(ours: Result, stock: Result, ideal: float) -> Row:
+    throughput = stock["duration"] / ours["duration"]
     return {
-        f"{side}_requests_per_second": result["request_throughput"],
-        f"{side}_ttft_p50_ms": result["median_ttft_ms"],
-        f"{side}_ttft_p99_ms": result["p99_ttft_ms"],
-        f"{side}_token_p50_ms": result["median_tpot_ms"],
+        **{f"ours_{name}": ours[field] for name, field in FIGURES.items()},
+        **{f"stock_{name}": stock[field] for name, field in FIGURES.items()},
+        "throughput": throughput,
+        "ideal": ideal,
+        "vs_ideal": throughput / ideal,
+        "ttft_p50": ours["median_ttft_ms"] / stock["median_ttft_ms"],
+        "ttft_p99": ours["p99_ttft_ms"] / stock["p99_ttft_ms"],
     }

@@ -135,7 +135,7 @@ class MeasuredEngine:
         embed = model.embed_multimodal
 
         def timed_embed(*args: Any, **kwargs: Any) -> Any:
-            with self.encoder:
+            with self.encoder.time():
                 return embed(*args, **kwargs)
 
         self.encoder.reset()

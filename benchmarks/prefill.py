@@ -19,12 +19,12 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
-from benchmarks.engines import EVS, OURS, PEER, STOCK
+from benchmarks.checkpoint import AnySizeShape
+from benchmarks.engines import OURS, STOCK
 from benchmarks.ideals import ideal_prefill
-from benchmarks.measured_engine import Result
 from benchmarks.requests import QUESTION, ImageRequest, filler_text
-from benchmarks.rounds import Rounds, Row, summary
-from benchmarks.shapes import AnySizeShape, Shape, family_of, scaled_down_size
+from benchmarks.rounds import SCALED_DOWN, Rounds, Row, over_ours, summary
+from benchmarks.shapes import Shape, family_of, scaled_down_size
 
 RATIOS = ("2/3", "7/9", "8/9")
 LONG_RATIOS = ("2/3", "8/9")
@@ -35,11 +35,6 @@ IMAGES = (1, 4, 8)
 
 TEXT_TOKENS = (1024, 2048)
 """Lengths of the text beside one image."""
-
-SCALED_DOWN = "smaller image"
-"""Selector of rows in which stock vLLM gets images scaled down to about as many visual tokens as
-pruning keeps. This alternative to pruning also saves encoder time, and loses detail. Models with
-tiles have few numbers of tokens to choose from: ``average_tokens`` says which."""
 
 Case = dict[str, Any]
 """Arguments of :func:`measure_prefill`."""
@@ -97,53 +92,48 @@ def measure_prefill(
         made = rounds.new_requests(batch, value, 1, question=question)
         return [replace(request, image_size=size) for request in made]
 
-    def times(average: float, timed_run: Result, profiled_run: Result) -> dict[str, float]:
-        return {
-            "average_tokens": average,
-            "stock_ms": stock * 1e3,
-            "ours_ms": timed_run["seconds"] * 1e3,
-            "stock_encoder_ms": encoder * 1e3,
-            "encoder_ms": profiled_run["encoder_seconds"] * 1e3,
-            "speed_up": stock / timed_run["seconds"],
-        }
-
-    def alternative(timed_run: Result, profiled_run: Result) -> dict[str, float]:
-        average = (timed_run["prompt_tokens"][0] - text) / images
-        return times(average, timed_run, profiled_run)
-
     engines = rounds.engines_at(ratio)
     rounds.serve(requests(), *engines)  # caches, allocators and lazy kernels
+    smaller = None
+    if isinstance(shape, AnySizeShape) and value and not rounds.is_video:
+        smaller = scaled_down_size(shape, plans[OURS].average)
     for _ in range(rounds.number):
         timed, profiled = rounds.serve_profiled(requests, *engines)
+        runs = {name: (timed[name], profiled[name]) for name in engines}
         stock, encoder = timed[STOCK]["seconds"], profiled[STOCK]["encoder_seconds"]
         text = timed[STOCK]["prompt_tokens"][0] - rounds.visual_tokens
         layer = {
             tokens: rounds.layer_seconds(batch, text + images * tokens)
             for tokens in {tokens for plan in plans.values() for tokens in plan.counts.stages}
         }
-        for name, plan in plans.items():
-            seconds = timed[name]["seconds"]
-            ideal = ideal_prefill(stock, encoder, plan.share(text, images))
-            stages = zip(plan.layers, plan.counts.stages, strict=True)
-            rows = encoder + sum(layers * layer[tokens] for layers, tokens in stages)
-            figures = times(plan.average, timed[name], profiled[name]) | {
-                "ideal": stock / ideal,
-                "vs_ideal": ideal / seconds,
-                "vs_stock_rows": rows / seconds,
-                "stages_share": profiled[name]["stage_seconds"] / stock,
+        if smaller is not None:
+            scaled, scaled_profiled = rounds.serve_profiled(partial(requests, smaller), STOCK)
+            runs[SCALED_DOWN] = scaled[STOCK], scaled_profiled[STOCK]
+        for name, (run, profile) in runs.items():
+            seconds = run["seconds"]
+            figures = {
+                # Prompts of stock vLLM hold only the tokens that it keeps.
+                "average_tokens": (run["prompt_tokens"][0] - text) / images,
+                "stock_ms": stock * 1e3,
+                "ours_ms": seconds * 1e3,
+                "stock_encoder_ms": encoder * 1e3,
+                "encoder_ms": profile["encoder_seconds"] * 1e3,
+                "speed_up": stock / seconds,
             }
-            if name == OURS and PEER in plans:
-                figures["vs_peer"] = timed[PEER]["seconds"] / seconds
+            if name in plans:
+                plan = plans[name]
+                ideal = ideal_prefill(stock, encoder, plan.share(text, images))
+                stages = zip(plan.layers, plan.counts.stages, strict=True)
+                rows = encoder + sum(layers * layer[tokens] for layers, tokens in stages)
+                figures |= {
+                    "average_tokens": plan.average,
+                    "ideal": stock / ideal,
+                    "vs_ideal": ideal / seconds,
+                    "vs_stock_rows": rows / seconds,
+                    "stages_share": profile["stage_seconds"] / stock,
+                }
             measured[name].append(figures)
-        ours = measured[OURS][-1]
-        if EVS in timed:
-            measured[EVS].append(alternative(timed[EVS], profiled[EVS]))
-            ours["vs_evs"] = timed[EVS]["seconds"] / timed[OURS]["seconds"]
-        elif isinstance(shape, AnySizeShape) and value and not rounds.is_video:
-            size = scaled_down_size(shape, plans[OURS].average)
-            scaled, scaled_profiled = rounds.serve_profiled(partial(requests, size), STOCK)
-            measured[SCALED_DOWN].append(alternative(scaled[STOCK], scaled_profiled[STOCK]))
-            ours["vs_scaled_down"] = scaled[STOCK]["seconds"] / timed[OURS]["seconds"]
+        measured[OURS][-1] |= over_ours({name: run["seconds"] for name, (run, _) in runs.items()})
     shown = "frames" if rounds.is_video else "images"
     conditions: Row = {"ratio": ratio, "batch": batch, shown: images, "text_tokens": text}
     if image_size is not None:
@@ -154,4 +144,5 @@ def measure_prefill(
         | ({"visual_tokens": list(plans[name].counts.stages)} if name in plans else {})
         | summary(rows, "speed_up", "vs_ideal", "vs_peer", "vs_scaled_down", "vs_evs")
         for name, rows in measured.items()
+        if name != STOCK
     ]

@@ -4,14 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.qwen_checkpoint import (
-    QwenVLShape,
-    byte_tokenizer,
-    random_weight,
-    save_model,
-    save_processor,
-    token_ids,
-)
+from benchmarks.checkpoint import SMALL_SIZES, byte_tokenizer, random_weight, save_model
+from benchmarks.qwen_checkpoint import SPECIALS, QwenVLShape, save_processor, token_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,83 +19,40 @@ class Qwen3Shape(QwenVLShape):
         experts: Experts of each decoder layer, two of which compute a token; 0 for a dense model.
     """
 
-    patch = 16
-
+    patch_size: int = 16
     deepstack: tuple[int, ...]
     learned_side: int
     head_size: int
     experts: int = 0
 
     @property
-    def rotary_width(self) -> int:
-        return self.head_size
-
-    @property
     def mrope_section(self) -> list[int]:
         # As published: 24, 20 and 20 of 64 frequencies. Row and column take every third one.
-        frequencies = self.rotary_width // 2
+        frequencies = self.head_size // 2
         of_row = frequencies * 20 // 64
         return [frequencies - 2 * of_row, of_row, of_row]
 
-    @property
-    def architecture(self) -> str:
-        kind = "Moe" if self.experts else ""
-        return f"Qwen3VL{kind}ForConditionalGeneration"
+    def decoder_sizes(self, tokenizer: Any, vocabulary_size: int = 0) -> dict[str, Any]:
+        sizes = super().decoder_sizes(tokenizer, vocabulary_size) | {"head_dim": self.head_size}
+        sizes["rope_parameters"]["mrope_interleaved"] = True
+        if self.experts:
+            sizes |= {
+                "num_experts": self.experts,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": self.intermediate,
+                "norm_topk_prob": True,
+            }
+        return sizes
 
-
-TINY = Qwen3Shape(
-    max_visual_tokens=320,
-    vision_hidden=64,
-    vision_layers=4,
-    vision_heads=2,
-    vision_intermediate=128,
-    deepstack=(0, 2),
-    learned_side=7,  # images have other sides, so all positions are interpolated
-    hidden=128,
-    layers=8,
-    heads=6,  # heads * head_size differs from hidden
-    kv_heads=2,
-    head_size=32,
-    intermediate=256,
-    rope_theta=100.0,
-    boundaries=(2, 6),
-)
-"""For tests."""
-
-TINY_MOE = Qwen3Shape(
-    max_visual_tokens=320,
-    vision_hidden=64,
-    vision_layers=3,
-    vision_heads=2,
-    vision_intermediate=128,
-    deepstack=(1, 2),  # the last layer among them
-    learned_side=7,
-    hidden=128,
-    layers=8,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    intermediate=64,
-    experts=4,
-    rope_theta=100.0,
-    boundaries=(2, 6),
-)
-"""For tests."""
 
 SMALL = Qwen3Shape(
     max_visual_tokens=2400,
-    vision_hidden=256,
-    vision_layers=8,
-    vision_heads=4,
     vision_intermediate=640,
     deepstack=(2, 4, 6),
     learned_side=48,
-    hidden=512,
     layers=36,
-    heads=8,
-    kv_heads=2,
     head_size=64,
-    intermediate=1536,
+    **SMALL_SIZES,
     boundaries=(3, 27),  # as in configs/qwen3-vl-8b.yaml
     image_size=1536,
 )
@@ -114,36 +65,22 @@ def save_random_qwen3(
     """Write a checkpoint with seeded random weights of a torch ``dtype``."""
     import transformers
 
-    tokenizer = byte_tokenizer()
-    decoder = shape.decoder_sizes(tokenizer) | {"head_dim": shape.head_size}
-    decoder["rope_parameters"]["mrope_interleaved"] = True
-    if shape.experts:
-        decoder |= {
-            "num_experts": shape.experts,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": shape.intermediate,
-            "norm_topk_prob": True,
-        }
-    config_class = getattr(transformers, "Qwen3VLMoeConfig" if shape.experts else "Qwen3VLConfig")
-    config = config_class(
-        architectures=[shape.architecture],
+    kind = "Qwen3VLMoe" if shape.experts else "Qwen3VL"
+    architecture = f"{kind}ForConditionalGeneration"
+    tokenizer = byte_tokenizer(SPECIALS)
+    config = getattr(transformers, f"{kind}Config")(
+        architectures=[architecture],
         vision_config={
             **shape.vision_sizes(),
             "deepstack_visual_indexes": [*shape.deepstack],
             "num_position_embeddings": shape.learned_side**2,
         },
-        text_config=decoder,
+        text_config=shape.decoder_sizes(tokenizer),
         **token_ids(tokenizer),
     )
-    save_processor(
-        path,
-        transformers.Qwen3VLProcessor,
-        transformers.Qwen3VLVideoProcessor,
-        tokenizer,
-        shape.patch,
-        shape.pixel_limits,
-    )
-    model = getattr(transformers, shape.architecture)
+    processors = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
+    save_processor(path, shape, tokenizer, *processors)
+    model = getattr(transformers, architecture)
     save_model(path, model, config, seed, dtype, _weight_as_published)
 
 

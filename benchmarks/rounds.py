@@ -18,6 +18,11 @@ from vitcop_vllm.pruning.settings import SelectorName
 Row = dict[str, Any]
 """A table's row: conditions, medians over rounds, and ``_spread`` of some medians."""
 
+SCALED_DOWN = "smaller image"
+"""Selector of rows in which stock vLLM gets images scaled down to about as many visual tokens as
+pruning keeps. This alternative to pruning also saves encoder time, and loses detail. Models with
+tiles have few numbers of tokens to choose from: ``average_tokens`` says which."""
+
 Name = TypeVar("Name")
 
 
@@ -64,11 +69,6 @@ class Rounds:
         self._seeds = count(1)  # a seed is used once, so no cache holds its image
         self._turns = Turns()
 
-    @property
-    def selectors(self) -> list[SelectorName]:
-        """Selectors of the engines that prune."""
-        return [name for name in (OURS, PEER) if name in self.engines]
-
     def showing(self, images: int, size: int | None = None, *, is_video: bool = False) -> Self:
         """A copy whose prompts have other images or videos.
 
@@ -94,16 +94,12 @@ class Rounds:
         return self.images * self.shape.visual_tokens
 
     def plans(self, ratio: float) -> dict[SelectorName, ImagePlan]:
-        """Plan of each image, by selector."""
-        return {name: ImagePlan.of(self.shape, ratio, name) for name in self.selectors}
+        """Plan of each image, by selector of the engines that prune."""
+        selectors = (name for name in (OURS, PEER) if name in self.engines)
+        return {name: ImagePlan.of(self.shape, ratio, name) for name in selectors}
 
     def new_requests(
-        self,
-        number: int,
-        ratio: float,
-        max_tokens: int,
-        *,
-        question: str = QUESTION,
+        self, number: int, ratio: float, max_tokens: int, *, question: str = QUESTION
     ) -> list[ImageRequest]:
         """``number`` requests with the same question, each about new images."""
         family = family_of(self.shape)
@@ -164,6 +160,14 @@ class Rounds:
         """Seconds of a decode step in stock vLLM, after text prompts of ``tokens`` tokens each."""
         command = {"batch": batch, "tokens": tokens, "max_tokens": max_tokens}
         return median(self.engines[STOCK].run("text", **command)["decode_step_seconds"])
+
+
+def over_ours(figures: Mapping[Any, float]) -> dict[str, float]:
+    """``vs_peer``, ``vs_evs`` and ``vs_scaled_down``: figures of alternatives over ours."""
+    others = {"vs_peer": PEER, "vs_evs": EVS, "vs_scaled_down": SCALED_DOWN}
+    return {
+        title: figures[name] / figures[OURS] for title, name in others.items() if name in figures
+    }
 
 
 def summary(measured: Sequence[Mapping[str, float]], *with_spread: str) -> Row:

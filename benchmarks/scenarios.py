@@ -21,11 +21,11 @@ from functools import partial
 from math import ceil
 from statistics import median
 
-from benchmarks.engines import EVS, EVS_RATIO, OURS, PEER, STOCK, EngineName
+from benchmarks.engines import EVS, EVS_RATIO, OURS, STOCK, EngineName
 from benchmarks.ideals import ideal_capacity, ideal_prefill, kv_budget
 from benchmarks.measured_engine import Result
 from benchmarks.requests import ImageRequest
-from benchmarks.rounds import Rounds, Row, summary
+from benchmarks.rounds import Rounds, Row, over_ours, summary
 
 DECODE_RATIOS = ("0", "8/9")
 TURN_RATIOS = ("2/3", "8/9")
@@ -50,36 +50,29 @@ def measure_decode(rounds: Rounds, ratio: str, running: int, tokens: int) -> lis
         encoder, prefill = profiled[STOCK]["encoder_seconds"], max(stock["first_token_seconds"])
         text = stock["prompt_tokens"][0] - rounds.visual_tokens
         step = median(stock["decode_step_seconds"])
-
-        def compared(result: Result, stock: Result = stock, step: float = step) -> dict[str, float]:
-            return {
-                "stock_decode_step_ms": step * 1e3,
-                "decode_latency": median(result["decode_step_seconds"]) / step,
-                "throughput": stock["seconds"] / result["seconds"],
-            }
-
         ideal_steps = {rounds.visual_tokens: step}
-        for name, plan in plans.items():
-            kept = round(images * plan.average)
-            if kept not in ideal_steps:
-                ideal_steps[kept] = rounds.decode_step_seconds(running, text + kept, tokens)
-            ideal_step = ideal_steps[kept] / step
-            seconds = timed[name]["seconds"]
-            ideal = ideal_prefill(prefill, encoder, plan.share(text, images))
-            ideal += (stock["seconds"] - prefill) * ideal_step
-            figures = compared(timed[name]) | {
-                "ideal_decode_latency": ideal_step,
-                "ideal": stock["seconds"] / ideal,
-                "vs_ideal": ideal / seconds,
-                "same_tokens": float(timed[name]["tokens"] == stock["tokens"]),
+        for name in (name for name in engines if name != STOCK):
+            run = timed[name]
+            figures = {
+                "stock_decode_step_ms": step * 1e3,
+                "decode_latency": median(run["decode_step_seconds"]) / step,
+                "throughput": stock["seconds"] / run["seconds"],
             }
-            if name == OURS and PEER in plans:
-                figures["vs_peer"] = timed[PEER]["seconds"] / seconds
+            if name in plans:
+                kept = round(images * plans[name].average)
+                if kept not in ideal_steps:
+                    ideal_steps[kept] = rounds.decode_step_seconds(running, text + kept, tokens)
+                ideal_step = ideal_steps[kept] / step
+                ideal = ideal_prefill(prefill, encoder, plans[name].share(text, images))
+                ideal += (stock["seconds"] - prefill) * ideal_step
+                figures |= {
+                    "ideal_decode_latency": ideal_step,
+                    "ideal": stock["seconds"] / ideal,
+                    "vs_ideal": ideal / run["seconds"],
+                    "same_tokens": float(run["tokens"] == stock["tokens"]),
+                }
             measured[name].append(figures)
-        if EVS in timed:
-            measured[EVS].append(compared(timed[EVS]))
-            seconds = timed[OURS]["seconds"]
-            measured[OURS][-1]["vs_evs"] = timed[EVS]["seconds"] / seconds
+        measured[OURS][-1] |= over_ours({name: run["seconds"] for name, run in timed.items()})
     conditions = {"ratio": ratio, "running": running, "answer_tokens": tokens}
     return [
         conditions
@@ -145,19 +138,17 @@ def measure_capacity(rounds: Rounds, ratio: str) -> list[Row]:
     measured: dict[EngineName, list[dict[str, float]]] = defaultdict(list)
     for _ in range(rounds.number):
         results = rounds.in_turn(serve, *engines)
+        most = {name: results[name]["max_running"] for name in ideals}
         for name in (name for name in ideals if name != STOCK):
             figures = {
-                "stock_most": results[STOCK]["max_running"],
-                "stock_vs_ideal": results[STOCK]["max_running"] / ideals[STOCK],
-                "most": results[name]["max_running"],
-                "vs_ideal": results[name]["max_running"] / ideals[name],
+                "stock_most": most[STOCK],
+                "stock_vs_ideal": most[STOCK] / ideals[STOCK],
+                "most": most[name],
+                "vs_ideal": most[name] / ideals[name],
                 "preemptions": results[name]["preemptions"],
             }
-            if name == OURS and PEER in results:
-                figures["vs_peer"] = figures["most"] / results[PEER]["max_running"]
-            if name == OURS and EVS in results:
-                figures["vs_evs"] = figures["most"] / results[EVS]["max_running"]
             measured[name].append(figures)
+        measured[OURS][-1] |= over_ours({name: 1 / number for name, number in most.items()})
     return [
         {"ratio": ratio, "selector": name, "budget": budget}
         | {"stock_ideal": ideals[STOCK], "ideal": ideals[name]}

@@ -1,8 +1,9 @@
 """Model shapes of the bench, and the differences between model families."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks import (
     internvl_checkpoint,
@@ -11,6 +12,7 @@ from benchmarks import (
     qwen3_checkpoint,
     qwen_checkpoint,
 )
+from benchmarks.checkpoint import AnySizeShape
 from benchmarks.internvl_checkpoint import InternVLShape, save_random_internvl
 from benchmarks.llava_next_checkpoint import LlavaNextShape, save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import LlavaOnevisionShape, save_random_llava_onevision
@@ -26,10 +28,8 @@ from vitcop_vllm.demo.checkpoint import (
     save_random_llava,
 )
 
-AnySizeShape = LlavaNextShape | InternVLShape | QwenShape | Qwen3Shape
-"""Shapes of models that take images of any size."""
-
-Shape = LlavaShape | AnySizeShape
+Shape = LlavaShape
+"""Shapes of all families have LLaVA-1.5's sizes, and some have more."""
 
 SHAPES: dict[str, Shape] = {
     "demo": DEMO,
@@ -76,7 +76,7 @@ FAMILIES: dict[type[Shape], Family] = {
     LlavaNextShape: Family("LLaVA-NeXT", save_random_llava_next, image_sizes=(672,)),
     LlavaOnevisionShape: Family("LLaVA-OneVision", save_random_llava_onevision, image_sizes=(768,)),
     InternVLShape: Family(
-        "InternVL", save_random_internvl, internvl_checkpoint.IMAGE_MARKERS["transformers"], (1344,)
+        "InternVL", save_random_internvl, internvl_checkpoint.IMAGE_MARKER, (1344,)
     ),
     QwenShape: Family("Qwen2.5-VL", save_random_qwen, *_QWEN),
     Qwen3Shape: Family("Qwen3-VL", save_random_qwen3, *_QWEN),
@@ -109,9 +109,16 @@ def describe(shape: Shape) -> str:
     )
 
 
-def save_checkpoint(path: Path, shape: Shape, dtype: str, *, weights: bool) -> None:
-    """Write a random checkpoint; without ``weights``, for vLLM's dummy weights."""
-    if weights or isinstance(shape, AnySizeShape):
-        family_of(shape).save(path, shape, dtype=dtype)
-    else:
+def write_checkpoint(path: Path, shape: Shape, options: Mapping[str, Any]) -> None:
+    """Write a random checkpoint.
+
+    Args:
+        path: Its folder.
+        shape: The model's shape; prompts may have up to ``max_model_len`` tokens.
+        options: Arguments of ``vllm.LLM``.
+    """
+    shape = replace(shape, max_positions=max(shape.max_positions, options["max_model_len"]))
+    if options.get("load_format") == "dummy" and not isinstance(shape, AnySizeShape):
         save_config(path, shape)
+    else:
+        family_of(shape).save(path, shape, dtype=options["dtype"])

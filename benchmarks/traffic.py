@@ -48,70 +48,69 @@ class Endpoint:
     model: str
     tokenizer: str
 
+    def get(self, path: str) -> bytes:
+        """The server's answer at a path."""
+        with urllib.request.urlopen(self.url + path) as answer:
+            content: bytes = answer.read()
+        return content
+
     def kept_tokens(self, ratio: float) -> tuple[int, int]:
         """V, and the plan's visual tokens averaged over layers."""
         query = f"width={IMAGE_SIZE}&height={IMAGE_SIZE}&ratio={ratio:.6f}"
-        with urllib.request.urlopen(f"{self.url}/v1/pruning/plan?{query}") as answer:
-            plan = json.load(answer)
+        plan = json.loads(self.get(f"/v1/pruning/plan?{query}"))
         visual = plan["encoder_tokens"]
         return visual, round(visual * (1 - plan["effective_ratio"]))
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A run: ``rate`` is in requests a second, ``clients`` limits concurrent requests."""
+    """A run.
+
+    Attributes:
+        requests: Number of requests.
+        answer_tokens: Mean length of an answer.
+        clients: Limit on concurrent requests.
+        rate: Requests a second.
+        ratios: Pruning ratios, assigned to the requests in turn; None for stock vLLM.
+        text_tokens: Replace the image by so many tokens of text.
+    """
 
     requests: int
     answer_tokens: int
     clients: int | None = None
     rate: float = float("inf")
+    ratios: Sequence[float] | None = None
+    text_tokens: int | None = None
 
 
-def sample_requests(
-    tokenizer: Any,
-    traffic: Traffic,
-    seed: int,
-    *,
-    ratios: Sequence[float] | None = None,
-    text_tokens: int | None = None,
-) -> list[Any]:
-    """Random requests, made by vLLM; see :func:`serve` for the arguments."""
+def sample_requests(tokenizer: Any, traffic: Traffic, seed: int) -> list[Any]:
+    """Random requests, made by vLLM."""
     # Also for text: vLLM's text dataset may draw the image placeholder.
     from vllm.benchmarks.datasets import RandomMultiModalDataset
 
     requests: list[Any] = RandomMultiModalDataset(random_seed=seed).sample(
         tokenizer=tokenizer,
         num_requests=traffic.requests,
-        input_len=QUESTION_TOKENS + (text_tokens or 0),
+        input_len=QUESTION_TOKENS + (traffic.text_tokens or 0),
         output_len=traffic.answer_tokens,
         range_ratio={"input": 0.0, "output": 0.5},
-        base_items_per_request=int(text_tokens is None),
+        base_items_per_request=int(traffic.text_tokens is None),
         bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
         limit_mm_per_prompt={"image": 1, "video": 0},
     )
-    if ratios is not None:
-        for request, ratio in zip(requests, cycle(ratios), strict=False):
+    if traffic.ratios is not None:
+        for request, ratio in zip(requests, cycle(traffic.ratios), strict=False):
             request.request_overrides = {RATIO_KEY: round(ratio, 6)}
     return requests
 
 
-def serve(
-    server: Endpoint,
-    traffic: Traffic,
-    seed: int,
-    *,
-    ratios: Sequence[float] | None = None,
-    text_tokens: int | None = None,
-    may_fail: bool = False,
-) -> Result:
+def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = False) -> Result:
     """Results of vLLM's serving benchmark.
 
     Args:
         server: The server to measure.
-        traffic: Number of requests, and their arrival.
+        traffic: The requests, and their arrival.
         seed: Seed of images, text, lengths and arrivals.
-        ratios: Pruning ratios, assigned to the requests in turn; None for stock vLLM.
-        text_tokens: Replace the image by so many tokens of text.
         may_fail: Accept failed requests; ``failed`` of the results is their number.
 
     Raises:
@@ -121,7 +120,7 @@ def serve(
     from vllm.tokenizers import cached_get_tokenizer
 
     tokenizer = cached_get_tokenizer(server.tokenizer)
-    requests = sample_requests(tokenizer, traffic, seed, ratios=ratios, text_tokens=text_tokens)
+    requests = sample_requests(tokenizer, traffic, seed)
     np.random.seed(seed)  # for vLLM's arrivals
     with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only
         result: Result = asyncio.run(

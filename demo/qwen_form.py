@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from benchmarks.qwen_checkpoint import (
-    IMAGE_MARKER,
-    MERGE,
-    QwenShape,
-    save_processor,
-    token_ids,
-)
+from benchmarks.qwen_checkpoint import IMAGE_MARKER, MERGE, QwenShape, save_processor, token_ids
 from demo.attention import ATTENTION, WINDOWS
 from demo.drawing import TARGETS, Grid
 from demo.form import Form, Frame, Ints, Seen
@@ -96,7 +90,7 @@ class QwenForm(Form):
         width, height = random_size(rng, side)
         zoom = float(rng.uniform(0.75, 1.35)) / self.shape.token_side
         rows, columns = max(2, round(height * zoom)), max(2, round(width * zoom))
-        return Frame((width, height), rows, columns, MERGE, self.shape.patch)
+        return Frame((width, height), rows, columns, MERGE, self.shape.patch_size)
 
     def targets(self, scene: Scene, frame: Frame) -> dict[str, Grid]:
         """Rows and columns count from the top left, in steps of three patches.
@@ -127,7 +121,7 @@ class QwenForm(Form):
 
     def see(self, model: Any, pixels: Tensor) -> Seen:
         images, height, width, _ = pixels.shape
-        side, patch = self.shape.token_side, self.shape.patch
+        side, patch = self.shape.token_side, self.shape.patch_size
         blocks = normalised(pixels).view(
             images, 3, height // side, MERGE, patch, width // side, MERGE, patch
         )
@@ -155,29 +149,19 @@ def save_config(folder: Path, shape: QwenShape) -> Any:
 
     tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_MODEL)
     tokenizer.add_tokens([*SPECIALS], special_tokens=True)
-    text = shape.decoder_sizes(tokenizer) | {
-        "vocab_size": VOCABULARY,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
     Qwen2_5_VLConfig(
         architectures=["Qwen2_5_VLForConditionalGeneration"],
         dtype="bfloat16",
-        vision_config={
-            **shape.vision_sizes(),
-            "window_size": shape.window * shape.token_side,
-            "fullatt_block_indexes": [*shape.full_attention],
-        },
-        text_config=text,
+        vision_config=shape.vision_config(),
+        text_config=shape.decoder_sizes(tokenizer) | {"vocab_size": VOCABULARY},
         **token_ids(tokenizer),
     ).save_pretrained(folder)
     save_processor(
         folder,
+        shape,
+        tokenizer,
         Qwen2_5_VLProcessor,
         Qwen2VLVideoProcessor,
-        tokenizer,
-        shape.patch,
-        shape.pixel_limits,
         CHAT_TEMPLATE.replace("<image>", IMAGE_MARKER),
     )
     return tokenizer

@@ -1,21 +1,17 @@
 """The table of what an image costs, in docs/compatibility.md, is what the plans say."""
 
 from dataclasses import replace
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
-from benchmarks import (
-    internvl_checkpoint,
-    llava_next_checkpoint,
-    qwen3_checkpoint,
-    qwen_checkpoint,
-)
+from benchmarks import llava_next_checkpoint, qwen3_checkpoint, qwen_checkpoint
 from benchmarks.internvl_checkpoint import InternVLShape
-from benchmarks.llava_onevision_checkpoint import TINY, LlavaOnevisionShape
+from benchmarks.llava_onevision_checkpoint import LlavaOnevisionShape, all_pinpoints
+from tests.checkpoints import tiny
 from vitcop_vllm.pruning.plan import plan_counts
 from vitcop_vllm.pruning.settings import PruningSettings
 
@@ -33,30 +29,28 @@ class Published(NamedTuple):
 
 
 ONEVISION: LlavaOnevisionShape = replace(
-    TINY,
-    tile_size=384,
-    pinpoints=tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7)),
+    tiny.LLAVA_ONEVISION, tile_size=384, pinpoints=all_pinpoints(384)
 )
 
-INTERNVL: InternVLShape = replace(internvl_checkpoint.TINY_CHAT, tile_size=448, max_tiles=12)
+INTERNVL: InternVLShape = replace(tiny.INTERNVL_CHAT, tile_size=448, max_tiles=12)
 
 PUBLISHED = {
     "llava-1.5-7b": Published(32, 32, 576),
     "llava-1.5-13b": Published(40, 40, 576),
     "llava-next-7b": Published(32, 8, llava_next_checkpoint.SMALL.tokens_of(*SIZE)),
     "llava-onevision-7b": Published(28, 4, ONEVISION.tokens_of(*SIZE)),
-    "qwen3-vl-8b": Published(36, 8, prod(qwen3_checkpoint.SMALL.grid(*SIZE))),
-    "qwen3-vl-30b-a3b": Published(48, 4, prod(qwen3_checkpoint.SMALL.grid(*SIZE))),
+    "qwen3-vl-8b": Published(36, 8, qwen3_checkpoint.SMALL.tokens_of(*SIZE)),
+    "qwen3-vl-30b-a3b": Published(48, 4, qwen3_checkpoint.SMALL.tokens_of(*SIZE)),
     "internvl3-8b": Published(28, 4, INTERNVL.tokens_of(*SIZE)),
-    "qwen2.5-vl-7b": Published(28, 4, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
-    "qwen2.5-vl-72b": Published(80, 8, prod(qwen_checkpoint.SMALL.grid(*SIZE))),
+    "qwen2.5-vl-7b": Published(28, 4, qwen_checkpoint.SMALL.tokens_of(*SIZE)),
+    "qwen2.5-vl-72b": Published(80, 8, qwen_checkpoint.SMALL.tokens_of(*SIZE)),
 }
 
 
 STAGE_ONE = {
     "gemma-3-12b": 256,
-    "qwen3.5-27b": prod(qwen3_checkpoint.SMALL.grid(*SIZE)),
-    "qwen3.5-35b-a3b": prod(qwen3_checkpoint.SMALL.grid(*SIZE)),
+    "qwen3.5-27b": qwen3_checkpoint.SMALL.tokens_of(*SIZE),
+    "qwen3.5-35b-a3b": qwen3_checkpoint.SMALL.tokens_of(*SIZE),
     # Tokens of 28 pixels, images of up to 1540.
     "mistral-small-3.1-24b": ceil(SIZE[0] / 28) * ceil(SIZE[1] / 28),
 }
@@ -87,8 +81,8 @@ VIDEO_SIZE = 640, 360
 KV_BYTES = 8 * 2**30
 
 FRAMES = {
-    "qwen2.5-vl-7b": prod(qwen_checkpoint.SMALL.grid(*VIDEO_SIZE)),
-    "qwen3-vl-8b": prod(qwen3_checkpoint.SMALL.grid(*VIDEO_SIZE)),
+    "qwen2.5-vl-7b": qwen_checkpoint.SMALL.tokens_of(*VIDEO_SIZE),
+    "qwen3-vl-8b": qwen3_checkpoint.SMALL.tokens_of(*VIDEO_SIZE),
 }
 """V of a frame of :data:`VIDEO_SIZE`."""
 

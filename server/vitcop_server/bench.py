@@ -34,7 +34,7 @@ DEFAULTS = (
 
 STOCK = "stock"
 
-_FIGURES = {
+FIGURES = {
     "requests_per_second": "request_throughput",
     "ttft_p50_ms": "median_ttft_ms",
     "ttft_p99_ms": "p99_ttft_ms",
@@ -99,7 +99,7 @@ def run_benchmark(url: str, ratio: str, seed: int, flags: Sequence[str]) -> dict
     with redirect_stdout(io.StringIO()):  # standard output is for our table and document
         result = bench_serve(parser.parse_args([*DEFAULTS, *flags, *run]))
     check_answered(result)
-    return {name: float(result[field]) for name, field in _FIGURES.items()}
+    return {name: float(result[field]) for name, field in FIGURES.items()}
 
 
 def check_answered(result: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[dict[st
     rows = []
     for name in names:
         row: dict[str, Any] = {"ratio": name}
-        row |= {figure: median(run[name][figure] for run in rounds) for figure in _FIGURES}
+        row |= {figure: median(run[name][figure] for run in rounds) for figure in FIGURES}
         if base is not None:
             key = "requests_per_second"
             row["throughput"] = median(run[name][key] / run[base][key] for run in rounds)

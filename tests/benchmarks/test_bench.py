@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import bench, cold_start, prefill, qwen_checkpoint, scenarios
+from benchmarks import bench, cold_start, prefill, scenarios
 from benchmarks.bench_options import ENGINE_SCENARIOS, SCENARIOS, VIDEO_SCENARIOS
 from benchmarks.engines import EVS, OURS, PEER, STOCK, EngineDiedError, running_engines
 from benchmarks.goals import GOALS
 from benchmarks.qwen_checkpoint import SMALL, save_random_qwen
-from benchmarks.rounds import Rounds
+from benchmarks.rounds import SCALED_DOWN, Rounds
 from benchmarks.serving import ServerError
 from benchmarks.shapes import SHAPES
 from tests.benchmarks.fake_engines import FakeEngine
+from tests.checkpoints import tiny
 from vitcop_server.bench import RequestsFailedError
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 
@@ -131,7 +132,7 @@ def test_qwen_measures_prefill_at_two_image_sizes(capsys, tmp_path):
         (size, ratio, selector)
         for size in (448, 1344)
         for ratio in ("0", *prefill.RATIOS)
-        for selector in ([OURS] if ratio == "0" else [OURS, prefill.SCALED_DOWN])
+        for selector in ([OURS] if ratio == "0" else [OURS, SCALED_DOWN])
     ]
     assert plot.stat().st_size > 10_000
 
@@ -255,7 +256,7 @@ def test_real_engines_with_dummy_weights(tmp_path):
 
 @pytest.mark.slow
 def test_real_engines_with_scaled_down_images(tmp_path):
-    save_random_qwen(tmp_path, qwen_checkpoint.TINY)
+    save_random_qwen(tmp_path, tiny.QWEN)
     started = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -264,7 +265,7 @@ def test_real_engines_with_scaled_down_images(tmp_path):
         "pruning": {"deep_boundary": 5},
     }
     with running_engines(tmp_path, started, (STOCK, OURS)) as engines:
-        rounds = Rounds(engines, replace(qwen_checkpoint.TINY, boundaries=(1, 5)), 1)
+        rounds = Rounds(engines, replace(tiny.QWEN, boundaries=(1, 5)), 1)
         ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, image_size=448)
         [unpruned] = prefill.measure_prefill(rounds, "0", 1, image_size=336)
     assert ours["average_tokens"] == pytest.approx(256 / 9, abs=1.0)
@@ -277,7 +278,7 @@ def test_real_engines_with_scaled_down_images(tmp_path):
 
 @pytest.mark.slow
 def test_real_engines_with_videos(tmp_path):
-    save_random_qwen(tmp_path, qwen_checkpoint.TINY)
+    save_random_qwen(tmp_path, tiny.QWEN)
     started = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -287,7 +288,7 @@ def test_real_engines_with_videos(tmp_path):
         "pruning": {"deep_boundary": 5},
     }
     with running_engines(tmp_path, started, (STOCK, OURS, EVS)) as engines:
-        shape = replace(qwen_checkpoint.TINY, boundaries=(1, 5))
+        shape = replace(tiny.QWEN, boundaries=(1, 5))
         rounds = Rounds(engines, shape, 1).showing(12, 112, is_video=True)
         ours, evs = prefill.measure_prefill(rounds, "8/9")
         [unpruned] = scenarios.measure_decode(rounds, "0", 2, 4)

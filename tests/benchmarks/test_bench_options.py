@@ -17,10 +17,9 @@ from benchmarks.bench_options import (
     engine_options,
     fill_defaults,
     parse_arguments,
-    write_checkpoint,
 )
 from benchmarks.engines import EVS, OURS, STOCK
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import SHAPES, write_checkpoint
 from benchmarks.traffic import QUESTION_TOKENS
 from vitcop_vllm.demo.checkpoint import DEMO, LLAVA_1_5_7B
 
@@ -43,7 +42,7 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--scenarios", "prefil"], "invalid choice"),
         (["--rounds", "0"], "above 0"),
         (["--batches", "1,0"], "above 0"),
-        (["--running", "many"], "invalid"),
+        (["--running", "many"], "'many' is no number above 0"),
         (["--rates", "2,0"], "above 0"),
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
         (

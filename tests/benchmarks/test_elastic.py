@@ -26,13 +26,14 @@ def runs(monkeypatch):
     seen = []
     counters: elastic.Counters = Counter()
 
-    def serve(server, traffic, seed, *, ratios=None, may_fail=False):
+    def serve(server, traffic, seed, *, may_fail=False):
+        ratios = traffic.ratios
         seen.append((traffic, seed, ratios, may_fail))
         failed = 10 if may_fail and ratios == (0.0,) else 0
         for stage, kept in (("I", 30), ("II", 20), ("III", 10)):
             share = 100 if ratios == (0.0,) else kept
-            counters["vitcop_visual_tokens_kept", stage] += share
-            counters["vitcop_visual_tokens_dropped", stage] += 100 - share
+            counters["vitcop_visual_tokens_kept_total", stage] += share
+            counters["vitcop_visual_tokens_dropped_total", stage] += 100 - share
         counters[elastic.REFUSED] += failed
         return {
             "failed": failed,
@@ -42,7 +43,7 @@ def runs(monkeypatch):
         }
 
     monkeypatch.setattr(elastic, "serve", serve)
-    monkeypatch.setattr(elastic, "_get", lambda server, path: CONFIG)
+    monkeypatch.setattr(elastic, "_config", lambda server: CONFIG)
     monkeypatch.setattr(elastic, "_counters", lambda server: counters.copy())
     return seen
 
@@ -68,6 +69,7 @@ def test_each_case_has_the_same_overload(runs):
 def test_counters_are_summed_over_modalities():
     text = (
         "# HELP vitcop_visual_tokens_kept_total Visual tokens\n"
+        "# TYPE vitcop_visual_tokens_kept_total counter\n"
         'vitcop_visual_tokens_kept_total{modality="image",stage="I"} 30.0\n'
         'vitcop_visual_tokens_kept_total{modality="video",stage="I"} 12.0\n'
         'vitcop_visual_tokens_dropped_total{modality="image",stage="III"} 1.0e+06\n'
@@ -76,8 +78,8 @@ def test_counters_are_summed_over_modalities():
         'vllm:admission_rejections_total{model_name="m",reason="max_num_queued_tokens"} 0.0\n'
     )
     assert elastic.counters_in(text) == {
-        ("vitcop_visual_tokens_kept", "I"): 42,
-        ("vitcop_visual_tokens_dropped", "III"): 10**6,
+        ("vitcop_visual_tokens_kept_total", "I"): 42,
+        ("vitcop_visual_tokens_dropped_total", "III"): 10**6,
         elastic.REFUSED: 3,
     }
 
@@ -86,7 +88,7 @@ def test_other_failures_end_the_run(runs, monkeypatch):
     failures = {"failed": 1, "errors": ["it broke"]}
     monkeypatch.setattr(elastic, "serve", lambda *args, **options: failures)
     with pytest.raises(RequestsFailedError, match="it broke"):
-        elastic._serve(SERVER, Traffic(1, 1), 0, None)
+        elastic._serve(SERVER, Traffic(1, 1), 0)
 
 
 @pytest.mark.parametrize("clients", [8, 16, 32])

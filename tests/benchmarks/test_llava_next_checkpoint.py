@@ -1,6 +1,7 @@
 """LLaVA-NeXT checkpoints of the bench."""
 
-from benchmarks.llava_next_checkpoint import SMALL, TINY
+from benchmarks.llava_next_checkpoint import SMALL
+from tests.checkpoints.tiny import LLAVA_NEXT
 
 
 def test_grids_of_the_published_models():
@@ -12,5 +13,5 @@ def test_grids_of_the_published_models():
 def test_padding_has_no_tokens():
     assert SMALL.grids(1000, 500) == [(24, 24, False), (24, 48, True)]
     assert SMALL.grids(640, 480) == [(24, 24, False), (36, 48, True)]
-    assert TINY.grids(2000, 60)[1] == (0, 0, True)
-    assert TINY.grids(60, 2000)[1] == (24, 0, True)
+    assert LLAVA_NEXT.grids(2000, 60)[1] == (0, 0, True)
+    assert LLAVA_NEXT.grids(60, 2000)[1] == (24, 0, True)

@@ -23,7 +23,8 @@ def runs(monkeypatch):
         assert self is OURS, "stock vLLM has no plan"
         return V, round(V * (1 - ratio))
 
-    def serve(server, traffic: Traffic, seed, *, ratios=None, text_tokens=None):
+    def serve(server, traffic: Traffic, seed):
+        ratios, text_tokens = traffic.ratios, traffic.text_tokens
         seen.append((server, traffic, seed, ratios, text_tokens))
         visual = mean(kept_tokens(OURS, ratio)[1] for ratio in ratios or (0.0,))
         image = ENCODER + round(visual) * TOKEN if text_tokens is None else text_tokens * TOKEN

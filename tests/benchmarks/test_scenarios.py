@@ -8,7 +8,7 @@ from benchmarks import prefill, qwen_checkpoint, scenarios
 from benchmarks.engines import OURS, PEER, STOCK
 from benchmarks.ideals import ImagePlan
 from benchmarks.requests import filler_text
-from benchmarks.rounds import Rounds
+from benchmarks.rounds import SCALED_DOWN, Rounds
 from tests.benchmarks.fake_engines import CACHED, ENCODER, STEP, TOKEN, FakeEngine
 from vitcop_vllm.demo.checkpoint import LLAVA_1_5_7B
 
@@ -70,7 +70,7 @@ def test_prefill_compares_with_scaled_down_images(apart):
     engines: dict[Any, Any] = {name: FakeEngine(name, shape) for name in (STOCK, OURS)}
     rounds = Rounds(engines, shape, 2, profile_apart=apart)
     ours, scaled = prefill.measure_prefill(rounds, "8/9", 1, image_size=448)
-    assert (ours["selector"], scaled["selector"]) == (OURS, prefill.SCALED_DOWN)
+    assert (ours["selector"], scaled["selector"]) == (OURS, SCALED_DOWN)
     assert ours["image_size"] == scaled["image_size"] == 448
     assert ours["vs_ideal"] == EXACTLY_ONE
     assert ours["vs_stock_rows"] == EXACTLY_ONE

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from benchmarks.shapes import FAMILIES, SHAPES, AnySizeShape, family_of, scaled_down_size
+from benchmarks.checkpoint import AnySizeShape
+from benchmarks.shapes import FAMILIES, SHAPES, family_of, scaled_down_size
 from vitcop_vllm.pruning.settings import PruningSettings
 
 ANY_SIZE = {name: shape for name, shape in SHAPES.items() if isinstance(shape, AnySizeShape)}

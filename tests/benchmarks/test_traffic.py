@@ -1,6 +1,7 @@
 """The HTTP load: its servers, its requests, and runs against a real server."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -61,7 +62,7 @@ def test_two_servers_share_a_gpu_unless_configured(name, started):
 def test_requests_have_an_image_or_text_instead():
     tokenizer = get_tokenizer(str(DEMO_MODEL))
     run = traffic.Traffic(requests=64, answer_tokens=16)
-    images = traffic.sample_requests(tokenizer, run, 11, ratios=(0.5, 0.75))
+    images = traffic.sample_requests(tokenizer, replace(run, ratios=(0.5, 0.75)), 11)
     assert all(len(request.multi_modal_data) == 1 for request in images)
     assert [request.request_overrides["pruning_ratio"] for request in images[:3]] == [
         0.5,
@@ -70,7 +71,7 @@ def test_requests_have_an_image_or_text_instead():
     ]
     lengths = {request.expected_output_len for request in images}
     assert 8 <= min(lengths) < max(lengths) <= 24
-    text = traffic.sample_requests(tokenizer, run, 11, text_tokens=100)
+    text = traffic.sample_requests(tokenizer, replace(run, text_tokens=100), 11)
     for request in text:
         assert not request.multi_modal_data
         assert not request.request_overrides
@@ -83,7 +84,7 @@ def test_failed_requests_end_the_run(demo_url):
     ours = traffic.Endpoint(demo_url, "demo", str(DEMO_MODEL))
     run = traffic.Traffic(requests=4, answer_tokens=4, clients=2)
     with pytest.raises(RequestsFailedError, match="4 requests failed"):
-        traffic.serve(ours, run, 11, ratios=(0.99,))
+        traffic.serve(ours, replace(run, ratios=(0.99,)), 11)
 
 
 @pytest.mark.slow
@@ -94,8 +95,8 @@ def test_each_request_has_its_own_ratio(demo_url):
     assert visual == 576
     assert kept == pytest.approx(64, abs=1)
     run = traffic.Traffic(requests=4, answer_tokens=4)
-    mixed = traffic.serve(ours, run, 11, ratios=(0.0, 8 / 9))
+    mixed = traffic.serve(ours, replace(run, ratios=(0.0, 8 / 9)), 11)
     assert mixed["completed"] == 4
     assert 0 < mixed["median_ttft_ms"] <= mixed["p99_ttft_ms"]
-    text = traffic.serve(ours, run, 11, text_tokens=100)
+    text = traffic.serve(ours, replace(run, text_tokens=100), 11)
     assert text["total_input_tokens"] == pytest.approx(4 * 140, rel=0.05)

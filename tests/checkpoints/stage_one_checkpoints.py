@@ -3,15 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.qwen_checkpoint import (
-    CHAT_TEMPLATE,
-    MERGE,
-    byte_tokenizer,
-    random_weight,
-    save_model,
-    save_processor,
-    token_ids,
-)
+from benchmarks.checkpoint import byte_tokenizer, chat_template, random_weight, save_model
+from benchmarks.qwen_checkpoint import MERGE, SPECIALS, save_processor, token_ids
+from tests.checkpoints import tiny
 
 GEMMA_IMAGE, GEMMA_TOKENS = "<start_of_image>", 64
 """Marks an image in a prompt of Gemma 3, and its visual tokens."""
@@ -100,9 +94,7 @@ def _save_gemma_processor(path: Path, tokenizer: Any) -> None:
     Gemma3Processor(
         image_processor=Gemma3ImageProcessor(size={"height": 224, "width": 224}),
         tokenizer=tokenizer,
-        chat_template=CHAT_TEMPLATE.replace(
-            "<|vision_start|><|image_pad|><|vision_end|>", GEMMA_IMAGE
-        ),
+        chat_template=chat_template(GEMMA_IMAGE),
         image_seq_length=GEMMA_TOKENS,
     ).save_pretrained(path)
 
@@ -118,7 +110,8 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0, experts: int = 0) -> None:
     """
     import transformers
 
-    tokenizer = byte_tokenizer()
+    shape = tiny.QWEN3_MOE
+    tokenizer = byte_tokenizer(SPECIALS)
     token = tokenizer.convert_tokens_to_ids
     kind = "Qwen3_5Moe" if experts else "Qwen3_5"
     of_experts = {
@@ -129,17 +122,7 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0, experts: int = 0) -> None:
     }
     config = getattr(transformers, f"{kind}Config")(
         architectures=[f"{kind}ForConditionalGeneration"],
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
-            "patch_size": 16,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 49,
-            "out_hidden_size": 128,
-        },
+        vision_config={**shape.vision_sizes(), "num_position_embeddings": shape.learned_side**2},
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 128,
@@ -167,10 +150,8 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0, experts: int = 0) -> None:
         },
         **token_ids(tokenizer),
     )
-    pixels = (16 * MERGE) ** 2
-    limits = {"shortest_edge": 4 * pixels, "longest_edge": 320 * pixels}
     processors = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
-    save_processor(path, *processors, tokenizer, 16, limits)
+    save_processor(path, shape, tokenizer, *processors)
     model = getattr(transformers, f"{kind}ForConditionalGeneration")
     save_model(path, model, config, seed, "bfloat16", _qwen_weight)
 
@@ -238,6 +219,6 @@ def save_random_mistral3(path: Path, *, seed: int = 0) -> None:
         tokenizer=tokenizer,
         patch_size=patch,
         spatial_merge_size=MERGE,
-        chat_template=CHAT_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "[IMG]"),
+        chat_template=chat_template("[IMG]"),
     ).save_pretrained(path)
     save_model(path, Mistral3ForConditionalGeneration, config, seed, "float32")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from vllm import envs
 
-from benchmarks.qwen3_checkpoint import TINY, save_random_qwen3
+from benchmarks.qwen3_checkpoint import save_random_qwen3
+from tests.checkpoints import tiny
 from tests.checkpoints.stage_one_checkpoints import save_random_qwen3_5
 from tests.families.family import INTERNVL_CHAT
 from vitcop_vllm.engine.checks import StartUp
@@ -276,7 +277,7 @@ def test_another_vision_tower_is_refused(checkpoint, tmp_path):
 def deepstack_checkpoint(tmp_path_factory):
     """Qwen3-VL, with features of the encoder after two decoder layers; without weights."""
     path = tmp_path_factory.mktemp("qwen3")
-    save_random_qwen3(path, TINY)
+    save_random_qwen3(path, tiny.QWEN3)
     (path / "model.safetensors").unlink()
     return path
 

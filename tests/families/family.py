@@ -4,22 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from benchmarks import (
-    internvl_checkpoint,
-    llava_next_checkpoint,
-    llava_onevision_checkpoint,
-    qwen3_checkpoint,
-    qwen_checkpoint,
-)
+from benchmarks import internvl_checkpoint, llava_onevision_checkpoint, qwen_checkpoint
 from benchmarks.internvl_checkpoint import save_random_internvl
 from benchmarks.llava_next_checkpoint import save_random_llava_next
 from benchmarks.llava_onevision_checkpoint import save_random_llava_onevision
-from benchmarks.qwen3_checkpoint import save_random_qwen3
+from benchmarks.qwen3_checkpoint import Qwen3Shape, save_random_qwen3
 from benchmarks.qwen_checkpoint import save_random_qwen
+from tests.checkpoints import tiny
+from tests.checkpoints.internvl_chat import save_random_internvl_chat
 from tests.engine.requests import (
     ENGINE_OPTIONS,
     IMAGE_MARKS,
@@ -161,12 +157,12 @@ QWEN2_5_VL = Family(
     name="qwen2_5_vl",
     placeholder="<|image_pad|>",
     image_token=qwen_checkpoint.SPECIALS.index("<|image_pad|>"),
-    layers=qwen_checkpoint.TINY.layers,
-    save=partial(save_random_qwen, shape=qwen_checkpoint.TINY),
+    layers=tiny.QWEN.layers,
+    save=partial(save_random_qwen, shape=tiny.QWEN),
     oracle="tests.families.qwen_oracle:DenseQwen",
-    tokens=lambda width, height: prod(qwen_checkpoint.TINY.grid(width, height)),
+    tokens=tiny.QWEN.tokens_of,
     # The limits are those of a frame.
-    frames=lambda frames, *size: (ceil(frames / 2), prod(qwen_checkpoint.TINY.grid(*size))),
+    frames=lambda frames, *size: (ceil(frames / 2), tiny.QWEN.tokens_of(*size)),
     video_token=qwen_checkpoint.SPECIALS.index("<|video_pad|>"),
 )
 
@@ -174,30 +170,28 @@ LLAVA_NEXT = Family(
     name="llava_next",
     placeholder="<image>",
     image_token=IMAGE_TOKEN,
-    layers=llava_next_checkpoint.TINY.layers,
-    save=partial(save_random_llava_next, shape=llava_next_checkpoint.TINY),
+    layers=tiny.LLAVA_NEXT.layers,
+    save=partial(save_random_llava_next, shape=tiny.LLAVA_NEXT),
     oracle="tests.families.tiled_oracle:DenseLlavaNext",
-    tokens=llava_next_checkpoint.TINY.tokens_of,
+    tokens=tiny.LLAVA_NEXT.tokens_of,
 )
 
 LLAVA_ONEVISION = Family(
     name="llava_onevision",
     placeholder="<image>",
     image_token=IMAGE_TOKEN,
-    layers=llava_onevision_checkpoint.TINY.layers,
-    save=partial(save_random_llava_onevision, shape=llava_onevision_checkpoint.TINY),
+    layers=tiny.LLAVA_ONEVISION.layers,
+    save=partial(save_random_llava_onevision, shape=tiny.LLAVA_ONEVISION),
     oracle="tests.families.tiled_oracle:DenseLlavaOnevision",
-    tokens=llava_onevision_checkpoint.TINY.tokens_of,
-    frames=lambda frames, *size: (frames, llava_onevision_checkpoint.TINY.frame_tokens),
+    tokens=tiny.LLAVA_ONEVISION.tokens_of,
+    frames=lambda frames, *size: (frames, tiny.LLAVA_ONEVISION.frame_tokens),
     video_token=llava_onevision_checkpoint.VIDEO_TOKEN,
     video_tail=1,
     stock_joins_videos=False,
 )
 
 
-def _qwen3_frames(
-    shape: qwen3_checkpoint.Qwen3Shape, frames: int, width: int, height: int
-) -> tuple[int, int]:
+def _qwen3_frames(shape: Qwen3Shape, frames: int, width: int, height: int) -> tuple[int, int]:
     """The limits are those of all frames together."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
@@ -211,23 +205,23 @@ QWEN3_VL = Family(
     name="qwen3_vl",
     placeholder="<|image_pad|>",
     image_token=QWEN2_5_VL.image_token,
-    layers=qwen3_checkpoint.TINY.layers,
-    save=partial(save_random_qwen3, shape=qwen3_checkpoint.TINY),
+    layers=tiny.QWEN3.layers,
+    save=partial(save_random_qwen3, shape=tiny.QWEN3),
     oracle="tests.families.qwen3_oracle:DenseQwen3",
-    tokens=lambda width, height: prod(qwen3_checkpoint.TINY.grid(width, height)),
+    tokens=tiny.QWEN3.tokens_of,
     settings=PruningSettings(shallow_boundary=2),
-    frames=partial(_qwen3_frames, qwen3_checkpoint.TINY),
+    frames=partial(_qwen3_frames, tiny.QWEN3),
     video_token=QWEN2_5_VL.video_token,
 )
 
 QWEN3_VL_MOE = replace(
     QWEN3_VL,
     name="qwen3_vl_moe",
-    layers=qwen3_checkpoint.TINY_MOE.layers,
-    save=partial(save_random_qwen3, shape=qwen3_checkpoint.TINY_MOE),
+    layers=tiny.QWEN3_MOE.layers,
+    save=partial(save_random_qwen3, shape=tiny.QWEN3_MOE),
     oracle="tests.families.qwen3_oracle:DenseQwen3Moe",
-    tokens=lambda width, height: prod(qwen3_checkpoint.TINY_MOE.grid(width, height)),
-    frames=partial(_qwen3_frames, qwen3_checkpoint.TINY_MOE),
+    tokens=tiny.QWEN3_MOE.tokens_of,
+    frames=partial(_qwen3_frames, tiny.QWEN3_MOE),
 )
 
 _INTERN_TOKEN = internvl_checkpoint.SPECIALS.index
@@ -236,10 +230,10 @@ INTERNVL_CHAT = Family(
     name="internvl_chat",
     placeholder="<image>",
     image_token=_INTERN_TOKEN("<IMG_CONTEXT>"),
-    layers=internvl_checkpoint.TINY_CHAT.layers,
-    save=partial(save_random_internvl, shape=internvl_checkpoint.TINY_CHAT),
+    layers=tiny.INTERNVL_CHAT.layers,
+    save=partial(save_random_internvl_chat, shape=tiny.INTERNVL_CHAT),
     oracle="tests.families.internvl_oracle:DenseInternVLChat",
-    tokens=internvl_checkpoint.TINY_CHAT.tokens_of,
+    tokens=tiny.INTERNVL_CHAT.tokens_of,
     tokens_around=(_INTERN_TOKEN("<img>"), _INTERN_TOKEN("</img>")),
     pixels="pixel_values_flat",
     stock_ignores_ratio=False,
@@ -249,11 +243,11 @@ INTERNVL = Family(
     name="internvl",
     placeholder="<IMG_CONTEXT>",
     image_token=_INTERN_TOKEN("<IMG_CONTEXT>"),
-    layers=internvl_checkpoint.TINY_TRANSFORMERS.layers,
+    layers=tiny.INTERNVL.layers,
     # With seed 0, the norms of two keys of image 101 differ by rounding only.
-    save=partial(save_random_internvl, shape=internvl_checkpoint.TINY_TRANSFORMERS, seed=1),
+    save=partial(save_random_internvl, shape=tiny.INTERNVL, seed=1),
     oracle="tests.families.internvl_oracle:DenseInternVL",
-    tokens=internvl_checkpoint.TINY_TRANSFORMERS.tokens_of,
+    tokens=tiny.INTERNVL.tokens_of,
     tokens_around=(_INTERN_TOKEN("<img>"), _INTERN_TOKEN("</img>")),
 )
 

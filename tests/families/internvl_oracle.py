@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import Qwen2Config
 
-from benchmarks.internvl_checkpoint import TINY_CHAT
+from tests.checkpoints.tiny import INTERNVL_CHAT
 from tests.engine.dense_oracle import DenseModel, Encoded, Tile
 from tests.families.qwen_oracle import root_mean_square_distance
 from tests.pruning import oracle
@@ -67,7 +67,7 @@ class DenseInternVL(DenseModel):
 
     def tokens_of(self, image: Image.Image) -> list[_Token]:
         """The image's tokens in the order of the prompt: tile by tile."""
-        tile_rows, tile_columns = TINY_CHAT.tiles(*image.size)
+        tile_rows, tile_columns = INTERNVL_CHAT.tiles(*image.size)
         tokens = self.grid_tokens(tile_rows, tile_columns, 0, 0)
         if tile_rows * tile_columns > 1:
             tokens += self.grid_tokens(1, 1, len(tokens), tile_rows * tile_columns)
@@ -228,8 +228,8 @@ class DenseInternVLChat(DenseInternVL):
         self.set_axes()
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        rows, columns = TINY_CHAT.tiles(*image.size)
-        tile = TINY_CHAT.tile_size
+        rows, columns = INTERNVL_CHAT.tiles(*image.size)
+        tile = INTERNVL_CHAT.tile_size
         image = image.convert("RGB")
         whole = image.resize((columns * tile, rows * tile))
         tiles = [

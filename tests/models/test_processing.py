@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
-from benchmarks import internvl_checkpoint, llava_next_checkpoint
-from benchmarks.qwen_checkpoint import TINY
+from tests.checkpoints import tiny
 from tests.engine.requests import VIDEO_MARK
 from tests.families.family import (
     FAMILIES,
@@ -79,7 +78,7 @@ def test_the_plan_follows_the_operator_s_pixel_limits(
     planned = processor.info.layout(width, height)
     assert min_tokens <= planned.num_tokens <= max_tokens
     if not processor_kwargs:
-        assert planned.grids == (Grid(*TINY.grid(width, height)),)
+        assert planned.grids == (Grid(*tiny.QWEN.grid(width, height)),)
     assert_processed_as_planned(processor, QWEN2_5_VL, width, height)
 
 
@@ -274,7 +273,7 @@ def test_the_plan_of_a_tiled_image_is_what_the_processor_makes_of_it(
     llava_next: Any, width: int, height: int
 ) -> None:
     planned = llava_next.info.layout(width, height)
-    expected = llava_next_checkpoint.TINY.grids(width, height)
+    expected = tiny.LLAVA_NEXT.grids(width, height)
     assert planned.grids == tuple(Grid(*grid) for grid in expected)
     assert planned.box == (0, 0, width, height)
     assert_processed_as_planned(llava_next, LLAVA_NEXT, width, height)
@@ -299,8 +298,7 @@ def test_a_dummy_image_fits_the_step_if_any_image_does(llava_next: Any) -> None:
     assert largest // 2 < tokens < largest
     smallest = info.layout(*info.dummy_size(1)).num_tokens
     assert smallest == min(
-        info.layout(width, height).num_tokens
-        for height, width in llava_next_checkpoint.TINY.pinpoints
+        info.layout(width, height).num_tokens for height, width in tiny.LLAVA_NEXT.pinpoints
     )
 
 
@@ -318,7 +316,7 @@ def test_the_plan_of_internvl_s_tiles_is_what_the_processor_makes_of_an_image(
 ) -> None:
     family, processor = internvl
     planned = processor.info.layout(width, height)
-    expected = internvl_checkpoint.TINY_CHAT.grids(width, height)
+    expected = tiny.INTERNVL_CHAT.grids(width, height)
     assert planned.grids == tuple(Grid(*grid) for grid in expected)
     assert planned.box == (0, 0, width, height)
     assert_processed_as_planned(processor, family, width, height)

@@ -42,7 +42,7 @@ def test_ratios_take_turns_and_are_compared_within_a_round(
     def run(url: str, ratio: str, seed: int, flags: Any) -> dict[str, float]:
         runs.append((url, ratio, seed))
         slow = 1 + seed  # later rounds are slower for all
-        return dict.fromkeys(bench._FIGURES, 1.0) | {"requests_per_second": speed[ratio] / slow}
+        return dict.fromkeys(bench.FIGURES, 1.0) | {"requests_per_second": speed[ratio] / slow}
 
     monkeypatch.setattr(bench, "run_benchmark", run)
     argv = ["--base-url", "http://ours", "--ratios", "0", "8/9", "--rounds", "2"]

@@ -20,7 +20,7 @@ import pytest
 from tqdm import tqdm  # type: ignore[import-untyped]
 from vllm import LLM
 
-from benchmarks import llava_next_checkpoint, qwen3_checkpoint, qwen_checkpoint
+from tests.checkpoints import tiny
 from tests.engine.requests import ENGINE_OPTIONS, Answer, RequestSpec, answer_of, generate
 from tests.engine.requests import VIDEOS as VIDEO_SIZES
 from tests.engine.scheduling import engine_core, start
@@ -77,7 +77,7 @@ LOADS = {
     "llava-next": Load(
         LLAVA_NEXT,
         range(201, 213),
-        llava_next_checkpoint.TINY.visual_tokens,
+        tiny.LLAVA_NEXT.visual_tokens,
         blocks=580,
         concurrency=48,
     ),
@@ -88,7 +88,7 @@ LOADS = {
     "qwen2.5-vl": Load(
         QWEN2_5_VL,
         range(201, 213),
-        qwen_checkpoint.TINY.max_visual_tokens,
+        tiny.QWEN.max_visual_tokens,
         blocks=540,
         concurrency=48,
         videos=VIDEOS,
@@ -97,7 +97,7 @@ LOADS = {
     "qwen3-vl": Load(
         QWEN3_VL,
         range(201, 213),
-        qwen3_checkpoint.TINY.max_visual_tokens,
+        tiny.QWEN3.max_visual_tokens,
         blocks=270,
         concurrency=48,
         videos=VIDEOS,
@@ -105,7 +105,7 @@ LOADS = {
     "qwen3-vl-moe": Load(
         QWEN3_VL_MOE,
         range(201, 213),
-        qwen3_checkpoint.TINY_MOE.max_visual_tokens,
+        tiny.QWEN3_MOE.max_visual_tokens,
         blocks=270,
         concurrency=48,
         videos=VIDEOS,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.qwen_checkpoint import TINY
+from tests.checkpoints.tiny import QWEN
 from tests.families.family import image_size
 from tests.soak.test_soak import LOADS, compare_tokens
 from tests.soak.traffic import Traffic
@@ -20,11 +20,11 @@ def test_images_of_many_sizes_come_in_a_model_that_takes_them():
     traffic = Traffic(0, load.images)
     images = {image for _ in range(200) for image in traffic.next().images}
     assert images == set(load.images)
-    grids = {TINY.grid(*image_size(image)) for image in images}
+    grids = {QWEN.grid(*image_size(image)) for image in images}
     assert len(grids) == len(images) - 1, "the two smallest are scaled up to the same"
     tokens = {rows * columns for rows, columns in grids}
-    assert min(tokens) == TINY.min_visual_tokens
-    assert TINY.max_visual_tokens - 40 < max(tokens) <= load.max_visual_tokens
+    assert min(tokens) == QWEN.min_visual_tokens
+    assert QWEN.max_visual_tokens - 40 < max(tokens) <= load.max_visual_tokens
     assert min(rows for rows, _ in grids) == min(columns for _, columns in grids) == 1
 
 

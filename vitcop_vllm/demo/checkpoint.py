@@ -44,6 +44,7 @@ class LlavaShape:
         image_size: Image height and width in pixels after preprocessing.
         patch_size: Height and width of a patch in pixels; V = (image_size/patch_size)^2.
         vision_hidden, vision_layers, vision_heads: Sizes of the CLIP tower.
+        vision_intermediate: Width of its MLP; 0 is four times ``vision_hidden``.
         hidden, layers, heads, kv_heads, intermediate: Sizes of the Llama decoder.
         max_positions: Longest sequence in tokens.
         rope_theta: Base of the rotary embedding's wavelengths.
@@ -55,6 +56,7 @@ class LlavaShape:
     vision_hidden: int
     vision_layers: int
     vision_heads: int
+    vision_intermediate: int = 0
     hidden: int
     layers: int
     heads: int
@@ -72,23 +74,21 @@ class LlavaShape:
         """Arguments of the encoder's configuration; without ``image_size``."""
         return {
             "hidden_size": self.vision_hidden,
-            "intermediate_size": 4 * self.vision_hidden,
+            "intermediate_size": self.vision_intermediate or 4 * self.vision_hidden,
             "num_hidden_layers": self.vision_layers,
             "num_attention_heads": self.vision_heads,
             "patch_size": self.patch_size,
         }
 
-    def decoder_sizes(
-        self, vocabulary: Mapping[str, int], vocabulary_size: int = 0
-    ) -> dict[str, Any]:
+    def decoder_sizes(self, tokenizer: Any, vocabulary_size: int = 0) -> dict[str, Any]:
         """Arguments of the decoder's configuration.
 
         Args:
-            vocabulary: The tokenizer's ids.
+            tokenizer: The model's tokenizer.
             vocabulary_size: Minimum rows of the embedding, if larger than the shape's.
         """
         return {
-            "vocab_size": max(len(vocabulary), vocabulary_size, self.vocabulary),
+            "vocab_size": max(len(tokenizer), vocabulary_size, self.vocabulary),
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
@@ -96,8 +96,8 @@ class LlavaShape:
             "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": self.max_positions,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
-            "bos_token_id": vocabulary["<s>"],
-            "eos_token_id": vocabulary["</s>"],
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
             "tie_word_embeddings": False,
         }
 
@@ -187,7 +187,6 @@ def save_config(
 
     if tokenizer is None:
         tokenizer = byte_tokenizer()
-    vocabulary = tokenizer.get_vocab()
     side = {"height": shape.image_size, "width": shape.image_size}
     LlavaProcessor(
         image_processor=CLIPImageProcessor(
@@ -204,9 +203,9 @@ def save_config(
         vision_config=CLIPVisionConfig(image_size=shape.image_size, **shape.vision_sizes()),
         text_config=LlamaConfig(
             architectures=["LlamaForCausalLM"],
-            **shape.decoder_sizes(vocabulary, vocabulary_size),
+            **shape.decoder_sizes(tokenizer, vocabulary_size),
         ),
-        image_token_index=vocabulary["<image>"],
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
@@ -247,7 +246,7 @@ def save_weights(path: Path, state: Mapping[str, "torch.Tensor"]) -> None:
 
     tower = "model.vision_tower."
     # transformers 5 dropped a level of the names of CLIP and SigLIP that vLLM and older files have.
-    renames = any(name.startswith(f"{tower}encoder.") for name in state)
+    renames = any(name.startswith(f"{tower}encoder.layers.") for name in state)
     named = {}
     for name, weight in state.items():
         if renames and name.startswith(tower):
