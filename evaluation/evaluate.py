@@ -8,7 +8,6 @@ means that a request or a server failed: this ratio and later ones of its select
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,21 +15,25 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import openai
 from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped]
 
-from benchmarks.conditions import machine
+from benchmarks.conditions import command, machine
 from benchmarks.plots import plot_accuracy
 from benchmarks.serving import ServerError, running_server, server_arguments
 from benchmarks.tables import print_document
 from demo.questions import EXAMINED, exam
 from evaluation.client import converse
 from evaluation.exam import Example, read_exam, write_exam
-from evaluation.report import AUTO, Cell, is_zero, tables
+from evaluation.report import Cell, is_zero, tables
 from evaluation.scoring import SCORERS
+from vitcop_server.calibrate.command import parse_ratio
 from vitcop_server.calibrate.folder import FolderError
-from vitcop_vllm.pruning.settings import RATIO_HEADER, SELECTOR_NAMES, SelectorName
+from vitcop_vllm.pruning.settings import AUTO, RATIO_HEADER, SELECTOR_NAMES, SelectorName
+
+RATIOS = ("0", "1/3", "2/3", "7/9", "8/9", "17/18")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,34 +45,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--data", type=Path, metavar="DIR", help="exam folder, in place of the demo exam")
     add("--per-family", type=int, default=100, help="conversations per family of the demo exam")
-    add(
-        "--families",
-        nargs="+",
-        choices=EXAMINED,
-        default=EXAMINED,
-        metavar="KIND",
-        help="families of the demo exam",
-    )
+    kinds: dict[str, Any] = {"choices": EXAMINED, "default": EXAMINED, "metavar": "KIND"}
+    add("--families", nargs="+", **kinds, help="families of the demo exam")
     add("--seed", type=int, default=0, help="seed of the demo exam")
     add("--varied-sizes", action="store_true", help="images that are not square")
     add("--scorer", choices=SCORERS, default="exact", help="rule for right answers")
-    add(
-        "--ratios",
-        nargs="+",
-        type=_ratio,
-        default=["0", "1/3", "2/3", "7/9", "8/9", "17/18"],
-        metavar="R",
-        help="fractions, decimals or auto; with 0, the others are compared with it",
-    )
+    ratios = "fractions, decimals or auto; with 0, the others are compared with it"
+    add("--ratios", nargs="+", type=_ratio, default=RATIOS, metavar="R", help=ratios)
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", help="a running server, such as http://host:8000/v1")
-    server.add_argument(
-        "--selectors",
-        nargs="+",
-        choices=SELECTOR_NAMES,
-        default=["vitcop"],
-        help="start our own server with each of these",
-    )
+    names: dict[str, Any] = {"nargs": "+", "choices": SELECTOR_NAMES, "default": ["vitcop"]}
+    server.add_argument("--selectors", **names, help="start our own server with each of these")
     add("--config", type=Path, default=Path("configs/demo-cpu.yaml"), help="of our own server")
     add("--model", help="in place of the first model that the server lists")
     add("--concurrency", type=int, default=8, help="concurrent conversations")
@@ -79,14 +65,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _ratio(text: str) -> str:
-    try:
-        if text == AUTO or 0 <= Fraction(text) < 1:
-            return text
-    except (ValueError, ZeroDivisionError):
-        pass
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is neither a fraction or decimal number from 0 to below 1 nor {AUTO}"
-    )
+    if text != AUTO:
+        parse_ratio(text)
+    return text
 
 
 def measure(
@@ -114,14 +95,10 @@ def measure(
             if is_zero(ratio) and any(cell.is_baseline for cell in cells):
                 continue  # Unpruned answers are the same with every selector.
             value = ratio if ratio == AUTO else f"{float(Fraction(ratio)):.9f}"
-            header = {RATIO_HEADER: value}
-            asked = client.with_options(default_headers=header)
-            answers = thread_map(
-                partial(converse, asked, model, arguments.max_tokens),
-                examples,
-                max_workers=arguments.concurrency,
-                desc=f"ratio {ratio}",
-            )
+            asked = client.with_options(default_headers={RATIO_HEADER: value})
+            ask = partial(converse, asked, model, arguments.max_tokens)
+            progress = {"max_workers": arguments.concurrency, "desc": f"ratio {ratio}"}
+            answers = thread_map(ask, examples, **progress)
             if not hasattr(answers[0][0].usage, "visual_tokens"):
                 # Every ratio would look as good as 0.
                 raise ServerError(f"the server ignores {RATIO_HEADER}: no visual_tokens in usage")
@@ -139,15 +116,12 @@ def evaluate(arguments: argparse.Namespace) -> tuple[list[Cell], list[str]]:
     cells: list[Cell] = []
     failures = []
     with TemporaryDirectory() as scratch:
-        if arguments.data is None:
-            made = exam(
-                arguments.per_family,
-                arguments.seed,
-                arguments.families,
-                varied=arguments.varied_sizes,
-            )
-            write_exam(Path(scratch), made)
-        examples = read_exam(arguments.data or Path(scratch))
+        folder = arguments.data
+        if folder is None:
+            folder = Path(scratch)
+            of = arguments.per_family, arguments.seed, arguments.families
+            write_exam(folder, exam(*of, varied=arguments.varied_sizes))
+        examples = read_exam(folder)
         for selector in [None] if arguments.url else arguments.selectors:
             try:
                 measure(examples, selector, arguments, cells)
@@ -168,9 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if cells:
-        command = shlex.join(sys.argv[1:] if argv is None else argv)
         conditions = {
-            "command": f'make eval ARGS="{command}"',
+            "command": command("make eval", argv),
             **({} if arguments.url else machine()),  # --url may name another machine
             "model": cells[0].model,
         }

@@ -17,11 +17,9 @@ from evaluation.client import text_of
 from evaluation.exam import Example
 from evaluation.intervals import Estimate, mean_of, mean_score, paired_difference
 from evaluation.scoring import Scorer
+from vitcop_vllm.pruning.settings import AUTO
 
 Row = dict[str, Any]
-
-AUTO = "auto"
-"""In place of a ratio: the server chooses one for each image."""
 
 
 def is_zero(ratio: str) -> bool:

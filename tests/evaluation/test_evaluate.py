@@ -26,7 +26,7 @@ MAX_TOKENS = 12
 def test_bad_ratios_are_refused(ratio, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--ratios", "0", ratio])
-    assert "is neither a fraction or decimal number" in capsys.readouterr().err
+    assert "is no fraction or decimal number" in capsys.readouterr().err
 
 
 @dataclass
