@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitcop_vllm.demo.checkpoint import LlavaShape, save_weights
+from vitcop_vllm.demo.checkpoint import LlavaShape, save_random_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def random_weight(name: str, weight: Any) -> Any:
 
 def save_model(
     path: Path,
-    model: Callable[[Any], Any],
+    model: Any,
     config: Any,
     seed: int,
     dtype: str,
@@ -108,21 +108,13 @@ def save_model(
 
     Args:
         path: Folder of the checkpoint.
-        model: Makes transformers' model of ``config``.
+        model: Class of transformers.
         config: The model's configuration.
         seed: Seed of the weights.
         dtype: Name of the dtype of the weights, which are drawn in float32.
         weight_of: Makes a random weight of a name and a weight of its shape.
     """
-    import torch
-
-    config.dtype = dtype
+    config.architectures, config.dtype = [model.__name__], dtype
     config.save_pretrained(path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        config.dtype = "float32"
-        weights = {
-            name: weight_of(name, weight).to(getattr(torch, dtype))
-            for name, weight in model(config).state_dict().items()
-        }
-    save_weights(path, weights)
+    config.dtype = "float32"
+    save_random_weights(path, lambda: model(config), seed, dtype, weight_of)

@@ -102,7 +102,6 @@ def save_random_internvl(
             **shape.decoder_sizes(tokenizer),
         )
     config = InternVLConfig(
-        architectures=["InternVLForConditionalGeneration"],
         vision_config=InternVLVisionConfig(
             **shape.vision_sizes(),
             image_size=shape.tile_size,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.checkpoint import SMALL_SIZES, AnySizeShape
-from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, FEATURE_LAYER, save_random_weights
+from benchmarks.checkpoint import SMALL_SIZES, AnySizeShape, save_model
+from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, FEATURE_LAYER, random_matrix
 from vitcop_vllm.demo.tokenizer import byte_tokenizer
 
 
@@ -70,7 +70,6 @@ def save_random_llava_next(
     tokenizer = byte_tokenizer()
     pinpoints = [*map(list, shape.pinpoints)]
     config = LlavaNextConfig(
-        architectures=["LlavaNextForConditionalGeneration"],
         vision_config=CLIPVisionConfig(image_size=shape.tile_size, **shape.vision_sizes()),
         text_config=MistralConfig(
             architectures=["MistralForCausalLM"],
@@ -83,7 +82,6 @@ def save_random_llava_next(
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    config.save_pretrained(path)
     LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
             size={"shortest_edge": shape.tile_size},
@@ -96,4 +94,4 @@ def save_random_llava_next(
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(path)
-    save_random_weights(path, lambda: LlavaNextForConditionalGeneration(config), seed, dtype)
+    save_model(path, LlavaNextForConditionalGeneration, config, seed, dtype, random_matrix)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
 
-from benchmarks.checkpoint import SMALL_SIZES
+from benchmarks.checkpoint import SMALL_SIZES, save_model
 from benchmarks.llava_next_checkpoint import LlavaNextShape
-from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, save_random_weights
+from vitcop_vllm.demo.checkpoint import CHAT_TEMPLATE, random_matrix
 from vitcop_vllm.demo.tokenizer import byte_tokenizer
 
 _TEXT_PART = "{% if part['type'] == 'text' %}"
@@ -72,7 +72,6 @@ def save_random_llava_onevision(
     tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
     pinpoints = [*map(list, shape.pinpoints)]
     config = LlavaOnevisionConfig(
-        architectures=["LlavaOnevisionForConditionalGeneration"],
         vision_config=SiglipVisionConfig(
             image_size=shape.tile_size, **shape.vision_sizes(), vision_use_head=False
         ),
@@ -87,7 +86,6 @@ def save_random_llava_onevision(
         vision_aspect_ratio=f"anyres_max_{MOST_TILES}",
         tie_word_embeddings=False,
     )
-    config.save_pretrained(path)
     side = {"height": shape.tile_size, "width": shape.tile_size}
     LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=pinpoints),
@@ -97,4 +95,4 @@ def save_random_llava_onevision(
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE.replace(_TEXT_PART, _VIDEO_PART + _TEXT_PART),
     ).save_pretrained(path)
-    save_random_weights(path, lambda: LlavaOnevisionForConditionalGeneration(config), seed, dtype)
+    save_model(path, LlavaOnevisionForConditionalGeneration, config, seed, dtype, random_matrix)

@@ -66,10 +66,8 @@ def save_random_qwen3(
     import transformers
 
     kind = "Qwen3VLMoe" if shape.experts else "Qwen3VL"
-    architecture = f"{kind}ForConditionalGeneration"
     tokenizer = byte_tokenizer(SPECIALS)
     config = getattr(transformers, f"{kind}Config")(
-        architectures=[architecture],
         vision_config={
             **shape.vision_sizes(),
             "deepstack_visual_indexes": [*shape.deepstack],
@@ -80,7 +78,7 @@ def save_random_qwen3(
     )
     processors = transformers.Qwen3VLProcessor, transformers.Qwen3VLVideoProcessor
     save_processor(path, shape, tokenizer, *processors)
-    model = getattr(transformers, architecture)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")
     save_model(path, model, config, seed, dtype, _weight_as_published)
 
 

@@ -140,7 +140,6 @@ def save_random_qwen(
 
     tokenizer = byte_tokenizer(SPECIALS)
     config = Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
         vision_config=shape.vision_config(),
         text_config=shape.decoder_sizes(tokenizer),
         **token_ids(tokenizer),

@@ -24,7 +24,6 @@ def save_random_gemma3(path: Path, *, seed: int = 0) -> None:
     tokenizer = _gemma_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     config = Gemma3Config(
-        architectures=["Gemma3ForConditionalGeneration"],
         vision_config={
             "image_size": 224,
             "patch_size": 14,
@@ -121,7 +120,6 @@ def save_random_qwen3_5(path: Path, *, seed: int = 0, experts: int = 0) -> None:
         "shared_expert_intermediate_size": 64,
     }
     config = getattr(transformers, f"{kind}Config")(
-        architectures=[f"{kind}ForConditionalGeneration"],
         vision_config={**shape.vision_sizes(), "num_position_embeddings": shape.learned_side**2},
         text_config={
             "vocab_size": len(tokenizer),
@@ -179,7 +177,6 @@ def save_random_mistral3(path: Path, *, seed: int = 0) -> None:
     tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token = "</s>", "<pad>", "<s>"
     token = tokenizer.convert_tokens_to_ids
     config = Mistral3Config(
-        architectures=["Mistral3ForConditionalGeneration"],
         vision_config={
             "model_type": "pixtral",
             "image_size": longest,

@@ -223,20 +223,43 @@ def save_random_llava(
     save_random_weights(path, lambda: LlavaForConditionalGeneration(config), seed, dtype)
 
 
-def save_random_weights(path: Path, make_model: Callable[[], Any], seed: int, dtype: str) -> None:
-    """Write seeded random weights for a model of transformers."""
+def random_matrix(name: str, weight: "torch.Tensor") -> "torch.Tensor":
+    """A random weight scaled by fan-in; vectors, such as biases, stay as transformers makes them.
+
+    With transformers' standard deviation of 0.02, all prompts get the same answer.
+    """
+    import torch
+
+    if weight.dim() < 2:
+        return weight
+    scale = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
+    return torch.randn_like(weight) * scale
+
+
+def save_random_weights(
+    path: Path,
+    make_model: Callable[[], Any],
+    seed: int,
+    dtype: str,
+    weight_of: Callable[[str, Any], Any] = random_matrix,
+) -> None:
+    """Write seeded random weights for a model of transformers.
+
+    Args:
+        path: Folder of the checkpoint.
+        make_model: Makes the model.
+        seed: Seed of the weights.
+        dtype: Name of the weights' torch dtype.
+        weight_of: Makes a random weight of a name and a weight of its shape.
+    """
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        state = {}
-        for name, weight in make_model().state_dict().items():
-            if weight.dim() >= 2:
-                # With transformers' standard deviation of 0.02, all prompts get the same
-                # answer. Weights scaled by fan-in make keys and answers differ.
-                scale = 1.0 if "embed_tokens" in name else weight[0].numel() ** -0.5
-                weight = torch.randn_like(weight) * scale
-            state[name] = weight.to(getattr(torch, dtype))
+        state = {
+            name: weight_of(name, weight).to(getattr(torch, dtype))
+            for name, weight in make_model().state_dict().items()
+        }
     save_weights(path, state)
 
 
