@@ -156,29 +156,24 @@ def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = Fal
 
 
 @contextmanager
-def both_servers(
-    config: Mapping[str, Any], tokenizer: str | None = None
-) -> Iterator[tuple[Endpoint, Endpoint]]:
+def both_servers(config: Mapping[str, Any]) -> Iterator[tuple[Endpoint, Endpoint]]:
     """Stock vLLM's server and ours, with the same options; see :func:`server_of`."""
     options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, SERVER_KEY)}
     keys = {key.replace("_", "-") for key in config}
     share = () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & keys else HALF_A_GPU
     with (
-        server_of(options, tokenizer, *share, stock=True) as stock,
-        server_of(config, tokenizer, *share) as ours,
+        server_of(options, *share, stock=True) as stock,
+        server_of(config, *share) as ours,
     ):
         yield stock, ours
 
 
 @contextmanager
-def server_of(
-    config: Mapping[str, Any], tokenizer: str | None = None, *flags: str, stock: bool = False
-) -> Iterator[Endpoint]:
+def server_of(config: Mapping[str, Any], *flags: str, stock: bool = False) -> Iterator[Endpoint]:
     """A running server.
 
     Args:
         config: Options of a configuration file.
-        tokenizer: Folder or repository of the tokenizer; default: the model's.
         *flags: Flags that override ``config``.
         stock: Start stock vLLM's server.
     """
@@ -189,4 +184,4 @@ def server_of(
         path.write_text(yaml.safe_dump(config))
         with running_server("--config", str(path), *flags, stock=stock) as (url, _):
             model = config.get("served-model-name", config["model"])
-            yield Endpoint(url, model, tokenizer or config["model"])
+            yield Endpoint(url, model, tokenizer=config["model"])
