@@ -477,3 +477,12 @@ def test_rocm_which_calls_its_devices_cuda_is_refused_by_name(checkpoint, monkey
     monkeypatch.setattr(current_platform, "is_rocm", lambda: True)
     with pytest.raises(ValueError, match="not on rocm"):
         config_of(checkpoint)
+
+
+def test_a_compiled_decoder_needs_a_compiler(checkpoint, monkeypatch):
+    compiled = {"enforce_eager": False, "compilation_config": {"mode": 3}}
+    config_of(checkpoint, **compiled)
+    monkeypatch.setattr("vitcop_vllm.engine.checks.has_cpp_compiler", lambda: False)
+    with pytest.raises(ValueError, match=r"install g\+\+, or set --enforce-eager"):
+        config_of(checkpoint, **compiled)
+    config_of(checkpoint, enforce_eager=True)

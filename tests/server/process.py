@@ -35,9 +35,11 @@ def running_server(
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """:func:`benchmarks.serving.running_server` with a log for failed tests.
 
-    The engine runs in its own process, although the tests' own engines do not.
+    The engine runs in its own process, although the tests' own engines do not. It finds no C++
+    compiler, as on many laptops and in the CPU image.
     """
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    environment["CXX"] = "no-such-compiler"
     with tempfile.TemporaryFile("a+") as log:
         LOGS.append(log)
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import floor
 from typing import Any
 
+from vitcop_vllm.engine.compiler import has_cpp_compiler
 from vitcop_vllm.pruning.amount import AMOUNT_KEYS
 from vitcop_vllm.pruning.selector import Selector
 from vitcop_vllm.pruning.selectors import selector_of
@@ -170,6 +171,18 @@ def _compiles_whole_model(start: StartUp) -> bool:
     return bool(start.vllm.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE)
 
 
+def _compiles_without_compiler(start: StartUp) -> bool:
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
+    mode = start.vllm.compilation_config.mode
+    if mode is None:  # vLLM chooses it after this check.
+        compiles = start.vllm.optimization_level > 0 and not start.vllm.model_config.enforce_eager
+    else:
+        compiles = mode != CompilationMode.NONE
+    return compiles and current_platform.is_cpu() and not has_cpp_compiler()
+
+
 def _lacks_triton(start: StartUp) -> bool:
     from vllm.triton_utils import HAS_TRITON
 
@@ -306,6 +319,11 @@ STAGED_CHECKS = (
         "model runner V2 would run a step that drops tokens from a breakable CUDA graph",
         f"unset {BREAKABLE_VARIABLE}",
         lambda start: asks_for_v2() and os.environ.get(BREAKABLE_VARIABLE) == "1",
+    ),
+    Check(
+        "the decoder is compiled, and there is no C++ compiler",
+        "install g++, or set --enforce-eager",
+        _compiles_without_compiler,
     ),
     Check(
         "torch.compile of the whole model cannot follow dropped tokens",

@@ -1,8 +1,10 @@
 """vLLM's CPU worker with our V1 model runners. For CPUs only: see ``gpu_worker``."""
 
+from vllm.config import CompilationMode
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vitcop_vllm.adoption import adopt
+from vitcop_vllm.engine.compiler import compile_nothing, has_cpp_compiler
 from vitcop_vllm.worker.cpu_runner import StagedCPUModelRunner, StageOneCPUModelRunner
 from vitcop_vllm.worker.staged_worker import ExplainingWorker, StagedWorker
 
@@ -13,6 +15,9 @@ class StageOneCPUWorker(ExplainingWorker, CPUWorker):
     runner_class: type[StageOneCPUModelRunner] = StageOneCPUModelRunner
 
     def init_device(self) -> None:
+        is_eager = self.vllm_config.compilation_config.mode == CompilationMode.NONE
+        if is_eager and not has_cpp_compiler():
+            compile_nothing()
         super().init_device()
         if not self.use_v2_model_runner:
             # vLLM makes its runner inside init_device and offers no method to override. Our
