@@ -1,4 +1,4 @@
-"""``/ready``, and status 503 for requests that arrive after shutdown has begun."""
+"""``/ready``, and status 503 for requests that meet a shutdown or a dead engine."""
 
 import logging
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import engine_error_handler
 from vllm.v1.engine import async_llm
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -53,6 +54,16 @@ async def ready(raw_request: Request) -> JSONResponse:
     except EngineDeadError:
         return _unavailable("the engine is dead")
     return JSONResponse({"status": "ready"})
+
+
+async def answer_dead_engine(request: Request, error: Exception) -> JSONResponse:
+    """Answer status 503 to a request whose engine died; vLLM's 500 tells clients not to retry.
+
+    Another replica can answer it, or this server after its restart.
+    """
+    assert isinstance(error, EngineDeadError)
+    await engine_error_handler(request, error)  # logs the error, and ends the server
+    return _unavailable("the engine died; the server stops")
 
 
 class RefuseWhenStopping:
