@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from vitcop_server.compat import make_arg_parser, validate_parsed_serve_args
 from vitcop_server.elastic import check_elastic
+from vitcop_server.plugins import STOCK
 from vitcop_server.settings import SERVER_KEY, ServerSettings
 from vitcop_vllm.demo.checkpoint import DEMO_NAME
 from vitcop_vllm.pruning.plan import why_uncacheable
@@ -91,6 +92,11 @@ def make_parser() -> FlexibleArgumentParser:
             help=f"Settings of the {what}, as JSON or one by one (--{key}.{example}): "
             f"{', '.join(settings.model_fields)}.",
         )
+    group.add_argument(
+        STOCK,
+        action="store_true",
+        help="Serve with vLLM alone: without the plugin, and without the settings above.",
+    )
     make_arg_parser(parser)
     # "auto" also starts embedding models, for which vLLM does not attach our endpoint plugin.
     # Without a timeout, a signal aborts all running requests.
@@ -104,7 +110,8 @@ def parse(
     """Parse and validate the command line.
 
     Returns:
-        Arguments for vLLM's ``serve`` command; ``additional_config`` has our settings.
+        Arguments for vLLM's ``serve`` command; ``additional_config`` has our settings, unless
+        ``--stock`` is given.
 
     Raises:
         SystemExit: With status 2 and an error message, if an argument is wrong or the server
@@ -117,6 +124,10 @@ def parse(
     validate_parsed_serve_args(args)
     # As in `vllm serve`, the positional model wins.
     args.model, args.model_tag = args.model_tag or args.model, None
+    if args.stock:
+        if STOCK not in argv:  # The launcher chooses the plugins before it reads the file.
+            parser.error(f"stock works on the command line only ({STOCK}), not in a file")
+        return args
     _refuse_other_servers(parser, args, environ)
     try:
         settings = _write_settings(args, CONFIG_KEY, PruningSettings)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import MutableMapping, Sequence
 
-from vitcop_server.plugins import allow_plugin, require_plugin
+from vitcop_server.plugins import STOCK, allow_plugin, leave_out_plugin, require_plugin
 from vitcop_vllm.demo.checkpoint import DEMO_NAME, resolve
 
 
@@ -29,11 +29,18 @@ def _share_metrics(environ: MutableMapping[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve until a signal (returns) or until the engine dies (exits with status 1).
 
+    With ``--stock``, vLLM's own server serves the same model with the same flags.
+
     Raises:
         SystemExit: With an error message, before the model loads, if the server could not prune.
     """
-    allow_plugin(os.environ)
-    _share_metrics(os.environ)
+    argv = sys.argv[1:] if argv is None else argv
+    stock = STOCK in argv
+    if stock:
+        leave_out_plugin(os.environ)
+    else:
+        allow_plugin(os.environ)
+        _share_metrics(os.environ)
     # vLLM reads its environment when imported.
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.logger import configure_logging_from_args
@@ -42,9 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vitcop_server.compat import cli_env_setup
 
     cli_env_setup()
-    args = parse(make_parser(), sys.argv[1:] if argv is None else argv, dict(os.environ))
+    args = parse(make_parser(), argv, dict(os.environ))
     configure_logging_from_args(args)
-    require_plugin()
+    if not stock:
+        require_plugin()
     if args.model == DEMO_NAME:
         args.model = resolve(args.model)
         args.served_model_name = args.served_model_name or [DEMO_NAME]

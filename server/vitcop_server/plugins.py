@@ -6,6 +6,9 @@ from importlib.metadata import entry_points
 
 PLUGIN_NAME = "vitcop"
 
+STOCK = "--stock"
+"""Flag of ``vitcop-serve`` that leaves our plugin out."""
+
 _ENDPOINT_GROUP = "vllm.endpoint_plugins"
 _OUR_GROUPS = ("vllm.general_plugins", _ENDPOINT_GROUP)
 _UNFILTERED_GROUPS = (
@@ -24,6 +27,15 @@ def allow_plugin(environ: MutableMapping[str, str]) -> None:
     becomes the list of all plugins that would have loaded, plus ours. (This also allows an
     installed endpoint plugin that has the name of another plugin; set the variable to choose.)
     """
+    environ["VLLM_PLUGINS"] = ",".join([*_other_plugins(environ), PLUGIN_NAME])
+
+
+def leave_out_plugin(environ: MutableMapping[str, str]) -> None:
+    """Make ``VLLM_PLUGINS`` a list of all plugins that would have loaded, except ours."""
+    environ["VLLM_PLUGINS"] = ",".join(_other_plugins(environ))
+
+
+def _other_plugins(environ: MutableMapping[str, str]) -> list[str]:
     chosen = environ.get("VLLM_PLUGINS")
     if chosen is None:
         names = [
@@ -32,8 +44,8 @@ def allow_plugin(environ: MutableMapping[str, str]) -> None:
             for entry_point in entry_points(group=group)
         ]
     else:
-        names = [name for name in chosen.split(",") if name]
-    environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*names, PLUGIN_NAME]))
+        names = chosen.split(",")
+    return [name for name in dict.fromkeys(names) if name not in ("", PLUGIN_NAME)]
 
 
 def require_plugin() -> None:
@@ -52,4 +64,5 @@ def require_plugin() -> None:
         try:
             found[0].load()
         except Exception as error:
-            sys.exit(f"The plugin {PLUGIN_NAME!r} of group {group!r} does not load: {error!r}")
+            reason = f"{type(error).__name__}: {error}"  # repr() lacks the file of an OSError
+            sys.exit(f"The plugin {PLUGIN_NAME!r} of group {group!r} does not load: {reason}")

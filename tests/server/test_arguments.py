@@ -39,6 +39,19 @@ def test_command_line_wins(config: str) -> None:
     assert args.additional_config["pruning"]["shallow_boundary"] == 3
 
 
+def test_stock_vllm_gets_none_of_our_settings(config: str) -> None:
+    args = parse_argv("--stock", "--config", config, "--server.explain", "true")
+    assert (args.model, args.port, args.max_model_len) == ("some/model", 1234, 512)
+    assert not args.additional_config
+
+
+def test_stock_in_a_file_is_refused(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(config).write_text("model: some/model\nstock: true\n")
+    with pytest.raises(SystemExit):
+        parse_argv("--config", config)
+    assert "stock works on the command line only" in capsys.readouterr().err
+
+
 def test_positional_model_wins(config: str) -> None:
     assert parse_argv("other/model", "--config", config).model == "other/model"
 

@@ -1,6 +1,7 @@
 """The launcher sets VLLM_PLUGINS."""
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,22 @@ def test_unset_keeps_all_plugins_except_endpoints(monkeypatch: pytest.MonkeyPatc
     assert environ["VLLM_PLUGINS"] == "lora,chip,vitcop"
 
 
+@pytest.mark.parametrize(("chosen", "left"), [("mine,vitcop,other", "mine,other"), ("vitcop", "")])
+def test_our_plugin_is_left_out(chosen: str, left: str) -> None:
+    environ = {"VLLM_PLUGINS": chosen}
+    plugins.leave_out_plugin(environ)
+    assert environ["VLLM_PLUGINS"] == left
+
+
+def test_all_other_plugins_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("lora", "vitcop")
+    found = [EntryPoint(name, "x:y", "vllm.general_plugins") for name in names]
+    fake_entry_points(monkeypatch, *found)
+    environ: dict[str, str] = {}
+    plugins.leave_out_plugin(environ)
+    assert environ["VLLM_PLUGINS"] == "lora"
+
+
 def test_a_missing_plugin_stops_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_entry_points(monkeypatch, EntryPoint("vitcop", "os:path", "vllm.general_plugins"))
     with pytest.raises(SystemExit, match=r"vllm\.endpoint_plugins.*pip install"):
@@ -52,6 +69,15 @@ def test_a_broken_plugin_stops_start_up(monkeypatch: pytest.MonkeyPatch) -> None
         EntryPoint("vitcop", "no_such_module:x", "vllm.endpoint_plugins"),
     )
     with pytest.raises(SystemExit, match="no_such_module"):
+        plugins.require_plugin()
+
+
+def test_the_error_names_the_file_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: EntryPoint) -> None:
+        Path("/no/such/directory/counters.db").read_bytes()
+
+    monkeypatch.setattr(EntryPoint, "load", load)
+    with pytest.raises(SystemExit, match=r"FileNotFoundError: .*'/no/such/directory/counters\.db'"):
         plugins.require_plugin()
 
 
