@@ -30,7 +30,7 @@ endif
 
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix bench eval soak gpu-check docs  drift lock clean
+.PHONY: help install serve test check fix bench eval soak gpu-check docs deploy-check drift lock clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ soak: $(DEV) ## Send random traffic to a tiny engine, check every answer (ARGS="
 
 gpu-check: $(DEV) ## Run the checks that need a GPU (ARGS=--help)
 	$(BIN)/python -m tests.gpu_check $(ARGS)
+
+deploy-check: $(DEV) ## Build the images, run the compose file, kill replicas (needs Docker and root)
+	docker/stand-ins.sh
+	$(BIN)/python -m pytest tests/deploy -n 0 -s --timeout 0 --deploy 5 $(ARGS)
 
 docs: $(UV) ## Build the documentation as a site, in build/site
 	$(UV) run --no-project --with-requirements requirements/docs.txt mkdocs build --site-dir build/site

@@ -43,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="all families in every test")
     group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")
     group.addoption("--seed", type=int, default=0, help="of a soak's requests")
+    group.addoption(
+        "--deploy", type=int, metavar="ROUNDS", help="run tests/deploy, which needs a Docker engine"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
