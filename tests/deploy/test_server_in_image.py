@@ -7,7 +7,7 @@ TEST_IMAGE = """
 FROM vitcop-vllm:cpu
 USER root
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/uv/bin:$PATH
-RUN apt-get update && apt-get install --yes --no-install-recommends chromium make
+RUN apt-get update && apt-get install --yes --no-install-recommends chromium libatomic1 make
 COPY requirements requirements
 RUN python3 -m venv /opt/uv && /opt/uv/bin/pip install --require-hashes -r requirements/uv.txt \\
  && uv pip install --require-hashes --no-deps --no-cache -r requirements/dev.txt \\
