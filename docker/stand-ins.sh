@@ -43,10 +43,14 @@ done
 # The compose file's other images. Their files belong to the users that the real images have.
 nginx=$(sed -n 's/.* image: \(nginxinc\/.*\)/\1/p' docker/docker-compose.yml)
 prometheus=$(sed -n 's/.* image: \(prom\/.*\)/\1/p' docker/docker-compose.yml)
-if ! has "$nginx" || ! has "$prometheus"; then
-  debian forky nginx-light,prometheus,wget,ca-certificates sid
-  install -d -o 65534 -g 65534 "$work/forky/prometheus"
+forky() { debian forky nginx-light,prometheus,wget,ca-certificates sid; }
+if ! has "$nginx"; then
+  forky
   image "$nginx" forky 'USER 101:101' 'ENTRYPOINT ["nginx"]' 'CMD ["-g", "daemon off;"]'
+fi
+if ! has "$prometheus"; then
+  forky
+  install -d -o 65534 -g 65534 "$work/forky/prometheus"
   image "$prometheus" forky 'USER 65534' 'ENTRYPOINT ["/usr/bin/prometheus"]'
 fi
 

@@ -42,7 +42,7 @@ def options(*argv: str, shape=DEMO, device: Any = "cpu") -> dict[str, Any]:
         (["--scenarios", "prefil"], "invalid choice"),
         (["--rounds", "0"], "above 0"),
         (["--batches", "1,0"], "above 0"),
-        (["--running", "many"], "'many' is no number above 0"),
+        (["--running", "many"], "'many' is not a number above 0"),
         (["--rates", "2,0"], "above 0"),
         (["--plot", "nowhere/speed.png"], "no folder nowhere"),
         (

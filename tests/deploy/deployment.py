@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +21,27 @@ START_S = 300
 """Seconds that a server has to start, beside others on two cores."""
 
 
-def docker(*arguments: str, check: bool = True, timeout: float = 1800) -> str:
-    """Output of a docker command.
+def docker(
+    *arguments: str,
+    check: bool = True,
+    timeout: float = 1800,
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """Output of a docker command; ``variables`` are added to its environment.
 
     Raises:
         AssertionError: If it fails; the message has its errors.
     """
     done = subprocess.run(
-        ["docker", *arguments], capture_output=True, text=True, check=False, timeout=timeout
+        ["docker", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        env={**os.environ, **(variables or {})},
     )
-    assert not check or done.returncode == 0, f"docker {' '.join(arguments)}\n{done.stderr[-4000:]}"
+    output = f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert not check or done.returncode == 0, f"docker {' '.join(arguments)}\n{output}"
     return done.stdout
 
 
@@ -69,23 +80,13 @@ class Deployment:
         self, *arguments: str, check: bool = True, variables: Mapping[str, str] | None = None
     ) -> str:
         """Output of ``docker compose``; ``variables`` of the compose file are for this call."""
-        command = ["docker", "compose", "--project-name", "vitcop-check"]
+        command = ["compose", "--project-name", "vitcop-check"]
         for file in (DOCKER / "docker-compose.yml", *self.files):
             command += ["--file", str(file)]
         for profile in self.profiles:
             command += ["--profile", profile]
         all_variables = {"PORT": str(self.port), "VLLM_API_KEY": KEY, **(variables or {})}
-        done = subprocess.run(
-            [*command, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=1800,
-            env={**os.environ, **all_variables},
-        )
-        failed = check and done.returncode != 0
-        assert not failed, f"{arguments}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        return done.stdout
+        return docker(*command, *arguments, check=check, variables=all_variables)
 
     def up(self, *arguments: str, **variables: str) -> None:
         self.compose("up", "--wait", *arguments, variables=variables)
@@ -129,11 +130,13 @@ class Deployment:
 
 
 @contextmanager
-def deployed(*profiles: str, **options: Any) -> Iterator[Deployment]:
-    """Bring profiles up, and take them down with their volumes."""
-    deployment = Deployment(profiles, **options)
+def deployed(
+    *profiles: str, files: tuple[Path, ...] = (), services: Sequence[str] = ()
+) -> Iterator[Deployment]:
+    """Bring profiles up, or these services of them, and take them down with their volumes."""
+    deployment = Deployment(profiles, files)
     try:
-        deployment.up()
+        deployment.up(*services)
         yield deployment
     finally:
         deployment.compose("down", "--volumes", "--timeout", "60")

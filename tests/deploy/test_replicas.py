@@ -10,7 +10,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.deploy.deployment import CPU_REPLICAS, KEY, Deployment, wait_until
+from tests.deploy.deployment import CPU_REPLICAS, KEY, Deployment, deployed, wait_until
 from tests.deploy.traffic import Record, traffic
 from tests.docker.test_dashboard import PANELS
 from tests.server.sample_images import image_message
@@ -24,12 +24,11 @@ REPLICAS = ("replica-0", "replica-1")
 @pytest.fixture(scope="module")
 def deployment(images: dict[str, float]) -> Iterator[Deployment]:
     # By name: Grafana is not started, because Debian has no package of it.
-    deployment = Deployment(("replicas", "observability"), files=(CPU_REPLICAS,))
-    try:
-        deployment.up(*REPLICAS, "balancer", "prometheus")
+    services = (*REPLICAS, "balancer", "prometheus")
+    with deployed(
+        "replicas", "observability", files=(CPU_REPLICAS,), services=services
+    ) as deployment:
         yield deployment
-    finally:
-        deployment.compose("down", "--volumes", "--timeout", "60")
 
 
 def kill(deployment: Deployment) -> None:
