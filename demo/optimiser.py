@@ -1,6 +1,8 @@
-"""The optimiser: bfloat16 weights for the forward pass, float32 masters for the updates."""
+"""The optimiser: float32 masters for the updates, weights of any type for the forward pass."""
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,22 @@ from demo.losses import Heads
 MATRIX_RATE = 2e-3
 OTHER_RATE = 2e-3
 """Full learning rates of the layers' matrices and of all other weights."""
+
+
+def orthogonal(
+    grad: Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
+) -> Tensor:
+    """Muon's Newton-Schulz iteration, which torch computes in bfloat16, in the gradient's type."""
+    a, b, c = ns_coefficients
+    wide = grad if grad.shape[0] <= grad.shape[1] else grad.T
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(ns_steps):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if grad.shape[0] <= grad.shape[1] else wide.T
+
+
+_BY_TORCH = "torch.optim._muon._zeropower_via_newtonschulz"
 
 
 class Optimiser:
@@ -66,7 +84,9 @@ class Optimiser:
         for part, rate in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate * (tower_share if group["tower"] else share)
-            part.step()
+            in_float32 = self.weights[0].dtype == torch.float32
+            with patch(_BY_TORCH, orthogonal) if in_float32 else nullcontext():
+                part.step()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)
 

@@ -46,6 +46,7 @@ class Run:
         form: Form,
         seed: int = 0,
         device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
         compiled: bool = False,
     ) -> None:
         self.folder, self.form, self.seed = folder, form, seed
@@ -53,8 +54,8 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         model, tokenizer = form.build(folder / "model", corpus(4000, seed), seed)
         self.encoder = Encoder(tokenizer, form)
-        self.model: Any = model.to(self.device, torch.bfloat16)
-        self.heads = Heads(form).to(self.device, torch.bfloat16)
+        self.model: Any = model.to(self.device, dtype)
+        self.heads = Heads(form).to(self.device, dtype)
         self.optimiser = Optimiser(form, [self.model, self.heads])
         self.phase = self.step = 0
         self.seconds = 0.0
@@ -92,7 +93,8 @@ class Run:
         # Rename the complete file, so that a run killed here resumes from the previous state.
         torch.save(state, self.folder / "state.tmp")
         os.replace(self.folder / "state.tmp", self.folder / "state.pt")
-        save_weights(self.folder / "model", self.model.state_dict())
+        weights = {name: weight.bfloat16() for name, weight in self.model.state_dict().items()}
+        save_weights(self.folder / "model", weights)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss, and the values to log."""
@@ -176,6 +178,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the run; default: build/demo-FORM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    dtype_help = "float32 is faster on processors without AMX or AVX-512 for bfloat16"
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype_help
+    )
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")
@@ -183,7 +189,12 @@ def main() -> None:
     make_form, phases = FORMS[args.form]
     out = args.out or Path("build") / f"demo-{args.form}"
     run = Run(
-        out, form=make_form(), seed=args.seed, device=args.device, compiled=not args.no_compile
+        out,
+        form=make_form(),
+        seed=args.seed,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+        compiled=not args.no_compile,
     )
     if (out / "state.pt").exists():
         run.load()

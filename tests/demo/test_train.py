@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from benchmarks.qwen_checkpoint import QwenShape
 from demo.batch import BatchShape
 from demo.form import Form
 from demo.llava_form import LlavaForm
+from demo.optimiser import orthogonal
 from demo.phases import Phase
 from demo.questions import FAMILIES
 from demo.qwen_form import QwenForm
@@ -122,3 +126,33 @@ def test_the_log_holds_losses_and_accuracy_by_family(form, tmp_path: Path):
     families = [family for family in FAMILIES if family in record]
     assert {"colour", "text", "count"} <= set(families)
     assert all(0 <= record[family] <= 1 for family in families)
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24)])
+def test_muon_in_float32_is_torchs_to_the_precision_of_bfloat16(shape):
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    arguments: tuple[Any, ...] = ((3.4445, -4.7750, 2.0315), 5, 1e-7)
+    ours = orthogonal(grad, *arguments)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(
+        ours, _zeropower_via_newtonschulz(grad, *arguments).float(), rtol=0, atol=0.03
+    )
+
+
+def test_training_in_float32_goes_the_way_of_bfloat16(form, whole, tmp_path: Path, monkeypatch):
+    calls = Mock(side_effect=orthogonal)
+    monkeypatch.setattr("demo.optimiser.orthogonal", calls)
+    run = Run(tmp_path, form=form, dtype=torch.float32)
+    begin = weights(run)
+    run.train(PHASES, workers=0, save_every=1e9)
+    assert calls.called  # torch's own function computes in bfloat16
+    ours, expected = (
+        torch.cat([(end[name] - begin[name]).flatten() for name in begin])
+        for end in (weights(run), weights(whole))
+    )
+    # Muon scales small gradients up, and with them what a type rounds.
+    assert torch.cosine_similarity(ours, expected, dim=0) > 0.6
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
