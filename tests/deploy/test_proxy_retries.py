@@ -98,7 +98,7 @@ def test_a_retry_after_a_change_of_addresses(
             wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", health)) == 0, "listening")
             answers = asyncio.run(ask(f"http://127.0.0.1:{public}", addresses, after))
         finally:
-            docker("kill", proxy)
+            docker("stop", proxy)
             for server in servers:
                 server.shutdown()
                 server.server_close()
