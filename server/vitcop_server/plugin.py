@@ -21,7 +21,12 @@ from vitcop_server.media import guard_media
 from vitcop_server.middleware import PruningMiddleware
 from vitcop_server.page import attach_page
 from vitcop_server.preview import preview_of
-from vitcop_server.readiness import RefuseWhenStopping, answer_dead_engine, note_shutdown
+from vitcop_server.readiness import (
+    BeginWithFirstEvent,
+    RefuseWhenStopping,
+    answer_dead_engine,
+    note_shutdown,
+)
 from vitcop_server.serving import (
     PrunedChat,
     PrunedChatBatch,
@@ -66,6 +71,7 @@ class PruningEndpointPlugin:
             attach_page(app)
         app.add_exception_handler(RecursionError, answer_deep_nesting)
         app.add_exception_handler(EngineDeadError, answer_dead_engine)
+        app.add_middleware(BeginWithFirstEvent)
         app.add_middleware(PruningMiddleware)
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
         app.add_middleware(RefuseWhenStopping)

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import engine_error_handler
 from vllm.v1.engine import async_llm
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -63,7 +64,7 @@ async def answer_dead_engine(request: Request, error: Exception) -> JSONResponse
     """
     assert isinstance(error, EngineDeadError)
     await engine_error_handler(request, error)  # logs the error, and ends the server
-    return _unavailable("the engine died; the server stops")
+    return _unavailable(_DEAD_ENGINE)
 
 
 class RefuseWhenStopping:
@@ -81,6 +82,50 @@ class RefuseWhenStopping:
             await _unavailable("the server is shutting down")(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+class BeginWithFirstEvent:
+    """Sends status and headers of a stream together with its first event.
+
+    vLLM sends them when it has queued the request. A proxy that has passed them on cannot send the
+    request to another server, so a killed server would lose all streams that wait for their first
+    token. If the engine dies before the first event, the answer is 503, as it is without a stream.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        held: Message | None = None
+        is_refused = False
+
+        async def send_later(message: Message) -> None:
+            nonlocal held, is_refused
+            if message["type"] == "http.response.start" and _is_stream(message):
+                held = message
+                return
+            if held is not None:
+                start, held = held, None
+                if scope["app"].state.engine_client.errored:
+                    is_refused = True
+                    await _unavailable(_DEAD_ENGINE)(scope, receive, send)
+                else:
+                    await send(start)
+            if not is_refused:
+                await send(message)
+
+        await self.app(scope, receive, send_later)
+
+
+def _is_stream(start: Message) -> bool:
+    content_type: str = Headers(raw=start.get("headers", [])).get("content-type", "")
+    return content_type.startswith("text/event-stream")
+
+
+_DEAD_ENGINE = "the engine died; the server stops"
 
 
 def _unavailable(why: str) -> JSONResponse:

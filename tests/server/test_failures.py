@@ -225,12 +225,15 @@ def test_a_killed_engine_ends_its_requests_and_the_server(
     streamed = body(model, 0, max_tokens=400, stream=True)
     with (
         ThreadPoolExecutor(2) as clients,
-        httpx.stream("POST", route, json=streamed, headers=HEADERS, timeout=60) as stream,
+        httpx.stream("POST", route, json=streamed, headers=HEADERS, timeout=60) as begun,
     ):
-        lines = stream.iter_lines()
+        lines = begun.iter_lines()
         assert next(lines).startswith("data: ")
         engine.suspend()  # so that no request finishes before the kill
-        jobs = [clients.submit(ask, url, model, seed, max_tokens=400) for seed in (1, 2)]
+        jobs = [
+            clients.submit(ask, url, model, seed, max_tokens=400, stream=stream)
+            for seed, stream in ((1, False), (2, True))
+        ]
         time.sleep(2)
         assert not any(job.done() for job in jobs)
         engine.kill()
