@@ -64,7 +64,7 @@ COPY requirements requirements
 RUN python -m venv /opt/uv \
  && /opt/uv/bin/pip install --no-cache-dir --require-hashes -r requirements/uv.txt \
  && ln -s /opt/uv/bin/uv /usr/local/bin/uv
-ENV UV_BREAK_SYSTEM_PACKAGES=1
+ENV UV_BREAK_SYSTEM_PACKAGES=1 UV_COMPILE_BYTECODE=1
 RUN uv pip install --system --no-cache --no-deps --require-hashes --no-build -r requirements/cpu.txt
 DOCKERFILE
   echo "$vllm: a stand-in with vLLM for CPUs"
