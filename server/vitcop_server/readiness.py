@@ -1,6 +1,9 @@
 """``/ready``, and status 503 for requests that meet a shutdown or a dead engine."""
 
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -8,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import engine_error_handler
+from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import async_llm
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -19,20 +23,39 @@ router = APIRouter()
 
 
 def note_shutdown(engine_client: Any, state: Any) -> None:
-    """Record in ``state`` when vLLM's shutdown begins.
+    """Record in ``state`` when vLLM's shutdown begins, and answer 503 to requests that it refuses.
 
     With ``--shutdown-timeout``, vLLM lets running requests finish. It still accepts new requests,
-    and answers them with status 500.
+    and answers them with status 500. A request that was being prepared when shutdown began gets
+    status 200 from it, and no tokens.
     """
     setattr(state, _STATE_KEY, False)
-    stock_shutdown = engine_client.shutdown
+    stock_shutdown, stock_generate = engine_client.shutdown, engine_client.generate
 
     def shutdown(timeout: float | None = None) -> None:
         setattr(state, _STATE_KEY, True)
         logging.getLogger(async_llm.__name__).addFilter(_is_unexpected)
         stock_shutdown(timeout=timeout)
 
+    async def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        has_tokens = False
+        async with aclosing(stock_generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                has_tokens = has_tokens or any(answer.token_ids for answer in output.outputs)
+                is_refused = not has_tokens and _is_aborted(output)
+                if is_refused and getattr(state, _STATE_KEY):
+                    raise GracefulHTTPError(_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
+                yield output
+
     engine_client.shutdown = shutdown
+    engine_client.generate = generate
+
+
+def _is_aborted(output: Any) -> bool:
+    return output.finished and all(answer.finish_reason == "abort" for answer in output.outputs)
+
+
+_STOPPING = "the server is shutting down"
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
@@ -49,7 +72,7 @@ async def ready(raw_request: Request) -> JSONResponse:
     """200 while the server accepts requests; 503 if it is shutting down or its engine is dead."""
     state = raw_request.app.state
     if getattr(state, _STATE_KEY, False):
-        return _unavailable("the server is shutting down")
+        return _unavailable(_STOPPING)
     try:
         await state.engine_client.check_health()
     except EngineDeadError:
@@ -79,7 +102,7 @@ class RefuseWhenStopping:
             and scope["method"] == "POST"
             and getattr(scope["app"].state, _STATE_KEY, False)
         ):
-            await _unavailable("the server is shutting down")(scope, receive, send)
+            await _unavailable(_STOPPING)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -89,7 +112,8 @@ class BeginWithFirstEvent:
 
     vLLM sends them when it has queued the request. A proxy that has passed them on cannot send the
     request to another server, so a killed server would lose all streams that wait for their first
-    token. If the engine dies before the first event, the answer is 503, as it is without a stream.
+    token. If the engine dies or the server stops before the first event, the answer is 503, as it
+    is without a stream.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -109,15 +133,29 @@ class BeginWithFirstEvent:
                 return
             if held is not None:
                 start, held = held, None
-                if scope["app"].state.engine_client.errored:
+                why = _why_unavailable(scope["app"].state, message.get("body", b""))
+                if why is not None:
                     is_refused = True
-                    await _unavailable(_DEAD_ENGINE)(scope, receive, send)
+                    await _unavailable(why)(scope, receive, send)
                 else:
                     await send(start)
             if not is_refused:
                 await send(message)
 
         await self.app(scope, receive, send_later)
+
+
+def _why_unavailable(state: Any, first_event: bytes) -> str | None:
+    """Why a stream with this first event has no answer, if another server may have one."""
+    if state.engine_client.errored:
+        return _DEAD_ENGINE
+    if getattr(state, _STATE_KEY, False) and first_event.startswith(_ERROR_EVENTS):
+        return _STOPPING
+    return None
+
+
+_ERROR_EVENTS = (b'data: {"error"', b"event: error")
+"""How errors begin in streams of OpenAI's and of Anthropic's routes."""
 
 
 def _is_stream(start: Message) -> bool:

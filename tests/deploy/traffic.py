@@ -81,7 +81,9 @@ async def _send(
                 async for event in answer:
                     began = True
                     finish = event.choices[0].finish_reason if event.choices else finish
-                assert finish is not None, "the stream ended early"
+            else:
+                finish = answer.choices[0].finish_reason
+            assert finish == "length", f"the answer ended early: {finish}"
         except (openai.APIError, httpx.HTTPError, AssertionError) as error:
             reason = f"{type(error).__name__}: {error}; {error.__cause__!r}"
             record.lost.append(Lost(time.monotonic(), began, reason))

@@ -4,13 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fastapi import FastAPI
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message
 
-from vitcop_server.readiness import BeginWithFirstEvent
+from vitcop_server.readiness import BeginWithFirstEvent, note_shutdown
 
 EVENTS = ["data: a\n\n", "data: [DONE]\n\n"]
 
@@ -93,6 +94,32 @@ def test_a_stream_whose_engine_died_before_is_answered_with_503() -> None:
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] == 503
     assert "the engine died" in body_of(sent)
+
+
+@pytest.mark.parametrize(
+    "event", ['data: {"error": {"code": 503}}\n\n', "event: error\ndata: {}\n\n"]
+)
+def test_a_stream_that_a_stopping_server_refuses_is_answered_with_503(event: str) -> None:
+    async def events() -> AsyncIterator[str]:
+        yield event
+        yield EVENTS[1]
+
+    app = app_answering(stream(events()))
+    note_shutdown(SimpleNamespace(shutdown=Mock(), generate=Mock()), app.state)
+    running: list[Message] = []
+    asyncio.run(call(app, running))
+    assert running[0]["status"] == 200
+    assert body_of(running) == event + EVENTS[1]
+
+    client = SimpleNamespace(shutdown=Mock(), generate=Mock())
+    note_shutdown(client, app.state)
+    client.shutdown()
+    app.router.routes.clear()
+    app.add_api_route("/", lambda: stream(events()), methods=["POST"], response_class=Response)
+    stopping: list[Message] = []
+    asyncio.run(call(app, stopping))
+    assert stopping[0]["status"] == 503
+    assert "shutting down" in body_of(stopping)
 
 
 def test_an_engine_that_dies_later_leaves_the_stream_as_it_is() -> None:

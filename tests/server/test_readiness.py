@@ -1,12 +1,23 @@
 """SIGTERM while an answer streams: the answer completes, and new requests are refused."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.server.process import LITTLE_MEMORY, engine_of, running_server
+
+LATE: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"stream": False}),
+    ("/v1/chat/completions", {"stream": True}),
+    ("/v1/completions", {"stream": True, "prompt": "Count."}),
+    ("/v1/responses", {"stream": False, "input": "Count."}),
+    ("/v1/messages", {"stream": True}),
+]
+"""Paths and fields of requests that reach the engine when it stops: it gives them no token."""
 
 
 @pytest.mark.slow
@@ -23,10 +34,18 @@ def test_sigterm_lets_a_running_answer_complete() -> None:
             "stream": True,
         }
         route = f"{url}/v1/chat/completions"
-        with httpx.stream("POST", route, json=body, timeout=120) as answer:
+        with (
+            ThreadPoolExecutor(len(LATE)) as clients,
+            httpx.stream("POST", route, json=body, timeout=120) as answer,
+        ):
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             engine.suspend()  # so that the answer does not end before the checks
+            late = [
+                clients.submit(httpx.post, f"{url}{path}", json={**body, **fields}, timeout=120)
+                for path, fields in LATE
+            ]
+            time.sleep(3)  # the server sends them to the engine, which will be stopping
             server.terminate()
             until = time.monotonic() + 10
             while (ready := httpx.get(f"{url}/ready")).status_code == 200:
@@ -39,13 +58,15 @@ def test_sigterm_lets_a_running_answer_complete() -> None:
             engine.resume()
             *_, last = (line for line in lines if line)
         assert last == "data: [DONE]"
-        for answer_503 in (ready, refused):
+        for answer_503 in (ready, refused, *(job.result() for job in late[:-1])):
             assert answer_503.status_code == 503
             assert int(answer_503.headers["Retry-After"]) > 0
-            assert answer_503.json()["error"]["type"] == "ServiceUnavailableError"
-        assert overloaded.status_code == head.status_code == 503
-        assert overloaded.json()["type"] == "error"
-        assert overloaded.json()["error"]["type"] == "overloaded_error"
+            assert answer_503.json()["error"]["code"] == 503
+        assert head.status_code == 503
+        for anthropic_503 in (overloaded, late[-1].result()):
+            assert anthropic_503.status_code == 503
+            assert anthropic_503.json()["type"] == "error"
+            assert anthropic_503.json()["error"]["type"] == "overloaded_error"
         assert alive.status_code == 200
         assert server.wait(timeout=60) == 0
         with log:
