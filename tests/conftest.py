@@ -108,8 +108,9 @@ WITHOUT_SERVER = tuple(
         *("calibrate/test_agreement", "calibrate/test_bounds", "calibrate/test_calibrate"),
         *("calibrate/test_folder", "calibrate/test_search", "calibrate/test_state"),
         *("page/test_grids", "test_arguments", "test_data_urls", "test_error_shape"),
-        *("test_fields", "test_formats", "test_image_cache", "test_media", "test_middleware"),
-        *("test_pixels", "test_preview", "test_serving", "test_usage"),
+        *("test_fields", "test_first_event", "test_formats", "test_image_cache", "test_media"),
+        *("test_middleware", "test_pixels", "test_preview", "test_serving", "test_stopping"),
+        "test_usage",
     )
 )
 """Files below ``SERVERS`` that use no server."""

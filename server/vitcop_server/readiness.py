@@ -8,8 +8,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.anthropic import serving as anthropic_serving
 from vllm.entrypoints.serve.exception_handling.handlers.vllm_error import engine_error_handler
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine import async_llm
@@ -34,7 +36,9 @@ def note_shutdown(engine_client: Any, state: Any) -> None:
 
     def shutdown(timeout: float | None = None) -> None:
         setattr(state, _STATE_KEY, True)
-        logging.getLogger(async_llm.__name__).addFilter(_is_unexpected)
+        for name in [*logging.root.manager.loggerDict]:
+            if name.startswith(_LOGGERS):
+                logging.getLogger(name).addFilter(_is_unexpected)
         stock_shutdown(timeout=timeout)
 
     async def generate(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
@@ -44,7 +48,7 @@ def note_shutdown(engine_client: Any, state: Any) -> None:
                 has_tokens = has_tokens or any(answer.token_ids for answer in output.outputs)
                 is_refused = not has_tokens and _is_aborted(output)
                 if is_refused and getattr(state, _STATE_KEY):
-                    raise GracefulHTTPError(_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
+                    raise _StoppingError(_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
                 yield output
 
     engine_client.shutdown = shutdown
@@ -55,15 +59,27 @@ def _is_aborted(output: Any) -> bool:
     return output.finished and all(answer.finish_reason == "abort" for answer in output.outputs)
 
 
+class _StoppingError(GracefulHTTPError):
+    """The engine refused a request because the server stops."""
+
+
 _STOPPING = "the server is shutting down"
+
+_LOGGERS = (async_llm.__name__, "vllm.entrypoints.")
+"""Beginnings of the names of loggers that log errors of requests."""
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    """False for the error that vLLM logs when the engine stops during shutdown.
+    """False for errors of an orderly shutdown that vLLM logs.
 
-    vLLM ends the engine before the task that reads from it, and that task logs the error.
+    vLLM ends the engine before the task that reads from it, and that task logs an error. A stream
+    logs what ends it; Anthropic's, which translates a stream of the chat route, logs that it cannot
+    parse the error in it.
     """
-    return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
+    expected: tuple[type[Exception], ...] = (EngineDeadError, _StoppingError)
+    if record.name == anthropic_serving.__name__:
+        expected += (ValidationError,)
+    return not (record.exc_info and isinstance(record.exc_info[1], expected))
 
 
 @router.head("/ready", include_in_schema=False)
