@@ -6,7 +6,7 @@ The engine is paused while requests are sent, so that the number of waiting requ
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,62 +62,73 @@ def pause(http: httpx.Client, path: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
+ACCEPTED_S = 2.0
+"""Seconds in which the server accepts requests that were sent."""
+
+
 class Queue:
-    """Streamed answers that wait for the paused engine."""
+    """Streamed answers that wait for the paused engine, and so do their headers."""
 
     def __init__(self, http: httpx.Client, model: str) -> None:
         self._http, self._model = http, model
-        self._open = ExitStack()
-        self.streams: list[httpx.Response] = []
+        self._clients = ThreadPoolExecutor(16)
+        self._jobs: list[Future[httpx.Response]] = []
 
-    def send(self, seed: int, headers: dict[str, str] | None = None, **fields: Any) -> str:
-        """Send a request, and return the ratio in the answer's header."""
-        options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
-        body = chat_body(self._model, seed, **options) | fields
-        stream = self._http.stream("POST", CHAT, json=body, headers=headers)
-        self.streams.append(self._open.enter_context(stream))
-        assert self.streams[-1].status_code == 200, self.streams[-1].read()
-        return self.streams[-1].headers[RATIO]
+    def send(self, seed: int, headers: dict[str, str] | None = None, **fields: Any) -> None:
+        """Send a chat request about an image."""
+        options = {"stream_options": {"include_usage": True}, "max_tokens": 2}
+        self.post(CHAT, headers, **chat_body(self._model, seed, **options) | fields)
 
-    def usages(self) -> list[dict[str, Any]]:
-        """The usage of each answer, once all are complete."""
-        texts = [stream.read().decode() for stream in self.streams]
-        self._open.close()
-        return [json.loads(text.split("data: ")[-2])["usage"] for text in texts]
+    def post(self, path: str, headers: dict[str, str] | None, **fields: Any) -> None:
+        """Send a request for a stream."""
+        body = {"model": self._model, "stream": True, **fields}
+        self._jobs.append(self._clients.submit(self._http.post, path, json=body, headers=headers))
+
+    def answers(self) -> list[httpx.Response]:
+        """The complete answers, in the order of the requests."""
+        with self._clients:
+            return [job.result().raise_for_status() for job in self._jobs]
+
+
+def usage_of(answer: httpx.Response) -> dict[str, Any]:
+    usage: dict[str, Any] = json.loads(answer.text.split("data: ")[-2])["usage"]
+    return usage
 
 
 def test_the_default_follows_the_queue(http: httpx.Client, model: str) -> None:
     before = metrics(http)
     pause(http, "/pause")
     queue = Queue(http, model)
-    given = []
+    given = ["0.0", "0.0", "0.222", "0.445", "0.667", "0.889"]
     for number, ratio in enumerate((*RATIOS, RATIOS[-1]), start=1):
-        given.append(queue.send(number))
-        # The engine's process gets the request after the answer has begun.
+        queue.send(number)
         wait_until(lambda ratio=ratio: default_ratio(http) == ratio)  # type: ignore[misc]
-    assert given == ["0.0", "0.0", "0.222", "0.445", "0.667", "0.889"]
 
     # Requests that name a ratio get it, and no request gets more than its own maximum.
-    assert queue.send(11, {RATIO: "0.3"}) == "0.3"
-    assert queue.send(12, pruning_ratio=0.3) == "0.3"
-    assert queue.send(13, model=f"{model}@0.3") == "0.3"
-    assert queue.send(14, {MAX: "0.5"}) == "0.5"
-    assert queue.send(15, {MAX: "0.99"}) == "0.889"
-    assert queue.send(16, {MAX: "0.3", RATIO: "0.3"}) == "0.3"
-    named = [0.3, 0.3, 0.3, 0.5, 0.889, 0.3]
+    queue.send(11, {RATIO: "0.3"})
+    queue.send(12, pruning_ratio=0.3)
+    queue.send(13, model=f"{model}@0.3")
+    queue.send(14, {MAX: "0.5"})
+    queue.send(15, {MAX: "0.99"})
+    queue.send(16, {MAX: "0.3", RATIO: "0.3"})
+    given += ["0.3", "0.3", "0.3", "0.5", "0.889", "0.3"]
 
+    time.sleep(ACCEPTED_S)
     pause(http, "/resume")
-    usages = queue.usages()
-    ratios = [*map(float, given), *named]
-    assert [usage["pruning_ratio"] for usage in usages] == pytest.approx(ratios, abs=ROUND_OFF)
+    answers = queue.answers()
+    assert [answer.headers[RATIO] for answer in answers] == given
+    pruned = [usage_of(answer)["pruning_ratio"] for answer in answers]
+    assert pruned == pytest.approx([*map(float, given)], abs=ROUND_OFF)
     # Of those that name no ratio, six got more than the operator's default.
     raised = "vitcop_requests_raised_total"
     assert metrics(http)[raised] - before.get(raised, 0.0) == 6
 
     wait_until(lambda: metrics(http)["vitcop_default_ratio"] == 0)
     calm = Queue(http, model)
-    assert calm.send(21) == "0.0"
-    assert calm.usages()[0]["pruning_ratio"] == 0
+    calm.send(21)
+    (answer,) = calm.answers()
+    assert answer.headers[RATIO] == "0.0"
+    assert usage_of(answer)["pruning_ratio"] == 0
 
 
 def test_all_routes_show_the_same_default(http: httpx.Client, model: str) -> None:
@@ -126,6 +137,7 @@ def test_all_routes_show_the_same_default(http: httpx.Client, model: str) -> Non
     for number in range(1, 6):
         queue.send(number)
     wait_until(lambda: default_ratio(http) == 0.889)
+    given = []
     image = {"model": model, "messages": [image_message(1)]}
     source = {"type": "base64", "media_type": "image/png"}
     url = image["messages"][0]["content"][0]["image_url"]["url"]  # type: ignore[index]
@@ -154,18 +166,19 @@ def test_all_routes_show_the_same_default(http: httpx.Client, model: str) -> Non
                 named = http.post(path, json=prompt, headers={RATIO: ratio})
                 assert answer.headers[RATIO] == ratio
                 assert answer.json()[count] == named.json()[count]
+            fields: dict[str, Any]
             for path, fields in (
                 ("/v1/responses", {"input": "Hi", "max_output_tokens": 1}),
                 ("/v1/messages", {"messages": HELLO, "max_tokens": 1}),
                 ("/v1/completions", {"prompt": "Hi", "max_tokens": 1}),
             ):
-                body: dict[str, Any] = {"model": model, "stream": True, **fields}
-                with http.stream("POST", path, json=body, headers=headers) as stream:
-                    assert stream.status_code == 200, stream.read()
-                    assert stream.headers[RATIO] == ratio
+                queue.post(path, headers, **fields)
+                given.append(ratio)
+        time.sleep(ACCEPTED_S)
     finally:
         pause(http, "/resume")
-        queue.usages()
+        answers = queue.answers()
+    assert [answer.headers[RATIO] for answer in answers[5:]] == given
 
 
 @pytest.mark.parametrize(
