@@ -60,6 +60,7 @@ def init(*, server: dict[str, Any] | None = None, **hf_config: Any) -> SimpleNam
             mm_processor_cache=None,
         ),
         shutdown=None,
+        generate=None,
         errored=False,
     )
     args = SimpleNamespace(
