@@ -24,7 +24,9 @@ from vitcop_server.preview import preview_of
 from vitcop_server.readiness import (
     BeginWithFirstEvent,
     RefuseWhenStopping,
+    StoppingError,
     answer_dead_engine,
+    answer_stopping,
     note_shutdown,
 )
 from vitcop_server.serving import (
@@ -71,6 +73,7 @@ class PruningEndpointPlugin:
             attach_page(app)
         app.add_exception_handler(RecursionError, answer_deep_nesting)
         app.add_exception_handler(EngineDeadError, answer_dead_engine)
+        app.add_exception_handler(StoppingError, answer_stopping)
         app.add_middleware(BeginWithFirstEvent)
         app.add_middleware(PruningMiddleware)
         app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

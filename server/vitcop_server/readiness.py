@@ -47,19 +47,23 @@ def note_shutdown(engine_client: Any, state: Any) -> None:
             async for output in outputs:
                 has_tokens = has_tokens or any(answer.token_ids for answer in output.outputs)
                 is_refused = not has_tokens and _is_aborted(output)
-                if is_refused and getattr(state, _STATE_KEY):
-                    raise _StoppingError(_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
+                if is_refused and _is_stopping(state):
+                    raise StoppingError(_STOPPING, HTTPStatus.SERVICE_UNAVAILABLE)
                 yield output
 
     engine_client.shutdown = shutdown
     engine_client.generate = generate
 
 
+def _is_stopping(state: Any) -> bool:
+    return getattr(state, _STATE_KEY, False)
+
+
 def _is_aborted(output: Any) -> bool:
     return output.finished and all(answer.finish_reason == "abort" for answer in output.outputs)
 
 
-class _StoppingError(GracefulHTTPError):
+class StoppingError(GracefulHTTPError):
     """The engine refused a request because the server stops."""
 
 
@@ -76,7 +80,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     logs what ends it; Anthropic's, which translates a stream of the chat route, logs that it cannot
     parse the error in it.
     """
-    expected: tuple[type[Exception], ...] = (EngineDeadError, _StoppingError)
+    expected: tuple[type[Exception], ...] = (EngineDeadError, StoppingError)
     if record.name == anthropic_serving.__name__:
         expected += (ValidationError,)
     return not (record.exc_info and isinstance(record.exc_info[1], expected))
@@ -87,7 +91,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 async def ready(raw_request: Request) -> JSONResponse:
     """200 while the server accepts requests; 503 if it is shutting down or its engine is dead."""
     state = raw_request.app.state
-    if getattr(state, _STATE_KEY, False):
+    if _is_stopping(state):
         return _unavailable(_STOPPING)
     try:
         await state.engine_client.check_health()
@@ -106,6 +110,11 @@ async def answer_dead_engine(request: Request, error: Exception) -> JSONResponse
     return _unavailable(_DEAD_ENGINE)
 
 
+async def answer_stopping(request: Request, error: Exception) -> JSONResponse:
+    """Answer a request that the stopping engine refused as :class:`RefuseWhenStopping` would."""
+    return _unavailable(_STOPPING)
+
+
 class RefuseWhenStopping:
     """Answers 503 to requests that arrive after shutdown has begun; others finish."""
 
@@ -116,7 +125,7 @@ class RefuseWhenStopping:
         if (
             scope["type"] == "http"
             and scope["method"] == "POST"
-            and getattr(scope["app"].state, _STATE_KEY, False)
+            and _is_stopping(scope["app"].state)
         ):
             await _unavailable(_STOPPING)(scope, receive, send)
         else:
@@ -165,7 +174,7 @@ def _why_unavailable(state: Any, first_event: bytes) -> str | None:
     """Why a stream with this first event has no answer, if another server may have one."""
     if state.engine_client.errored:
         return _DEAD_ENGINE
-    if getattr(state, _STATE_KEY, False) and first_event.startswith(_ERROR_EVENTS):
+    if _is_stopping(state) and first_event.startswith(_ERROR_EVENTS):
         return _STOPPING
     return None
 

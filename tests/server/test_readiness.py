@@ -61,7 +61,7 @@ def test_sigterm_lets_a_running_answer_complete() -> None:
         for answer_503 in (ready, refused, *(job.result() for job in late[:-1])):
             assert answer_503.status_code == 503
             assert int(answer_503.headers["Retry-After"]) > 0
-            assert answer_503.json()["error"]["code"] == 503
+            assert answer_503.json()["error"]["type"] == "ServiceUnavailableError"
         assert head.status_code == 503
         for anthropic_503 in (overloaded, late[-1].result()):
             assert anthropic_503.status_code == 503
