@@ -51,7 +51,7 @@ class LlavaForm(Form):
 
     def see(self, model: Any, pixels: Tensor) -> Seen:
         states = model.model.vision_tower(
-            normalised(pixels).to(model.dtype),
+            normalised(pixels, model.dtype),
             output_hidden_states=True,
             interpolate_pos_encoding=pixels.shape[1] != self.shape.image_size,
         ).hidden_states
@@ -66,11 +66,11 @@ class LlavaForm(Form):
         return [*model.model.vision_tower.encoder.layers, *super().parts(model)]
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """(N, 3, height, width) float32, with CLIP's mean and deviation."""
+def normalised(pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, 3, height, width) of ``dtype``, with CLIP's mean and deviation."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     mean = torch.tensor(OPENAI_CLIP_MEAN, device=pixels.device)
     std = torch.tensor(OPENAI_CLIP_STD, device=pixels.device)
     scaled = (pixels.float() / 255 - mean) / std
-    return scaled.permute(0, 3, 1, 2).contiguous()
+    return scaled.permute(0, 3, 1, 2).to(dtype).contiguous()

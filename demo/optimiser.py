@@ -81,11 +81,11 @@ class Optimiser:
             weight.grad = None
         used = [master for master in self.masters if master.grad is not None]
         nn.utils.clip_grad_norm_(used, 1.0)
-        for part, rate in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate * (tower_share if group["tower"] else share)
-            in_float32 = self.weights[0].dtype == torch.float32
-            with patch(_BY_TORCH, orthogonal) if in_float32 else nullcontext():
+        in_float32 = self.weights[0].dtype == torch.float32
+        with patch(_BY_TORCH, orthogonal) if in_float32 else nullcontext():
+            for part, rate in self.parts:
+                for group in part.param_groups:
+                    group["lr"] = rate * (tower_share if group["tower"] else share)
                 part.step()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.masters)

@@ -122,10 +122,8 @@ class QwenForm(Form):
     def see(self, model: Any, pixels: Tensor) -> Seen:
         images, height, width, _ = pixels.shape
         side, patch = self.shape.token_side, self.shape.patch_size
-        blocks = (
-            normalised(pixels)
-            .to(model.dtype)
-            .view(images, 3, height // side, MERGE, patch, width // side, MERGE, patch)
+        blocks = normalised(pixels, model.dtype).view(
+            images, 3, height // side, MERGE, patch, width // side, MERGE, patch
         )
         patches = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, 3, 1, patch * patch)
         grid = torch.tensor([[1, height // patch, width // patch]] * images, device=pixels.device)
