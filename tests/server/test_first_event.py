@@ -96,30 +96,30 @@ def test_a_stream_whose_engine_died_before_is_answered_with_503() -> None:
     assert "the engine died" in body_of(sent)
 
 
+@pytest.mark.parametrize("is_stopping", [False, True])
 @pytest.mark.parametrize(
     "event", ['data: {"error": {"code": 503}}\n\n', "event: error\ndata: {}\n\n"]
 )
-def test_a_stream_that_a_stopping_server_refuses_is_answered_with_503(event: str) -> None:
+def test_a_stream_that_a_stopping_server_refuses_is_answered_with_503(
+    event: str, is_stopping: bool
+) -> None:
     async def events() -> AsyncIterator[str]:
         yield event
         yield EVENTS[1]
 
     app = app_answering(stream(events()))
-    note_shutdown(SimpleNamespace(shutdown=Mock(), generate=Mock()), app.state)
-    running: list[Message] = []
-    asyncio.run(call(app, running))
-    assert running[0]["status"] == 200
-    assert body_of(running) == event + EVENTS[1]
-
     client = SimpleNamespace(shutdown=Mock(), generate=Mock())
     note_shutdown(client, app.state)
-    client.shutdown()
-    app.router.routes.clear()
-    app.add_api_route("/", lambda: stream(events()), methods=["POST"], response_class=Response)
-    stopping: list[Message] = []
-    asyncio.run(call(app, stopping))
-    assert stopping[0]["status"] == 503
-    assert "shutting down" in body_of(stopping)
+    if is_stopping:
+        client.shutdown()
+    sent: list[Message] = []
+    asyncio.run(call(app, sent))
+    if is_stopping:
+        assert sent[0]["status"] == 503
+        assert "shutting down" in body_of(sent)
+    else:
+        assert sent[0]["status"] == 200
+        assert body_of(sent) == event + EVENTS[1]
 
 
 def test_an_engine_that_dies_later_leaves_the_stream_as_it_is() -> None:
