@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -84,6 +84,7 @@ def running_server(
     stock: bool = False,
     environment: Mapping[str, str] | None = None,
     log: IO[str] | None = None,
+    python: Sequence[str] = (sys.executable,),
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Start a server, wait until it answers, and yield its root URL and process.
 
@@ -94,6 +95,7 @@ def running_server(
         stock: Start vLLM's own server, without the plugin.
         environment: The server's environment; by default this process's.
         log: The server's output, open for appending and reading; by default a temporary file.
+        python: The command that gets ``-m MODULE`` and the server's arguments.
 
     Raises:
         ServerError: If the server stops or does not answer; holds the end of its log.
@@ -108,7 +110,7 @@ def running_server(
         # whose distribution has another name.
         module = "vllm.entrypoints.openai.api_server"
         environment = {**(os.environ if environment is None else environment), **NO_PLUGIN}
-    command = [sys.executable, "-m", module, *arguments]
+    command = [*python, "-m", module, *arguments]
     with ExitStack() as stack:
         stack.enter_context(_sigterm_as_exit())
         log = log or stack.enter_context(tempfile.TemporaryFile("a+"))

@@ -225,5 +225,6 @@ def server_url(checkpoint: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def demo_url() -> Iterator[str]:
     """Base URL of the server that `make serve` starts: the demo model, with explanations."""
-    with running_server("--config", str(CONFIGS / "demo-cpu.yaml"), *LITTLE_MEMORY) as (url, _):
+    config = ("--config", str(CONFIGS / "demo-cpu.yaml"))
+    with running_server(*config, *LITTLE_MEMORY, forks=False) as (url, _):
         yield url

@@ -17,6 +17,7 @@ from benchmarks.serving import ServerError
 from benchmarks.shapes import SHAPES
 from tests.benchmarks.fake_engines import FakeEngine
 from tests.checkpoints import tiny
+from tests.engine.child import CONTEXT
 from vitcop_server.bench import RequestsFailedError
 from vitcop_vllm.demo.checkpoint import DEMO, TINY, save_config
 
@@ -254,7 +255,14 @@ def test_real_engines_with_dummy_weights(tmp_path):
     assert about[OURS]["model_runner_version"] == about[STOCK]["model_runner_version"] == "V1"
 
 
+@pytest.fixture
+def forked_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that need not import vLLM."""
+    monkeypatch.setattr("benchmarks.engines.multiprocessing.get_context", lambda _: CONTEXT)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_real_engines_with_scaled_down_images(tmp_path):
     save_random_qwen(tmp_path, tiny.QWEN)
     started = {
@@ -277,6 +285,7 @@ def test_real_engines_with_scaled_down_images(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_real_engines_with_videos(tmp_path):
     save_random_qwen(tmp_path, tiny.QWEN)
     started = {

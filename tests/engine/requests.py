@@ -1,20 +1,15 @@
-"""Requests that tests send to an engine, in this process or in a child process, and the answers.
+"""Requests that tests send to an engine, in this process or in a child process, and the answers."""
 
-As a program, this module runs an engine in the child process: it reads one JSON job from
-standard input and writes the answers to the file that the job names.
-"""
-
-import json
 import os
-import subprocess
 import sys
-import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+
+from tests.engine.child import run_in_child
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -259,33 +254,22 @@ def generate_in_process(
 
     ``specs`` are sent as one batch, then ``in_turn`` one after the other.
     """
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as answers:
-        job = {
-            "checkpoint": str(checkpoint),
-            "specs": [asdict(spec) for spec in specs],
-            "options": {**ENGINE_OPTIONS, **options},
-            "answers": answers.name,
-            "in_turn": [asdict(spec) for spec in in_turn or ()],
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", __name__],
-            input=json.dumps(job),
-            env={**os.environ, **(env or {})},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-8000:]
-        return [
-            Answer(
-                a["prompt"],
-                a["tokens"],
-                [{int(token): value for token, value in step.items()} for step in a["logprobs"]],
-                a["reused"],
-            )
-            for a in json.load(answers)
-        ]
+    chosen = {**ENGINE_OPTIONS, **options}
+    answers: list[Answer] = run_in_child(
+        _answers_of, checkpoint, specs, in_turn or [], chosen, environment=env
+    )
+    return answers
+
+
+def _answers_of(
+    checkpoint: Path, together: list[RequestSpec], in_turn: list[RequestSpec], options: Any
+) -> list[Answer]:
+    from vllm import LLM
+
+    llm = LLM(str(checkpoint), **options)
+    is_stock = os.environ.get("VLLM_PLUGINS") == ""
+    assert is_stock == ("vitcop_vllm.plugin" not in sys.modules)
+    return (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
 
 
 STOCK: dict[str, Any] = {
@@ -294,25 +278,3 @@ STOCK: dict[str, Any] = {
     "max_num_batched_tokens": 4096,
 }
 """Options with which stock vLLM runs like the pruned engine."""
-
-
-def _main() -> None:
-    job = json.load(sys.stdin)
-    from vllm import LLM
-
-    llm = LLM(job["checkpoint"], **job["options"])
-    together, in_turn = (
-        [
-            RequestSpec(
-                **{**spec, "images": tuple(spec["images"]), "videos": tuple(spec["videos"])}
-            )
-            for spec in job[key]
-        ]
-        for key in ("specs", "in_turn")
-    )
-    answers = (generate(llm, together) if together else []) + generate_in_turn(llm, in_turn)
-    Path(job["answers"]).write_text(json.dumps([asdict(answer) for answer in answers]))
-
-
-if __name__ == "__main__":
-    _main()

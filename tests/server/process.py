@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,20 +32,26 @@ LOGS: list[IO[str]] = []
 
 @contextmanager
 def running_server(
-    *arguments: str, stock: bool = False
+    *arguments: str, stock: bool = False, forks: bool = True
 ) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """:func:`benchmarks.serving.running_server` with a log for failed tests.
 
     The engine runs in its own process, although the tests' own engines do not. It finds no C++
     compiler, as on many laptops and in the CPU image.
+
+    Args:
+        *arguments: The server's arguments without host and port.
+        stock: Start vLLM's own server, without the plugin.
+        forks: Fork the server's processes, which is faster than vLLM's way.
     """
+    python = (sys.executable, *(("-m", "tests.forking") if forks else ()))
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     environment["CXX"] = "no-such-compiler"
     with tempfile.TemporaryFile("a+") as log:
         LOGS.append(log)
         try:
             with serving.running_server(
-                *arguments, stock=stock, environment=environment, log=log
+                *arguments, stock=stock, environment=environment, log=log, python=python
             ) as server:
                 yield server
         finally:

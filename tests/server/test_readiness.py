@@ -22,7 +22,8 @@ LATE: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.slow
 def test_sigterm_lets_a_running_answer_complete() -> None:
-    with running_server("--config", "configs/demo-cpu.yaml", *LITTLE_MEMORY) as (url, server):
+    config = ("--config", "configs/demo-cpu.yaml")
+    with running_server(*config, *LITTLE_MEMORY, forks=False) as (url, server):
         assert httpx.get(f"{url}/ready").json() == {"status": "ready"}
         engine = engine_of(server)
         log = Path("/proc", str(server.pid), "fd", "1").open()  # noqa: SIM115 - it outlives PID
