@@ -71,7 +71,7 @@ SAME_AS_ANOTHER = {
     "llava_next": _DECODER_TESTS,
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
-    "internvl_chat": {"test_tensor_parallel"},
+    "internvl_chat": {"test_tensor_parallel", "test_model_runner_v2"},
     "qwen3_vl_moe": {"test_tensor_parallel", "test_model_runner_v2", "test_videos", *_MEMORY_TESTS},
     "qwen3_vl-compared": {"test_videos"},
     "qwen3_5_moe": {"test_ratio_zero_gives_the_answers_of_stock_vllm"},
