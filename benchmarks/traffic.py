@@ -155,15 +155,21 @@ def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = Fal
     return result
 
 
+NO_IMAGE_CACHE = ("--mm-processor-cache-gb", "0")
+"""Ours gets the images of a round once per ratio, and would find them prepared; stock gets them
+once. The caches of both servers take more than 10 GB of memory, too."""
+
+
 @contextmanager
 def both_servers(config: Mapping[str, Any]) -> Iterator[tuple[Endpoint, Endpoint]]:
     """Stock vLLM's server and ours, with the same options; see :func:`server_of`."""
     options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, SERVER_KEY)}
     keys = {key.replace("_", "-") for key in config}
     share = () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & keys else HALF_A_GPU
+    flags = (*share, *NO_IMAGE_CACHE)
     with (
-        server_of(options, *share, stock=True) as stock,
-        server_of(config, *share) as ours,
+        server_of(options, *flags, stock=True) as stock,
+        server_of(config, *flags) as ours,
     ):
         yield stock, ours
 
