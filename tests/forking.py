@@ -9,7 +9,11 @@ from multiprocessing import context
 
 
 def fork_processes() -> None:
-    """Make vLLM fork its processes in this process, from now on."""
+    """Make vLLM fork its processes in this process, from now on; on a GPU, do nothing."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return  # CUDA does not work after a fork
     # vLLM's CPU platform chooses "spawn", whatever the environment says.
     contexts = context._concrete_contexts  # type: ignore[attr-defined]
     contexts["spawn"] = contexts["fork"]

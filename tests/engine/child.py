@@ -17,7 +17,7 @@ SECONDS = 400
 """How long a child may run."""
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+CONTEXT.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.gpu_model_runner"])
 
 
 def run_in_child(
@@ -34,16 +34,16 @@ def run_in_child(
         AssertionError: If the child ends without a result; holds the end of its output.
     """
     with tempfile.NamedTemporaryFile("r") as log:
-        ours, theirs = CONTEXT.Pipe(duplex=False)
+        receiver, sender = CONTEXT.Pipe(duplex=False)
         variables = {**os.environ, **(environment or {})}
         child = CONTEXT.Process(
-            target=_send_result, args=(theirs, log.name, variables, function, args)
+            target=_send_result, args=(sender, log.name, variables, function, args)
         )
         child.start()
-        theirs.close()
+        sender.close()
         try:
-            assert ours.poll(SECONDS), f"the child did not end:\n{_end(log)}"
-            result = ours.recv()
+            assert receiver.poll(SECONDS), f"the child did not end:\n{_end(log)}"
+            result = receiver.recv()
             child.join(SECONDS)
         except EOFError:
             raise AssertionError(f"the child ended without a result:\n{_end(log)}") from None
@@ -54,7 +54,7 @@ def run_in_child(
 
 
 def _send_result(
-    theirs: Connection,
+    sender: Connection,
     log: str,
     environment: Mapping[str, str],
     function: Callable[..., Any],
@@ -66,7 +66,7 @@ def _send_result(
     os.environ.clear()
     os.environ.update(environment)
     fork_processes()
-    theirs.send(function(*args))
+    sender.send(function(*args))
 
 
 def _end(log: IO[str]) -> str:
