@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -94,6 +94,11 @@ def measure(
         ServerError: If a server did not start.
         RequestsFailedError: If a request over HTTP failed.
     """
+
+    def add(name: str, rows: Iterable[Row]) -> None:
+        for row in rows:  # kept if a later case fails
+            measured.setdefault(name, []).append(row)
+
     shape = SHAPES[arguments.shape]
     in_engines = [name for name in arguments.scenarios if name in ENGINE_SCENARIOS]
     if in_engines:
@@ -109,11 +114,12 @@ def measure(
                 if name in VIDEO_SCENARIOS:
                     concurrent = name in ("video_decode", "video_capacity")
                     shown = rounds.showing(*(SMALL_VIDEO if concurrent else VIDEO), is_video=True)
-                measured[name] = [row for case in tqdm(cases, name) for row in run(shown, **case)]
+                for case in tqdm(cases, name):
+                    add(name, run(shown, **case))
     long_rounds = min(arguments.rounds, LONG_ROUNDS)
     if "load" in arguments.scenarios:
         with both_servers({"model": str(checkpoint), **options}) as (stock, ours):
-            measured["load"] = measure_load(
+            loaded = measure_load(
                 ours,
                 stock,
                 rounds=long_rounds,
@@ -121,16 +127,18 @@ def measure(
                 clients=arguments.clients,
                 rates=arguments.rates,
             )
+            add("load", loaded)
     if "elastic" in arguments.scenarios:
         clients = max(arguments.clients)
         config = {"model": str(checkpoint), **options, **elastic_options(clients)}
         with server_of(config) as ours:
-            measured["elastic"] = measure_elastic(
+            overloaded = measure_elastic(
                 ours, rounds=long_rounds, answer_tokens=arguments.chat_tokens, clients=clients
             )
+            add("elastic", overloaded)
     if "cold_start" in arguments.scenarios:
         start = partial(EngineProcess, checkpoint, options)
-        measured["cold_start"] = measure_cold_start(start, long_rounds)
+        add("cold_start", measure_cold_start(start, long_rounds))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

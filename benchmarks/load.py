@@ -12,7 +12,7 @@ ideal is S / (S - T(V) + T(kept)). Stock's text runs belong to the same round. W
 ideal is that of the clients, limited by the arrival of the last request.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -53,8 +53,8 @@ def measure_load(
     clients: Sequence[int] = CLIENTS,
     rates: Sequence[float] = (),
     ratios: Sequence[str] = RATIOS,
-) -> list[Row]:
-    """Rows by clients and ratio, then by rate and ratio.
+) -> Iterator[Row]:
+    """Rows by clients and ratio, then by rate and ratio, each case's when it is measured.
 
     Args:
         ours: Our server.
@@ -66,7 +66,7 @@ def measure_load(
         ratios: Pruning ratios of our server.
     """
     turns, seeds = Turns(), count()
-    rows: list[Row] = []
+    of_clients: dict[int, list[Row]] = {}
     warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
     serve(ours, replace(warm_up, ratios=ratios_of(ratios[-1])), next(seeds))
     serve(stock, warm_up, next(seeds))
@@ -75,9 +75,8 @@ def measure_load(
         conditions: Row = {"clients": number, "requests": traffic.requests}
         ideals: dict[str, float] = {}
         if rate is not None:
-            waiting = [row for row in rows if row["clients"] == number and "rate" not in row]
-            ideals = {row["ratio"]: row["ideal"] for row in waiting}
-            arrivals = rate * waiting[0]["stock_requests_per_second"]
+            ideals = {row["ratio"]: row["ideal"] for row in of_clients[number]}
+            arrivals = rate * of_clients[number][0]["stock_requests_per_second"]
             conditions |= {"rate": rate, "arrivals_per_second": arrivals}
             traffic = Traffic(traffic.requests, answer_tokens, rate=arrivals)
         measured: list[dict[str, Row]] = []
@@ -96,11 +95,13 @@ def measure_load(
             measured.append(
                 {name: _compared(results[name], base, min(ideals[name], limit)) for name in ratios}
             )
-        rows += [
+        rows = [
             conditions | {"ratio": name} | summary([row[name] for row in measured], *_SPREADS)
             for name in ratios
         ]
-    return rows
+        if rate is None:
+            of_clients[number] = rows
+        yield from rows
 
 
 def _ideals(

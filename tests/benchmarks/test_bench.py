@@ -211,6 +211,20 @@ def test_rows_from_before_a_failure_are_printed(error, capsys, monkeypatch, tmp_
     assert not plot.exists()
 
 
+@pytest.mark.usefixtures("fakes")
+def test_rows_of_a_scenario_that_fails_later_are_printed(capsys, monkeypatch):
+    def measure_load(*servers, **options):
+        yield LOAD[0]
+        raise RequestsFailedError("16 requests failed")
+
+    monkeypatch.setattr(bench, "measure_load", measure_load)
+    argv = ["--shape", "demo", "--load-format", "dummy", "--scenarios", "load"]
+    assert bench.main(argv) == 1
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["died"] == "16 requests failed"
+    assert document["load"] == LOAD[:1]
+
+
 def test_cold_starts_take_turns():
     order = []
 

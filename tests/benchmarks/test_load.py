@@ -52,7 +52,7 @@ def test_mixed_ratios_are_equally_frequent(clients):
 
 
 def test_clients_meet_their_ideal(runs):
-    rows = load.measure_load(OURS, STOCK, rounds=2, answer_tokens=4, clients=(16,))
+    rows = [*load.measure_load(OURS, STOCK, rounds=2, answer_tokens=4, clients=(16,))]
     assert [(row["clients"], row["ratio"]) for row in rows] == [(16, r) for r in load.RATIOS]
     for row in rows:
         assert row["vs_ideal"] == EXACTLY_ONE

@@ -15,14 +15,14 @@ from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
 @pytest.fixture
 def started(monkeypatch):
-    """Replaces servers. Holds configuration and extra arguments of each, stock vLLM first."""
+    """Replaces servers. Holds configuration and other flags of each, stock vLLM first."""
     servers = []
 
     @contextmanager
-    def running_server(flag, path, *share, stock):
+    def running_server(flag, path, *flags, stock):
         assert flag == "--config"
         with open(path) as file:
-            servers.append((yaml.safe_load(file), share))
+            servers.append((yaml.safe_load(file), flags))
         yield ("http://stock" if stock else "http://ours"), None
 
     monkeypatch.setattr(traffic, "running_server", running_server)
@@ -52,11 +52,16 @@ def test_two_servers_share_a_gpu_unless_configured(name, started):
         pass
     is_unlimited = not {"kv-cache-memory-bytes", "gpu-memory-utilization"} & config.keys()
     assert is_unlimited == name.startswith("llava")
-    for _, share in started:
-        assert (share != ()) == is_unlimited
+    assert [(*traffic.HALF_A_GPU,) == flags[:2] for _, flags in started] == [is_unlimited] * 2
     with both_servers({**config, "gpu_memory_utilization": 0.3}):
         pass
-    assert started[-1][1] == ()
+    assert [flags for _, flags in started[2:]] == [traffic.NO_IMAGE_CACHE] * 2
+
+
+def test_neither_server_finds_an_image_prepared(started):
+    with both_servers(read_config("demo-cpu")):
+        pass
+    assert [flags for _, flags in started] == [("--mm-processor-cache-gb", "0")] * 2
 
 
 def test_requests_have_an_image_or_text_instead():
