@@ -64,17 +64,21 @@ def measure_elastic(
         answer_tokens: Mean length of an answer.
         clients: Number of requests that the server runs at once.
     """
-    turns, seeds = Turns(), count()
-    serve(server, Traffic(8, answer_tokens, 4, ratios=(0.0, 8 / 9)), next(seeds))  # warm-up
+    turns, seeds, contents = Turns(), count(), count()
+    warm_up = Traffic(8, answer_tokens, 4, ratios=(0.0, 8 / 9))
+    serve(server, warm_up, next(seeds), next(contents))
     closed = Traffic(3 * clients, answer_tokens, clients, ratios=(0.0,))
-    carried = serve(server, closed, next(seeds))["request_throughput"]
+    carried = serve(server, closed, next(seeds), next(contents))["request_throughput"]
     arrivals = OVERLOAD * carried
     traffic = Traffic(REQUESTS_PER_CLIENT * clients, answer_tokens, rate=arrivals)
     measured = []
     for _ in tqdm(range(rounds), desc=ELASTIC):
         seed = next(seeds)
         cases = {name: replace(traffic, ratios=ratios) for name, ratios in RATIOS.items()}
-        runs = {name: partial(_serve, server, case, seed) for name, case in cases.items()}
+        runs = {
+            name: partial(_serve, server, case, seed, next(contents))
+            for name, case in cases.items()
+        }
         measured.append(turns.run(runs))
     conditions = {
         "clients": clients,
@@ -93,10 +97,10 @@ def measure_elastic(
     ]
 
 
-def _serve(server: Endpoint, traffic: Traffic, seed: int) -> Result:
+def _serve(server: Endpoint, traffic: Traffic, seed: int, content: int) -> Result:
     _wait_until_calm(server)
     before = _counters(server)
-    result = serve(server, traffic, seed, may_fail=True)
+    result = serve(server, traffic, seed, content, may_fail=True)
     counted = _counters(server) - before
     if result["failed"] != counted[REFUSED]:
         check_answered(result)

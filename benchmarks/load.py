@@ -65,11 +65,12 @@ def measure_load(
         rates: Poisson arrivals over stock vLLM's throughput, one case each.
         ratios: Pruning ratios of our server.
     """
-    turns, seeds = Turns(), count()
+    turns, seeds, contents = Turns(), count(), count()
     of_clients: dict[int, list[Row]] = {}
     warm_up = Traffic(8, answer_tokens, 4)  # caches, allocators and lazy kernels
-    serve(ours, replace(warm_up, ratios=ratios_of(ratios[-1])), next(seeds))
-    serve(stock, warm_up, next(seeds))
+    seed = next(seeds)
+    serve(ours, replace(warm_up, ratios=ratios_of(ratios[-1])), seed, next(contents))
+    serve(stock, warm_up, seed, next(contents))
     for number, rate in (*((n, None) for n in clients), *((max(clients), r) for r in rates)):
         traffic = Traffic(REQUESTS_PER_CLIENT * number, answer_tokens, number)
         conditions: Row = {"clients": number, "requests": traffic.requests}
@@ -82,15 +83,16 @@ def measure_load(
         measured: list[dict[str, Row]] = []
         for _ in tqdm(range(rounds), desc=f"load, {number} clients, rate {rate}"):
             seed = next(seeds)
+            cases = {name: replace(traffic, ratios=ratios_of(name)) for name in ratios}
             runs = {
-                name: partial(serve, ours, replace(traffic, ratios=ratios_of(name)), seed)
-                for name in ratios
+                name: partial(serve, ours, case, seed, next(contents))
+                for name, case in cases.items()
             }
-            runs[STOCK] = partial(serve, stock, traffic, seed)
+            runs[STOCK] = partial(serve, stock, traffic, seed, next(contents))
             results = turns.run(runs)
             base = results[STOCK]
             if rate is None:
-                ideals = _ideals(ours, stock, traffic, seed, base["duration"], ratios)
+                ideals = _ideals(ours, stock, traffic, seed, contents, base["duration"], ratios)
             limit = base["duration"] * traffic.rate / traffic.requests
             measured.append(
                 {name: _compared(results[name], base, min(ideals[name], limit)) for name in ratios}
@@ -109,6 +111,7 @@ def _ideals(
     stock: Endpoint,
     traffic: Traffic,
     seed: int,
+    contents: Iterator[int],
     seconds: float,
     ratios: Sequence[str],
 ) -> dict[str, float]:
@@ -117,7 +120,7 @@ def _ideals(
     kept = {name: round(fmean(tokens for _, tokens in plan)) for name, plan in plans.items()}
     visual = plans[ratios[0]][0][0]
     text = {
-        tokens: serve(stock, replace(traffic, text_tokens=tokens), seed)["duration"]
+        tokens: serve(stock, replace(traffic, text_tokens=tokens), seed, next(contents))["duration"]
         for tokens in {visual, *kept.values()}
     }
     encoder = max(0.0, seconds - text[visual])

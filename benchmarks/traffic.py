@@ -1,7 +1,8 @@
 """vLLM's serving benchmark: its requests, and the servers.
 
-A request has a new image of noise and ``QUESTION_TOKENS`` tokens of text; its answer has 0.5 to 1.5
-times ``answer_tokens``.
+A request has an image of noise and ``QUESTION_TOKENS`` tokens of text; its answer has 0.5 to 1.5
+times ``answer_tokens``. Runs that are compared have equal lengths and arrivals, but each has images
+and text that no cache of a server holds.
 """
 
 import asyncio
@@ -32,6 +33,9 @@ IMAGE_SIZE = 336
 
 HALF_A_GPU = ("--gpu-memory-utilization", "0.45")
 """For each of two servers, if their configuration does not limit GPU memory."""
+
+NO_IMAGE_CACHE = ("--mm-processor-cache-gb", "0")
+"""No image comes twice. Prepared ones would fill 4 GiB in each process of both servers."""
 
 
 @dataclass(frozen=True)
@@ -83,34 +87,44 @@ class Traffic:
     text_tokens: int | None = None
 
 
-def sample_requests(tokenizer: Any, traffic: Traffic, seed: int) -> list[Any]:
-    """Random requests, made by vLLM."""
+def sample_requests(tokenizer: Any, traffic: Traffic, seed: int, content: int) -> list[Any]:
+    """Random requests, made by vLLM; see :func:`serve`."""
     # Also for text: vLLM's text dataset may draw the image placeholder.
     from vllm.benchmarks.datasets import RandomMultiModalDataset
 
-    requests: list[Any] = RandomMultiModalDataset(random_seed=seed).sample(
+    requests: list[Any] = RandomMultiModalDataset(random_seed=content).sample(
         tokenizer=tokenizer,
         num_requests=traffic.requests,
         input_len=QUESTION_TOKENS + (traffic.text_tokens or 0),
         output_len=traffic.answer_tokens,
-        range_ratio={"input": 0.0, "output": 0.5},
         base_items_per_request=int(traffic.text_tokens is None),
         bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
         limit_mm_per_prompt={"image": 1, "video": 0},
     )
-    if traffic.ratios is not None:
-        for request, ratio in zip(requests, cycle(traffic.ratios), strict=False):
-            request.request_overrides = {RATIO_KEY: round(ratio, 6)}
+    mean = traffic.answer_tokens
+    lengths = np.random.default_rng(seed).integers(
+        mean - mean // 2, mean + mean // 2 + 1, len(requests)
+    )
+    ratios = cycle(traffic.ratios or [None])
+    for number, (request, length, ratio) in enumerate(zip(requests, lengths, ratios, strict=False)):
+        request.expected_output_len = int(length)
+        # The demo's vocabulary is too small for texts that all differ.
+        request.request_overrides = {"cache_salt": f"{content}-{number}"}
+        if ratio is not None:
+            request.request_overrides[RATIO_KEY] = round(ratio, 6)
     return requests
 
 
-def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = False) -> Result:
+def serve(
+    server: Endpoint, traffic: Traffic, seed: int, content: int, *, may_fail: bool = False
+) -> Result:
     """Results of vLLM's serving benchmark.
 
     Args:
         server: The server to measure.
         traffic: The requests, and their arrival.
-        seed: Seed of images, text, lengths and arrivals.
+        seed: Seed of the answers' lengths and of arrivals.
+        content: Seed of images and text; another one for each run.
         may_fail: Accept failed requests; ``failed`` of the results is their number.
 
     Raises:
@@ -120,7 +134,7 @@ def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = Fal
     from vllm.tokenizers import cached_get_tokenizer
 
     tokenizer = cached_get_tokenizer(server.tokenizer)
-    requests = sample_requests(tokenizer, traffic, seed)
+    requests = sample_requests(tokenizer, traffic, seed, content)
     np.random.seed(seed)  # for vLLM's arrivals
     with redirect_stdout(io.StringIO()):  # the bench prints tables and JSON only
         result: Result = asyncio.run(
@@ -155,28 +169,22 @@ def serve(server: Endpoint, traffic: Traffic, seed: int, *, may_fail: bool = Fal
     return result
 
 
-NO_IMAGE_CACHE = ("--mm-processor-cache-gb", "0")
-"""Ours gets the images of a round once per ratio, and would find them prepared; stock gets them
-once. The caches of both servers take more than 10 GB of memory, too."""
-
-
 @contextmanager
 def both_servers(config: Mapping[str, Any]) -> Iterator[tuple[Endpoint, Endpoint]]:
     """Stock vLLM's server and ours, with the same options; see :func:`server_of`."""
     options = {key: value for key, value in config.items() if key not in (CONFIG_KEY, SERVER_KEY)}
     keys = {key.replace("_", "-") for key in config}
     share = () if {"gpu-memory-utilization", "kv-cache-memory-bytes"} & keys else HALF_A_GPU
-    flags = (*share, *NO_IMAGE_CACHE)
     with (
-        server_of(options, *flags, stock=True) as stock,
-        server_of(config, *flags) as ours,
+        server_of(options, *share, stock=True) as stock,
+        server_of(config, *share) as ours,
     ):
         yield stock, ours
 
 
 @contextmanager
 def server_of(config: Mapping[str, Any], *flags: str, stock: bool = False) -> Iterator[Endpoint]:
-    """A running server.
+    """A running server, without a cache of prepared images.
 
     Args:
         config: Options of a configuration file.
@@ -188,6 +196,7 @@ def server_of(config: Mapping[str, Any], *flags: str, stock: bool = False) -> It
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "server.yaml"
         path.write_text(yaml.safe_dump(config))
+        flags = (*flags, *NO_IMAGE_CACHE)
         with running_server("--config", str(path), *flags, stock=stock) as (url, _):
             model = config.get("served-model-name", config["model"])
             yield Endpoint(url, model, tokenizer=config["model"])

@@ -26,9 +26,9 @@ def runs(monkeypatch):
     seen = []
     counters: elastic.Counters = Counter()
 
-    def serve(server, traffic, seed, *, may_fail=False):
+    def serve(server, traffic, seed, content, *, may_fail=False):
         ratios = traffic.ratios
-        seen.append((traffic, seed, ratios, may_fail))
+        seen.append((traffic, seed, ratios, content))
         failed = 10 if may_fail and ratios == (0.0,) else 0
         for stage, kept in (("I", 30), ("II", 20), ("III", 10)):
             share = 100 if ratios == (0.0,) else kept
@@ -64,6 +64,7 @@ def test_each_case_has_the_same_overload(runs):
     assert {(traffic.clients, traffic.rate) for traffic, *_ in measured} == {(None, 8.0)}
     assert len({(seed, ratios) for _, seed, ratios, _ in measured}) == 9
     assert len({seed for _, seed, *_ in measured}) == 3
+    assert len({content for *_, content in runs}) == len(runs), "a cache would hold a prompt"
 
 
 def test_counters_are_summed_over_modalities():
@@ -88,7 +89,7 @@ def test_other_failures_end_the_run(runs, monkeypatch):
     failures = {"failed": 1, "errors": ["it broke"]}
     monkeypatch.setattr(elastic, "serve", lambda *args, **options: failures)
     with pytest.raises(RequestsFailedError, match="it broke"):
-        elastic._serve(SERVER, Traffic(1, 1), 0)
+        elastic._serve(SERVER, Traffic(1, 1), 0, 0)
 
 
 @pytest.mark.parametrize("clients", [8, 16, 32])

@@ -23,9 +23,9 @@ def runs(monkeypatch):
         assert self is OURS, "stock vLLM has no plan"
         return V, round(V * (1 - ratio))
 
-    def serve(server, traffic: Traffic, seed):
+    def serve(server, traffic: Traffic, seed, content):
         ratios, text_tokens = traffic.ratios, traffic.text_tokens
-        seen.append((server, traffic, seed, ratios, text_tokens))
+        seen.append((server, traffic, seed, ratios, content))
         visual = mean(kept_tokens(OURS, ratio)[1] for ratio in ratios or (0.0,))
         image = ENCODER + round(visual) * TOKEN if text_tokens is None else text_tokens * TOKEN
         seconds = traffic.requests * (image + TEXT * TOKEN)
@@ -64,9 +64,10 @@ def test_clients_meet_their_ideal(runs):
     seconds = ENCODER + (V + TEXT) * TOKEN
     pruned_seconds = ENCODER + (64 + TEXT) * TOKEN
     assert pruned[1]["ideal"] == pytest.approx(seconds / pruned_seconds)
-    # All runs of a round have the same seed; each round has a new seed.
+    # All runs of a round have the same seed, but no run has prompts that a cache may hold.
     seeds = [{seed for _, traffic, seed, *_ in runs if traffic.clients == 16}]
     assert len(*seeds) == 2
+    assert len({content for *_, content in runs}) == len(runs)
     assert all(ratios is None for server, _, _, ratios, _ in runs if server is STOCK)
 
 

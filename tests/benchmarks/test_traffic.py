@@ -58,7 +58,7 @@ def test_two_servers_share_a_gpu_unless_configured(name, started):
     assert [flags for _, flags in started[2:]] == [traffic.NO_IMAGE_CACHE] * 2
 
 
-def test_neither_server_finds_an_image_prepared(started):
+def test_neither_server_caches_prepared_images(started):
     with both_servers(read_config("demo-cpu")):
         pass
     assert [flags for _, flags in started] == [("--mm-processor-cache-gb", "0")] * 2
@@ -67,19 +67,25 @@ def test_neither_server_finds_an_image_prepared(started):
 def test_requests_have_an_image_or_text_instead():
     tokenizer = get_tokenizer(str(DEMO_MODEL))
     run = traffic.Traffic(requests=64, answer_tokens=16)
-    images = traffic.sample_requests(tokenizer, replace(run, ratios=(0.5, 0.75)), 11)
+    images = traffic.sample_requests(tokenizer, replace(run, ratios=(0.5, 0.75)), 11, 12)
     assert all(len(request.multi_modal_data) == 1 for request in images)
     assert [request.request_overrides["pruning_ratio"] for request in images[:3]] == [
         0.5,
         0.75,
         0.5,
     ]
-    lengths = {request.expected_output_len for request in images}
-    assert 8 <= min(lengths) < max(lengths) <= 24
-    text = traffic.sample_requests(tokenizer, replace(run, text_tokens=100), 11)
+    lengths = [request.expected_output_len for request in images]
+    assert {*lengths} == {*range(8, 25)}
+    others = traffic.sample_requests(tokenizer, run, 11, 13)
+    assert [request.expected_output_len for request in others] == lengths
+    every = [*images, *others]
+    assert len({str(request.multi_modal_data) for request in every}) == len(every)
+    assert len({request.request_overrides["cache_salt"] for request in every}) == len(every)
+    text = traffic.sample_requests(tokenizer, replace(run, text_tokens=100), 11, 12)
+    assert [request.expected_output_len for request in text] == lengths
     for request in text:
         assert not request.multi_modal_data
-        assert not request.request_overrides
+        assert request.request_overrides.keys() == {"cache_salt"}
         assert request.prompt_len == pytest.approx(140, abs=14)
         assert "<image>" not in request.prompt, "the server would expect an image"
 
@@ -89,7 +95,7 @@ def test_failed_requests_end_the_run(demo_url):
     ours = traffic.Endpoint(demo_url, "demo", str(DEMO_MODEL))
     run = traffic.Traffic(requests=4, answer_tokens=4, clients=2)
     with pytest.raises(RequestsFailedError, match="4 requests failed"):
-        traffic.serve(ours, replace(run, ratios=(0.99,)), 11)
+        traffic.serve(ours, replace(run, ratios=(0.99,)), 11, 12)
 
 
 @pytest.mark.slow
@@ -100,8 +106,8 @@ def test_each_request_has_its_own_ratio(demo_url):
     assert visual == 576
     assert kept == pytest.approx(64, abs=1)
     run = traffic.Traffic(requests=4, answer_tokens=4)
-    mixed = traffic.serve(ours, replace(run, ratios=(0.0, 8 / 9)), 11)
+    mixed = traffic.serve(ours, replace(run, ratios=(0.0, 8 / 9)), 11, 12)
     assert mixed["completed"] == 4
     assert 0 < mixed["median_ttft_ms"] <= mixed["p99_ttft_ms"]
-    text = traffic.serve(ours, replace(run, text_tokens=100), 11)
+    text = traffic.serve(ours, replace(run, text_tokens=100), 11, 13)
     assert text["total_input_tokens"] == pytest.approx(4 * 140, rel=0.05)
