@@ -2,9 +2,10 @@
 
     vitcop-bench --base-url http://127.0.0.1:8000 --ratios 0 2/3 8/9 [any flag of vllm bench serve]
 
-In each round the ratios take turns, with the same images, so that a slow minute of the machine
-slows all of them. ``throughput`` is over that of stock vLLM's server if ``--stock-url`` names one,
-and otherwise over that at ratio 0, in the same round; figures are medians of the rounds.
+In each round the ratios take turns, so that a slow minute of the machine slows all of them. Each
+run has its own images, so that no server finds one in a cache. ``throughput`` is over that of stock
+vLLM's server if ``--stock-url`` names one, and otherwise over that at ratio 0, in the same round;
+figures are medians of the rounds.
 
 Exit status 1 means that requests failed. The last line of standard output is a JSON document.
 """
@@ -12,10 +13,12 @@ Exit status 1 means that requests failed. The last line of standard output is a 
 import argparse
 import io
 import json
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from fractions import Fraction
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -63,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         "--ratios", nargs="+", default=["0", "2/3", "8/9"], help="default: 0 2/3 8/9"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, help="seed of the first run; default: random")
     arguments, flags = parser.parse_known_args(argv)
     for ratio in arguments.ratios:
         try:
@@ -73,6 +77,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
             )
     if arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
+    if arguments.seed is None:
+        # The images of an earlier call may be in a server's caches.
+        arguments.seed = secrets.randbelow(10**9)
+    if not 0 <= arguments.seed < 2**31:
+        parser.error("--seed must be from 0 to 2147483647")
     return arguments, flags
 
 
@@ -82,7 +91,7 @@ def run_benchmark(url: str, ratio: str, seed: int, flags: Sequence[str]) -> dict
     Args:
         url: Base URL of the server.
         ratio: A pruning ratio, or :data:`STOCK` to send none.
-        seed: Seed of images and text.
+        seed: Seed of images, text and arrivals.
         flags: Flags of vLLM's benchmark, except those of the run.
 
     Raises:
@@ -120,10 +129,11 @@ def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[dict[st
         urls[STOCK] = arguments.stock_url
     rounds: list[dict[str, dict[str, float]]] = []
     names = list(urls)
-    for seed in range(arguments.rounds):
-        turn = seed % len(names)
+    seeds = count(arguments.seed)
+    for number in range(arguments.rounds):
+        turn = number % len(names)
         order = names[turn:] + names[:turn]
-        rounds.append({name: run_benchmark(urls[name], name, seed, flags) for name in order})
+        rounds.append({name: run_benchmark(urls[name], name, next(seeds), flags) for name in order})
     base = STOCK if STOCK in urls else next((name for name in names if not Fraction(name)), None)
     rows = []
     for name in names:
@@ -136,14 +146,14 @@ def measure(arguments: argparse.Namespace, flags: Sequence[str]) -> list[dict[st
     return rows
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]], seed: int) -> None:
     """Print a table, then the JSON document."""
     names = list(rows[0])
     print("".join(name.rjust(len(name) + 4) for name in names))
     for row in rows:
         cells = [row[name] if name == "ratio" else f"{row[name]:.4g}" for name in names]
         print("".join(cell.rjust(len(name) + 4) for name, cell in zip(names, cells, strict=True)))
-    print(json.dumps({"bench": list(rows)}))
+    print(json.dumps({"seed": seed, "bench": list(rows)}))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,5 +164,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestsFailedError as error:
         print(error, file=sys.stderr)
         return 1
-    print_rows(rows)
+    print_rows(rows, arguments.seed)
     return 0

@@ -13,6 +13,8 @@ def test_flags_of_vllm_s_benchmark_are_passed_on() -> None:
     arguments, flags = bench.parse_arguments(["--ratios", "0", "8/9", "--num-prompts", "5"])
     assert (arguments.ratios, arguments.rounds) == (["0", "8/9"], 3)
     assert flags == ["--num-prompts", "5"]
+    other, _ = bench.parse_arguments([])
+    assert other.seed != arguments.seed, "servers would have the images of an earlier call"
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,7 @@ def test_flags_of_vllm_s_benchmark_are_passed_on() -> None:
         (["--ratios", "0", "much"], "numbers or fractions, such as 0.889 or 8/9; got much"),
         (["--ratios", "1/0"], "got 1/0"),
         (["--rounds", "0"], "1 or more"),
+        (["--seed", "-1"], "from 0 to 2147483647"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -40,12 +43,13 @@ def test_ratios_take_turns_and_are_compared_within_a_round(
     speed = {"0": 4.0, "8/9": 10.0, bench.STOCK: 5.0}
 
     def run(url: str, ratio: str, seed: int, flags: Any) -> dict[str, float]:
+        slow = 1 + len(runs) // (3 if stock_url else 2)  # later rounds are slower for all
         runs.append((url, ratio, seed))
-        slow = 1 + seed  # later rounds are slower for all
         return dict.fromkeys(bench.FIGURES, 1.0) | {"requests_per_second": speed[ratio] / slow}
 
     monkeypatch.setattr(bench, "run_benchmark", run)
     argv = ["--base-url", "http://ours", "--ratios", "0", "8/9", "--rounds", "2"]
+    argv += ["--seed", "7"]
     arguments, _ = bench.parse_arguments(argv + (["--stock-url", stock_url] if stock_url else []))
     rows = {row["ratio"]: row for row in bench.measure(arguments, [])}
     base = speed[bench.STOCK if stock_url else "0"]
@@ -54,6 +58,7 @@ def test_ratios_take_turns_and_are_compared_within_a_round(
     }
     assert rows["8/9"]["requests_per_second"] == 7.5
     assert runs[0][1] != runs[len(rows)][1], "another ratio begins the second round"
+    assert [seed for *_, seed in runs] == [*range(7, 7 + len(runs))], "a cache would hold images"
     assert all((url == "http://stock") == (ratio == bench.STOCK) for url, ratio, _ in runs)
 
 
