@@ -68,7 +68,7 @@ _DECODER_TESTS = {"test_model_runner_v2", "test_compiled_segments"}
 _MEMORY_TESTS = {"test_prefix_caching", "test_kv_blocks"}
 
 SAME_AS_ANOTHER = {
-    "llava_next": {"test_tensor_parallel", *_DECODER_TESTS},
+    "llava_next": {"test_tensor_parallel", *_DECODER_TESTS, *_MEMORY_TESTS},
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
     "internvl_chat": {"test_tensor_parallel", "test_model_runner_v2"},

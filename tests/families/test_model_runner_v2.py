@@ -33,11 +33,7 @@ def v2(checkpoint, tmp_path_factory) -> Results:
 
 @pytest.mark.parametrize("what", [name for name in Results.__annotations__ if name != "graphs"])
 def test_model_runner_v2_gives_the_results_of_v1(v1, v2, what):
-    got, wanted = asdict(v2)[what], asdict(v1)[what]
-    if what == "explained":
-        # With Triton, Qwen3-VL's tower adds up its positions in another order.
-        assert got.pop("saliency") == pytest.approx(wanted.pop("saliency"), rel=1e-5)
-    assert got == wanted
+    assert asdict(v2)[what] == asdict(v1)[what]
 
 
 def test_preemption_and_graphs_do_not_change_answers(v2):

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +167,17 @@ def encode_for_a_removed_request(llm: Any) -> None:
     assert "gone" not in cache.mm_features
 
 
+def patch_language_once() -> None:
+    """Triton's interpreter replaces the language's functions at each call, also of helpers."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(both)
+    unpatched = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda function: unpatched
+
+
 def main(checkpoint: str, path: str) -> None:
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     from triton.backends import Backend, backends
@@ -175,10 +187,14 @@ def main(checkpoint: str, path: str) -> None:
     backends["cpu"] = Backend(compiler=BaseBackend, driver=DriverBase)
     from transformers import AutoConfig
     from vllm import LLM
+    from vllm.model_executor.models import qwen3_vl
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     from vitcop_vllm.pruning.kernels import TRITON
 
+    patch_language_once()
+    # V1 adds up the tower's positions without Triton, too. vLLM's kernel takes minutes here.
+    qwen3_vl.HAS_TRITON = False
     takes_videos = (
         AutoConfig.from_pretrained(checkpoint, trust_remote_code=True).model_type in VIDEO_MARKS
     )
