@@ -119,7 +119,7 @@ def measure(
     long_rounds = min(arguments.rounds, LONG_ROUNDS)
     if "load" in arguments.scenarios:
         with both_servers({"model": str(checkpoint), **options}) as (stock, ours):
-            loaded = measure_load(
+            load = measure_load(
                 ours,
                 stock,
                 rounds=long_rounds,
@@ -127,15 +127,15 @@ def measure(
                 clients=arguments.clients,
                 rates=arguments.rates,
             )
-            add("load", loaded)
+            add("load", load)
     if "elastic" in arguments.scenarios:
         clients = max(arguments.clients)
         config = {"model": str(checkpoint), **options, **elastic_options(clients)}
         with server_of(config) as ours:
-            overloaded = measure_elastic(
+            elastic = measure_elastic(
                 ours, rounds=long_rounds, answer_tokens=arguments.chat_tokens, clients=clients
             )
-            add("elastic", overloaded)
+            add("elastic", elastic)
     if "cold_start" in arguments.scenarios:
         start = partial(EngineProcess, checkpoint, options)
         add("cold_start", measure_cold_start(start, long_rounds))

@@ -71,10 +71,10 @@ def measure_elastic(
     carried = serve(server, closed, next(seeds), next(contents))["request_throughput"]
     arrivals = OVERLOAD * carried
     traffic = Traffic(REQUESTS_PER_CLIENT * clients, answer_tokens, rate=arrivals)
+    cases = {name: replace(traffic, ratios=ratios) for name, ratios in RATIOS.items()}
     measured = []
     for _ in tqdm(range(rounds), desc=ELASTIC):
         seed = next(seeds)
-        cases = {name: replace(traffic, ratios=ratios) for name, ratios in RATIOS.items()}
         runs = {
             name: partial(_serve, server, case, seed, next(contents))
             for name, case in cases.items()

@@ -80,10 +80,10 @@ def measure_load(
             arrivals = rate * of_clients[number][0]["stock_requests_per_second"]
             conditions |= {"rate": rate, "arrivals_per_second": arrivals}
             traffic = Traffic(traffic.requests, answer_tokens, rate=arrivals)
+        cases = {name: replace(traffic, ratios=ratios_of(name)) for name in ratios}
         measured: list[dict[str, Row]] = []
         for _ in tqdm(range(rounds), desc=f"load, {number} clients, rate {rate}"):
             seed = next(seeds)
-            cases = {name: replace(traffic, ratios=ratios_of(name)) for name in ratios}
             runs = {
                 name: partial(serve, ours, case, seed, next(contents))
                 for name, case in cases.items()

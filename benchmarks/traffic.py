@@ -96,7 +96,6 @@ def sample_requests(tokenizer: Any, traffic: Traffic, seed: int, content: int) -
         tokenizer=tokenizer,
         num_requests=traffic.requests,
         input_len=QUESTION_TOKENS + (traffic.text_tokens or 0),
-        output_len=traffic.answer_tokens,
         base_items_per_request=int(traffic.text_tokens is None),
         bucket_config={(IMAGE_SIZE, IMAGE_SIZE, 1): 1.0},
         limit_mm_per_prompt={"image": 1, "video": 0},

@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="soak this model; default: llava and qwen2.5-vl, all with --full",
     )
     group.addoption("--full", action="store_true", help="all families in every test")
-    group.addoption("--requests", type=int, help="requests that a soak sends; default: 100")
+    group.addoption("--requests", type=int, help="requests that a soak sends; default: 150")
     group.addoption("--seed", type=int, default=0, help="of a soak's requests")
     group.addoption(
         "--deploy", type=int, metavar="ROUNDS", help="run tests/deploy, which needs a Docker engine"
@@ -68,7 +68,7 @@ _DECODER_TESTS = {"test_model_runner_v2", "test_compiled_segments"}
 _MEMORY_TESTS = {"test_prefix_caching", "test_kv_blocks"}
 
 SAME_AS_ANOTHER = {
-    "llava_next": {"test_tensor_parallel", *_DECODER_TESTS, *_MEMORY_TESTS},
+    "llava_next": _DECODER_TESTS,
     "llava_onevision": {"test_tensor_parallel", *_DECODER_TESTS},
     "internvl": {*_DECODER_TESTS, *_MEMORY_TESTS},
     "internvl_chat": {"test_tensor_parallel", "test_model_runner_v2"},

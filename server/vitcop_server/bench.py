@@ -66,7 +66,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         "--ratios", nargs="+", default=["0", "2/3", "8/9"], help="default: 0 2/3 8/9"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, help="seed of the first run; default: random")
+    # The images of an earlier call may be in a server's caches.
+    first = secrets.randbelow(10**9)
+    parser.add_argument(
+        "--seed", type=int, default=first, help="seed of the first run; default: random"
+    )
     arguments, flags = parser.parse_known_args(argv)
     for ratio in arguments.ratios:
         try:
@@ -77,9 +81,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
             )
     if arguments.rounds < 1:
         parser.error("--rounds must be 1 or more")
-    if arguments.seed is None:
-        # The images of an earlier call may be in a server's caches.
-        arguments.seed = secrets.randbelow(10**9)
     if not 0 <= arguments.seed < 2**31:
         parser.error("--seed must be from 0 to 2147483647")
     return arguments, flags

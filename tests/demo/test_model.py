@@ -21,7 +21,7 @@ EXAM_SEED = 7
 @pytest.fixture(scope="module")
 def accuracy(demo_url: str) -> dict[str, Any]:
     """Ratio -> per cent of right answers of the server that ``make serve`` starts."""
-    options = ["--per-family", "10", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
+    options = ["--per-family", "15", "--seed", str(EXAM_SEED), "--ratios", "0", "2/3"]
     cells, failures = evaluate(parse_arguments(["--url", f"{demo_url}/v1", *options]))
     assert not failures
     [row] = tables(cells)["answers"]

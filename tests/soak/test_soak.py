@@ -41,7 +41,7 @@ from vitcop_vllm.demo.checkpoint import TINY
 TIE = 1e-3
 """Log-probabilities closer than this are equal: another batch may round them apart."""
 
-SHORT = 100
+SHORT = 150
 """Requests, where pytest is not given another number."""
 
 
