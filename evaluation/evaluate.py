@@ -9,13 +9,12 @@ means that a request or a server failed: this ratio and later ones of its select
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import openai
 from tqdm.contrib.concurrent import thread_map  # type: ignore[import-untyped]
@@ -27,12 +26,14 @@ from benchmarks.tables import print_document
 from demo.questions import EXAMINED, exam
 from evaluation.client import converse
 from evaluation.exam import Example, read_exam, write_exam
+from evaluation.max_pixels import MAX_PIXELS, scaled_down_arguments
 from evaluation.report import Cell, is_zero, tables
 from evaluation.scoring import SCORERS
 from vitcop_server.calibrate.command import parse_ratio
 from vitcop_server.calibrate.folder import FolderError
 from vitcop_vllm.pruning.settings import AUTO, RATIO_HEADER, SELECTOR_NAMES, SelectorName
 
+Selector = SelectorName | Literal["max_pixels"]
 RATIOS = ("0", "1/3", "2/3", "7/9", "8/9", "17/18")
 
 
@@ -54,14 +55,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ratios", nargs="+", type=_ratio, default=RATIOS, metavar="R", help=ratios)
     server = parser.add_mutually_exclusive_group()
     server.add_argument("--url", help="a running server, such as http://host:8000/v1")
-    names: dict[str, Any] = {"nargs": "+", "choices": SELECTOR_NAMES, "default": ["vitcop"]}
-    server.add_argument("--selectors", **names, help="start our own server with each of these")
+    names: dict[str, Any] = {"choices": [*SELECTOR_NAMES, MAX_PIXELS], "default": ["vitcop"]}
+    selectors_help = (
+        f"start our own server with each of these; {MAX_PIXELS}: without pruning, one for each "
+        "ratio, with images scaled down to as many tokens"
+    )
+    server.add_argument("--selectors", nargs="+", **names, help=selectors_help)
     add("--config", type=Path, default=Path("configs/demo-cpu.yaml"), help="of our own server")
     add("--model", help="in place of the first model that the server lists")
     add("--concurrency", type=int, default=8, help="concurrent conversations")
     add("--max-tokens", type=int, default=32, help="longest answer")
     add("--plot", type=Path, metavar="FILE.png", help="draw accuracy over ratio")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if MAX_PIXELS in arguments.selectors and AUTO in arguments.ratios:
+        parser.error(f"{MAX_PIXELS} has no ratio {AUTO}: leave one of them out")
+    return arguments
 
 
 def _ratio(text: str) -> str:
@@ -72,7 +80,7 @@ def _ratio(text: str) -> str:
 
 def measure(
     examples: Sequence[Example],
-    selector: SelectorName | None,
+    selector: Selector | None,
     arguments: argparse.Namespace,
     cells: list[Cell],
 ) -> None:
@@ -80,21 +88,43 @@ def measure(
 
     Raises:
         openai.OpenAIError: If a request fails.
-        ServerError: If the server does not start, or ignores ratios.
+        ServerError: If a server does not start, or ignores ratios.
     """
-    with ExitStack() as stack:
-        url = arguments.url
-        if selector is not None:
-            print(f"starting the server with {selector}", file=sys.stderr)
-            options = server_arguments(selector, arguments.config)
-            url = stack.enter_context(running_server(*options))[0] + "/v1"
-        api_key = os.environ.get("OPENAI_API_KEY", "none")
-        client = stack.enter_context(openai.OpenAI(base_url=url, api_key=api_key))
+    # Unpruned answers are the same with every selector.
+    ratios = [
+        ratio
+        for ratio in arguments.ratios
+        if not (is_zero(ratio) and any(cell.is_baseline for cell in cells))
+    ]
+    if selector is None:
+        cells.extend(_cells(arguments.url, None, ratios, examples, arguments))
+        return
+    print(f"starting the server with {selector}", file=sys.stderr)
+    if selector != MAX_PIXELS:
+        options = server_arguments(selector, arguments.config)
+        with running_server(*options) as (url, _):
+            cells.extend(_cells(f"{url}/v1", selector, ratios, examples, arguments))
+        return
+    for ratio in ratios:
+        options = scaled_down_arguments(arguments.config, Fraction(ratio), examples)
+        with running_server(*options) as (url, _):
+            cells.extend(_cells(f"{url}/v1", selector, [ratio], examples, arguments))
+
+
+def _cells(
+    url: str,
+    selector: Selector | None,
+    ratios: Sequence[str],
+    examples: Sequence[Example],
+    arguments: argparse.Namespace,
+) -> Iterator[Cell]:
+    """A cell for each ratio, from a running server."""
+    api_key = os.environ.get("OPENAI_API_KEY", "none")
+    with openai.OpenAI(base_url=url, api_key=api_key) as client:
         model = arguments.model or client.models.list().data[0].id
-        for ratio in arguments.ratios:
-            if is_zero(ratio) and any(cell.is_baseline for cell in cells):
-                continue  # Unpruned answers are the same with every selector.
-            value = ratio if ratio == AUTO else f"{float(Fraction(ratio)):.9f}"
+        for ratio in ratios:
+            asked_ratio = "0" if selector == MAX_PIXELS else ratio
+            value = AUTO if asked_ratio == AUTO else f"{float(Fraction(asked_ratio)):.9f}"
             asked = client.with_options(default_headers={RATIO_HEADER: value})
             ask = partial(converse, asked, model, arguments.max_tokens)
             progress = {"max_workers": arguments.concurrency, "desc": f"ratio {ratio}"}
@@ -103,7 +133,7 @@ def measure(
                 # Every ratio would look as good as 0.
                 raise ServerError(f"the server ignores {RATIO_HEADER}: no visual_tokens in usage")
             scorer = SCORERS[arguments.scorer]
-            cells.append(Cell.of(model, selector or model, ratio, examples, answers, scorer))
+            yield Cell.of(model, selector or model, ratio, examples, answers, scorer)
 
 
 def evaluate(arguments: argparse.Namespace) -> tuple[list[Cell], list[str]]:
