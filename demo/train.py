@@ -2,6 +2,7 @@
 
 First the vision tower learns what each patch shows. Then the whole model learns to answer, on small
 images and at last on images of the exam's size. ``--form`` chooses what kind of model to train.
+``--begin`` with ``--first-phase`` trains a trained model further.
 """
 
 from __future__ import annotations
@@ -48,11 +49,25 @@ class Run:
         device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         compiled: bool = False,
+        begin: Path | None = None,
     ) -> None:
+        """
+        Args:
+            folder: The run's folder; its ``model`` is a Hugging Face folder.
+            form: What to train.
+            seed: Seed of weights, images and questions.
+            device: Device of weights and batches.
+            dtype: Type of weights and activations; masters of weights are float32.
+            compiled: Compile layers.
+            begin: Folder of a model of this form, whose weights to begin with.
+        """
         self.folder, self.form, self.seed = folder, form, seed
         self.device = torch.device(device)
         folder.mkdir(parents=True, exist_ok=True)
         model, tokenizer = form.build(folder / "model", corpus(4000, seed), seed)
+        if begin is not None:
+            trained: Any = type(model)
+            model.load_state_dict(trained.from_pretrained(begin).state_dict())
         self.encoder = Encoder(tokenizer, form)
         self.model: Any = model.to(self.device, dtype)
         self.heads = Heads(form).to(self.device, dtype)
@@ -176,6 +191,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--form", choices=FORMS, default="llava")
     parser.add_argument("--out", type=Path, help="folder of the run; default: build/demo-FORM")
+    begin_help = "folder of a trained model of this form; default: the form's own beginning"
+    parser.add_argument("--begin", type=Path, help=begin_help)
+    parser.add_argument("--first-phase", metavar="NAME", help="leave out the phases before it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     dtype_help = "float32 is faster on processors without AMX or AVX-512 for bfloat16"
@@ -187,6 +205,9 @@ def main() -> None:
     parser.add_argument("--save-every", type=float, default=300.0, help="seconds")
     args = parser.parse_args()
     make_form, phases = FORMS[args.form]
+    names = [phase.name for phase in phases]
+    if args.first_phase not in (None, *names):
+        parser.error(f"--first-phase is none of: {', '.join(names)}")
     out = args.out or Path("build") / f"demo-{args.form}"
     run = Run(
         out,
@@ -195,9 +216,12 @@ def main() -> None:
         device=args.device,
         dtype=getattr(torch, args.dtype),
         compiled=not args.no_compile,
+        begin=args.begin,
     )
     if (out / "state.pt").exists():
         run.load()
+    elif args.first_phase:
+        run.phase = names.index(args.first_phase)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(run, "stopping", True))
     run.train(phases, args.workers, args.save_every)

@@ -17,7 +17,7 @@ from demo.optimiser import orthogonal
 from demo.phases import Phase
 from demo.questions import FAMILIES
 from demo.qwen_form import QwenForm
-from demo.train import Run
+from demo.train import Run, main
 from vitcop_vllm.demo.checkpoint import LlavaShape
 
 FORMS: dict[str, Form] = {
@@ -103,6 +103,23 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(form, whole
     expected = weights(whole)
     for name, weight in weights(again).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_run_begins_with_the_weights_of_a_trained_model(form, whole, tmp_path: Path):
+    trained = whole.folder / "model"
+    run = Run(tmp_path, form=form, begin=trained)
+    expected = whole.model.state_dict()
+    for name, weight in run.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_the_first_phase_is_one_of_the_form_s(capsys, monkeypatch, tmp_path: Path):
+    arguments = ["--form", "qwen", "--out", str(tmp_path / "run"), "--first-phase", "end"]
+    monkeypatch.setattr("sys.argv", ["demo.train", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert "--first-phase is none of: patches, " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_changes_every_weight_that_answers_depend_on(form, whole, tmp_path: Path):
