@@ -39,16 +39,6 @@ GAPS = (0.0, 0.25, 0.5, 0.67, 0.85)
 """Fractions in the phases that drop background first. Without these phases the model counts and
 lists things by the amount of background, and fails if a selector drops background."""
 
-_LAST_PHASES = (
-    Phase("gaps", 300, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.15, 0.01), (0.05, 0.01)),
-    # Large models hardly attend to images in their deep layers. This phase gives the deep layers
-    # few visual tokens, so that the model learns the same.
-    Phase(
-        "depth", 220, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.05, 0.01)
-    ),
-)
-"""Of each form."""
-
 LLAVA_PHASES = (
     Phase("patches", 800, BatchShape(168, 64), (1.0, 1.0), (1.0, 0.25)),
     # The tower's rate is low: at the decoder's rate it unlearns letters and places.
@@ -56,14 +46,21 @@ LLAVA_PHASES = (
     Phase("full size", 381, BatchShape(336, 12, 190, DROPPED, 0.14), (0.5, 0.3303), (0.3, 0.1996)),
     # The tower's rate is higher now, because larger letters are new to it.
     Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.35, 0.01), (0.5, 0.01)),
-    *_LAST_PHASES,
+    Phase("gaps", 300, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.15, 0.01), (0.05, 0.01)),
+    # Large models hardly attend to images in their deep layers. This phase gives the deep layers
+    # few visual tokens, so that the model learns the same.
+    Phase(
+        "depth", 220, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.05, 0.01)
+    ),
 )
 WARMUP = 60  # steps
 
 QWEN_PHASES = (
-    Phase("patches", 500, BatchShape(168, 32), (1.0, 1.0), (1.0, 0.3)),
-    Phase("answers", 900, BatchShape(168, 24, 190, DROPPED, 0.14), (0.6, 0.4), (0.4, 0.25)),
-    Phase("full size", 900, BatchShape(336, 12, 190, DROPPED, 0.14), (0.4, 0.3), (0.3, 0.2)),
-    Phase("finish", 800, BatchShape(336, 12, 190, DROPPED, 0.14), (0.3, 0.01), (0.3, 0.01)),
-    *_LAST_PHASES,
+    # In the same time, small images show more things and have more questions.
+    Phase("patches", 600, BatchShape(168, 32), (1.0, 1.0), (1.0, 0.5)),
+    Phase("answers", 800, BatchShape(168, 24, 190, DROPPED, 0.14), (0.7, 0.5), (0.4, 0.4)),
+    Phase("full size", 500, BatchShape(336, 12, 190, GAPS, 0.14, True), (0.5, 0.2), (0.4, 0.2)),
+    Phase(
+        "depth", 200, BatchShape(336, 12, 190, GAPS, 0.14, True, 0.25), (0.25, 0.01), (0.25, 0.01)
+    ),
 )

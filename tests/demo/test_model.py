@@ -1,5 +1,6 @@
-"""The packaged demo model answers right, and equally in stock vLLM and in transformers."""
+"""The demo models answer right, and as in stock vLLM and in transformers."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from evaluation.client import converse, text_of
 from evaluation.evaluate import evaluate, main, parse_arguments
 from evaluation.exam import read_exam, write_exam
 from evaluation.report import tables
-from tests.server.process import TINY_OPTIONS, running_server
+from tests.server.process import LITTLE_MEMORY, TINY_OPTIONS, running_server
 from vitcop_vllm.demo.checkpoint import DEMO_MODEL
 
 EXAM_SEED = 7
+CONFIGS = Path("configs")
+QWEN = Path("demo/qwen")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,11 @@ def ask(url: str, folder: Path) -> list[list[str]]:
         ]
 
 
-def ask_transformers(examples: list[Example]) -> list[list[str]]:
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+def ask_transformers(folder: Path, examples: list[Example]) -> list[list[str]]:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor: Any = AutoProcessor.from_pretrained(DEMO_MODEL)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     answers = []
     for example in examples:
         messages: list[dict[str, Any]] = []
@@ -88,10 +91,29 @@ def test_stock_vllm_and_transformers_give_the_same_answers(demo_url, tmp_path, c
         assert main(["--url", f"{url}/v1", "--data", str(tmp_path)]) == 1
     assert "the server ignores X-Pruning-Ratio" in capsys.readouterr().err
     assert served == stock
-    assert served == ask_transformers(examples)
+    assert served == ask_transformers(DEMO_MODEL, examples)
     # If all answers were equal, the comparisons above would prove nothing.
     assert len({answer for answers in served for answer in answers}) > 10
 
 
-def test_the_model_has_at_most_25_mb():
-    assert sum(file.stat().st_size for file in Path(DEMO_MODEL).iterdir()) <= 25_000_000
+@pytest.fixture(scope="module")
+def qwen_url() -> Iterator[str]:
+    with running_server("--config", str(CONFIGS / "demo-qwen-cpu.yaml"), *LITTLE_MEMORY) as (
+        url,
+        _,
+    ):
+        yield url
+
+
+@pytest.mark.slow
+def test_qwen_s_form_answers_as_in_transformers(qwen_url, tmp_path):
+    examples = exam(2, EXAM_SEED, varied=True)
+    write_exam(tmp_path, examples)
+    served = ask(qwen_url, tmp_path)
+    assert served == ask_transformers(QWEN, examples)
+    assert len({answer for answers in served for answer in answers}) > 10
+
+
+@pytest.mark.parametrize("folder", [DEMO_MODEL, QWEN])
+def test_a_model_has_at_most_25_mb(folder):
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 25_000_000
