@@ -27,10 +27,10 @@ from vitcop_vllm.demo.tokenizer import VOCABULARY
 
 @dataclass(frozen=True, kw_only=True)
 class DemoQwenShape(QwenShape):
-    """Its M-RoPE tells columns apart by half of the frequencies and a small base.
+    """Its M-RoPE tells columns apart by more than half of the frequencies and a small base.
 
-    Columns get the lowest frequencies. With a larger base, or with as many frequencies for rows and
-    columns as in Qwen, columns look almost equal, and a small model hardly learns them.
+    Columns get the lowest frequencies. The larger the base, and the fewer their frequencies, the
+    more alike columns look.
     """
 
     rope_theta: float = 20.0
